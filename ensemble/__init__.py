@@ -1,0 +1,25 @@
+"""Run N models of one architecture on one device, every sensible way, and know which is fastest.
+
+models = ensemble.load_models(["a.pth", "b.pth"], arch="resnet18", device="cpu")
+forward = ensemble.build("vmap", models, example)  # example: (B, 3, H, W), or (N, B, 3, H, W)
+logits = forward(x)                                # (N, B, classes)
+"""
+
+from typing import TYPE_CHECKING
+
+from ensemble.errors import InputError, UnavailableError
+from ensemble.strategies import STRATEGIES, build
+
+if TYPE_CHECKING:
+    from ensemble.weights import load_models
+
+__all__ = ["STRATEGIES", "InputError", "UnavailableError", "build", "load_models"]
+
+
+def __getattr__(name: str) -> object:
+    """Import torch only when a name is used that needs it: the command's `--help` does not."""
+    if name == "load_models":
+        from ensemble.weights import load_models
+
+        return load_models
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,249 @@
+"""The loop over N and strategies: build -> check -> time, one `Result` at a time."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemble import memory, stacking, strategies
+from ensemble.checking import TOLERANCES, check
+from ensemble.errors import UnavailableError
+from ensemble.results import REFERENCE, Config, Result, median
+from ensemble.timing import interleaved, synchronize
+
+if TYPE_CHECKING:
+    from ensemble.strategies import Forward
+
+SELF_CHECK = "self_check"  # the reference against itself: the noise floor of this program
+
+# Called with the row's name, what is being done to it, and how much of the row is done (0 to 1).
+Progress = Callable[[str, str, float], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A strategy after its build and first calls."""
+
+    forward: Forward
+    example: Tensor
+    logits: Tensor
+    build_s: float
+    first_call_s: float
+    peak_memory_bytes: int | None
+    notes: tuple[str, ...]
+
+
+def row_names(config: Config) -> tuple[str, ...]:
+    """The strategies to run for each N, in the order of their rows."""
+    return config.strategies + ((SELF_CHECK,) if config.self_check else ())
+
+
+def run(
+    config: Config, models: Sequence[nn.Module], views: Tensor, *, progress: Progress
+) -> Iterator[Result]:
+    """Measure every strategy for every N of `config`; a failure costs its own row only.
+
+    Args:
+        config: what to run; `config.num_models` at most `len(models)`.
+        models: float32 models on the device; the first N of them serve for each N.
+        views: `(count, 3, H, W)` float32 on the device; shared inputs are the first B of them,
+            per-model inputs the first N * B.
+    """
+    for num_models in config.num_models:
+        chosen = models[:num_models]
+        example = _inputs(views, config, num_models)
+        rows = [_empty_row(config, name, num_models) for name in row_names(config)]
+        try:
+            progress(f"{REFERENCE}, {num_models} models", "reference", 0.0)
+            reference = _start(REFERENCE, chosen, example, torch.float32)
+        except Exception as error:
+            reason = _reason(error, REFERENCE, chosen, example, torch.float32)
+            yield from (
+                replace(row, status="failed", error=f"the reference failed: {reason}")
+                for row in rows
+            )
+            continue
+        for row in rows:
+            yield _measure(row, reference, chosen, example, config, progress)
+            _tidy()
+
+
+def _measure(
+    row: Result,
+    reference: Started,
+    models: Sequence[nn.Module],
+    example: Tensor,
+    config: Config,
+    progress: Progress,
+) -> Result:
+    label = f"{row.strategy}, {row.num_models} models"
+    dtype = getattr(torch, row.dtype)
+    strategy = REFERENCE if row.strategy == SELF_CHECK else row.strategy
+    try:
+        progress(label, "build and first call", 0.0)
+        started = reference if row.is_reference else _start(strategy, models, example, dtype)
+        verdict = check(started.logits, reference.logits, tolerance=TOLERANCES[dtype])
+        row = replace(
+            row,
+            build_s=started.build_s,
+            first_call_s=started.first_call_s,
+            peak_memory_bytes=started.peak_memory_bytes,
+            notes=started.notes,
+            max_rel_error=verdict.max_rel_error,
+            top1=verdict.top1,
+            top1_agreement=verdict.top1_agreement,
+        )
+        if verdict.problem:
+            return replace(row, status="failed", error=verdict.problem)
+        return _time(row, started, reference, config, lambda done: progress(label, "timing", done))
+    except UnavailableError as error:
+        return replace(row, status="unavailable", error=str(error))
+    except Exception as error:
+        log.debug("%s failed", label, exc_info=True)
+        reason = _reason(error, strategy, models, example, dtype)
+        return replace(row, status="failed", error=reason)
+
+
+def _start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype) -> Started:
+    """Build a strategy and call it twice. Its peak memory counts its models and all it adds."""
+    device = example.device
+    memory.release()
+    before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        synchronize(device)
+        begin = time.perf_counter()
+        own_models = models if dtype == torch.float32 else stacking.cast(models, dtype)
+        own_example = example.to(dtype)
+        forward = strategies.build(name, own_models, own_example)
+        synchronize(device)
+        built = time.perf_counter()
+        logits = forward(own_example)
+        synchronize(device)
+        called = time.perf_counter()
+    forward(own_example)
+    synchronize(device)
+    peak = memory.peak_bytes(device) if peak_known else None
+    shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
+    return Started(
+        forward=forward,
+        example=own_example,
+        logits=logits,
+        build_s=built - begin,
+        first_call_s=called - built,
+        peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
+        notes=_notes(caught),
+    )
+
+
+def _time(
+    row: Result,
+    started: Started,
+    reference: Started,
+    config: Config,
+    progress: Callable[[float], None],
+) -> Result:
+    """Time the strategy in pairs with the reference; the reference row by itself."""
+    functions = [lambda: reference.forward(reference.example)]
+    if not row.is_reference:
+        functions.append(lambda: started.forward(started.example))
+    rounds, begin = [], time.perf_counter()
+    for samples in interleaved(
+        functions,
+        warmup=config.warmup,
+        min_rounds=config.min_pairs,
+        min_seconds=config.min_seconds,
+        synchronize=lambda: synchronize(reference.example.device),
+    ):
+        rounds.append(samples)
+        waited = (time.perf_counter() - begin) / config.min_seconds if config.min_seconds else 1.0
+        progress(min(1.0, waited, len(rounds) / config.min_pairs))
+    own = [samples[-1] for samples in rounds]
+    paired = [] if row.is_reference else [samples[0] for samples in rounds]
+    return replace(
+        row,
+        times_s=tuple(sample.seconds for sample in own),
+        reference_times_s=tuple(sample.seconds for sample in paired),
+        page_faults_per_call=_faults(own),
+        reference_page_faults_per_call=_faults(paired),
+    )
+
+
+def _inputs(views: Tensor, config: Config, num_models: int) -> Tensor:
+    if config.inputs == "shared":
+        return views[: config.batch_size]
+    own = views[: num_models * config.batch_size]
+    return own.reshape(num_models, config.batch_size, *views.shape[1:])
+
+
+def _empty_row(config: Config, name: str, num_models: int) -> Result:
+    return Result(
+        strategy=name,
+        num_models=num_models,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        dtype="float32" if name == SELF_CHECK else config.dtype,
+        inputs=config.inputs,
+    )
+
+
+def _faults(samples: Sequence[Any]) -> float | None:
+    return median([sample.page_faults for sample in samples if sample.page_faults is not None])
+
+
+def _notes(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    """What is worth saying of the warnings: each operation that vmap had no batching rule for."""
+    texts = dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)
+    return tuple(text for text in texts if "batching rule" in text)
+
+
+def _reason(
+    error: Exception,
+    name: str,
+    models: Sequence[nn.Module],
+    example: Tensor,
+    dtype: torch.dtype,
+) -> str:
+    """One line that says why a row failed; for a lack of memory, with how many models would fit."""
+    if not _is_out_of_memory(error):
+        return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    error.__traceback__ = None  # it holds the frames that hold the memory
+    fits = _fitting(name, models, example, dtype)
+    advice = f"{fits} would fit" if fits else "not even 1 would fit"
+    return f"out of memory with {len(models)} models; {advice} (tried by halving)"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)  # a plain RuntimeError on the CPU
+
+
+def _fitting(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype) -> int:
+    count = len(models) // 2
+    while count:
+        _tidy()
+        try:
+            _start(name, models[:count], example[:count] if example.dim() == 5 else example, dtype)
+            return count
+        except Exception:
+            count //= 2
+    return 0
+
+
+def _tidy() -> None:
+    """Forget what the last row compiled, and give its memory back."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    memory.release()

@@ -1,0 +1,106 @@
+"""Image file -> normalised float tensor, as torchvision's ImageClassification preset does it."""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision import transforms
+from torchvision.models import ResNet18_Weights
+
+from ensemble.errors import InputError
+
+_MAX_RESIZED_PIXELS = (
+    100_000_000  # a sliver of an image becomes huge when its short side is resized
+)
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The image at `path` in RGB, upright (its EXIF orientation obeyed), fully decoded.
+
+    Raises:
+        InputError: not there, not an image, truncated, or a decompression bomb.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: expected an image file, found nothing there")
+    if not path.is_file():
+        raise InputError(f"{path}: expected an image file, found a directory or a device")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: expected an image file, found an empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        most = Image.MAX_IMAGE_PIXELS
+        message = f"{path}: expected at most {most} pixels, found a decompression bomb ({error})"
+        raise InputError(message) from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path}: expected an image file, found another kind of file") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        message = f"{path}: expected a whole image file, found a damaged one ({error})"
+        raise InputError(message) from error
+
+
+def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
+    """An RGB image as the `(3, image_size, image_size)` float32 tensor that the models expect.
+
+    Shorter side to round(image_size * 256 / 224), centre crop, ImageNet mean and deviation.
+
+    Raises:
+        InputError: the image is so narrow that its resized form would not fit in memory.
+    """
+    shorter = round(image_size * 256 / 224)
+    longer = max(image.size) * shorter / min(image.size)
+    if shorter * longer > max(_MAX_RESIZED_PIXELS, 2 * shorter * shorter):
+        raise InputError(
+            f"--image_path: expected an image that can be resized to {shorter} pixels on its"
+            f" shorter side, found {image.size[0]} x {image.size[1]} pixels"
+        )
+    # The partial of the enum is torchvision's public name for its ImageClassification preset.
+    preset = ResNet18_Weights.IMAGENET1K_V1.transforms(crop_size=image_size, resize_size=shorter)
+    return preset(image)
+
+
+def views(image: Image.Image, count: int, *, image_size: int, seed: int) -> Tensor:
+    """`(count, 3, image_size, image_size)`: the plain image, then differently augmented views.
+
+    View k depends on `seed` and k alone, so a larger batch begins with the smaller one.
+    """
+    plain = preprocess(image, image_size=image_size)
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(max(image.size), scale=(0.3, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
+        ]
+    )
+    batch = torch.empty((count, *plain.shape))
+    batch[0] = plain
+    for index in range(1, count):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + index)
+            batch[index] = preprocess(augment(image), image_size=image_size)
+    return batch
+
+
+def labels(num_classes: int) -> list[str] | None:
+    """ImageNet's class names where there are as many classes, else None."""
+    names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    return names if len(names) == num_classes else None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; RGB conversion would clip it to its lowest byte
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating, without a range that is known")
+    if image.mode == "P":  # a transparent colour converts by way of RGBA only
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -1,0 +1,235 @@
+"""What a run leaves behind: frozen records, their statistics, the result file. Imports no torch."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 1
+REFERENCE = "loop"  # in float32
+CONFIDENCE = 0.99
+RESAMPLES = 10_000
+# Of a 99 % interval for a median from n values, no interval is known below n = 8: not even the
+# whole range of 7 values holds the median that often (1 - 2 / 2**7 < 0.99 < 1 - 2 / 2**8).
+MIN_PAIRS_FOR_INTERVAL = 8
+# Thresholds on the inter-quartile range over the median, as in torch.utils.benchmark.
+NOISY, TOO_NOISY = 0.10, 0.25
+
+
+@dataclass(frozen=True)
+class Config:
+    """What was asked for: the command line, with defaults filled in."""
+
+    num_models: tuple[int, ...]
+    model_path: tuple[str, ...] | None
+    arch: str
+    image_path: str
+    image_size: int
+    batch_size: int
+    inputs: str
+    device: str
+    dtype: str
+    strategies: tuple[str, ...]
+    warmup: int
+    min_seconds: float
+    min_pairs: int
+    threads: int | None
+    allocator: str
+    self_check: bool
+    seed: int
+    export_json: str | None
+    verbose: bool
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what the numbers were taken. Unknown is None."""
+
+    date: str
+    argv: tuple[str, ...]
+    git_commit: str | None
+    platform: str
+    python: str
+    torch: str
+    torchvision: str
+    device: str
+    device_name: str | None
+    cpu_capability: str
+    cores: int | None
+    threads: int
+    tf32: bool
+    cudnn_benchmark: bool
+    allocator: str
+    page_fault_s: float | None
+    weights: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: one strategy for one N. Raw times are stored, statistics derived from them.
+
+    `status` is `ok`, `failed` (it broke, or its outputs disagree) or `unavailable` (it cannot run
+    on this machine); `error` says why where it is not `ok`. The reference row has no pairs.
+    """
+
+    strategy: str
+    num_models: int
+    batch_size: int
+    image_size: int
+    dtype: str
+    inputs: str
+    status: str = "ok"
+    error: str | None = None
+    build_s: float | None = None
+    first_call_s: float | None = None
+    times_s: tuple[float, ...] = ()
+    reference_times_s: tuple[float, ...] = ()
+    max_rel_error: float | None = None
+    top1: list[list[int]] | None = None
+    top1_agreement: float | None = None
+    peak_memory_bytes: int | None = None
+    page_faults_per_call: float | None = None
+    reference_page_faults_per_call: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_reference(self) -> bool:
+        return self.strategy == REFERENCE and self.dtype == "float32"
+
+    @cached_property
+    def median_s(self) -> float | None:
+        return median(self.times_s)
+
+    @cached_property
+    def reference_median_s(self) -> float | None:
+        return median(self.reference_times_s)
+
+    @cached_property
+    def iqr_s(self) -> float | None:
+        return iqr(self.times_s)
+
+    @cached_property
+    def speedup(self) -> float | None:
+        """Reference time / strategy time, median over interleaved pairs; 1 for the reference."""
+        if self.is_reference and self.times_s:
+            return 1.0
+        return median(self._ratios) if self.status == "ok" else None
+
+    @cached_property
+    def speedup_interval(self) -> tuple[float, float] | None:
+        return bootstrap_interval(self._ratios) if self.status == "ok" else None
+
+    @cached_property
+    def noise(self) -> float | None:
+        """The larger inter-quartile range / median of the strategy's and the reference's times."""
+        spreads = [
+            spread / middle
+            for times in (self.times_s, self.reference_times_s)
+            if (spread := iqr(times)) is not None and (middle := median(times))
+        ]
+        return max(spreads, default=None)
+
+    @property
+    def _ratios(self) -> tuple[float, ...]:
+        pairs = zip(self.reference_times_s, self.times_s, strict=False)
+        return tuple(reference / own for reference, own in pairs)
+
+
+def median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if len(values) else None
+
+
+def iqr(values: Sequence[float]) -> float | None:
+    """Inter-quartile range, linear interpolation; unknown for fewer than two values."""
+    if len(values) < 2:
+        return None
+    low, high = np.percentile(values, (25, 75))
+    return float(high - low)
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The `CONFIDENCE` percentile bootstrap interval of the median; None below 8 values.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Values are
+    resampled with a fixed seed, so that one result file always gives one interval.
+    """
+    if len(values) < MIN_PAIRS_FOR_INTERVAL:
+        return None
+    generator = np.random.default_rng(0)
+    picks = generator.integers(len(values), size=(RESAMPLES, len(values)))
+    medians = np.median(np.asarray(values)[picks], axis=1)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(medians, (tail, 100 - tail))
+    return float(low), float(high)
+
+
+def to_document(environment: Environment, config: Config, results: Sequence[Result]) -> dict:
+    """The result file as plain data: raw records, with the derived statistics beside them."""
+    return {
+        "schema": SCHEMA,
+        "environment": asdict(environment),
+        "config": asdict(config),
+        "results": [
+            asdict(result)
+            | {
+                "median_s": result.median_s,
+                "iqr_s": result.iqr_s,
+                "speedup": result.speedup,
+                "speedup_interval": result.speedup_interval,
+            }
+            for result in results
+        ],
+    }
+
+
+def from_document(document: dict[str, Any]) -> list[Result]:
+    """The results of a document of `to_document`; statistics are derived again, not read.
+
+    Raises:
+        ValueError: another schema.
+    """
+    if document.get("schema") != SCHEMA:
+        raise ValueError(
+            f"expected a result file of schema {SCHEMA}, found {document.get('schema')}"
+        )
+    return [_from_row(row) for row in document["results"]]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by a file with `text`: at any moment the old or the new one is there whole."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_json(
+    path: Path, environment: Environment, config: Config, results: Sequence[Result]
+) -> None:
+    document = to_document(environment, config, results)
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
+def _from_row(row: dict[str, Any]) -> Result:
+    fields_of = {field.name for field in fields(Result)}
+    values = {name: value for name, value in row.items() if name in fields_of}
+    for name in ("times_s", "reference_times_s", "notes"):
+        values[name] = tuple(values[name])
+    return Result(**values)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,82 @@
+"""The registry: strategy name -> builder. Imports no torch, so that `--help` can list it.
+
+A builder is a plain function `(models, example) -> forward`. `example` is `(B, 3, H, W)` for shared
+inputs or `(N, B, 3, H, W)` for per-model inputs, on the models' device and in their dtype, and
+`forward(x)` gives logits `(N, B, classes)` for any x like the example. A builder that cannot work
+here raises `ensemble.errors.UnavailableError` with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    Forward = Callable[[Tensor], Tensor]
+    Builder = Callable[[Sequence[nn.Module], Tensor], Forward]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Where a builder lives, and what it does in a few words."""
+
+    module: str
+    function: str
+    summary: str
+
+    def builder(self) -> Builder:
+        return getattr(import_module(f"{__name__}.{self.module}"), self.function)
+
+
+STRATEGIES = {
+    "loop": Strategy("eager", "loop", "one eager forward a model, stacked: the reference"),
+    "vmap": Strategy("eager", "vmap", "one eager vmapped forward over the stacked state"),
+}
+
+
+def build(name: str, models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """Build a strategy. Building and calling both run under `torch.inference_mode`.
+
+    Args:
+        name: a key of `STRATEGIES`.
+        models: N eval-mode models of one class, on one device, in one dtype.
+        example: `(B, 3, H, W)`, seen by all models, or `(N, B, 3, H, W)`, one batch for each.
+
+    Returns:
+        forward: x like `example` -> logits `(N, B, classes)`.
+
+    Raises:
+        ValueError: an unknown name, or an example that does not fit the models.
+        UnavailableError: the strategy cannot run here.
+    """
+    import torch
+
+    if name not in STRATEGIES:
+        raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
+    _check_example(models, example)
+    with torch.inference_mode():
+        forward = STRATEGIES[name].builder()(models, example)
+    return torch.inference_mode()(forward)
+
+
+def _check_example(models: Sequence[nn.Module], example: Tensor) -> None:
+    if not models:
+        raise ValueError("expected at least one model, found none")
+    per_model = example.dim() == 5 and example.shape[0] == len(models)
+    if example.dim() != 4 and not per_model:
+        expected = f"(B, 3, H, W) or ({len(models)}, B, 3, H, W)"
+        raise ValueError(f"expected an example of shape {expected}, found {tuple(example.shape)}")
+    weight = next(models[0].parameters())
+    if (weight.device, weight.dtype) != (example.device, example.dtype):
+        expected, found = (
+            f"{weight.dtype} on {weight.device}",
+            f"{example.dtype} on {example.device}",
+        )
+        raise ValueError(f"expected an example in {expected} like the models, found {found}")
+    if any(module.training for model in models for module in model.modules()):
+        raise ValueError("expected models in eval mode, found train mode; call model.eval()")

@@ -1,0 +1,64 @@
+"""What people have: a Python loop over the models, and vmap over their stacked state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import functorch
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from ensemble import stacking
+
+if TYPE_CHECKING:
+    from ensemble.strategies import Forward
+
+
+def loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """One forward a model, one after another. Naive on purpose: this is the reference."""
+    if example.dim() == 5:
+        return lambda x: torch.stack([model(own) for model, own in zip(models, x, strict=True)])
+    return lambda x: torch.stack([model(x) for model in models])
+
+
+def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """One forward of the stateless model, mapped over the stacked parameters and buffers."""
+    state = stacking.stacked_state(models)
+    stateless, parameter_names, buffer_names = stateless_model(models)
+    parameters = tuple(state[name] for name in parameter_names)
+    buffers = tuple(state[name] for name in buffer_names)
+    in_dims = (0, 0, 0 if example.dim() == 5 else None)
+    mapped = torch.vmap(stateless, in_dims=in_dims)
+    return lambda x: mapped(parameters, buffers, x)
+
+
+def stateless_model(
+    models: Sequence[nn.Module],
+) -> tuple[Callable[..., Tensor], tuple[str, ...], tuple[str, ...]]:
+    """functorch's stateless form `f(parameters, buffers, x)`, and the names that it goes by.
+
+    `combine_state_for_ensemble` copies what it stacks, so it gets skeletons on the meta device: it
+    checks the models and gives the function for no memory, and `stacked_state` gives the state.
+    Where a future torch has dropped it, `torch.func` gives the same.
+    """
+    skeletons = [stacking.skeleton(model) for model in models]
+    if hasattr(functorch, "combine_state_for_ensemble"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=".*combine_state_for_ensemble", category=FutureWarning
+            )
+            stateless, _, _ = functorch.combine_state_for_ensemble(skeletons)
+        return stateless, tuple(stateless.param_names), tuple(stateless.buffer_names)
+    stacked_parameters, stacked_buffers = stack_module_state(skeletons)
+    names, buffer_names = tuple(stacked_parameters), tuple(stacked_buffers)
+
+    def call(parameters: tuple[Tensor, ...], buffers: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        state = dict(zip(names, parameters, strict=True))
+        return functional_call(
+            skeletons[0], (state, dict(zip(buffer_names, buffers, strict=True))), x
+        )
+
+    return call, names, buffer_names

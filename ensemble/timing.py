@@ -1,0 +1,83 @@
+"""Time functions against each other in interleaved rounds. Knows nothing of models."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ensemble import memory
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed call: its seconds, and the page faults that it took (None where not counted)."""
+
+    seconds: float
+    page_faults: int | None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work queued on `device`; the CPU queues none. An unknown device raises."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def time_call(
+    function: Callable[[], object],
+    *,
+    synchronize: Callable[[], None],
+    clock: Clock = time.perf_counter,
+    page_faults: Callable[[], int | None] = memory.page_faults,
+) -> Sample:
+    """Time one call, from an idle device to an idle device.
+
+    Left out: the wait for work queued before, counting page faults, and freeing the result.
+    """
+    synchronize()
+    faults_before = page_faults()
+    start = clock()
+    result = function()
+    synchronize()
+    seconds = clock() - start
+    faults = page_faults()
+    del result
+    if faults is None or faults_before is None:
+        return Sample(seconds, None)
+    return Sample(seconds, faults - faults_before)
+
+
+def interleaved(
+    functions: Sequence[Callable[[], object]],
+    *,
+    warmup: int,
+    min_rounds: int,
+    min_seconds: float,
+    synchronize: Callable[[], None],
+    clock: Clock = time.perf_counter,
+    page_faults: Callable[[], int | None] = memory.page_faults,
+) -> Iterator[tuple[Sample, ...]]:
+    """Yield rounds; in each, every function is timed once, in the order of `functions`.
+
+    The calls themselves run forwards in one round and backwards in the next (A B, B A, ...), so
+    that a drift of the machine's speed, and whatever being second costs, fall on all alike. Every
+    function first runs `warmup` times, untimed. Ends after at least `min_rounds` rounds and
+    `min_seconds` seconds.
+    """
+    for function in functions:
+        for _ in range(warmup):
+            function()
+    begin, rounds = clock(), 0
+    order = list(range(len(functions)))
+    while rounds < min_rounds or clock() - begin < min_seconds:
+        samples = {
+            index: time_call(
+                functions[index], synchronize=synchronize, clock=clock, page_faults=page_faults
+            )
+            for index in order
+        }
+        yield tuple(samples[index] for index in range(len(functions)))
+        order.reverse()
+        rounds += 1

@@ -1,0 +1,249 @@
+"""Checkpoint files -> eval-mode models, straight into one stack. Every error names its file."""
+
+import difflib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ensemble import memory, stacking
+from ensemble.errors import InputError
+
+_WRAPPERS = ("state_dict", "model")
+_REPLICA_PREFIX = "module."  # what nn.DataParallel and DistributedDataParallel put before each name
+
+State = dict[str, Tensor]
+
+
+def architectures() -> list[str]:
+    """The names of torchvision's classification architectures."""
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def load_models(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    arch: str,
+    device: str | torch.device,
+    num_models: int | None = None,
+) -> list[nn.Module]:
+    """Eval-mode float32 models from checkpoint files, all slices of one stack on `device`.
+
+    One file gives `num_models` independent copies (one where it is not given), K files give K
+    models. The number of classes is taken from the last layer.
+
+    Raises:
+        InputError: a file that is not a usable checkpoint of `arch`, or K files for another N.
+    """
+    if num_models is not None and len(paths) not in (1, num_models):
+        found = f"{len(paths)} files for {num_models} models"
+        raise InputError(f"--model_path: expected one file, or one for each model, found {found}")
+    count = num_models or len(paths)
+    models: list[nn.Module] = []
+    for index, path in enumerate(paths):
+        state = read_checkpoint(path)
+        if index == 0:
+            template = build_skeleton(arch, num_classes(state, arch=arch, source=str(path)))
+            models = _allocate(template, count, torch.device(device))
+        others = str(paths[0]) if index else None
+        check_state(state, template, arch=arch, source=str(path), first_source=others)
+        for model in models if len(paths) == 1 else [models[index]]:
+            _fill(model, state)
+    return models
+
+
+def models_from_state(
+    state: State, *, arch: str, source: str, num_models: int, device: torch.device
+) -> list[nn.Module]:
+    """N independent models that each hold a copy of `state`, which came from `source`."""
+    template = build_skeleton(arch, num_classes(state, arch=arch, source=source))
+    check_state(state, template, arch=arch, source=source, first_source=None)
+    models = _allocate(template, num_models, device)
+    for model in models:
+        _fill(model, state)
+    return models
+
+
+def random_models(
+    num_models: int, *, arch: str, device: torch.device, seed: int
+) -> list[nn.Module]:
+    """N models with torchvision's own initialisation, model n drawn with seed `seed + n`."""
+    models = _allocate(build_skeleton(arch, None), num_models, device)
+    for index, model in enumerate(models):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + index)
+            drawn = _construct(arch, None)
+        _fill(model, stacking.named_tensors(drawn))
+    return models
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> State:
+    """The plain state dict in a `.pth`, `.pt` or `.safetensors` file, unwrapped, on the CPU.
+
+    Nothing that a pickle asks for is executed (`weights_only=True`).
+
+    Raises:
+        InputError: not there, not readable, not a checkpoint, not finite.
+    """
+    path = Path(path)
+    _check_file(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = _unwrap(content, path)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise InputError(f"{path}: expected finite weights, found NaN or infinity in {name}")
+    return state
+
+
+def check_arch(arch: str) -> None:
+    """Raise InputError unless torchvision has a classification architecture of that name."""
+    known = architectures()
+    if arch not in known:
+        close = difflib.get_close_matches(arch, known, n=3) or ["resnet18", "resnet50"]
+        raise InputError(
+            f"--arch: expected one of torchvision's {len(known)} classification architectures"
+            f" ({', '.join(close)}, ...), found {arch!r}"
+        )
+
+
+def build_skeleton(arch: str, classes: int | None) -> nn.Module:
+    """`arch` in eval mode on the meta device: names and shapes, no memory.
+
+    Raises:
+        InputError: no such architecture in torchvision.
+    """
+    check_arch(arch)
+    with torch.device("meta"):
+        return _construct(arch, classes)
+
+
+def num_classes(state: Mapping[str, Tensor], *, arch: str, source: str) -> int:
+    """The number of classes of a checkpoint: the first dimension of the last layer's tensor."""
+    last = [*dict(build_skeleton(arch, None).named_parameters())][-1]
+    if last not in state or state[last].dim() == 0:
+        found = f"{len(state)} tensors, the first {next(iter(state), 'none')}"
+        raise InputError(f"{source}: expected a {arch} with {last}, found {found}")
+    return state[last].shape[0]
+
+
+def check_state(
+    state: State, template: nn.Module, *, arch: str, source: str, first_source: str | None
+) -> None:
+    """Raise InputError unless `state` has the names, shapes and kinds of dtype of `template`."""
+    expected = stacking.named_tensors(template)
+    like = f" like {first_source}" if first_source else ""
+    missing = [
+        name
+        for name in expected
+        if name not in state and not name.endswith(".num_batches_tracked")  # absent before 0.4.1
+    ]
+    unexpected = [name for name in state if name not in expected]
+    for kind, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{source}: expected a {arch}{like}, found {names[0]}{more} {kind}")
+    for name, tensor in state.items():
+        want, have = tuple(expected[name].shape), tuple(tensor.shape)
+        if want != have:
+            raise InputError(f"{source}: expected {name} of shape {want}{like}, found {have}")
+        if expected[name].is_floating_point() != tensor.is_floating_point():
+            raise InputError(f"{source}: expected {name} to be floating, found {tensor.dtype}")
+
+
+def _construct(arch: str, classes: int | None) -> nn.Module:
+    options = {} if classes is None else {"num_classes": classes}
+    with warnings.catch_warnings():
+        # GoogLeNet and Inception announce a change of their default initialisation.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torchvision")
+        model = torchvision.models.get_model(arch, weights=None, **options)
+    return model.eval().requires_grad_(False)
+
+
+def _allocate(template: nn.Module, num_models: int, device: torch.device) -> list[nn.Module]:
+    each, free = stacking.weight_bytes(template), memory.available_bytes(device)
+    if free is not None and each * num_models > free:
+        raise InputError(
+            f"--num_models: {num_models} models need {each * num_models / 1e9:.1f} GB for their"
+            f" weights, {free / 1e9:.1f} GB are free on {device}: at most {free // each} models fit"
+        )
+    return stacking.allocate(template, num_models, device=device)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in stacking.named_tensors(model).items():
+        if name in state:
+            tensor.copy_(state[name])
+        else:
+            tensor.zero_()
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"{path}: expected a checkpoint file, found nothing there")
+    if not path.is_file():
+        raise InputError(f"{path}: expected a checkpoint file, found a directory or a device")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not head:
+        raise InputError(f"{path}: expected a checkpoint file, found an empty file")
+    if head.startswith(b"<"):
+        raise InputError(
+            f"{path}: expected a checkpoint file, found an HTML page (a bad download?)"
+        )
+
+
+def _read_safetensors(path: Path) -> object:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: expected a safetensors file: {first_line(error)}") from error
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of archives that are refused a line further on
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        if "Unsupported" in str(error) or "Unsafe" in str(error) or "GLOBAL" in str(error):
+            found = "a pickle that asks for code to run (a whole module, or an attack)"
+        else:
+            found = "another format, or a damaged file"
+        raise InputError(f"{path}: expected a state dict of tensors, found {found}") from error
+    except Exception as error:  # torch.load raises what its many readers do
+        raise InputError(
+            f"{path}: expected a checkpoint, found a truncated or damaged file"
+            f" ({first_line(error)})"
+        ) from error
+
+
+def _unwrap(content: object, path: Path) -> State:
+    for key in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a state dict, found a {type(content).__name__}")
+    if not content:
+        raise InputError(f"{path}: expected a state dict, found an empty one")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            found = f"a {type(value).__name__} under {name!r}"
+            raise InputError(f"{path}: expected a state dict of tensors, found {found}")
+    if all(name.startswith(_REPLICA_PREFIX) for name in content):
+        content = {name.removeprefix(_REPLICA_PREFIX): value for name, value in content.items()}
+    return content
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
