@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -276,7 +277,7 @@ def make_parser() -> Parser:
         default="system",
         help="retain when page faults explain a loss on the CPU: freed memory is kept (glibc)",
     )
-    add("--seed", type=int, default=0, metavar="S", help="for random weights and augmented views")
+    add("--seed", type=seed, default=0, metavar="S", help="for random weights and augmented views")
     add = parser.add_argument_group("how to measure").add_argument
     add(
         "--warmup",
@@ -316,25 +317,32 @@ def make_parser() -> Parser:
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    return _at_least(1, int, text, "a whole number of at least 1")
+    return _within(1, inf, int, text, "a whole number of at least 1")
 
 
 def not_negative(text: str) -> int:
     """A whole number of at least 0."""
-    return _at_least(0, int, text, "a whole number of at least 0")
+    return _within(0, inf, int, text, "a whole number of at least 0")
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take, with room for one a model and a view."""
+    return _within(0, 2**62, int, text, "a whole number from 0 to 2**62")
 
 
 def seconds(text: str) -> float:
     """A finite number of seconds of at least 0."""
-    return _at_least(0, float, text, "a number of seconds of at least 0")
+    return _within(0, inf, float, text, "a number of seconds of at least 0")
 
 
-def _at_least(least: int, kind: Callable[[str], Number], text: str, expected: str) -> Number:
+def _within(
+    least: float, beyond: float, kind: Callable[[str], Number], text: str, expected: str
+) -> Number:
     try:
         value = kind(text)
     except ValueError:
         value = None
-    if value is None or not least <= value < float("inf"):
+    if value is None or not least <= value < beyond:
         raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
     return value
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import time
@@ -64,6 +63,7 @@ def run(
         chosen = models[:num_models]
         example = _inputs(views, config, num_models)
         rows = [_empty_row(config, name, num_models) for name in row_names(config)]
+        _tidy()
         try:
             progress(f"{REFERENCE}, {num_models} models", "reference", 0.0)
             reference = _start(REFERENCE, chosen, example, torch.float32)
@@ -76,7 +76,6 @@ def run(
             continue
         for row in rows:
             yield _measure(row, reference, chosen, example, config, progress)
-            _tidy()
 
 
 def _measure(
@@ -87,6 +86,7 @@ def _measure(
     config: Config,
     progress: Progress,
 ) -> Result:
+    _tidy()
     label = f"{row.strategy}, {row.num_models} models"
     dtype = getattr(torch, row.dtype)
     strategy = REFERENCE if row.strategy == SELF_CHECK else row.strategy
@@ -118,7 +118,6 @@ def _measure(
 def _start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype) -> Started:
     """Build a strategy and call it twice. Its peak memory counts its models and all it adds."""
     device = example.device
-    memory.release()
     before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -132,8 +131,8 @@ def _start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch
         logits = forward(own_example)
         synchronize(device)
         called = time.perf_counter()
-    forward(own_example)
-    synchronize(device)
+        forward(own_example)
+        synchronize(device)
     peak = memory.peak_bytes(device) if peak_known else None
     shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
     return Started(
@@ -245,5 +244,4 @@ def _tidy() -> None:
     """Forget what the last row compiled, and give its memory back."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-    gc.collect()
     memory.release()

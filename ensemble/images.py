@@ -10,11 +10,11 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.models import ResNet18_Weights
 
+from ensemble import files, memory
 from ensemble.errors import InputError
 
-_MAX_RESIZED_PIXELS = (
-    100_000_000  # a sliver of an image becomes huge when its short side is resized
-)
+# A sliver of an image becomes huge when its short side is resized.
+_MAX_RESIZED_PIXELS = 100_000_000
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -24,12 +24,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         InputError: not there, not an image, truncated, or a decompression bomb.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: expected an image file, found nothing there")
-    if not path.is_file():
-        raise InputError(f"{path}: expected an image file, found a directory or a device")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: expected an image file, found an empty file")
+    files.first_bytes(path, kind="an image file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -43,7 +38,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise InputError(message) from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: expected an image file, found another kind of file") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
         message = f"{path}: expected a whole image file, found a damaged one ({error})"
         raise InputError(message) from error
 
@@ -56,7 +51,7 @@ def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
     Raises:
         InputError: the image is so narrow that its resized form would not fit in memory.
     """
-    shorter = round(image_size * 256 / 224)
+    shorter = _shorter_side(image_size)
     longer = max(image.size) * shorter / min(image.size)
     if shorter * longer > max(_MAX_RESIZED_PIXELS, 2 * shorter * shorter):
         raise InputError(
@@ -72,11 +67,20 @@ def views(image: Image.Image, count: int, *, image_size: int, seed: int) -> Tens
     """`(count, 3, image_size, image_size)`: the plain image, then differently augmented views.
 
     View k depends on `seed` and k alone, so a larger batch begins with the smaller one.
+
+    Raises:
+        InputError: more views than memory holds.
     """
     plain = preprocess(image, image_size=image_size)
+    needed, free = count * plain.nbytes, memory.available_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise InputError(
+            f"--batch_size: {count} images of {image_size} px need {needed / 1e9:.1f} GB,"
+            f" {free / 1e9:.1f} GB are free: at most {free // plain.nbytes} fit"
+        )
     augment = transforms.Compose(
         [
-            transforms.RandomResizedCrop(max(image.size), scale=(0.3, 1.0)),
+            transforms.RandomResizedCrop(_shorter_side(image_size), scale=(0.3, 1.0)),
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
         ]
@@ -85,7 +89,7 @@ def views(image: Image.Image, count: int, *, image_size: int, seed: int) -> Tens
     batch[0] = plain
     for index in range(1, count):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + index)
+            torch.default_generator.manual_seed(seed + index)  # torch.manual_seed: all devices
             batch[index] = preprocess(augment(image), image_size=image_size)
     return batch
 
@@ -96,11 +100,13 @@ def labels(num_classes: int) -> list[str] | None:
     return names if len(names) == num_classes else None
 
 
+def _shorter_side(image_size: int) -> int:
+    return round(image_size * 256 / 224)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; RGB conversion would clip it to its lowest byte
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.mode == "F":
         raise ValueError("its pixels are floating, without a range that is known")
-    if image.mode == "P":  # a transparent colour converts by way of RGBA only
-        image = image.convert("RGBA")
     return image.convert("RGB")

@@ -1,10 +1,11 @@
 """torchvision's published ImageNet weights: their address, their file name, their download."""
 
 import contextlib
+import re
 import socket
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
 from urllib.error import URLError
 from urllib.parse import urlparse
 
@@ -15,6 +16,7 @@ from ensemble.errors import InputError
 from ensemble.weights import State, first_line, read_checkpoint
 
 DOWNLOAD_TIMEOUT_S = 10.0
+_HASH = re.compile(r"-([0-9a-f]{8,})\.")  # in file names, the beginning of the content's SHA-256
 
 
 def published_url(arch: str) -> str:
@@ -37,19 +39,23 @@ def download(arch: str) -> State:
     """
     url = published_url(arch)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / published_name(arch)
+    if not cached.exists():
+        _fetch(url, cached)
+    return read_checkpoint(cached)
+
+
+def _fetch(url: str, target: Path) -> None:
+    digits = _HASH.search(target.name)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with _socket_timeout(DOWNLOAD_TIMEOUT_S):
-            torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", progress=True, check_hash=True, weights_only=True
-            )
-    except (URLError, TimeoutError, ConnectionError) as error:
+            torch.hub.download_url_to_file(url, str(target), digits[1] if digits else None)
+    except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
         raise URLError(getattr(error, "reason", None) or str(error)) from error
     except OSError as error:
-        raise InputError(f"{cached}: cannot be written: {error.strerror or error}") from error
-    except (RuntimeError, UnpicklingError, EOFError) as error:
-        if not cached.exists():
-            raise InputError(f"{url}: {first_line(error)}") from error
-    return read_checkpoint(cached)
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    except RuntimeError as error:  # another hash
+        raise InputError(f"{url}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -114,8 +114,6 @@ def _signature(tensor: Tensor) -> str:
 def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     """The stack that `tensors` are consecutive slices of, or None where they are not."""
     first, step = tensors[0], tensors[0].numel()
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        return None
     try:
         stacked = first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
         together = all(own.is_set_to(part) for own, part in zip(tensors, stacked, strict=True))

@@ -2,7 +2,9 @@
 
 import difflib
 import os
+import re
 import warnings
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,11 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ensemble import memory, stacking
+from ensemble import files, memory, stacking
 from ensemble.errors import InputError
 
 _WRAPPERS = ("state_dict", "model")
 _REPLICA_PREFIX = "module."  # what nn.DataParallel and DistributedDataParallel put before each name
+_COUNTER = ".num_batches_tracked"  # absent before torch 0.4.1, of no use to a forward
+_OLD_NAMES = (  # torchvision's published files keep the names of their day
+    (re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),  # DenseNet
+    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),  # VisionTransformer
+    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
+)
+_REFUSED = re.compile(r"nsupported (?:global: )?GLOBAL ([\w.]+) w")  # torch.load's words
 
 State = dict[str, Tensor]
 
@@ -42,10 +51,10 @@ def load_models(
     Raises:
         InputError: a file that is not a usable checkpoint of `arch`, or K files for another N.
     """
-    if num_models is not None and len(paths) not in (1, num_models):
-        found = f"{len(paths)} files for {num_models} models"
-        raise InputError(f"--model_path: expected one file, or one for each model, found {found}")
     count = num_models or len(paths)
+    if not paths or len(paths) not in (1, count):
+        found = f"{len(paths)} files for {count} models"
+        raise InputError(f"--model_path: expected one file, or one for each model, found {found}")
     models: list[nn.Module] = []
     for index, path in enumerate(paths):
         state = read_checkpoint(path)
@@ -78,7 +87,7 @@ def random_models(
     models = _allocate(build_skeleton(arch, None), num_models, device)
     for index, model in enumerate(models):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + index)
+            torch.default_generator.manual_seed(seed + index)  # torch.manual_seed: all devices
             drawn = _construct(arch, None)
         _fill(model, stacking.named_tensors(drawn))
     return models
@@ -93,7 +102,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> State:
         InputError: not there, not readable, not a checkpoint, not finite.
     """
     path = Path(path)
-    _check_file(path)
+    if files.first_bytes(path, kind="a checkpoint file").lstrip().startswith(b"<"):
+        found = "an HTML page (a bad download?)"
+        raise InputError(f"{path}: expected a checkpoint file, found {found}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     state = _unwrap(content, path)
     for name, tensor in state.items():
@@ -120,14 +131,18 @@ def build_skeleton(arch: str, classes: int | None) -> nn.Module:
         InputError: no such architecture in torchvision.
     """
     check_arch(arch)
-    with torch.device("meta"):
-        return _construct(arch, classes)
+    try:
+        with torch.device("meta"):
+            return _construct(arch, classes)
+    except NotImplementedError:  # RegNet computes its widths from the values of tensors
+        with torch.random.fork_rng(devices=[]):
+            return stacking.skeleton(_construct(arch, classes))
 
 
 def num_classes(state: Mapping[str, Tensor], *, arch: str, source: str) -> int:
     """The number of classes of a checkpoint: the first dimension of the last layer's tensor."""
     last = [*dict(build_skeleton(arch, None).named_parameters())][-1]
-    if last not in state or state[last].dim() == 0:
+    if last not in state or state[last].dim() == 0 or not len(state[last]):
         found = f"{len(state)} tensors, the first {next(iter(state), 'none')}"
         raise InputError(f"{source}: expected a {arch} with {last}, found {found}")
     return state[last].shape[0]
@@ -139,11 +154,7 @@ def check_state(
     """Raise InputError unless `state` has the names, shapes and kinds of dtype of `template`."""
     expected = stacking.named_tensors(template)
     like = f" like {first_source}" if first_source else ""
-    missing = [
-        name
-        for name in expected
-        if name not in state and not name.endswith(".num_batches_tracked")  # absent before 0.4.1
-    ]
+    missing = [name for name in expected if name not in state and not name.endswith(_COUNTER)]
     unexpected = [name for name in state if name not in expected]
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
@@ -153,8 +164,10 @@ def check_state(
         want, have = tuple(expected[name].shape), tuple(tensor.shape)
         if want != have:
             raise InputError(f"{source}: expected {name} of shape {want}{like}, found {have}")
-        if expected[name].is_floating_point() != tensor.is_floating_point():
-            raise InputError(f"{source}: expected {name} to be floating, found {tensor.dtype}")
+        floating = expected[name].is_floating_point()
+        if floating != tensor.is_floating_point() and not name.endswith(_COUNTER):
+            kind = "floating" if floating else "whole numbers"
+            raise InputError(f"{source}: expected {name} to be {kind}, found {tensor.dtype}")
 
 
 def _construct(arch: str, classes: int | None) -> nn.Module:
@@ -184,43 +197,31 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             tensor.zero_()
 
 
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise InputError(f"{path}: expected a checkpoint file, found nothing there")
-    if not path.is_file():
-        raise InputError(f"{path}: expected a checkpoint file, found a directory or a device")
-    try:
-        with path.open("rb") as file:
-            head = file.read(64).lstrip()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not head:
-        raise InputError(f"{path}: expected a checkpoint file, found an empty file")
-    if head.startswith(b"<"):
-        raise InputError(
-            f"{path}: expected a checkpoint file, found an HTML page (a bad download?)"
-        )
-
-
 def _read_safetensors(path: Path) -> object:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: expected a safetensors file: {first_line(error)}") from error
+        raise InputError(
+            f"{path}: expected a safetensors file, found a truncated or damaged file,"
+            f" or another format ({first_line(error)})"
+        ) from error
 
 
 def _read_pickle(path: Path) -> object:
     try:
-        with warnings.catch_warnings():
+        # Training scripts, torchvision's among them, save their options beside the weights.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
             warnings.simplefilter("ignore")  # of archives that are refused a line further on
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        if "Unsupported" in str(error) or "Unsafe" in str(error) or "GLOBAL" in str(error):
-            found = "a pickle that asks for code to run (a whole module, or an attack)"
-        else:
-            found = "another format, or a damaged file"
+        found = "another format, or a damaged file"
+        if refused := _REFUSED.search(str(error)):
+            found = f"a pickle that asks for {refused[1]} (a whole module, or code to run)"
         raise InputError(f"{path}: expected a state dict of tensors, found {found}") from error
     except Exception as error:  # torch.load raises what its many readers do
+        if "TorchScript archive" in str(error):
+            found = "a TorchScript archive"
+            raise InputError(f"{path}: expected a state dict of tensors, found {found}") from error
         raise InputError(
             f"{path}: expected a checkpoint, found a truncated or damaged file"
             f" ({first_line(error)})"
@@ -239,9 +240,18 @@ def _unwrap(content: object, path: Path) -> State:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             found = f"a {type(value).__name__} under {name!r}"
             raise InputError(f"{path}: expected a state dict of tensors, found {found}")
+        if value.layout != torch.strided or value.is_meta:
+            found = f"{value.layout} on {value.device}"
+            raise InputError(f"{path}: expected {name} to be a dense tensor, found {found}")
     if all(name.startswith(_REPLICA_PREFIX) for name in content):
         content = {name.removeprefix(_REPLICA_PREFIX): value for name, value in content.items()}
-    return content
+    return {_current_name(name): value for name, value in content.items()}
+
+
+def _current_name(name: str) -> str:
+    for pattern, replacement in _OLD_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def first_line(error: Exception) -> str:

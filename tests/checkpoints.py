@@ -1,0 +1,38 @@
+"""Independently constructed torchvision models and their state dicts, for tests to compare with."""
+
+import warnings
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+SMALL = "shufflenet_v2_x0_5"  # 1.4 MB with 10 classes, batch norm included
+
+
+def trained(arch: str, *, classes: int, seed: int) -> nn.Module:
+    """An eval-mode torchvision model whose weights and batch statistics are all its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torchvision.models.get_model(arch, weights=None, num_classes=classes).eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.1)
+    return model.requires_grad_(False)
+
+
+def on_meta(arch: str, *, classes: int) -> nn.Module:
+    """A torchvision model without memory."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore", FutureWarning)  # GoogLeNet's and Inception's
+        return torchvision.models.get_model(arch, weights=None, num_classes=classes).eval()
+
+
+def hollow(arch: str, *, classes: int) -> dict[str, Tensor]:
+    """A state dict with every name, shape and dtype of `arch`; one number a tensor is stored."""
+    state = on_meta(arch, classes=classes).state_dict()
+    return {name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in state.items()}

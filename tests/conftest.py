@@ -1,0 +1,51 @@
+"""Fixtures that several test modules share, each built once a session."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.checkpoints import SMALL, trained
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one CPU thread: small models are slow where many threads meet a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def kitten() -> Path:
+    return Path(__file__).parent.parent / "kitten.jpg"
+
+
+@pytest.fixture(scope="session")
+def small_model() -> nn.Module:
+    """A small torchvision model with 10 classes; tests read it and leave it as it is."""
+    return trained(SMALL, classes=10, seed=7)
+
+
+@pytest.fixture
+def small_state(small_model: nn.Module) -> dict[str, Tensor]:
+    """Its state dict; a dict of its own for each test, with shared tensors."""
+    return dict(small_model.state_dict())
+
+
+@pytest.fixture(scope="session")
+def five_resnets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, nn.Module]]:
+    """Five different ResNet-18 with 10 classes: the file of each and the model that is in it."""
+    folder = tmp_path_factory.mktemp("resnets")
+    models = {
+        folder / f"resnet{seed}.pth": trained("resnet18", classes=10, seed=seed)
+        for seed in range(5)
+    }
+    for path, model in models.items():
+        torch.save(model.state_dict(), path)
+    yield models
+    shutil.rmtree(folder)  # 225 MB

@@ -1,0 +1,217 @@
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ensemble import benchmark
+from ensemble.errors import UnavailableError
+from ensemble.results import Config, Result
+from ensemble.strategies import STRATEGIES
+from tests.test_results import CONFIG
+from tests.tiny import tiny_models
+
+QUICK = replace(CONFIG, num_models=(3,), image_size=8, warmup=1, min_pairs=8, min_seconds=0.0)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A strategy of a test's own."""
+
+    make: Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]]
+    summary: str = "made for a test"
+
+    def builder(self) -> Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]]:
+        return self.make
+
+
+def looping(models: Sequence[nn.Module], x: Tensor) -> Tensor:
+    return torch.stack([model(x) for model in models])
+
+
+def run(config: Config) -> list[Result]:
+    torch.manual_seed(0)
+    views = torch.randn(config.batch_size * max(config.num_models), 3, 8, 8)
+    models = tiny_models(max(config.num_models))
+    return list(benchmark.run(config, models, views, progress=lambda *_: None))
+
+
+def run_made(
+    make: Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+    config: Config = QUICK,
+) -> Result:
+    """The row of a strategy of the test's own, between two rows that must stay whole."""
+    monkeypatch.setitem(STRATEGIES, "made", Made(make))
+    before, made, after = run(replace(config, strategies=("loop", "made", "vmap")))
+    assert before.status == after.status == "ok"
+    assert after.speedup is not None
+    return made
+
+
+@pytest.mark.parametrize("inputs", ["shared", "per_model"])
+def test_both_strategies_agree_and_are_timed_in_pairs_with_the_reference(inputs: str):
+    loop, vmap = run(replace(QUICK, inputs=inputs, batch_size=2))
+    assert loop.is_reference
+    assert loop.reference_times_s == ()
+    assert len(loop.times_s) == 8
+    assert len(vmap.times_s) == len(vmap.reference_times_s) == 8
+    assert vmap.max_rel_error is not None
+    assert vmap.max_rel_error < 1e-5
+    assert vmap.top1 == loop.top1
+    assert [len(row) for row in vmap.top1 or []] == [2, 2, 2]
+    assert vmap.build_s is not None
+    assert vmap.build_s > 0
+
+
+def test_the_classes_are_those_that_each_model_finds_in_its_own_images():
+    config = replace(QUICK, inputs="per_model", batch_size=2)
+    torch.manual_seed(0)
+    views = torch.randn(6, 3, 8, 8)
+    models = tiny_models(3)
+    expected = [
+        model(own).argmax(1).tolist() for model, own in zip(models, views.split(2), strict=True)
+    ]
+    rows = benchmark.run(config, models, views, progress=lambda *_: None)
+    assert [row.top1 for row in rows] == [expected, expected]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_of_a_lower_precision_are_compared_with_the_float32_loop(dtype: str):
+    loop, vmap = run(replace(QUICK, dtype=dtype))
+    for row in (loop, vmap):
+        assert row.status == "ok"
+        assert 1e-5 < (row.max_rel_error or 0) < 3e-2
+        assert len(row.reference_times_s) == 8
+        assert not row.is_reference
+
+
+def test_several_numbers_of_models_are_measured_one_after_another():
+    rows = run(replace(QUICK, num_models=(1, 3)))
+    assert [(row.strategy, row.num_models) for row in rows] == [
+        ("loop", 1),
+        ("vmap", 1),
+        ("loop", 3),
+        ("vmap", 3),
+    ]
+    assert [len(row.top1 or []) for row in rows] == [1, 1, 3, 3]
+
+
+def test_the_self_check_times_the_reference_against_itself():
+    row = run(replace(QUICK, self_check=True))[-1]
+    assert (row.strategy, row.max_rel_error, len(row.reference_times_s)) == ("self_check", 0.0, 8)
+
+
+def test_a_swapped_pair_of_models_gets_a_reason_and_no_times(monkeypatch: pytest.MonkeyPatch):
+    def swapped(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: looping([models[1], models[0], models[2]], x)
+
+    row = run_made(swapped, monkeypatch)
+    assert row.status == "failed"
+    assert row.error is not None
+    assert row.error.startswith("outputs disagree: model ")
+    assert row.times_s == ()
+    assert row.speedup is None
+
+
+def test_a_strategy_that_cannot_run_here_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch):
+    def refuse(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        raise UnavailableError("needs CUDA")
+
+    row = run_made(refuse, monkeypatch)
+    assert (row.status, row.error) == ("unavailable", "needs CUDA")
+
+
+def test_a_strategy_that_breaks_is_a_row_with_one_line(monkeypatch: pytest.MonkeyPatch):
+    def broken(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        raise KeyError("a\nb")
+
+    row = run_made(broken, monkeypatch)
+    assert (row.status, row.error) == ("failed", "KeyError: 'a\\nb'")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_a_lack_of_memory_says_how_many_models_would_fit(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    def greedy(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        if len(models) > 2:
+            raise error
+        return lambda x: looping(models, x)
+
+    row = run_made(greedy, monkeypatch, replace(QUICK, num_models=(8,)))
+    assert row.status == "failed"
+    assert row.error == "out of memory with 8 models; 2 would fit (tried by halving)"
+
+
+def test_a_reference_that_fails_fails_each_row_of_its_n_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    start = benchmark._start
+
+    def short_of_memory(
+        name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype
+    ) -> benchmark.Started:
+        if len(models) > 2:
+            raise torch.OutOfMemoryError
+        return start(name, models, example, dtype)
+
+    monkeypatch.setattr(benchmark, "_start", short_of_memory)
+    rows = run(replace(QUICK, num_models=(4, 2)))
+    reason = "the reference failed: out of memory with 4 models; 2 would fit (tried by halving)"
+    assert [(row.num_models, row.status, row.error) for row in rows] == [
+        (4, "failed", reason),
+        (4, "failed", reason),
+        (2, "ok", None),
+        (2, "ok", None),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+def test_an_operation_without_a_batching_rule_is_reported_with_its_row(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def falling_back(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            mapped = torch.vmap(lambda values: torch.histc(values, 3).sum() * 0)
+            return looping(models, x) + mapped(x).sum()
+
+        return forward
+
+    row = run_made(falling_back, monkeypatch)
+    assert any("batching rule" in note and "histc" in note for note in row.notes)
+
+
+def test_what_a_strategy_allocates_counts_as_its_memory(monkeypatch: pytest.MonkeyPatch):
+    def hoarding(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        hoard = torch.ones(50_000_000, dtype=torch.uint8)
+        return lambda x: looping(models, x) + hoard[0] * 0
+
+    row = run_made(hoarding, monkeypatch)
+    if row.peak_memory_bytes is None:
+        pytest.skip("this platform does not tell the peak of a part of a run")
+    assert 50_000_000 <= row.peak_memory_bytes < 60_000_000
+
+
+def test_an_interrupt_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(STRATEGIES, "made", Made(interrupted))
+    rows: Iterator[Result] = benchmark.run(
+        replace(QUICK, strategies=("loop", "made")),
+        tiny_models(3),
+        torch.randn(1, 3, 8, 8),
+        progress=lambda *_: None,
+    )
+    assert next(rows).status == "ok"
+    with pytest.raises(KeyboardInterrupt):
+        next(rows)

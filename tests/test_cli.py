@@ -1,0 +1,276 @@
+"""The real command: in this process where that shows the same, else as a process of its own."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import resnet_vmap
+from ensemble import memory, pretrained
+
+ROOT = Path(resnet_vmap.__file__).parent
+KITTEN = str(ROOT / "kitten.jpg")
+QUICK = ["--image_path", KITTEN, "--image_size", "32", "--warmup", "0"]
+QUICK += ["--min_pairs", "8", "--min_seconds", "0"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "ten.pth"
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
+    return str(path)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that must end with exit code 2 and print no result."""
+    assert resnet_vmap.main(argv) == 2
+    captured = capsys.readouterr()
+    assert "Serving multiple models" not in captured.out
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_the_lines_that_users_of_the_original_know_come_in_their_order(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+):
+    assert resnet_vmap.main([*QUICK, "--model_path", checkpoint, "--num_models", "3"]) == 0
+    out = capsys.readouterr().out
+    known = [
+        f"Loading resnet model from {re.escape(checkpoint)}",
+        f"Loading image from {re.escape(KITTEN)}",
+        r"Converted image to shape torch.Size\(\[1, 3, 32, 32\]\)",
+        "Running Sample prediction",
+        r"Prediction: class \d, probability 0\.\d+",
+        "Serving multiple models",
+        r"Time taken for prediction without vmap: 0\.\d{6}",
+        r"Time taken for prediction with vmap: 0\.\d{6}",
+        r"  loop +3 .* 1 \(reference\)",
+        r"  vmap +3 .* \d\.\d\d \[",
+        "Verdict: vmap, 3 models on cpu: ",
+    ]
+    places = [match.start() if (match := re.search(line, out)) else line for line in known]
+    assert all(isinstance(place, int) for place in places), places
+    assert places == sorted(places, key=int)
+
+
+def test_the_sample_prediction_is_what_torchvision_predicts_for_each_of_five_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    paths, expected = [], []
+    preset = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms(
+        crop_size=32, resize_size=37
+    )
+    from PIL import Image
+
+    x = preset(Image.open(KITTEN)).unsqueeze(0)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = torchvision.models.resnet18(num_classes=10)
+        paths.append(str(tmp_path / f"{seed}.pth"))
+        torch.save(model.state_dict(), paths[-1])
+        with torch.no_grad():
+            probabilities = model.eval()(x)[0].softmax(0)
+        label = int(probabilities.argmax())
+        expected.append((f"class {label}", float(probabilities[label]), paths[-1]))
+    target = tmp_path / "run.json"
+    argv = [*QUICK, "--model_path", *paths, "--export_json", str(target)]
+    assert resnet_vmap.main(argv) == 0
+    found = re.findall(
+        r"Prediction: (class \d+), probability (\S+) \((.*)\)", capsys.readouterr().out
+    )
+    assert [(label, path) for label, _, path in found] == [(one[0], one[2]) for one in expected]
+    assert [float(one[1]) for one in found] == pytest.approx([one[1] for one in expected], abs=6e-4)
+    rows = json.loads(target.read_text())["results"]
+    labels = [[int(one[0].split()[1])] for one in expected]
+    assert [row["top1"] for row in rows] == [labels, labels]
+
+
+def test_verbose_prints_the_model_the_top_five_and_every_raw_time(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+):
+    assert resnet_vmap.main([*QUICK, "--model_path", checkpoint, "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert "(layer4): Sequential(" in out
+    assert [f"  top {rank}: class" in out for rank in (2, 3, 4, 5)] == [True] * 4
+    assert re.search(r"vmap, 2 models, times in s: \((0\.\d+, ){7}0\.\d+\)", out)
+
+
+def test_without_weights_and_without_a_network_random_weights_are_said_plainly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        pretrained, "published_url", lambda arch: "http://127.0.0.1:9/resnet18-f37072fd.pth"
+    )
+    torch_hub = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path))
+    try:
+        assert resnet_vmap.main(QUICK) == 0
+    finally:
+        torch.hub.set_dir(torch_hub)
+    out = capsys.readouterr().out
+    assert "using random weights, seeds 0 to 1; the predicted class is meaningless" in out
+    assert "the timings are not" in out
+
+
+def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    state = torchvision.models.resnet18(num_classes=3).state_dict()
+    torch.save(state, "resnet18-f37072fd.pth")
+    assert resnet_vmap.main(QUICK) == 0
+    assert "Loading resnet model from resnet18-f37072fd.pth\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num_models", "0"], "argument --num_models: expected a whole number of at least 1"),
+        (["--num_models", "two"], "found 'two'"),
+        (["--batch_size", "-1"], "argument --batch_size: expected a whole number of at least 1"),
+        (["--image_size", "0"], "argument --image_size: expected a whole number of at least 1"),
+        (["--min_seconds", "nan"], "argument --min_seconds: expected a number of seconds"),
+        (["--warmup", "-1"], "argument --warmup: expected a whole number of at least 0"),
+        (["--threads", "0"], "argument --threads: expected a whole number of at least 1"),
+        (["--seed", "-1"], "argument --seed: expected a whole number from 0 to"),
+        (["--seed", str(2**63)], "argument --seed: expected a whole number from 0 to"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--strategies", "magic"], "argument --strategies: invalid choice: 'magic'"),
+        (["--model_path", "a", "b", "--num_models", "3"], "--num_models: expected 2, one a file"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--num", "3"], "unrecognized arguments: --num 3"),
+        (["--device", "tpu"], "--device: expected a device that is available here (cpu"),
+        (["--arch", "resnet19"], "found 'resnet19'"),
+        (["--image_path", "no/such.jpg"], "no/such.jpg: expected an image file, found nothing"),
+        (["--model_path", "no/such.pth"], "no/such.pth: expected a checkpoint file, found nothing"),
+        (["--export_json", "no/such/run.json"], "--export_json: expected a folder at no/such"),
+        (["--export_json", "."], "--export_json: expected a file at ., found a directory"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    defaults = [] if "--image_path" in argv else ["--image_path", KITTEN]
+    assert message in error_of(capsys, *defaults, *argv)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_says_what_there_is(capsys: pytest.CaptureFixture[str]):
+    message = error_of(capsys, "--image_path", KITTEN, "--device", "cuda")
+    assert "--device: expected a device that is available here (cpu" in message
+    assert "found 'cuda'" in message
+
+
+def test_an_allocator_that_cannot_be_had_is_said_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    message = error_of(capsys, "--allocator", "retain")
+    assert "retain cannot be had here: mallopt is glibc's" in message
+
+
+def test_a_bad_checkpoint_leaves_the_output_of_an_earlier_run_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    earlier, bad = tmp_path / "run.json", tmp_path / "bad.pth"
+    earlier.write_text("earlier")
+    bad.write_text("<!DOCTYPE html>")
+    argv = ["--image_path", KITTEN, "--model_path", str(bad), "--export_json", str(earlier)]
+    assert "found an HTML page" in error_of(capsys, *argv)
+    assert earlier.read_text() == "earlier"
+
+
+def test_more_views_than_memory_holds_are_refused(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**9)
+    argv = [*QUICK, "--model_path", checkpoint, "--batch_size", "1000000"]
+    assert "--batch_size: " in error_of(capsys, *argv)
+
+
+def test_outputs_that_disagree_end_with_exit_code_1_and_without_a_speedup(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ensemble.benchmark.TOLERANCES", {torch.float32: -1.0})
+    argv = [*QUICK, "--model_path", checkpoint, "--strategies", "vmap"]
+    assert resnet_vmap.main(argv) == 1
+    out = capsys.readouterr().out
+    assert "vmap, 2 models: failed: outputs disagree: model " in out
+    assert "Time taken for prediction with vmap: not measured" in out
+    assert " times" not in out
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--num_models", "0"], ["--export_json", "/no/x"]])
+def test_help_and_usage_errors_answer_without_importing_torch(argv: list[str]):
+    program = (
+        "import sys, resnet_vmap\n"
+        "try: resnet_vmap.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+
+
+def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: str, tmp_path: Path):
+    target = tmp_path / "run.json"
+    argv = ["--model_path", checkpoint, "--image_size", "32", "--export_json", str(target)]
+    argv += ["--strategies", "loop", "vmap", "--min_seconds", "1", "--min_pairs", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "resnet_vmap.py", *argv, "--num_models", "1"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("loop, 1 models: timing"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: 0 of 2 rows were measured" in err
+    assert "Traceback" not in err
+    assert "Verdict: nothing was compared with the reference." in out
+    assert not target.exists()
+
+
+def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_ones(
+    checkpoint: str,
+):
+    """With 0.4 GB of address space left, vmap over 8 models at batch 16 does not fit."""
+    program = (
+        "import resource, sys, torch, functorch, torchvision, resnet_vmap\n"
+        "from ensemble import benchmark\n"
+        "measured = benchmark._measure\n"
+        "def measure(row, *rest):\n"
+        "    if row.strategy == 'vmap':\n"
+        "        now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "        resource.setrlimit(resource.RLIMIT_AS, (now + 400_000_000, -1))\n"
+        "    return measured(row, *rest)\n"
+        "benchmark._measure = measure\n"
+        "sys.exit(resnet_vmap.main(sys.argv[1:]))"
+    )
+    argv = ["--model_path", checkpoint, "--num_models", "8", "--batch_size", "16"]
+    argv += ["--image_size", "224", "--warmup", "0", "--min_pairs", "1", "--min_seconds", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.search(
+        r"vmap, 8 models: failed: out of memory with 8 models; (not even 1|[124]) would fit",
+        done.stdout,
+    ), done.stdout
+    assert "1 (reference)" in done.stdout

@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from ensemble.timing import Sample, interleaved, synchronize, time_call
+
+
+class FakeClock:
+    """A clock that only moves when something takes time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def nothing() -> None:
+    pass
+
+
+def no_faults() -> int:
+    return 0
+
+
+def test_the_work_that_a_device_still_does_after_the_call_returns_is_timed():
+    clock, queued = FakeClock(), [0.0]
+
+    def launch() -> None:
+        clock.spend(0.25)  # the host's part
+        queued[0] += 2.0  # the device's part, which only a synchronisation waits for
+
+    def wait() -> None:
+        clock.spend(queued[0])
+        queued[0] = 0.0
+
+    assert time_call(launch, synchronize=wait, clock=clock).seconds == 2.25
+
+
+def test_the_work_that_was_queued_before_the_call_is_not_timed():
+    clock, queued = FakeClock(), [5.0]
+
+    def wait() -> None:
+        clock.spend(queued[0])
+        queued[0] = 0.0
+
+    sample = time_call(lambda: clock.spend(1.0), synchronize=wait, clock=clock)
+    assert sample.seconds == 1.0
+
+
+def test_page_faults_are_counted_for_the_call_alone():
+    faults = iter([100, 140])
+    sample = time_call(
+        nothing, synchronize=nothing, clock=FakeClock(), page_faults=lambda: next(faults)
+    )
+    assert sample == Sample(0.0, 40)
+
+
+def test_page_faults_that_a_platform_does_not_count_are_unknown():
+    sample = time_call(nothing, synchronize=nothing, page_faults=lambda: None)
+    assert sample.page_faults is None
+
+
+def record(
+    *, warmup: int, min_rounds: int, min_seconds: float
+) -> tuple[str, list[tuple[Sample, ...]]]:
+    clock, calls = FakeClock(), []
+
+    def work(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock.spend(seconds)
+
+    rounds = interleaved(
+        [lambda: work("a", 1.0), lambda: work("b", 0.5)],
+        warmup=warmup,
+        min_rounds=min_rounds,
+        min_seconds=min_seconds,
+        synchronize=nothing,
+        clock=clock,
+        page_faults=no_faults,
+    )
+    timed = list(rounds)
+    return "".join(calls), timed
+
+
+def test_each_function_warms_up_apart_and_rounds_alternate_their_order():
+    calls, timed = record(warmup=2, min_rounds=3, min_seconds=0)
+    assert calls == "aabb" + "ab" + "ba" + "ab"
+    assert timed == [(Sample(1.0, 0), Sample(0.5, 0))] * 3
+
+
+def test_timing_goes_on_until_both_the_rounds_and_the_seconds_are_reached():
+    assert len(record(warmup=0, min_rounds=4, min_seconds=1.0)[1]) == 4
+    assert len(record(warmup=0, min_rounds=1, min_seconds=7.0)[1]) == 5  # of 1.5 s each
+
+
+def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike():
+    clock, slowness = FakeClock(), [1.0]
+
+    def work() -> None:
+        clock.spend(slowness[0])
+        slowness[0] += 0.01
+
+    rounds = list(
+        interleaved(
+            [work, work],
+            warmup=0,
+            min_rounds=10,
+            min_seconds=0,
+            synchronize=nothing,
+            clock=clock,
+            page_faults=no_faults,
+        )
+    )
+    first, second = (sum(one[index].seconds for one in rounds) for index in (0, 1))
+    assert first == pytest.approx(second)
+
+
+def test_synchronizing_a_device_that_is_not_here_is_an_error():
+    synchronize(torch.device("cpu"))
+    with pytest.raises((RuntimeError, ValueError)):
+        synchronize(torch.device("meta"))
