@@ -61,12 +61,14 @@ def run(config: Config) -> int:
     print(f"Converted image to shape {views[:1].shape}")
     if config.verbose:
         print(models[0])
-    predict(config, models, views[:1])
+    first_forward_s = predict(config, models, views[:1])
 
     print("Serving multiple models")
     chosen = f"{device}, the accelerator here" if device.type != "cpu" else "the CPU"
     print(f"Running on {chosen}" + (" (--device auto)" if config.device == "auto" else ""))
-    environment = devices.describe(device, allocator=config.allocator, weights=weights)
+    environment = devices.describe(
+        device, allocator=config.allocator, weights=weights, first_forward_s=first_forward_s
+    )
     results: list[Result] = []
     interrupted = False
     rows = len(config.num_models) * len(benchmark.row_names(config))
@@ -117,14 +119,21 @@ def load_models(config: Config, device: torch.device) -> tuple[list[nn.Module], 
     return models, url
 
 
-def predict(config: Config, models: Sequence[nn.Module], image: Tensor) -> None:
-    """Print what the first model, or each model of several files, sees in the plain image."""
+def predict(config: Config, models: Sequence[nn.Module], image: Tensor) -> float:
+    """Print what the first model, or each model of several files, sees in the plain image.
+
+    Returns the seconds of the first forward, which is the first of the whole process.
+    """
     import torch
 
-    from ensemble import images
+    from ensemble import images, timing
 
     print("Running Sample prediction")
     paths = config.model_path or ()
+    with torch.inference_mode():
+        first = timing.time_call(
+            lambda: models[0](image), synchronize=lambda: timing.synchronize(image.device)
+        )
     for index, model in enumerate(models if len(paths) > 1 else models[:1]):
         with torch.inference_mode():
             probabilities = model(image)[0].softmax(0)
@@ -135,6 +144,7 @@ def predict(config: Config, models: Sequence[nn.Module], image: Tensor) -> None:
             name = f"{int(label)} {names[int(label)]}" if names else f"class {int(label)}"
             lead = "Prediction" if rank == 0 else f"  top {rank + 1}"
             print(f"{lead}: {name}, probability {float(probability):.3f}{source}")
+    return first.seconds
 
 
 def show(config: Config, results: Sequence[Result], environment: Environment) -> None:

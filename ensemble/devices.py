@@ -48,7 +48,9 @@ def configure(*, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def describe(device: torch.device, *, allocator: str, weights: str) -> Environment:
+def describe(
+    device: torch.device, *, allocator: str, weights: str, first_forward_s: float
+) -> Environment:
     """The environment of the measurements that are about to be taken."""
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,6 +70,7 @@ def describe(device: torch.device, *, allocator: str, weights: str) -> Environme
         allocator=allocator,
         page_fault_s=memory.page_fault_seconds(),
         weights=weights,
+        first_forward_s=first_forward_s,
     )
 
 

@@ -58,7 +58,7 @@ def render_verdict(results: Sequence[Result], environment: Environment) -> str:
             lines.append(_sentence(row, environment))
             lines += _noise_warning(row)
             lines += _fault_sentence(row, environment)
-        lines += _cold_sentence(rows)
+        lines += _cold_sentence(rows, environment)
         if len(compared) > 1:
             lines.append(_fastest(rows))
     return "\n".join(lines or ["Verdict: nothing was compared with the reference."]) + "\n"
@@ -170,15 +170,21 @@ def _fault_sentence(row: Result, environment: Environment) -> list[str]:
     ]
 
 
-def _cold_sentence(rows: Sequence[Result]) -> list[str]:
-    """What first calls alone would have said, as the example that this program grew from did."""
+def _cold_sentence(rows: Sequence[Result], environment: Environment) -> list[str]:
+    """What start-up cost, and what first calls alone would have said, as the original did."""
     loop = next((row for row in rows if row.is_reference and row.first_call_s), None)
     vmap = next((row for row in rows if row.strategy == "vmap" and row.speedup), None)
-    if loop is None or vmap is None or not loop.first_call_s or not vmap.first_call_s:
+    if loop is None or vmap is None or not loop.median_s:
         return []
+    if not loop.first_call_s or not vmap.first_call_s:
+        return []
+    one = loop.median_s / loop.num_models / loop.batch_size
     return [
-        f"First calls alone (loop {loop.first_call_s:.3f} s, vmap {vmap.first_call_s:.3f} s) would"
-        f" have said {loop.first_call_s / vmap.first_call_s:.2f} times: start-up, not speed."
+        f"Cold starts: the very first forward of this process took"
+        f" {environment.first_forward_s:.3f} s, {environment.first_forward_s / one:.1f} times a"
+        f" steady one. First calls alone (loop {loop.first_call_s:.3f} s, vmap"
+        f" {vmap.first_call_s:.3f} s) would have said"
+        f" {loop.first_call_s / vmap.first_call_s:.2f} times."
     ]
 
 

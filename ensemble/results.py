@@ -68,6 +68,7 @@ class Environment:
     allocator: str
     page_fault_s: float | None
     weights: str
+    first_forward_s: float  # of one model, the very first forward of the process
 
 
 @dataclass(frozen=True)

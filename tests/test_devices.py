@@ -26,6 +26,8 @@ def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_float32_means_float32():
     devices.configure(threads=None)
-    environment = devices.describe(torch.device("cpu"), allocator="system", weights="none")
+    environment = devices.describe(
+        torch.device("cpu"), allocator="system", weights="none", first_forward_s=0.1
+    )
     assert environment.tf32 is False
     assert environment.cores == os.cpu_count()

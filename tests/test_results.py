@@ -40,6 +40,7 @@ ENVIRONMENT = Environment(
     allocator="system",
     page_fault_s=1e-6,
     weights="random",
+    first_forward_s=0.25,
 )
 CONFIG = Config(
     num_models=(4,),
