@@ -45,7 +45,7 @@ def run(config: Config) -> int:
     """The program, once its command line is known. torch is imported here and not before."""
     from ensemble import benchmark, devices, images, memory, progress
 
-    logging.basicConfig(level=logging.DEBUG if config.verbose else logging.WARNING)
+    logging.basicConfig()
     logging.getLogger("ensemble").setLevel(logging.DEBUG if config.verbose else logging.WARNING)
     refused = memory.retain_freed_memory() if config.allocator == "retain" else None
     if refused:

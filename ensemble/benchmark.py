@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ensemble import memory, stacking, strategies
+from ensemble import load, memory, stacking, strategies
 from ensemble.checking import TOLERANCES, check
 from ensemble.errors import UnavailableError
 from ensemble.results import REFERENCE, Config, Result, median
@@ -119,18 +120,21 @@ def _start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch
     """Build a strategy and call it twice. Its peak memory counts its models and all it adds."""
     device = example.device
     before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        synchronize(device)
-        begin = time.perf_counter()
-        own_models = models if dtype == torch.float32 else stacking.cast(models, dtype)
-        own_example = example.to(dtype)
-        forward = strategies.build(name, own_models, own_example)
-        synchronize(device)
-        built = time.perf_counter()
+    synchronize(device)
+    begin = time.perf_counter()
+    own_models = models if dtype == torch.float32 else stacking.cast(models, dtype)
+    own_example = example.to(dtype)
+    forward = strategies.build(name, own_models, own_example)
+    synchronize(device)
+    built = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of compilers, about their own tracing
         logits = forward(own_example)
-        synchronize(device)
-        called = time.perf_counter()
+    synchronize(device)
+    called = time.perf_counter()
+    # What a second call warns of, or compiles again, the timed calls would too.
+    with warnings.catch_warnings(record=True) as caught, _no_recompilation():
+        warnings.simplefilter("always")
         forward(own_example)
         synchronize(device)
     peak = memory.peak_bytes(device) if peak_known else None
@@ -142,7 +146,7 @@ def _start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch
         build_s=built - begin,
         first_call_s=called - built,
         peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
-        notes=_notes(caught),
+        notes=_notes(forward, caught),
     )
 
 
@@ -157,7 +161,7 @@ def _time(
     functions = [lambda: reference.forward(reference.example)]
     if not row.is_reference:
         functions.append(lambda: started.forward(started.example))
-    rounds, begin = [], time.perf_counter()
+    rounds, begin, before = [], time.perf_counter(), load.read()
     for samples in interleaved(
         functions,
         warmup=config.warmup,
@@ -176,6 +180,7 @@ def _time(
         reference_times_s=tuple(sample.seconds for sample in paired),
         page_faults_per_call=_faults(own),
         reference_page_faults_per_call=_faults(paired),
+        others_cpu_share=load.share_of_others(before, load.read()),
     )
 
 
@@ -201,10 +206,11 @@ def _faults(samples: Sequence[Any]) -> float | None:
     return median([sample.page_faults for sample in samples if sample.page_faults is not None])
 
 
-def _notes(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
-    """What is worth saying of the warnings: each operation that vmap had no batching rule for."""
+def _notes(forward: Forward, caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    """The strategy's own note, and each operation that vmap had no batching rule for."""
     texts = dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)
-    return tuple(text for text in texts if "batching rule" in text)
+    own = getattr(forward, "note", None)
+    return ((own,) if own else ()) + tuple(text for text in texts if "batching rule" in text)
 
 
 def _reason(
@@ -238,6 +244,12 @@ def _fitting(name: str, models: Sequence[nn.Module], example: Tensor, dtype: tor
         except Exception:
             count //= 2
     return 0
+
+
+def _no_recompilation() -> contextlib.AbstractContextManager[object]:
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("fail_on_recompile")
+    return contextlib.nullcontext()
 
 
 def _tidy() -> None:

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ensemble.results import CONFIDENCE, NOISY, TOO_NOISY, Environment, Result
+from ensemble.results import BUSY, CONFIDENCE, NOISY, TOO_NOISY, Environment, Result
 
 UNKNOWN = ""
 WIDEST = 1000  # of a table, in characters: no cell is ever cut
@@ -142,6 +142,11 @@ def _sentence(row: Result, environment: Environment) -> str:
 
 
 def _noise_warning(row: Result) -> list[str]:
+    if row.others_cpu_share is not None and row.others_cpu_share > BUSY:
+        return [
+            f"Warning: {row.strategy}: other programs took {row.others_cpu_share:.0%} of the CPU"
+            " while this was timed, which hits strategies unequally; stop them and run again."
+        ]
     if row.noise is None or not NOISY < row.noise <= TOO_NOISY:
         return []
     return [
@@ -189,7 +194,10 @@ def _cold_sentence(rows: Sequence[Result], environment: Environment) -> list[str
 
 
 def _fastest(rows: Sequence[Result]) -> str:
-    best = max((row for row in rows if row.speedup is not None), key=lambda row: row.speedup or 0)
+    sure = [row for row in rows if row.speedup is not None and (row.noise or 0) <= TOO_NOISY]
+    if not sure:
+        return f"Fastest with {rows[0].num_models} models: too noisy to say."
+    best = max(sure, key=lambda row: row.speedup or 0)
     if best.is_reference:
         return f"Fastest with {best.num_models} models: the reference itself, loop in float32."
     return f"Fastest with {best.num_models} models: {best.strategy}, {best.speedup:.2f} times."

@@ -20,6 +20,8 @@ RESAMPLES = 10_000
 MIN_PAIRS_FOR_INTERVAL = 8
 # Thresholds on the inter-quartile range over the median, as in torch.utils.benchmark.
 NOISY, TOO_NOISY = 0.10, 0.25
+# Share of the CPU that other programs may take before a row is warned of.
+BUSY = 0.05
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Result:
     peak_memory_bytes: int | None = None
     page_faults_per_call: float | None = None
     reference_page_faults_per_call: float | None = None
+    others_cpu_share: float | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -7,10 +7,11 @@ memory out as it is.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -39,9 +40,14 @@ def allocate(
     models = [skeleton(template).eval() for _ in range(num_models)]
     for name, tensor in named_tensors(template).items():
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        stacked = torch.empty((num_models, *tensor.shape), device=device, dtype=wanted)
+        stacked = torch.empty_strided(
+            (num_models, *tensor.shape),
+            (tensor.numel(), *tensor.stride()),  # the template's memory format, channels-last say
+            device=device,
+            dtype=wanted,
+        )
         for index, model in enumerate(models):
-            _set_tensor(model, name, stacked[index])
+            set_tensor(model, name, stacked[index])
     return models
 
 
@@ -76,6 +82,12 @@ def stacked_state(models: Sequence[nn.Module]) -> dict[str, Tensor]:
                     _tensor(model, name).data = part
             state[name] = stacked
         return state
+
+
+def stateless(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    """`f(tensors by name, x) -> model(x)` with those tensors in place of the model's own."""
+    structure = skeleton(model)
+    return lambda state, x: functional_call(structure, state, (x,))
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -127,7 +139,8 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(path), leaf)
 
 
-def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` in the place of the parameter or buffer called `name`."""
     path, _, leaf = name.rpartition(".")
     is_parameter = isinstance(_tensor(model, name), nn.Parameter)
     value = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor

@@ -190,6 +190,27 @@ def test_an_operation_without_a_batching_rule_is_reported_with_its_row(
     assert any("batching rule" in note and "histc" in note for note in row.notes)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_strategy_that_compiles_again_in_later_calls_fails_with_that_reason(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def restless(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        calls = [0]
+
+        def forward(x: Tensor) -> Tensor:
+            calls[0] += 1
+            scale = 1.0 + 0.0 * calls[0]
+            one = torch.compile(lambda y, n: y * scale + 0 * n, backend="eager", dynamic=False)
+            return looping(models, one(x, calls[0]))
+
+        return forward
+
+    row = run_made(restless, monkeypatch)
+    assert row.status == "failed"
+    assert row.error is not None
+    assert "recompil" in row.error.lower()
+
+
 def test_what_a_strategy_allocates_counts_as_its_memory(monkeypatch: pytest.MonkeyPatch):
     def hoarding(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         hoard = torch.ones(50_000_000, dtype=torch.uint8)

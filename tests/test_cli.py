@@ -13,6 +13,7 @@ import torchvision
 
 import resnet_vmap
 from ensemble import memory, pretrained
+from ensemble.strategies import STRATEGIES
 
 ROOT = Path(resnet_vmap.__file__).parent
 KITTEN = str(ROOT / "kitten.jpg")
@@ -197,6 +198,26 @@ def test_more_views_than_memory_holds_are_refused(
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**9)
     argv = [*QUICK, "--model_path", checkpoint, "--batch_size", "1000000"]
     assert "--batch_size: " in error_of(capsys, *argv)
+
+
+def test_all_strategies_give_a_row_each_and_what_cannot_run_here_is_no_failure(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    cheap = {name: STRATEGIES[name] for name in ("loop", "folded_vmap", "captured_loop")}
+    monkeypatch.setattr(resnet_vmap, "STRATEGIES", cheap)
+    assert resnet_vmap.main([*QUICK, "--model_path", checkpoint, "--strategies", "all"]) == 0
+    out = capsys.readouterr().out
+    for name in cheap:
+        assert re.search(rf"^  {name} +2 ", out, re.MULTILINE), out
+    assert "captured_loop, 2 models: unavailable: CUDA graphs need a CUDA device" in out
+
+
+def test_a_strategy_that_was_named_and_cannot_run_here_ends_with_exit_code_1(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+):
+    argv = [*QUICK, "--model_path", checkpoint, "--strategies", "captured_loop"]
+    assert resnet_vmap.main(argv) == 1
+    assert "captured_loop, 2 models: unavailable: " in capsys.readouterr().out
 
 
 def test_outputs_that_disagree_end_with_exit_code_1_and_without_a_speedup(

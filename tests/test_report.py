@@ -60,6 +60,13 @@ def test_a_spread_above_a_tenth_is_warned_of():
     assert "times faster" in text
 
 
+def test_other_programs_that_take_the_cpu_are_warned_of():
+    beside = replace(VMAP, others_cpu_share=0.4)
+    assert "Warning: vmap: other programs took 40% of the CPU while this was timed" in verdict(
+        LOOP, beside
+    )
+
+
 def test_too_few_pairs_claim_nothing():
     few = replace(VMAP, times_s=(0.05,) * 7, reference_times_s=(0.1,) * 7)
     assert "7 pairs are too few to say; raise --min_pairs" in verdict(LOOP, few)

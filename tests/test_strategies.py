@@ -9,10 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ensemble
 from ensemble import stacking
+from ensemble.errors import UnavailableError
 from ensemble.strategies import STRATEGIES
+from ensemble.strategies.concurrent import shares
 from tests.tiny import TinyNet, tiny_models
 
-ON_CPU = ["loop", "vmap"]
+EAGER = ["loop", "vmap", "folded_loop", "folded_vmap", "concurrent"]
+COMPILED = ["compiled_loop", "compiled_vmap", "concurrent_compiled"]
+PEERS = {"openvino": "openvino", "onnxruntime": "onnxscript", "jax": "jax"}  # row: package
 
 
 def independent(models: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -22,7 +26,7 @@ def independent(models: Sequence[nn.Module], x: Tensor) -> Tensor:
         return torch.stack([model(own) for model, own in zip(models, inputs, strict=True)])
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", EAGER)
 @pytest.mark.parametrize("num_models", [1, 3])
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (None, 2, 3, 8, 8)], ids=["shared", "per_model"])
 def test_logits_are_those_of_each_model_by_itself(
@@ -36,8 +40,14 @@ def test_logits_are_those_of_each_model_by_itself(
     torch.testing.assert_close(forward(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        *((name, arch) for name in EAGER for arch in ("resnet18", "resnet50")),
+        *(("vmap", arch) for arch in ("resnet34", "resnet101", "resnet152")),
+        ("folded_vmap", "resnet152"),
+    ],
+)
 def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(name: str, arch: str):
     models: list[nn.Module] = []
     for seed in range(2):
@@ -49,10 +59,81 @@ def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(name: s
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", EAGER)
 def test_nothing_is_recorded_for_a_gradient(name: str):
     forward = ensemble.build(name, tiny_models(2), torch.randn(1, 3, 8, 8))
     assert forward(torch.randn(1, 3, 8, 8)).is_inference()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own parts
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (3, 2, 3, 8, 8)], ids=["shared", "per_model"])
+def test_compiled_logits_are_those_of_each_model_by_itself(name: str, shape: tuple[int, ...]):
+    torch.compiler.reset()
+    models = tiny_models(3)
+    example, x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    expected = independent(models, x)
+    forward = ensemble.build(name, models, example)
+    torch.testing.assert_close(forward(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(forward(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the packages, not of ours
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("per_model", [False, True])
+def test_logits_of_another_runtime_are_those_of_the_models_themselves(name: str, per_model: bool):
+    pytest.importorskip(PEERS[name], reason="pip install -r requirements-peers.txt")
+    models: list[nn.Module] = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(torchvision.models.resnet50(num_classes=7).eval())
+    x = torch.randn((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64))
+    expected = independent(models, x)
+    forward = ensemble.build(name, models, x)
+    assert float((forward(x) - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert forward.note.startswith("setting: ")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_runtime_that_is_not_installed_says_how_to_install_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    def missing(package: str) -> None:
+        raise ImportError(package)
+
+    monkeypatch.setattr("ensemble.strategies.peers.import_module", missing)
+    with pytest.raises(UnavailableError, match=r"is not installed: pip install -r requirements-p"):
+        ensemble.build(name, tiny_models(1), torch.randn(1, 3, 8, 8))
+
+
+def test_jax_takes_resnets_only():
+    pytest.importorskip("jax", reason="pip install -r requirements-peers.txt")
+    with pytest.raises(UnavailableError, match="JAX runs the ResNet family here, not TinyNet"):
+        ensemble.build("jax", tiny_models(1), torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name.startswith("captured")])
+def test_cuda_graphs_elsewhere_are_unavailable_with_the_reason(name: str):
+    with pytest.raises(UnavailableError, match="CUDA graphs need a CUDA device, this is cpu"):
+        ensemble.build(name, tiny_models(1), torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("num_models", "cores", "plan"),
+    [
+        (4, 2, [([0, 2], 1), ([1, 3], 1)]),
+        (3, 2, [([0], 1), ([1], 1), ([2], 2)]),
+        (1, 2, [([0], 2)]),
+        (2, 8, [([0], 4), ([1], 4)]),
+        (7, 4, [([0], 1), ([1], 1), ([2], 1), ([3], 1), ([4], 1), ([5], 1), ([6], 1)]),
+        (3, 1, [([0, 1, 2], 1)]),
+    ],
+)
+def test_models_are_spread_so_that_no_core_waits_for_long(
+    num_models: int, cores: int, plan: list[tuple[list[int], int]]
+):
+    assert shares(num_models, cores) == plan
 
 
 def test_vmap_runs_on_the_models_own_memory():
@@ -98,7 +179,7 @@ def test_models_in_train_mode_are_refused():
         ensemble.build("vmap", models, torch.zeros(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ["loop", "vmap", "folded_loop", "folded_vmap"])
 @pytest.mark.parametrize("per_model", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(

@@ -36,6 +36,19 @@ class Strategy:
 STRATEGIES = {
     "loop": Strategy("eager", "loop", "one eager forward a model, stacked: the reference"),
     "vmap": Strategy("eager", "vmap", "one eager vmapped forward over the stacked state"),
+    "folded_loop": Strategy("folded", "loop", "loop, batch norm folded, channels-last"),
+    "folded_vmap": Strategy("folded", "vmap", "vmap, batch norm folded, channels-last"),
+    "compiled_loop": Strategy("compiled", "loop", "folded_loop through torch.compile"),
+    "compiled_vmap": Strategy("compiled", "vmap", "folded_vmap through torch.compile, one graph"),
+    "concurrent": Strategy("concurrent", "eager", "folded models, one a core or stream"),
+    "concurrent_compiled": Strategy("concurrent", "compiled", "the same, compiled"),
+    "captured_loop": Strategy("captured", "loop", "folded_loop as a CUDA graph"),
+    "captured_vmap": Strategy("captured", "vmap", "folded_vmap as a CUDA graph"),
+    "captured_compiled_loop": Strategy("captured", "compiled_loop", "compiled_loop as one"),
+    "captured_compiled_vmap": Strategy("captured", "compiled_vmap", "compiled_vmap as one"),
+    "openvino": Strategy("peers", "openvino", "OpenVINO, the fastest of its settings"),
+    "onnxruntime": Strategy("peers", "onnxruntime", "ONNX Runtime, the fastest of its settings"),
+    "jax": Strategy("peers", "jax", "JAX, jit, the faster of loop and vmap (ResNets only)"),
 }
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import functorch
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
 
 from ensemble import stacking
 
@@ -41,8 +40,8 @@ def stateless_model(
     """functorch's stateless form `f(parameters, buffers, x)`, and the names that it goes by.
 
     `combine_state_for_ensemble` copies what it stacks, so it gets skeletons on the meta device: it
-    checks the models and gives the function for no memory, and `stacked_state` gives the state.
-    Where a future torch has dropped it, `torch.func` gives the same.
+    gives the function for no memory, and `stacked_state` gives the state.
+    Where a future torch has dropped it, `torch.func.functional_call` gives the same.
     """
     skeletons = [stacking.skeleton(model) for model in models]
     if hasattr(functorch, "combine_state_for_ensemble"):
@@ -52,13 +51,12 @@ def stateless_model(
             )
             stateless, _, _ = functorch.combine_state_for_ensemble(skeletons)
         return stateless, tuple(stateless.param_names), tuple(stateless.buffer_names)
-    stacked_parameters, stacked_buffers = stack_module_state(skeletons)
-    names, buffer_names = tuple(stacked_parameters), tuple(stacked_buffers)
+    names = tuple(name for name, _ in models[0].named_parameters())
+    buffer_names = tuple(name for name, _ in models[0].named_buffers())
+    by_name = stacking.stateless(skeletons[0])
 
     def call(parameters: tuple[Tensor, ...], buffers: tuple[Tensor, ...], x: Tensor) -> Tensor:
-        state = dict(zip(names, parameters, strict=True))
-        return functional_call(
-            skeletons[0], (state, dict(zip(buffer_names, buffers, strict=True))), x
-        )
+        tensors = (*parameters, *buffers)
+        return by_name(dict(zip((*names, *buffer_names), tensors, strict=True)), x)
 
     return call, names, buffer_names

@@ -1,0 +1,37 @@
+"""How busy the machine is with other programs: timings beside a busy neighbour mislead."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_STAT = Path("/proc/stat")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Seconds so far: of the wall clock, of this process on all cores, of all work on all cores."""
+
+    wall_s: float
+    own_s: float
+    all_s: float | None
+
+
+def read() -> Reading:
+    """The readings of this moment; what the whole machine did is known on Linux only."""
+    try:
+        # user nice system idle iowait irq softirq steal: steal is other machines' on this host.
+        ticks = [int(value) for value in _STAT.read_text().split("\n", 1)[0].split()[1:9]]
+        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        busy = None
+    return Reading(time.perf_counter(), time.process_time(), busy)
+
+
+def share_of_others(before: Reading, after: Reading) -> float | None:
+    """The share of the machine's cores that other programs took between two readings, 0 to 1."""
+    cores, wall = os.cpu_count(), after.wall_s - before.wall_s
+    if before.all_s is None or after.all_s is None or not cores or wall <= 0:
+        return None
+    others = (after.all_s - before.all_s) - (after.own_s - before.own_s)
+    return min(1.0, max(0.0, others / wall / cores))

@@ -1,0 +1,60 @@
+"""CUDA graphs: the kernels of a whole forward launched by one call. CUDA only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ensemble.errors import UnavailableError
+from ensemble.strategies import compiled, folded
+
+if TYPE_CHECKING:
+    from ensemble.strategies import Builder, Forward
+
+WARMUP_CALLS = 3  # as torch.cuda.make_graphed_callables: lazy initialisation may not be captured
+
+
+def loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    return _captured(folded.loop, models, example)
+
+
+def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    return _captured(folded.vmap, models, example)
+
+
+def compiled_loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    return _captured(compiled.loop, models, example)
+
+
+def compiled_vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    return _captured(compiled.vmap, models, example)
+
+
+def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """Capture the forward of `builder`; calls copy x in, replay the graph, and copy logits out.
+
+    Source: torch's notes on CUDA semantics, "CUDA Graphs".
+    """
+    if example.device.type != "cuda":
+        raise UnavailableError(f"CUDA graphs need a CUDA device, this is {example.device}")
+    forward = builder(models, example)
+    static_x = example.clone()
+    side = torch.cuda.Stream(example.device)
+    side.wait_stream(torch.cuda.current_stream(example.device))
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP_CALLS):
+            forward(static_x)
+    torch.cuda.current_stream(example.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static_logits = forward(static_x)
+
+    def replay(x: Tensor) -> Tensor:
+        static_x.copy_(x)
+        graph.replay()
+        return static_logits.clone()
+
+    return replay

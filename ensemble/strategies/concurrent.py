@@ -1,0 +1,102 @@
+"""Several models at once: one a core on the CPU, one a stream on an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ensemble import stacking
+from ensemble.folding import channels_last, folded
+from ensemble.strategies.compiled import compiled_model
+
+if TYPE_CHECKING:
+    from ensemble.strategies import Forward
+
+# More streams than this do not help: each kernel of a ResNet wants a good part of the device.
+MAX_STREAMS = 8
+
+One = Callable[[int, Tensor], Tensor]  # index of the model, its input -> its logits
+
+
+def eager(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """Folded models, eager, concurrently."""
+    copies = folded(models)
+    return _concurrently(lambda index, x: copies[index](x), len(copies), example)
+
+
+def compiled(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """Folded models through one compiled forward, concurrently."""
+    copies = folded(models)
+    one, states = compiled_model(copies[0]), [stacking.named_tensors(copy) for copy in copies]
+    return _concurrently(lambda index, x: one(states[index], x), len(copies), example)
+
+
+def shares(num_models: int, cores: int) -> list[tuple[list[int], int]]:
+    """Which models run side by side: (indices of a worker's models, threads of the worker).
+
+    One thread a worker while there are models for every core; what is left over by then, and an
+    ensemble smaller than the cores, would leave cores idle and is spread over more threads each.
+    """
+    whole = num_models // cores * cores
+    plan = [(list(range(core, whole, cores)), 1) for core in range(cores) if core < whole]
+    left = num_models - whole
+    return plan + [([whole + index], max(1, cores // left)) for index in range(left)]
+
+
+def _concurrently(one: One, num_models: int, example: Tensor) -> Forward:
+    if example.device.type == "cpu":
+        return _over_cores(one, num_models, example)
+    return _over_streams(one, num_models, example)
+
+
+def _over_cores(one: One, num_models: int, example: Tensor) -> Forward:
+    cores, per_model = torch.get_num_threads(), example.dim() == 5
+    plan = shares(num_models, cores)
+    pools = {
+        threads: ThreadPoolExecutor(
+            cores // threads, initializer=torch.set_num_threads, initargs=(threads,)
+        )
+        for _, threads in plan
+    }
+
+    def work(indices: list[int], x: Tensor) -> list[Tensor]:
+        with torch.inference_mode():  # a thread starts without its caller's mode
+            return [one(index, x[index] if per_model else x) for index in indices]
+
+    def forward(x: Tensor) -> Tensor:
+        x = channels_last(x)
+        logits: dict[int, Tensor] = {}
+        for threads in sorted(pools):  # the leftover models after the whole rounds, not among them
+            parts = [indices for indices, own in plan if own == threads]
+            done = pools[threads].map(lambda indices: work(indices, x), parts)
+            for indices, outputs in zip(parts, done, strict=True):
+                logits |= dict(zip(indices, outputs, strict=True))
+        return torch.stack([logits[index] for index in range(num_models)])
+
+    return forward
+
+
+def _over_streams(one: One, num_models: int, example: Tensor) -> Forward:
+    per_model = example.dim() == 5
+    streams = [torch.Stream(example.device) for _ in range(min(num_models, MAX_STREAMS))]
+
+    def forward(x: Tensor) -> Tensor:
+        x = channels_last(x)
+        caller, logits = torch.accelerator.current_stream(x.device), []
+        for stream in streams:
+            stream.wait_stream(caller)
+        for index in range(num_models):
+            with streams[index % len(streams)] as stream:
+                logits.append(one(index, x[index] if per_model else x))
+                x.record_stream(stream)
+        for stream in streams:
+            caller.wait_stream(stream)
+        for own in logits:
+            own.record_stream(caller)
+        return torch.stack(logits)
+
+    return forward

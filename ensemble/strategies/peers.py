@@ -1,0 +1,209 @@
+"""What people would use instead: OpenVINO, ONNX Runtime, JAX, from the same weights, on the CPU.
+
+Each is set up as its own documentation recommends, with all cores, in several settings; these are
+timed at build and the fastest is kept, because none of them is the fastest everywhere.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ensemble import stacking
+from ensemble.errors import UnavailableError
+from ensemble.folding import folded
+
+if TYPE_CHECKING:
+    from ensemble.strategies import Forward
+
+TRIAL_CALLS = 5  # of each setting, after one that is not timed; the median decides
+
+Array = np.ndarray
+Run = Callable[[list[Array]], list[Array]]  # each model's batch -> each model's logits
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A forward with a note on the setting that it was found fastest in."""
+
+    forward: Forward
+    note: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+def openvino(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """OpenVINO's CPU plugin, float32 or bfloat16 by its precision hint."""
+    package = _require("openvino", example)
+    core = package.Core()
+    hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
+    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    hint = hints.get(example.dtype)
+    if hint is None or (hint == "bf16" and "BF16" not in able):
+        raise UnavailableError(f"OpenVINO does not compute in {example.dtype} on this CPU")
+    inputs = _arrays(example, len(models))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer that reads torch modules
+        graphs = [
+            package.convert_model(model, example_input=torch.from_numpy(own), input=own.shape)
+            for model, own in zip(_in_float32(models), inputs, strict=True)
+        ]
+    cores = torch.get_num_threads()
+
+    def requests(count: int, **settings: object) -> list[Any]:
+        config = settings | {"INFERENCE_PRECISION_HINT": hint}
+        return [
+            core.compile_model(graph, "CPU", config).create_infer_request()
+            for graph in graphs[:count]
+        ]
+
+    def one_after_another(count: int) -> Run:
+        ready = requests(count, PERFORMANCE_HINT="LATENCY", INFERENCE_NUM_THREADS=cores)
+        return lambda batches: [_infer(*pair) for pair in zip(ready, batches, strict=True)]
+
+    def one_a_core(count: int) -> Run:
+        ready = requests(count, NUM_STREAMS=1, INFERENCE_NUM_THREADS=1)
+        pool = ThreadPoolExecutor(cores)
+        return lambda batches: list(pool.map(_infer, ready, batches))
+
+    def throughput(count: int) -> Run:
+        ready = requests(count, PERFORMANCE_HINT="THROUGHPUT", INFERENCE_NUM_THREADS=cores)
+
+        def run(batches: list[Array]) -> list[Array]:
+            for request, batch in zip(ready, batches, strict=True):
+                request.start_async([batch])
+            for request in ready:
+                request.wait()
+            return [request.get_output_tensor(0).data.copy() for request in ready]
+
+        return run
+
+    settings = {
+        "one after another": one_after_another,
+        "one a core": one_a_core,
+        "throughput hint": throughput,
+    }
+    return _fastest(settings, example, len(models), trial=2 * cores)
+
+
+def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """ONNX Runtime's CPU provider, float32: exported once, then given each model's weights."""
+    package, onnx = _require("onnxruntime", example), _require("onnx", example)
+    _require("onnxscript", example)
+    if example.dtype != torch.float32:
+        raise UnavailableError(f"ONNX Runtime's CPU kernels do not convolve in {example.dtype}")
+    copies = folded(models)
+    inputs = _arrays(example, len(models))
+    proto = _export(copies[0], torch.from_numpy(inputs[0]))
+    graphs = []
+    for copy in copies:
+        _set_initializers(onnx, proto, stacking.named_tensors(copy))
+        graphs.append(proto.SerializeToString())
+    cores = torch.get_num_threads()
+
+    def sessions(count: int, threads: int) -> list[Any]:
+        options = package.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        providers = ["CPUExecutionProvider"]
+        return [package.InferenceSession(graph, options, providers) for graph in graphs[:count]]
+
+    def infer(session: Any, batch: Array) -> Array:
+        return session.run(None, {session.get_inputs()[0].name: batch})[0]
+
+    def one_after_another(count: int) -> Run:
+        ready = sessions(count, cores)
+        return lambda batches: [infer(*pair) for pair in zip(ready, batches, strict=True)]
+
+    def one_a_core(count: int) -> Run:
+        ready, pool = sessions(count, 1), ThreadPoolExecutor(cores)
+        return lambda batches: list(pool.map(infer, ready, batches))
+
+    settings = {"one after another": one_after_another, "one a core": one_a_core}
+    return _fastest(settings, example, len(models), trial=2 * cores)
+
+
+def jax(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """JAX's CPU backend; see `jax_resnet`."""
+    _require("jax", example)
+    from ensemble.strategies import jax_resnet
+
+    loop, vmap = jax_resnet.forwards(folded(models), example)
+    settings = {"jit of each model": lambda _: loop, "jit of vmap": lambda _: vmap}
+    return _fastest(settings, example, len(models), trial=len(models))
+
+
+def _fastest(
+    settings: Mapping[str, Callable[[int], Run]], example: Tensor, num_models: int, *, trial: int
+) -> Tuned:
+    """The forward of the setting that is fastest for the first `trial` models."""
+    batches = _arrays(example, num_models)
+    trial = min(trial, num_models)
+    medians = {}
+    for name, make in settings.items():
+        run, times = make(trial), []
+        for _ in range(1 + TRIAL_CALLS):
+            start = time.perf_counter()
+            run(batches[:trial])
+            times.append(time.perf_counter() - start)
+        medians[name] = statistics.median(times[1:])
+    best = min(medians, key=lambda name: medians[name])
+    run = settings[best](num_models)
+
+    def forward(x: Tensor) -> Tensor:
+        logits = np.stack(run(_arrays(x, num_models)))
+        return torch.from_numpy(logits).to(example.dtype)
+
+    tried = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in medians.items())
+    return Tuned(forward, f"setting: {best} (tried with {trial} models: {tried})")
+
+
+def _require(name: str, example: Tensor) -> Any:
+    if example.device.type != "cpu":
+        raise UnavailableError(f"{name} is set up for the CPU here, not for {example.device}")
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UnavailableError(
+            f"{name} is not installed: pip install -r requirements-peers.txt"
+        ) from error
+
+
+def _in_float32(models: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    is_float32 = next(models[0].parameters()).dtype == torch.float32
+    return models if is_float32 else stacking.cast(models, torch.float32)
+
+
+def _arrays(x: Tensor, num_models: int) -> list[Array]:
+    """Each model's batch in float32, numpy knowing no bfloat16; shared ones share their memory."""
+    x = x.float().contiguous()
+    return [own.numpy() for own in x] if x.dim() == 5 else [x.numpy()] * num_models
+
+
+def _infer(request: Any, batch: Array) -> Array:
+    return request.infer([batch])[0].copy()
+
+
+def _export(model: nn.Module, batch: Tensor) -> Any:
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        program = torch.onnx.export(model, (batch.clone(),), dynamo=True, verbose=False)
+    assert program is not None
+    return program.model_proto
+
+
+def _set_initializers(onnx: Any, proto: Any, state: dict[str, Tensor]) -> None:
+    for initializer in proto.graph.initializer:
+        if initializer.name in state:
+            array = state[initializer.name].contiguous().numpy()
+            initializer.CopyFrom(onnx.numpy_helper.from_array(array, initializer.name))
