@@ -6,9 +6,11 @@ python resnet_vmap.py --num_models 4
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
@@ -24,21 +26,29 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 DEFAULT_NUM_MODELS = 2
+DEFAULT_IMAGE = "kitten.jpg"
 ALL = "all"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, load, run, show, export; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter of the table
     try:
         config = parse(argv)
-        check_output(config.export_json)
-        return run(config)
+        check_output(config)
+        code = run(config)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head`: who reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def run(config: Config) -> int:
@@ -53,11 +63,11 @@ def run(config: Config) -> int:
     devices.configure(threads=config.threads)
     device = devices.select_device(config.device)
 
+    count = config.batch_size * (max(config.num_models) if config.inputs == "per_model" else 1)
     image = images.read_image(config.image_path)
+    views = images.views(image, count, image_size=config.image_size, seed=config.seed).to(device)
     models, weights = load_models(config, device)
     print(f"Loading image from {config.image_path}")
-    count = config.batch_size * (max(config.num_models) if config.inputs == "per_model" else 1)
-    views = images.views(image, count, image_size=config.image_size, seed=config.seed).to(device)
     print(f"Converted image to shape {views[:1].shape}")
     if config.verbose:
         print(models[0])
@@ -70,17 +80,19 @@ def run(config: Config) -> int:
         device, allocator=config.allocator, weights=weights, first_forward_s=first_forward_s
     )
     results: list[Result] = []
-    interrupted = False
+    interrupted, unsaved = False, ""
     rows = len(config.num_models) * len(benchmark.row_names(config))
     try:
         with progress.show_progress(rows) as update:
             for result in benchmark.run(config, models, views, progress=update):
                 results.append(result)
-                if config.export_json:
-                    save_json(Path(config.export_json), environment, config, results)
+                if config.export_json and not unsaved:
+                    unsaved = save(config.export_json, environment, config, results)
     except KeyboardInterrupt:
         interrupted = True
     show(config, results, environment)
+    if unsaved:
+        raise InputError(unsaved)
     if interrupted:
         print(f"interrupted: {len(results)} of {rows} rows were measured", file=sys.stderr)
         return 130
@@ -130,10 +142,16 @@ def predict(config: Config, models: Sequence[nn.Module], image: Tensor) -> float
 
     print("Running Sample prediction")
     paths = config.model_path or ()
-    with torch.inference_mode():
-        first = timing.time_call(
-            lambda: models[0](image), synchronize=lambda: timing.synchronize(image.device)
-        )
+    try:
+        with torch.inference_mode():
+            first = timing.time_call(
+                lambda: models[0](image), synchronize=lambda: timing.synchronize(image.device)
+            )
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--image_size: {config.arch} does not run at {config.image_size} px: {reason}"
+        ) from error
     for index, model in enumerate(models if len(paths) > 1 else models[:1]):
         with torch.inference_mode():
             probabilities = model(image)[0].softmax(0)
@@ -167,17 +185,33 @@ def exit_code(config: Config, results: Sequence[Result]) -> int:
     return int(any(result.status in bad for result in results))
 
 
-def check_output(path: str | None) -> None:
-    """Raise InputError unless a file can be written at `path`, before a long run finds out."""
-    if path is None:
+def save(path: str, environment: Environment, config: Config, results: Sequence[Result]) -> str:
+    """Write the result file; what went wrong where it cannot be (a full disk loses no result)."""
+    try:
+        save_json(Path(path), environment, config, results)
+    except OSError as error:
+        return f"--export_json: {path} cannot be written: {error.strerror or error}"
+    return ""
+
+
+def check_output(config: Config) -> None:
+    """Raise InputError unless a file can be written, before a long run finds out."""
+    if config.export_json is None:
         return
+    path = config.export_json
+    inputs = [config.image_path, *(config.model_path or ())]
+    if any(os.path.realpath(path) == os.path.realpath(own) for own in inputs):
+        raise InputError(f"--export_json: expected a file of its own, found the input {path}")
     target, folder = Path(path), Path(path).parent
     if not folder.is_dir():
         raise InputError(f"--export_json: expected a folder at {folder}, found none")
     if target.exists() and not target.is_file():
         raise InputError(f"--export_json: expected a file at {path}, found a directory or a device")
-    if not os.access(target if target.exists() else folder, os.W_OK):
-        raise InputError(f"--export_json: expected {path} to be writable, it is not")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--export_json: expected to write in {folder}: {reason}") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -198,6 +232,9 @@ def parse(argv: Sequence[str] | None) -> Config:
         raise InputError(f"--num_models: expected {len(paths)}, one a file, found {asked}")
     if ALL in options["strategies"]:
         options["strategies"] = list(STRATEGIES)
+    beside = Path(__file__).with_name(DEFAULT_IMAGE)
+    if options["image_path"] == DEFAULT_IMAGE and not Path(DEFAULT_IMAGE).exists():
+        options["image_path"] = str(beside)
     values = {
         name: tuple(dict.fromkeys(value)) if name in ("num_models", "strategies") else value
         for name, value in options.items()
@@ -238,7 +275,7 @@ def make_parser() -> Parser:
         metavar="NAME",
         help="a torchvision classification architecture that the weights are for",
     )
-    add("--image_path", default="kitten.jpg", metavar="PATH", help="the image to predict")
+    add("--image_path", default=DEFAULT_IMAGE, metavar="PATH", help="the image to predict")
     add("--image_size", type=positive, default=224, metavar="PX", help="side of the model's input")
     add(
         "--batch_size",
@@ -277,7 +314,7 @@ def make_parser() -> Parser:
     )
     add(
         "--threads",
-        type=positive,
+        type=thread_count,
         metavar="T",
         help="CPU threads for torch (default: torch's own choice, the cores)",
     )
@@ -328,6 +365,11 @@ def make_parser() -> Parser:
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     return _within(1, inf, int, text, "a whole number of at least 1")
+
+
+def thread_count(text: str) -> int:
+    """A number of threads that a machine may have."""
+    return _within(1, 1025, int, text, "a whole number from 1 to 1024")
 
 
 def not_negative(text: str) -> int:

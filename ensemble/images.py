@@ -13,7 +13,7 @@ from torchvision.models import ResNet18_Weights
 from ensemble import files, memory
 from ensemble.errors import InputError
 
-# A sliver of an image becomes huge when its short side is resized.
+# A sliver of an image becomes huge when its short side is resized, as any does at a huge size.
 _MAX_RESIZED_PIXELS = 100_000_000
 
 
@@ -49,14 +49,14 @@ def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
     Shorter side to round(image_size * 256 / 224), centre crop, ImageNet mean and deviation.
 
     Raises:
-        InputError: the image is so narrow that its resized form would not fit in memory.
+        InputError: the resized image would be too large: a sliver, or a huge `image_size`.
     """
     shorter = _shorter_side(image_size)
     longer = max(image.size) * shorter / min(image.size)
-    if shorter * longer > max(_MAX_RESIZED_PIXELS, 2 * shorter * shorter):
+    if shorter * longer > _MAX_RESIZED_PIXELS:
         raise InputError(
-            f"--image_path: expected an image that can be resized to {shorter} pixels on its"
-            f" shorter side, found {image.size[0]} x {image.size[1]} pixels"
+            f"--image_size: expected at most {_MAX_RESIZED_PIXELS:,} pixels after resizing the"
+            f" shorter side to {shorter}, found an image of {image.size[0]} x {image.size[1]}"
         )
     # The partial of the enum is torchvision's public name for its ImageClassification preset.
     preset = ResNet18_Weights.IMAGENET1K_V1.transforms(crop_size=image_size, resize_size=shorter)

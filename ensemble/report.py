@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ensemble.results import BUSY, CONFIDENCE, NOISY, TOO_NOISY, Environment, Result
+from ensemble.results import BUSY, CONFIDENCE, NOISY, SELF_CHECK, TOO_NOISY, Environment, Result
 
 UNKNOWN = ""
 WIDEST = 1000  # of a table, in characters: no cell is ever cut
@@ -57,25 +57,35 @@ def render_verdict(results: Sequence[Result], environment: Environment) -> str:
         for row in compared:
             lines.append(_sentence(row, environment))
             lines += _noise_warning(row)
-            lines += _fault_sentence(row, environment)
-        lines += _cold_sentence(rows, environment)
-        if len(compared) > 1:
+            lines += [] if row.inconclusive else _fault_sentence(row, environment)
+        if num_models == results[0].num_models:  # nothing is cold after the first N
+            lines += _cold_sentence(rows, environment)
+        if sum(row.strategy != SELF_CHECK for row in compared) > 1:
             lines.append(_fastest(rows))
     return "\n".join(lines or ["Verdict: nothing was compared with the reference."]) + "\n"
 
 
 def time_lines(results: Sequence[Result]) -> list[str]:
-    """The two lines that users of the original know: medians in seconds, from the same pairs."""
-    vmapped = next((row for row in results if row.strategy == "vmap"), None)
-    looped = next((row for row in results if row.is_reference), None)
-    without = looped.median_s if looped else None
-    if vmapped and vmapped.reference_median_s:
-        without = vmapped.reference_median_s
-    with_vmap = vmapped.median_s if vmapped else None
-    return [
-        f"Time taken for prediction without vmap: {_seconds(without)}",
-        f"Time taken for prediction with vmap: {_seconds(with_vmap)}",
-    ]
+    """The two lines that users of the original know, for each N: medians in seconds.
+
+    Both come from the pairs of the row `vmap`, so that they belong together.
+    """
+    lines = []
+    counts = list(dict.fromkeys(row.num_models for row in results)) or [0]
+    for count in counts:
+        rows = [row for row in results if row.num_models == count]
+        vmapped = next((row for row in rows if row.strategy == "vmap"), None)
+        looped = next((row for row in rows if row.is_reference), None)
+        without = looped.median_s if looped else None
+        if vmapped and vmapped.reference_median_s:
+            without = vmapped.reference_median_s
+        with_vmap = vmapped.median_s if vmapped else None
+        suffix = f" ({count} models)" if len(counts) > 1 else ""
+        lines += [
+            f"Time taken for prediction without vmap: {_seconds(without)}{suffix}",
+            f"Time taken for prediction with vmap: {_seconds(with_vmap)}{suffix}",
+        ]
+    return lines
 
 
 def _title(results: Sequence[Result]) -> str:
@@ -110,6 +120,8 @@ def _speedup_cell(row: Result) -> str:
         return row.status if row.error else UNKNOWN
     if row.is_reference:
         return "1 (reference)"
+    if row.inconclusive:
+        return row.inconclusive
     interval = row.speedup_interval
     return f"{row.speedup:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
@@ -121,11 +133,11 @@ def _sentence(row: Result, environment: Environment) -> str:
     interval = row.speedup_interval
     if interval is None:
         return f"Verdict: {row.strategy}, {where}: {pairs} are too few to say; raise --min_pairs."
-    if row.noise is not None and row.noise > TOO_NOISY:
+    if row.inconclusive:
         return (
-            f"Verdict: {row.strategy}, {where}: too noisy to say: the inter-quartile range is"
-            f" {row.noise:.0%} of the median, above {TOO_NOISY:.0%}; close other programs or raise"
-            " --min_seconds."
+            f"Verdict: {row.strategy}, {where}: {row.inconclusive} to say: the inter-quartile range"
+            f" is {row.noise:.0%} of the median, above {TOO_NOISY:.0%}; close other programs or"
+            " raise --min_seconds."
         )
     low, high = interval
     surely = f"{CONFIDENCE:.0%} interval {low:.2f} to {high:.2f}, {pairs}"
@@ -176,29 +188,35 @@ def _fault_sentence(row: Result, environment: Environment) -> list[str]:
 
 
 def _cold_sentence(rows: Sequence[Result], environment: Environment) -> list[str]:
-    """What start-up cost, and what first calls alone would have said, as the original did."""
+    """What start-up cost, and what first calls alone would have said of the speedup."""
     loop = next((row for row in rows if row.is_reference and row.first_call_s), None)
     vmap = next((row for row in rows if row.strategy == "vmap" and row.speedup), None)
     if loop is None or vmap is None or not loop.median_s:
         return []
     if not loop.first_call_s or not vmap.first_call_s:
         return []
-    one = loop.median_s / loop.num_models / loop.batch_size
+    took = f"{environment.first_forward_s:.3f} s"
+    if loop.batch_size == 1:  # as the very first forward
+        steady = loop.median_s / loop.num_models
+        took += f", {environment.first_forward_s / steady:.1f} times a steady one"
     return [
-        f"Cold starts: the very first forward of this process took"
-        f" {environment.first_forward_s:.3f} s, {environment.first_forward_s / one:.1f} times a"
-        f" steady one. First calls alone (loop {loop.first_call_s:.3f} s, vmap"
+        f"Cold starts: the very first forward of this process took {took}."
+        f" The first calls after it (loop {loop.first_call_s:.3f} s, vmap"
         f" {vmap.first_call_s:.3f} s) would have said"
         f" {loop.first_call_s / vmap.first_call_s:.2f} times."
     ]
 
 
 def _fastest(rows: Sequence[Result]) -> str:
-    sure = [row for row in rows if row.speedup is not None and (row.noise or 0) <= TOO_NOISY]
-    if not sure:
-        return f"Fastest with {rows[0].num_models} models: too noisy to say."
+    sure = [
+        row
+        for row in rows
+        if row.speedup is not None and not row.inconclusive and row.strategy != SELF_CHECK
+    ]
+    if not any(not row.is_reference for row in sure):
+        return f"Fastest with {rows[0].num_models} models: no strategy's figure is sure enough."
     best = max(sure, key=lambda row: row.speedup or 0)
-    if best.is_reference:
+    if (best.speedup or 0) <= 1:
         return f"Fastest with {best.num_models} models: the reference itself, loop in float32."
     return f"Fastest with {best.num_models} models: {best.strategy}, {best.speedup:.2f} times."
 

@@ -13,6 +13,7 @@ import numpy as np
 
 SCHEMA = 1
 REFERENCE = "loop"  # in float32
+SELF_CHECK = "self_check"  # the reference against itself: the noise floor of this program
 CONFIDENCE = 0.99
 RESAMPLES = 10_000
 # Of a 99 % interval for a median from n values, no interval is known below n = 8: not even the
@@ -138,6 +139,15 @@ class Result:
             if (spread := iqr(times)) is not None and (middle := median(times))
         ]
         return max(spreads, default=None)
+
+    @property
+    def inconclusive(self) -> str | None:
+        """Why the speedup cannot be claimed, or None where it can (or where there is none)."""
+        if self.speedup is None or self.is_reference:
+            return None
+        if self.speedup_interval is None:
+            return "too few pairs"
+        return "too noisy" if self.noise is not None and self.noise > TOO_NOISY else None
 
     @property
     def _ratios(self) -> tuple[float, ...]:

@@ -51,8 +51,8 @@ def load_models(
     Raises:
         InputError: a file that is not a usable checkpoint of `arch`, or K files for another N.
     """
-    count = num_models or len(paths)
-    if not paths or len(paths) not in (1, count):
+    count = len(paths) if num_models is None else num_models
+    if count < 1 or not paths or len(paths) not in (1, count):
         found = f"{len(paths)} files for {count} models"
         raise InputError(f"--model_path: expected one file, or one for each model, found {found}")
     models: list[nn.Module] = []

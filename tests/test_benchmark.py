@@ -211,6 +211,15 @@ def test_a_strategy_that_compiles_again_in_later_calls_fails_with_that_reason(
     assert "recompil" in row.error.lower()
 
 
+def test_weights_that_ignore_the_image_make_the_check_weak_and_that_is_said():
+    models = tiny_models(3)
+    for model in models:
+        model.get_parameter("fc.weight").zero_()
+    rows = benchmark.run(QUICK, models, torch.randn(1, 3, 8, 8), progress=lambda *_: None)
+    assert all("the check is weak" in row.notes[0] for row in rows)
+    assert all(row.notes == () for row in run(QUICK))
+
+
 def test_what_a_strategy_allocates_counts_as_its_memory(monkeypatch: pytest.MonkeyPatch):
     def hoarding(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         hoard = torch.ones(50_000_000, dtype=torch.uint8)

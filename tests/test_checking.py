@@ -59,3 +59,16 @@ def test_another_class_disagrees_unless_the_reference_holds_the_two_for_equal():
 def test_logits_of_another_shape_disagree():
     found = check(REFERENCE[:1], REFERENCE, tolerance=1e-4)
     assert found.problem == "expected logits of shape (2, 1, 3), found (1, 1, 3)"
+
+
+def test_logits_that_are_all_zero_agree_with_zeros_alone():
+    zeros = torch.zeros(2, 1, 3)
+    assert check(zeros, zeros, tolerance=1e-4).problem is None
+    assert check(zeros + 1e-9, zeros, tolerance=1e-4).problem is not None
+
+
+def test_a_reference_that_is_not_finite_is_blamed_itself():
+    broken = changed(0, 0, 0, float("nan"))
+    found = check(broken, broken, tolerance=1e-4)
+    assert found.problem == "the reference's own logits are not finite: bad weights?"
+    assert found.top1_agreement is None

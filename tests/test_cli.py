@@ -143,7 +143,12 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--image_size", "0"], "argument --image_size: expected a whole number of at least 1"),
         (["--min_seconds", "nan"], "argument --min_seconds: expected a number of seconds"),
         (["--warmup", "-1"], "argument --warmup: expected a whole number of at least 0"),
-        (["--threads", "0"], "argument --threads: expected a whole number of at least 1"),
+        (["--threads", "0"], "argument --threads: expected a whole number from 1 to 1024"),
+        (["--threads", "99999999"], "argument --threads: expected a whole number from 1 to 1024"),
+        (["--image_size", str(10**30)], "--image_size: expected at most 100,000,000 pixels"),
+        (["--export_json", KITTEN], "--export_json: expected a file of its own, found the input"),
+        (["--export_json", "/proc/run.json"], "--export_json: expected to write in /proc"),
+        (["--arch", "vit_b_16", "--image_size", "64"], "--image_size: vit_b_16 does not run at 64"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to"),
         (["--seed", str(2**63)], "argument --seed: expected a whole number from 0 to"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
@@ -160,9 +165,13 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     defaults = [] if "--image_path" in argv else ["--image_path", KITTEN]
+    monkeypatch.setattr(pretrained, "published_url", lambda arch: "http://127.0.0.1:9/no.pth")
     assert message in error_of(capsys, *defaults, *argv)
 
 
@@ -218,6 +227,43 @@ def test_a_strategy_that_was_named_and_cannot_run_here_ends_with_exit_code_1(
     argv = [*QUICK, "--model_path", checkpoint, "--strategies", "captured_loop"]
     assert resnet_vmap.main(argv) == 1
     assert "captured_loop, 2 models: unavailable: " in capsys.readouterr().out
+
+
+def test_a_file_that_can_no_longer_be_written_costs_no_result(
+    checkpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resnet_vmap, "save_json", full)
+    argv = [*QUICK, "--model_path", checkpoint, "--export_json", str(tmp_path / "run.json")]
+    assert resnet_vmap.main(argv) == 2
+    captured = capsys.readouterr()
+    assert "Verdict: vmap, 2 models on cpu" in captured.out
+    assert captured.err.endswith("run.json cannot be written: No space left on device\n")
+
+
+def test_the_default_image_is_found_from_any_folder(
+    checkpoint: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    assert resnet_vmap.main([*QUICK[2:], "--model_path", checkpoint]) == 0
+    assert f"Loading image from {KITTEN}\n" in capsys.readouterr().out
+
+
+def test_a_reader_that_stops_reading_gets_no_traceback(checkpoint: str):
+    command = f"{sys.executable} resnet_vmap.py --model_path {checkpoint} --image_size 32 | head -1"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"Loading resnet model from {checkpoint}\n"
+    assert "Traceback" not in done.stderr
 
 
 def test_outputs_that_disagree_end_with_exit_code_1_and_without_a_speedup(

@@ -89,7 +89,7 @@ def test_page_faults_that_explain_less_than_half_of_a_loss_are_not_blamed():
 def test_first_calls_are_told_apart_from_the_steady_state():
     assert (
         "Cold starts: the very first forward of this process took 0.250 s, 10.0 times a steady one."
-        " First calls alone (loop 0.300 s, vmap 0.020 s) would have said 15.00 times."
+        " The first calls after it (loop 0.300 s, vmap 0.020 s) would have said 15.00 times."
     ) in verdict(LOOP, VMAP)
 
 
@@ -99,6 +99,30 @@ def test_the_fastest_of_several_is_named():
     slow = replace(VMAP, times_s=(0.2,) * 20)
     text = verdict(LOOP, slow, replace(slow, strategy="folded_vmap"))
     assert "Fastest with 4 models: the reference itself" in text
+
+
+def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothing():
+    few = replace(VMAP, times_s=(0.11,) * 7, reference_times_s=(0.1,) * 7)
+    text = verdict(LOOP, few, replace(few, strategy="folded_vmap"))
+    assert "Fastest with 4 models: no strategy's figure is sure enough." in text
+    assert "Page faults" not in text
+    assert "too few pairs" in render_table([few])
+    assert "1.00" not in render_table([few])
+
+
+def test_the_self_check_is_never_the_fastest():
+    floor = replace(VMAP, strategy="self_check", times_s=(0.01,) * 20)
+    other = replace(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
+    assert "Fastest with 4 models: folded_vmap, 2.50 times." in verdict(LOOP, VMAP, floor, other)
+    assert "Fastest" not in verdict(LOOP, VMAP, floor)
+
+
+def test_time_lines_of_several_numbers_of_models_say_which():
+    eight = replace(VMAP, num_models=8, times_s=(0.2,) * 20)
+    assert time_lines([VMAP, eight])[1::2] == [
+        "Time taken for prediction with vmap: 0.050000 (4 models)",
+        "Time taken for prediction with vmap: 0.200000 (8 models)",
+    ]
 
 
 def test_nothing_compared_is_said_and_not_passed_over():

@@ -179,6 +179,7 @@ def test_models_in_train_mode_are_refused():
         ensemble.build("vmap", models, torch.zeros(1, 3, 8, 8))
 
 
+@pytest.mark.filterwarnings("ignore:.*batching rule")  # as_strided_, of a channels-last mean
 @pytest.mark.parametrize("name", ["loop", "vmap", "folded_loop", "folded_vmap"])
 @pytest.mark.parametrize("per_model", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

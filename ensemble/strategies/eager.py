@@ -6,11 +6,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import functorch
 import torch
 from torch import Tensor, nn
 
 from ensemble import stacking
+
+try:
+    import functorch
+except ImportError:  # a torch that has dropped it
+    functorch = None
 
 if TYPE_CHECKING:
     from ensemble.strategies import Forward
@@ -44,7 +48,7 @@ def stateless_model(
     Where a future torch has dropped it, `torch.func.functional_call` gives the same.
     """
     skeletons = [stacking.skeleton(model) for model in models]
-    if hasattr(functorch, "combine_state_for_ensemble"):
+    if functorch and hasattr(functorch, "combine_state_for_ensemble"):
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message=".*combine_state_for_ensemble", category=FutureWarning
