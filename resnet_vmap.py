@@ -348,6 +348,11 @@ def make_parser() -> Parser:
         help="and for at least so long; raise it on a noisy machine",
     )
     add(
+        "--roofline",
+        action="store_true",
+        help="add how much of this device's own measured limits each row reaches",
+    )
+    add(
         "--self_check",
         action="store_true",
         help="add a row that times the reference against itself: the noise floor",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ensemble import load, memory, stacking, strategies
+from ensemble import load, memory, roofline, stacking, strategies
 from ensemble.checking import TOLERANCES, check
 from ensemble.errors import UnavailableError
 from ensemble.results import REFERENCE, SELF_CHECK, Config, Result, median
@@ -58,6 +58,7 @@ def run(
         views: `(count, 3, H, W)` float32 on the device; shared inputs are the first B of them,
             per-model inputs the first N * B.
     """
+    limits = _limits(config, views.device)
     for num_models in config.num_models:
         chosen = models[:num_models]
         example = _inputs(views, config, num_models)
@@ -67,6 +68,7 @@ def run(
             progress(f"{REFERENCE}, {num_models} models", "reference", 0.0)
             reference = _start(REFERENCE, chosen, example, torch.float32)
             rows = _with_weak_check_noted(rows, reference)
+            rows = [_with_roofline(row, limits, chosen, example) for row in rows]
         except Exception as error:
             reason = _reason(error, REFERENCE, chosen, example, torch.float32)
             yield from (
@@ -181,6 +183,27 @@ def _time(
         reference_page_faults_per_call=_faults(paired),
         others_cpu_share=load.share_of_others(before, load.read()),
     )
+
+
+def _limits(config: Config, device: torch.device) -> dict[str, roofline.Limits]:
+    """The device's limits in each dtype that a row has; measured once, and only if asked for."""
+    if not config.roofline:
+        return {}
+    dtypes = dict.fromkeys(_empty_row(config, name, 1).dtype for name in row_names(config))
+    return {dtype: roofline.measure(device, getattr(torch, dtype)) for dtype in dtypes}
+
+
+def _with_roofline(
+    row: Result,
+    limits: dict[str, roofline.Limits],
+    models: Sequence[nn.Module],
+    example: Tensor,
+) -> Result:
+    if row.dtype not in limits:
+        return row
+    needed = roofline.work(models[0], len(models), example, getattr(torch, row.dtype))
+    least_s, bound = needed.least_seconds(limits[row.dtype])
+    return replace(row, least_s=least_s, bound=bound)
 
 
 def _with_weak_check_noted(rows: list[Result], reference: Started) -> list[Result]:

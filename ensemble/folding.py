@@ -45,6 +45,14 @@ def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
     return copies
 
 
+def traced(model: nn.Module) -> fx.GraphModule:
+    """`model` as a graph of its modules; raises UnavailableError where torch.fx cannot trace it."""
+    try:
+        return fx.symbolic_trace(model)
+    except Exception as error:  # a tracer runs the model's own code, which may raise anything
+        raise UnavailableError(f"torch.fx cannot trace this model: {error}") from error
+
+
 def channels_last(x: Tensor) -> Tensor:
     """`x`, `(B, 3, H, W)` or `(N, B, 3, H, W)`, with its channels last in memory."""
     images = x.flatten(0, -4).contiguous(memory_format=torch.channels_last)
@@ -53,10 +61,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def _foldable(model: nn.Module) -> list[tuple[str, str]]:
     """The names of each convolution and the batch norm that alone reads its result."""
-    try:
-        graph = fx.symbolic_trace(stacking.skeleton(model)).graph
-    except Exception as error:  # a tracer runs the model's own code, which may raise anything
-        raise UnavailableError(f"torch.fx cannot trace this model: {error}") from error
+    graph = traced(stacking.skeleton(model)).graph
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
     once = [node.target for node in calls]

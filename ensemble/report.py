@@ -23,6 +23,7 @@ HEADERS = (
     "memory\n(MB)",
     "page faults\na call",
 )
+ROOFLINE_HEADERS = ("of the\nlimit", "bound\nby")
 
 
 def render_table(results: Sequence[Result]) -> str:
@@ -32,14 +33,19 @@ def render_table(results: Sequence[Result]) -> str:
     """
     table = Table(box=SIMPLE_HEAD)
     table.add_column("strategy", no_wrap=True)
-    for header in HEADERS:
+    for header in HEADERS + (ROOFLINE_HEADERS if _has_roofline(results) else ()):
         table.add_column(header, justify="right", no_wrap=True)
     for result in results:
-        table.add_row(*_cells(result))
+        roofline = (_number(result.roofline_share, ".0%"), result.bound or UNKNOWN)
+        table.add_row(*_cells(result), *(roofline if _has_roofline(results) else ()))
     text = io.StringIO()
     Console(file=text, width=WIDEST, highlight=False, no_color=True).print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
     return "\n".join([_title(results), *lines, *reasons(results)]) + "\n"
+
+
+def _has_roofline(results: Sequence[Result]) -> bool:
+    return any(result.least_s is not None for result in results)
 
 
 def reasons(results: Sequence[Result]) -> list[str]:

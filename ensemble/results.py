@@ -45,6 +45,7 @@ class Config:
     threads: int | None
     allocator: str
     self_check: bool
+    roofline: bool
     seed: int
     export_json: str | None
     verbose: bool
@@ -101,6 +102,8 @@ class Result:
     page_faults_per_call: float | None = None
     reference_page_faults_per_call: float | None = None
     others_cpu_share: float | None = None
+    least_s: float | None = None  # the least time that the device's measured limits allow
+    bound: str | None = None  # which limit that is: compute or memory
     notes: tuple[str, ...] = ()
 
     @property
@@ -129,6 +132,11 @@ class Result:
     @cached_property
     def speedup_interval(self) -> tuple[float, float] | None:
         return bootstrap_interval(self._ratios) if self.status == "ok" else None
+
+    @property
+    def roofline_share(self) -> float | None:
+        """How much of the device's own measured limit this row reaches."""
+        return self.least_s / self.median_s if self.least_s and self.median_s else None
 
     @cached_property
     def noise(self) -> float | None:
@@ -196,6 +204,7 @@ def to_document(environment: Environment, config: Config, results: Sequence[Resu
                 "iqr_s": result.iqr_s,
                 "speedup": result.speedup,
                 "speedup_interval": result.speedup_interval,
+                "roofline_share": result.roofline_share,
             }
             for result in results
         ],

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ensemble import benchmark
+from ensemble import benchmark, roofline
 from ensemble.errors import UnavailableError
 from ensemble.results import Config, Result
 from ensemble.strategies import STRATEGIES
@@ -113,6 +113,21 @@ def test_a_swapped_pair_of_models_gets_a_reason_and_no_times(monkeypatch: pytest
     assert row.error.startswith("outputs disagree: model ")
     assert row.times_s == ()
     assert row.speedup is None
+
+
+def test_the_roofline_is_measured_once_for_each_dtype(monkeypatch: pytest.MonkeyPatch):
+    asked: list[torch.dtype] = []
+
+    def measure(device: torch.device, dtype: torch.dtype) -> roofline.Limits:
+        asked.append(dtype)
+        return roofline.Limits(1e9, 1e9)
+
+    monkeypatch.setattr(roofline, "measure", measure)
+    rows = run(replace(QUICK, roofline=True, self_check=True, dtype="bfloat16"))
+    assert asked == [torch.bfloat16, torch.float32]
+    # 8 x 3 x 3 x 3 weights at 8 x 8 places, 8 x 5 in the last layer, 3 models, 2 a multiply-add
+    assert rows[0].least_s == pytest.approx(3 * 2 * (216 * 64 + 40) / 1e9)
+    assert [row.bound for row in rows] == ["compute"] * 3
 
 
 def test_a_strategy_that_cannot_run_here_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch):

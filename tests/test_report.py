@@ -139,6 +139,12 @@ def test_the_table_has_a_row_a_strategy_with_its_units_and_no_cell_cut():
     assert lines[7] == "captured, 4 models: unavailable: no CUDA"
 
 
+def test_the_share_of_the_limit_stands_in_the_table_where_it_was_asked_for():
+    limited = replace(VMAP, least_s=0.02, bound="compute")
+    assert render_table([limited]).splitlines()[4].endswith("40%   compute")
+    assert "bound" not in render_table([VMAP])
+
+
 def test_a_note_of_a_row_stands_under_the_table():
     noted = replace(VMAP, notes=("slow fallback",))
     assert render_table([noted]).endswith("vmap, 4 models: note: slow fallback\n")

@@ -59,6 +59,7 @@ CONFIG = Config(
     threads=None,
     allocator="system",
     self_check=False,
+    roofline=False,
     seed=0,
     export_json=None,
     verbose=False,

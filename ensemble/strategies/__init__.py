@@ -40,6 +40,8 @@ STRATEGIES = {
     "folded_vmap": Strategy("folded", "vmap", "vmap, batch norm folded, channels-last"),
     "compiled_loop": Strategy("compiled", "loop", "folded_loop through torch.compile"),
     "compiled_vmap": Strategy("compiled", "vmap", "folded_vmap through torch.compile, one graph"),
+    "packed_loop": Strategy("packed", "loop", "folded_loop, weights packed once (CPU)"),
+    "packed_concurrent": Strategy("packed", "concurrent", "the same, one model a core"),
     "concurrent": Strategy("concurrent", "eager", "folded models, one a core or stream"),
     "concurrent_compiled": Strategy("concurrent", "compiled", "the same, compiled"),
     "captured_loop": Strategy("captured", "loop", "folded_loop as a CUDA graph"),

@@ -25,14 +25,14 @@ One = Callable[[int, Tensor], Tensor]  # index of the model, its input -> its lo
 def eager(models: Sequence[nn.Module], example: Tensor) -> Forward:
     """Folded models, eager, concurrently."""
     copies = folded(models)
-    return _concurrently(lambda index, x: copies[index](x), len(copies), example)
+    return side_by_side(lambda index, x: copies[index](x), len(copies), example)
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> Forward:
     """Folded models through one compiled forward, concurrently."""
     copies = folded(models)
     one, states = compiled_model(copies[0]), [stacking.named_tensors(copy) for copy in copies]
-    return _concurrently(lambda index, x: one(states[index], x), len(copies), example)
+    return side_by_side(lambda index, x: one(states[index], x), len(copies), example)
 
 
 def shares(num_models: int, cores: int) -> list[tuple[list[int], int]]:
@@ -47,7 +47,8 @@ def shares(num_models: int, cores: int) -> list[tuple[list[int], int]]:
     return plan + [([whole + index], max(1, cores // left)) for index in range(left)]
 
 
-def _concurrently(one: One, num_models: int, example: Tensor) -> Forward:
+def side_by_side(one: One, num_models: int, example: Tensor) -> Forward:
+    """A forward that runs `one(index, channels-last input)` for all models, several at once."""
     if example.device.type == "cpu":
         return _over_cores(one, num_models, example)
     return _over_streams(one, num_models, example)
