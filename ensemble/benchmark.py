@@ -207,9 +207,9 @@ def _with_roofline(
 
 
 def _with_weak_check_noted(rows: list[Result], reference: Started) -> list[Result]:
-    """Say so where the check could not tell a right input from a black one."""
-    black = reference.forward(torch.zeros_like(reference.example))
-    if not check(black, reference.logits, tolerance=10 * TOLERANCES[torch.float32]).problem:
+    """Say so where the check could not tell the right input from a blank one."""
+    blank = reference.forward(torch.zeros_like(reference.example))
+    if not check(blank, reference.logits, tolerance=10 * TOLERANCES[torch.float32]).problem:
         note = "the check is weak: with these weights the logits hardly depend on the image"
         return [replace(row, notes=(note,)) for row in rows]
     return rows

@@ -42,4 +42,5 @@ def concurrent(models: Sequence[nn.Module], example: Tensor) -> Forward:
 def _packed(models: Sequence[nn.Module], example: Tensor) -> list[fx.GraphModule]:
     one = channels_last(example)
     one = one[0] if one.dim() == 5 else one
-    return [pack(model, one) for model in folded(models)]
+    # Folded one at a time: only one model then exists folded and unpacked.
+    return [pack(folded([model])[0], one) for model in models]
