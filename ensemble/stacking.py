@@ -107,8 +107,6 @@ def _matching_tensors(models: Sequence[nn.Module]) -> dict[str, list[Tensor]]:
             raise ValueError(f"{where}: expected a {expected} like model 0, found a {found}")
         if any(module.training for module in model.modules()):
             raise ValueError(f"{where}: expected eval mode, found train mode; call model.eval()")
-        if repr(model) != repr(first):  # strides, activations: what the tensors do not show
-            raise ValueError(f"{where}: expected the structure of model 0, found another")
         own = named_tensors(model)
         if own.keys() != tensors.keys():
             names = sorted(own.keys() ^ tensors.keys())
@@ -118,6 +116,8 @@ def _matching_tensors(models: Sequence[nn.Module]) -> dict[str, list[Tensor]]:
             if expected != found:
                 raise ValueError(f"{where}: expected {name} to be {expected}, found {found}")
             by_name[name].append(tensor)
+        if repr(model) != repr(first):  # strides, activations: what the tensors do not show
+            raise ValueError(f"{where}: expected the structure of model 0, found another")
     return by_name
 
 

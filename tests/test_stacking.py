@@ -263,3 +263,14 @@ def test_stacking_on_cuda_works_under_fake_tensors():
                 assert isinstance(found, FakeTensor)
                 assert (found.device.type, found.dtype) == ("cuda", tensor.dtype)
                 assert found.shape == (3, *tensor.shape)
+
+
+def test_models_that_differ_in_what_no_tensor_shows_are_refused():
+    models = tiny_models(2)
+    conv = models[1].get_submodule("conv")
+    assert isinstance(conv, nn.Conv2d)
+    conv.stride = (2, 2)
+    with pytest.raises(
+        ValueError, match="model 1: expected the structure of model 0, found another"
+    ):
+        stacking.stacked_state(models)
