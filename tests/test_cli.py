@@ -294,7 +294,7 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: st
     target = tmp_path / "run.json"
     argv = ["--model_path", checkpoint, "--image_size", "32", "--export_json", str(target)]
     argv += ["--strategies", "loop", "vmap", "--min_seconds", "1", "--min_pairs", "100000"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "resnet_vmap.py", *argv, "--num_models", "1"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -302,13 +302,16 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: st
         text=True,
         # A shell's background job, as a gate may be, ignores SIGINT and hands that on.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("loop, 1 models: timing"):
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    ) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("loop, 1 models: timing"):
+                    break
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # left running, it would be blamed on a later test
     assert process.returncode == 130
     assert "interrupted: 0 of 2 rows were measured" in err
     assert "Traceback" not in err
