@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 DEFAULT_NUM_MODELS = 2
 DEFAULT_IMAGE = "kitten.jpg"
+CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 ALL = "all"
 
 
@@ -202,6 +203,8 @@ def check_output(config: Config) -> None:
     inputs = [config.image_path, *(config.model_path or ())]
     if any(os.path.realpath(path) == os.path.realpath(own) for own in inputs):
         raise InputError(f"--export_json: expected a file of its own, found the input {path}")
+    if Path(path).suffix in CHECKPOINT_SUFFIXES:  # the default weights file, named by mistake
+        raise InputError(f"--export_json: expected a JSON file, found a checkpoint's name, {path}")
     target, folder = Path(path), Path(path).parent
     if not folder.is_dir():
         raise InputError(f"--export_json: expected a folder at {folder}, found none")

@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -55,29 +55,17 @@ def load_models(
     if count < 1 or not paths or len(paths) not in (1, count):
         found = f"{len(paths)} files for {count} models"
         raise InputError(f"--model_path: expected one file, or one for each model, found {found}")
-    models: list[nn.Module] = []
-    for index, path in enumerate(paths):
-        state = read_checkpoint(path)
-        if index == 0:
-            template = build_skeleton(arch, num_classes(state, arch=arch, source=str(path)))
-            models = _allocate(template, count, torch.device(device))
-        others = str(paths[0]) if index else None
-        check_state(state, template, arch=arch, source=str(path), first_source=others)
-        for model in models if len(paths) == 1 else [models[index]]:
-            _fill(model, state)
-    return models
+    states = ((str(path), read_checkpoint(path)) for path in paths)
+    copies = count if len(paths) == 1 else 1
+    return _from_states(states, arch=arch, count=count, copies=copies, device=torch.device(device))
 
 
 def models_from_state(
     state: State, *, arch: str, source: str, num_models: int, device: torch.device
 ) -> list[nn.Module]:
     """N independent models that each hold a copy of `state`, which came from `source`."""
-    template = build_skeleton(arch, num_classes(state, arch=arch, source=source))
-    check_state(state, template, arch=arch, source=source, first_source=None)
-    models = _allocate(template, num_models, device)
-    for model in models:
-        _fill(model, state)
-    return models
+    states = [(source, state)]
+    return _from_states(states, arch=arch, count=num_models, copies=num_models, device=device)
 
 
 def random_models(
@@ -168,6 +156,23 @@ def check_state(
         if floating != tensor.is_floating_point() and not name.endswith(_COUNTER):
             kind = "floating" if floating else "whole numbers"
             raise InputError(f"{source}: expected {name} to be {kind}, found {tensor.dtype}")
+
+
+def _from_states(
+    states: Iterable[tuple[str, State]], *, arch: str, count: int, copies: int, device: torch.device
+) -> list[nn.Module]:
+    """`count` models in one stack, `copies` of each state; one state at a time is in memory."""
+    models: list[nn.Module] = []
+    first_source = None
+    for index, (source, state) in enumerate(states):
+        if first_source is None:
+            template = build_skeleton(arch, num_classes(state, arch=arch, source=source))
+        check_state(state, template, arch=arch, source=source, first_source=first_source)
+        if first_source is None:
+            models, first_source = _allocate(template, count, device), source
+        for model in models[index * copies : (index + 1) * copies]:
+            _fill(model, state)
+    return models
 
 
 def _construct(arch: str, classes: int | None) -> nn.Module:

@@ -147,6 +147,7 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--threads", "99999999"], "argument --threads: expected a whole number from 1 to 1024"),
         (["--image_size", str(10**30)], "--image_size: expected at most 100,000,000 pixels"),
         (["--export_json", KITTEN], "--export_json: expected a file of its own, found the input"),
+        (["--export_json", "resnet18-f37072fd.pth"], "expected a JSON file, found a checkpoint's"),
         (["--export_json", "/proc/run.json"], "--export_json: expected to write in /proc"),
         (["--arch", "vit_b_16", "--image_size", "64"], "--image_size: vit_b_16 does not run at 64"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to"),
@@ -294,14 +295,17 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: st
     target = tmp_path / "run.json"
     argv = ["--model_path", checkpoint, "--image_size", "32", "--export_json", str(target)]
     argv += ["--strategies", "loop", "vmap", "--min_seconds", "1", "--min_pairs", "100000"]
+    program = (  # a shell's background job, as a gate may be, ignores SIGINT and hands that on
+        "import signal, sys, resnet_vmap\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.exit(resnet_vmap.main(sys.argv[1:]))"
+    )
     with subprocess.Popen(
-        [sys.executable, "resnet_vmap.py", *argv, "--num_models", "1"],
+        [sys.executable, "-c", program, *argv, "--num_models", "1"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job, as a gate may be, ignores SIGINT and hands that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             assert process.stderr is not None

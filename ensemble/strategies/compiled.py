@@ -10,6 +10,7 @@ Weights are inputs of the graphs and not frozen into them. Freezing compiles eve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ensemble import stacking
 from ensemble.folding import channels_last, folded
 from ensemble.stacking import stacked_state
+from ensemble.strategies import eager
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,18 +29,8 @@ if TYPE_CHECKING:
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
     """One compiled forward, called for each folded model with that model's weights."""
-    copies = folded(models)
-    one, states = compiled_model(copies[0]), [stacking.named_tensors(copy) for copy in copies]
-    if example.dim() == 5:
-        return lambda x: torch.stack(
-            [one(state, own) for state, own in zip(states, channels_last(x), strict=True)]
-        )
-
-    def forward(x: Tensor) -> Tensor:
-        x = channels_last(x)
-        return torch.stack([one(state, x) for state in states])
-
-    return forward
+    forward = eager.loop(compiled_models(folded(models)), example)
+    return lambda x: forward(channels_last(x))
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
@@ -54,6 +46,7 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
     return lambda x: compiled(state, channels_last(x))
 
 
-def compiled_model(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    """`f(state, x) -> logits` for any state of the structure of `model`: one graph for N models."""
-    return torch.compile(stacking.stateless(model), fullgraph=True, dynamic=False)
+def compiled_models(models: Sequence[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
+    """Each model as a call of one and the same graph, with that model's weights."""
+    one = torch.compile(stacking.stateless(models[0]), fullgraph=True, dynamic=False)
+    return [partial(one, stacking.named_tensors(model)) for model in models]

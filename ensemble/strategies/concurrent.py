@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ensemble import stacking
 from ensemble.folding import channels_last, folded
-from ensemble.strategies.compiled import compiled_model
+from ensemble.strategies.compiled import compiled_models
 
 if TYPE_CHECKING:
     from ensemble.strategies import Forward
@@ -19,20 +18,17 @@ if TYPE_CHECKING:
 # More streams than this do not help: each kernel of a ResNet wants a good part of the device.
 MAX_STREAMS = 8
 
-One = Callable[[int, Tensor], Tensor]  # index of the model, its input -> its logits
+One = Callable[[Tensor], Tensor]  # a model: channels-last images (B, 3, H, W) -> logits
 
 
 def eager(models: Sequence[nn.Module], example: Tensor) -> Forward:
     """Folded models, eager, concurrently."""
-    copies = folded(models)
-    return side_by_side(lambda index, x: copies[index](x), len(copies), example)
+    return side_by_side(folded(models), example)
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> Forward:
     """Folded models through one compiled forward, concurrently."""
-    copies = folded(models)
-    one, states = compiled_model(copies[0]), [stacking.named_tensors(copy) for copy in copies]
-    return side_by_side(lambda index, x: one(states[index], x), len(copies), example)
+    return side_by_side(compiled_models(folded(models)), example)
 
 
 def shares(num_models: int, cores: int) -> list[tuple[list[int], int]]:
@@ -47,16 +43,16 @@ def shares(num_models: int, cores: int) -> list[tuple[list[int], int]]:
     return plan + [([whole + index], max(1, cores // left)) for index in range(left)]
 
 
-def side_by_side(one: One, num_models: int, example: Tensor) -> Forward:
-    """A forward that runs `one(index, channels-last input)` for all models, several at once."""
+def side_by_side(models: Sequence[One], example: Tensor) -> Forward:
+    """A forward that runs all models on channels-last images, several at once."""
     if example.device.type == "cpu":
-        return _over_cores(one, num_models, example)
-    return _over_streams(one, num_models, example)
+        return _over_cores(models, example)
+    return _over_streams(models, example)
 
 
-def _over_cores(one: One, num_models: int, example: Tensor) -> Forward:
+def _over_cores(models: Sequence[One], example: Tensor) -> Forward:
     cores, per_model = torch.get_num_threads(), example.dim() == 5
-    plan = shares(num_models, cores)
+    plan = shares(len(models), cores)
     pools = {
         threads: ThreadPoolExecutor(
             cores // threads, initializer=torch.set_num_threads, initargs=(threads,)
@@ -66,7 +62,7 @@ def _over_cores(one: One, num_models: int, example: Tensor) -> Forward:
 
     def work(indices: list[int], x: Tensor) -> list[Tensor]:
         with torch.inference_mode():  # a thread starts without its caller's mode
-            return [one(index, x[index] if per_model else x) for index in indices]
+            return [models[index](x[index] if per_model else x) for index in indices]
 
     def forward(x: Tensor) -> Tensor:
         x = channels_last(x)
@@ -76,23 +72,23 @@ def _over_cores(one: One, num_models: int, example: Tensor) -> Forward:
             done = pools[threads].map(lambda indices: work(indices, x), parts)
             for indices, outputs in zip(parts, done, strict=True):
                 logits |= dict(zip(indices, outputs, strict=True))
-        return torch.stack([logits[index] for index in range(num_models)])
+        return torch.stack([logits[index] for index in range(len(models))])
 
     return forward
 
 
-def _over_streams(one: One, num_models: int, example: Tensor) -> Forward:
+def _over_streams(models: Sequence[One], example: Tensor) -> Forward:
     per_model = example.dim() == 5
-    streams = [torch.Stream(example.device) for _ in range(min(num_models, MAX_STREAMS))]
+    streams = [torch.Stream(example.device) for _ in range(min(len(models), MAX_STREAMS))]
 
     def forward(x: Tensor) -> Tensor:
         x = channels_last(x)
         caller, logits = torch.accelerator.current_stream(x.device), []
         for stream in streams:
             stream.wait_stream(caller)
-        for index in range(num_models):
+        for index in range(len(models)):
             with streams[index % len(streams)] as stream:
-                logits.append(one(index, x[index] if per_model else x))
+                logits.append(models[index](x[index] if per_model else x))
                 x.record_stream(stream)
         for stream in streams:
             caller.wait_stream(stream)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ensemble.strategies import Forward
 
 
-def loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def loop(models: Sequence[Callable[[Tensor], Tensor]], example: Tensor) -> Forward:
     """One forward a model, one after another. Naive on purpose: this is the reference."""
     if example.dim() == 5:
         return lambda x: torch.stack([model(own) for model, own in zip(models, x, strict=True)])

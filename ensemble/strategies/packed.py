@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from ensemble.folding import channels_last, folded
 from ensemble.packing import pack
+from ensemble.strategies import eager
 from ensemble.strategies.concurrent import side_by_side
 
 if TYPE_CHECKING:
@@ -20,23 +20,13 @@ if TYPE_CHECKING:
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
     """One packed forward a model, one after another, each on all cores."""
-    ready = _packed(models, example)
-    if example.dim() == 5:
-        return lambda x: torch.stack(
-            [model(own) for model, own in zip(ready, channels_last(x), strict=True)]
-        )
-
-    def forward(x: Tensor) -> Tensor:
-        x = channels_last(x)
-        return torch.stack([model(x) for model in ready])
-
-    return forward
+    forward = eager.loop(_packed(models, example), example)
+    return lambda x: forward(channels_last(x))
 
 
 def concurrent(models: Sequence[nn.Module], example: Tensor) -> Forward:
     """One packed forward a model, one model a core."""
-    ready = _packed(models, example)
-    return side_by_side(lambda index, x: ready[index](x), len(ready), example)
+    return side_by_side(_packed(models, example), example)
 
 
 def _packed(models: Sequence[nn.Module], example: Tensor) -> list[fx.GraphModule]:
