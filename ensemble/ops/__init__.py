@@ -1,0 +1,1 @@
+"""Operators for N models at once: torch operators with their own vmap rules, and their kernels."""

@@ -1,0 +1,182 @@
+"""Run the kernels of N models as one table of steps, on all cores, with no Python in between."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ensemble.ops import kernels
+from ensemble.ops.operation import HEAD, Operation
+from ensemble.ops.simd import FLOAT_BYTES
+
+ALIGNMENT = 64  # bytes: a line of the cache
+
+
+class Program(nn.Module):
+    """Operations in order, for N models.
+
+    Args:
+        operations: those that write a value come before those that read it.
+        inputs: the values that a call brings, each `(N, B, C, H, W)` or `(B, C, H, W)` for all.
+        outputs: the values that a call returns, each `(N, B, C, H, W)`, of a head `(N, B, C)`.
+        num_models: N.
+        threads: cores to use; models are spread over them.
+
+    A call raises ValueError for an input of another shape, dtype or device than it was made for.
+    """
+
+    def __init__(
+        self,
+        operations: Sequence[Operation],
+        *,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        num_models: int,
+        threads: int,
+    ) -> None:
+        super().__init__()
+        self.operations, self._num_models, self._threads = operations, num_models, threads
+        self._inputs, self._outputs = inputs, outputs
+        kinds = {operation.out: operation.kind for operation in operations}
+        self._out_kinds = [kinds[value] for value in outputs]
+        shapes = {operation.out: operation.geometry.out_shape for operation in operations}
+        self._out_shapes = [shapes[value] for value in outputs]
+        self._in_shapes = _in_shapes(operations)
+        offsets, arena_bytes = _plan(operations, outputs)
+        self._steps = np.zeros(len(operations), kernels.STEP)
+        for step, operation in zip(self._steps, operations, strict=True):
+            _fill(step, operation, offsets)
+        scratch_bytes = max(kernels.scratch_bytes(step) for step in self._steps)
+        self._memory = [_aligned(arena_bytes + scratch_bytes + ALIGNMENT) for _ in range(threads)]
+        self._arenas = np.array([memory.data_ptr() for memory in self._memory], np.int64)
+        self._scratches = self._arenas + -(-arena_bytes // ALIGNMENT) * ALIGNMENT
+        self._state = np.zeros(1 + threads, np.int64)
+        self._lock = threading.Lock()
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        with self._lock:  # the arenas are its own: one call at a time
+            results = [torch.empty(self._num_models, *shape) for shape in self._out_shapes]
+            held = [self._bind_input(*pair) for pair in zip(self._inputs, inputs, strict=True)]
+            for value, tensor in zip(self._outputs, results, strict=True):
+                self._bind(value, tensor, shared=False)
+            self._run()
+            del held
+        return [
+            result.flatten(-3) if kind == HEAD else result.movedim(-1, -3)
+            for result, kind in zip(results, self._out_kinds, strict=True)
+        ]
+
+    def _bind_input(self, value: int, x: Tensor) -> Tensor:
+        """x in the order in which its readers read it; to be kept while they run."""
+        expected = self._in_shapes[value]
+        own = (x.shape[1:] if x.dim() == 5 and len(x) == self._num_models else x.shape) == expected
+        if not own or x.dtype != torch.float32 or x.device.type != "cpu":
+            raise ValueError(
+                f"expected an input of shape {expected}, or {(self._num_models, *expected)}, in"
+                f" float32 on the CPU, found {tuple(x.shape)} in {x.dtype} on {x.device}"
+            )
+        narrow = any(
+            operation.x == value and kernels.is_planar(operation.geometry)
+            for operation in self.operations
+        )
+        x = x.contiguous() if narrow else x.movedim(-3, -1).contiguous()
+        self._bind(value, x, shared=x.dim() == 4)
+        return x
+
+    def _bind(self, value: int, tensor: Tensor, *, shared: bool) -> None:
+        stride = 0 if shared else tensor.stride(0) * FLOAT_BYTES
+        for step, operation in zip(self._steps, self.operations, strict=True):
+            for operand in ("x", "other", "out"):
+                if getattr(operation, operand) == value:
+                    step[operand], step[f"{operand}_stride"] = tensor.data_ptr(), stride
+
+    def _run(self) -> None:
+        self._state[:] = 0
+        arguments: tuple[Any, ...] = (
+            self._steps,
+            self._arenas,
+            self._scratches,
+            self._state.ctypes.data,
+        )
+        parts = self._threads
+        others: list[Future[None]] = []
+        if parts > 1:
+            pool = _pool(parts - 1)
+            others = [
+                pool.submit(partial(kernels.run, *arguments, part, parts, self._num_models))
+                for part in range(1, parts)
+            ]
+        kernels.run(*arguments, 0, parts, self._num_models)
+        for other in others:
+            other.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="ensemble")
+
+
+def _plan(operations: Sequence[Operation], outputs: Sequence[int]) -> tuple[dict[int, int], int]:
+    """Where in a core's arena each value between two operations lies, and the arena's bytes.
+
+    A value takes the first free slot that is large enough, once its last reader has run.
+    """
+    last_read = {value: i for i, operation in enumerate(operations) for value in operation.reads}
+    offsets: dict[int, int] = {}
+    slots: dict[int, tuple[int, int]] = {}  # offset -> (bytes, the step that last needs it)
+    end = 0
+    for index, operation in enumerate(operations):
+        if operation.out in outputs:
+            continue
+        size = -(-int(np.prod(operation.geometry.out_shape)) * FLOAT_BYTES // ALIGNMENT) * ALIGNMENT
+        free = [at for at, (room, until) in slots.items() if room >= size and until < index]
+        offset = min(free, key=lambda at: slots[at][0], default=end)
+        room = slots[offset][0] if free else size
+        end = max(end, offset + room)
+        slots[offset] = room, last_read.get(operation.out, index)
+        offsets[operation.out] = offset
+    return offsets, end
+
+
+def _in_shapes(operations: Sequence[Operation]) -> dict[int, tuple[int, ...]]:
+    """What each value that is read must be for one model: (B, C, H, W)."""
+    shapes: dict[int, tuple[int, ...]] = {}
+    for operation in operations:
+        own = operation.geometry
+        shapes[operation.x] = own.images, own.channels, *own.size
+        if operation.other is not None:
+            shapes[operation.other] = own.images, own.out_channels, *own.out_size
+    return shapes
+
+
+def _fill(step: np.void, operation: Operation, offsets: dict[int, int]) -> None:
+    geometry = operation.geometry
+    step["kind"], step["relu"] = operation.kind, operation.relu
+    step["images"], step["channels"] = geometry.images, geometry.channels
+    step["height"], step["width"] = geometry.size
+    step["out_height"], step["out_width"] = geometry.out_size
+    step["out_channels"] = geometry.out_channels
+    for name in ("kernel", "stride", "padding", "dilation"):
+        short = "pad" if name == "padding" else name
+        step[f"{short}_y"], step[f"{short}_x"] = getattr(geometry, name)
+    for name in ("weight", "bias"):
+        tensor = getattr(operation, name)
+        if tensor is not None:
+            step[name], step[f"{name}_stride"] = tensor.data_ptr(), tensor.stride(0) * FLOAT_BYTES
+    for name in ("x", "other", "out"):
+        value = getattr(operation, name)
+        if value in offsets:
+            step[name], step[f"{name}_stride"] = offsets[value], kernels.LOCAL
+
+
+def _aligned(size: int) -> Tensor:
+    """Bytes that begin at a line of the cache."""
+    memory = torch.zeros(size + ALIGNMENT, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % ALIGNMENT :]

@@ -1,0 +1,333 @@
+"""One SIMD vector of floats as a numba type, as wide as this CPU's registers, and what it can do.
+
+numba vectorises loops by itself, but not across 36 rows of memory whose overlap it cannot rule out.
+Here a vector is a value: `load`, `store`, `+`, `-`, `*`, `maximum`, and `multiply_rows`, the inner
+loop of a matrix product, whose sums stay in registers. Addresses are plain integers, in bytes.
+"""
+
+import operator
+import os
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+FLOAT_BYTES = 4
+LINE_BYTES = 64  # of the cache
+
+
+def _registers() -> tuple[int, int]:
+    """Floats in a vector register of this CPU, and how many such registers it has."""
+    features = llvmlite.binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16, 32
+    if features.get("avx2") and features.get("fma"):
+        return 8, 16
+    return 4, 32 if features.get("neon") else 16
+
+
+WIDTH, REGISTERS = _registers()
+VECTOR_BYTES = WIDTH * FLOAT_BYTES
+PANEL_VECTORS = 2  # columns of a matrix product that are summed together, in vectors
+PANEL = PANEL_VECTORS * WIDTH
+# Rows summed together: all registers but those for a row of the panel, a factor and a spare.
+MAX_ROWS = (REGISTERS - PANEL_VECTORS - 2) // PANEL_VECTORS
+
+_FLOAT, _INT = ir.FloatType(), ir.IntType(64)
+_VECTOR = ir.VectorType(_FLOAT, WIDTH)
+_FUSE = ("contract",)  # a * b + c may be rounded once
+
+
+class Vector(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name=f"float32x{WIDTH}")
+
+
+vector = Vector()
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, _VECTOR)
+
+
+@intrinsic
+def load(typing_context, address):
+    """The vector at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return _load(builder, _pointer(builder, arguments[0]))
+
+    return vector(types.int64), generate
+
+
+@intrinsic
+def store(typing_context, address, value):
+    """Write a vector to an address."""
+
+    def generate(context, builder, signature, arguments):
+        _store(builder, arguments[1], _pointer(builder, arguments[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector), generate
+
+
+@intrinsic
+def load_float(typing_context, address):
+    """The one float at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_pointer(builder, arguments[0]))
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def store_float(typing_context, address, value):
+    """Write one float to an address."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store(arguments[1], _pointer(builder, arguments[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
+def splat(typing_context, value):
+    """A vector of one float, repeated."""
+
+    def generate(context, builder, signature, arguments):
+        return _splat(builder, arguments[0])
+
+    return vector(types.float32), generate
+
+
+def _binary(operation: str) -> Any:
+    @intrinsic
+    def apply(typing_context, left, right):
+        def generate(context, builder, signature, arguments):
+            return getattr(builder, operation)(*arguments, flags=_FUSE)
+
+        return vector(vector, vector), generate
+
+    return apply
+
+
+_add, _subtract, _multiply = _binary("fadd"), _binary("fsub"), _binary("fmul")
+
+
+@intrinsic
+def maximum(typing_context, left, right):
+    """The larger of each two floats; a NaN on the left stays."""
+
+    def generate(context, builder, signature, arguments):
+        return _maximum(builder, *arguments)
+
+    return vector(vector, vector), generate
+
+
+@overload(operator.add)
+def _(left, right):
+    if isinstance(left, Vector) and isinstance(right, Vector):
+        return lambda left, right: _add(left, right)
+    return None
+
+
+@overload(operator.sub)
+def _(left, right):
+    if isinstance(left, Vector) and isinstance(right, Vector):
+        return lambda left, right: _subtract(left, right)
+    return None
+
+
+@overload(operator.mul)
+def _(left, right):
+    if isinstance(left, types.Number) and isinstance(right, Vector):
+        return lambda left, right: _multiply(splat(left), right)  # type: ignore[call-arg]
+    return None
+
+
+@intrinsic
+def fetch_add(typing_context, address, value):
+    """Add to the integer at an address as one step for all threads; what it was before."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _INT.as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def load_shared(typing_context, address):
+    """The integer at an address, as other threads last wrote it."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _INT.as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def relax(typing_context):
+    """What a spinning thread does meanwhile: x86 leaves the core to its other hardware thread."""
+
+    def generate(context, builder, signature, arguments):
+        if "x86" in llvmlite.binding.get_process_triple():
+            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def give_way(typing_context):
+    """Let another thread have this core, if one waits for it; for POSIX systems."""
+
+    def generate(context, builder, signature, arguments):
+        if os.name == "posix":
+            _call(builder, "sched_yield", ir.IntType(32))
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type) -> None:
+    function_type = ir.FunctionType(result, [])
+    builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [])
+
+
+def multiply_rows(rows: int) -> Any:
+    """The inner loop of a matrix product for `rows` rows and one panel of columns.
+
+    The intrinsic `(a, b, c, c_stride, depth, start, other, flags, ahead)`: c, `rows` rows of a
+    panel, `c_stride` bytes apart, is `start + a @ b`, then plus `other`, laid out as c, then relu.
+    a is `(depth / WIDTH, rows, WIDTH)`, its last block whole also where depth is not; b is
+    `(depth, PANEL)`. `start` is one panel, the same for all rows (the bias). `flags` is a sum of
+    `START_FROM_C`, `ADD_OTHER` and `RELU`. What lies `ahead` bytes after b is fetched meanwhile:
+    the weights of N models come from memory at every call.
+    """
+
+    @intrinsic
+    def multiply(typing_context, a, b, c, c_stride, depth, start, other, flags, ahead):
+        def generate(context, builder, signature, arguments):
+            _multiply_rows(builder, rows, *arguments)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), generate
+
+    return multiply
+
+
+START_FROM_C, ADD_OTHER, RELU = 1, 2, 4
+
+
+def _multiply_rows(
+    builder: ir.IRBuilder,
+    rows: int,
+    a: ir.Value,
+    b: ir.Value,
+    c: ir.Value,
+    c_stride: ir.Value,
+    depth: ir.Value,
+    start: ir.Value,
+    other: ir.Value,
+    flags: ir.Value,
+    ahead: ir.Value,
+) -> None:
+    cells = [(row, column) for row in range(rows) for column in range(PANEL_VECTORS)]
+    sums = {cell: cgutils.alloca_once(builder, _VECTOR) for cell in cells}  # become registers
+
+    arguments = [_BYTE.as_pointer(), *[ir.IntType(32)] * 3]
+    prefetch = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
+    )
+
+    def at(base: ir.Value, row: int, column: int) -> ir.Value:
+        offset = builder.mul(c_stride, ir.Constant(_INT, row))
+        offset = builder.add(offset, ir.Constant(_INT, column * VECTOR_BYTES))
+        return _pointer(builder, builder.add(base, offset))
+
+    def asked(flag: int) -> ir.Value:
+        return builder.trunc(builder.lshr(flags, ir.Constant(_INT, flag.bit_length() - 1)), _BIT)
+
+    with builder.if_else(asked(START_FROM_C)) as (then, otherwise):
+        with then:
+            for cell in cells:
+                builder.store(_load(builder, at(c, *cell)), sums[cell])
+        with otherwise:
+            for row, column in cells:
+                address = builder.add(start, ir.Constant(_INT, column * VECTOR_BYTES))
+                builder.store(_load(builder, _pointer(builder, address)), sums[row, column])
+    with cgutils.for_range(builder, depth, intp=_INT) as loop:
+        block = builder.udiv(loop.index, ir.Constant(_INT, WIDTH))
+        within = builder.urem(loop.index, ir.Constant(_INT, WIDTH))
+        position = builder.add(builder.mul(block, ir.Constant(_INT, rows * WIDTH)), within)
+        factors = builder.gep(_pointer(builder, a), [position])
+        panel = builder.gep(_pointer(builder, b), [builder.mul(loop.index, _constant(PANEL))])
+        for column in range(0, PANEL * FLOAT_BYTES, LINE_BYTES):
+            following = builder.bitcast(panel, _BYTE.as_pointer())
+            following = builder.gep(following, [builder.add(ahead, _constant(column))])
+            builder.call(prefetch, [following, _hint(0), _hint(2), _hint(1)])
+        columns = [
+            _load(builder, builder.gep(panel, [_constant(column * WIDTH)]))
+            for column in range(PANEL_VECTORS)
+        ]
+        for row in range(rows):
+            factor = builder.load(builder.gep(factors, [_constant(row * WIDTH)]))
+            repeated = _splat(builder, factor)
+            for column, values in enumerate(columns):
+                cell = sums[row, column]
+                product = builder.fmul(repeated, values, flags=_FUSE)
+                builder.store(builder.fadd(product, builder.load(cell), flags=_FUSE), cell)
+    with builder.if_then(asked(ADD_OTHER)):
+        for cell in cells:
+            total = builder.fadd(builder.load(sums[cell]), _load(builder, at(other, *cell)))
+            builder.store(total, sums[cell])
+    with builder.if_then(asked(RELU)):
+        zero = ir.Constant(_VECTOR, [ir.Constant(_FLOAT, 0.0)] * WIDTH)
+        for cell in cells:
+            builder.store(_maximum(builder, builder.load(sums[cell]), zero), sums[cell])
+    for cell in cells:
+        _store(builder, builder.load(sums[cell]), at(c, *cell))
+
+
+_BIT, _BYTE = ir.IntType(1), ir.IntType(8)
+
+
+def _hint(value: int) -> ir.Constant:
+    """Of a prefetch: 0, to be read; 2, into the second level; 1, data."""
+    return ir.Constant(ir.IntType(32), value)
+
+
+def _constant(value: int) -> ir.Constant:
+    return ir.Constant(_INT, value)
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return builder.inttoptr(address, _FLOAT.as_pointer())
+
+
+def _load(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
+    return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=FLOAT_BYTES)
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
+    builder.store(value, builder.bitcast(pointer, _VECTOR.as_pointer()), align=FLOAT_BYTES)
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+    return builder.shuffle_vector(first, undefined, everywhere)
+
+
+def _maximum(builder: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
+    return builder.select(builder.fcmp_ordered("<", left, right), right, left)

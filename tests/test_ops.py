@@ -1,0 +1,271 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ensemble.ops import conv
+from ensemble.ops.cost import choose
+from ensemble.ops.operation import (
+    DIRECT,
+    HEAD,
+    MAX_POOL,
+    WINOGRAD_2,
+    WINOGRAD_4,
+    Geometry,
+    Operation,
+)
+
+pytest.importorskip("numba")
+
+from ensemble.ops import kernels
+from ensemble.ops.program import Program
+from ensemble.ops.simd import PANEL, WIDTH
+
+ONE = [1, 1]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    other: Tensor | None,
+    relu: bool,
+    *options: Any,
+) -> Tensor:
+    """In float64, by torch, model after model."""
+    images = x if x.dim() == 5 else x.expand(len(weight), *x.shape)
+    result = torch.stack(
+        [
+            functional.conv2d(own.double(), w.double(), b.double(), *options)
+            for own, w, b in zip(images, weight, bias, strict=True)
+        ]
+    )
+    result = result if other is None else result + other
+    return result.relu() if relu else result
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", [DIRECT, WINOGRAD_2, WINOGRAD_4])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4), (7, 7), (17, 9), (14, 14)])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+def test_each_kernel_computes_a_3x3_convolution_at_any_size(
+    kind: int, size: tuple[int, int], images: int, added: bool
+):
+    channels, out_channels = 2 * WIDTH, 2 * PANEL
+    x = randn(2, images, channels, *size)
+    weight, bias = randn(2, out_channels, channels, 3, 3, seed=1) / 9, randn(2, out_channels)
+    other = randn(2, images, out_channels, *size, seed=2) if added else None
+    packed = conv.pack_weight(weight, kind)
+    found = conv.packed_conv2d(x, packed, bias, other, kind, [3, 3], ONE, ONE, ONE, added)
+    assert error(found, exact(x, weight, bias, other, added, ONE, ONE, ONE)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "padding", "dilation"),
+    [
+        (3, [7, 7], [2, 2], [3, 3], [1, 1]),  # the first of a ResNet
+        (3, [3, 5], [1, 3], [0, 2], [2, 1]),
+        (WIDTH, [1, 1], [2, 2], [0, 0], [1, 1]),
+        (3 * WIDTH, [3, 3], [2, 1], [1, 0], [1, 1]),
+        (WIDTH, [3, 2], [1, 2], [2, 2], [2, 3]),
+        (80 * WIDTH, [1, 1], [1, 1], [0, 0], [1, 1]),  # deeper than is multiplied at a time
+    ],
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_direct_kernel_takes_every_geometry(
+    channels: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    shared: bool,
+):
+    x = randn(2, channels, 12, 11) if shared else randn(3, 2, channels, 12, 11)
+    weight, bias = randn(3, PANEL, channels, *kernel, seed=1) / 9, randn(3, PANEL)
+    packed = conv.pack_weight(weight, DIRECT)
+    options = stride, padding, dilation
+    found = conv.packed_conv2d(x, packed, bias, None, DIRECT, kernel, *options, False)
+    assert error(found, exact(x, weight, bias, None, False, *options)) < 1e-5
+
+
+def test_max_pooling_is_torchs_own_and_keeps_minus_infinity_and_nan_where_torch_does():
+    x = randn(2, 3, WIDTH, 9, 8)
+    x[0, 0, :, :4, :4] = -torch.inf
+    found = conv.packed_max_pool2d(x, [3, 3], [2, 2], [1, 1])
+    expected = functional.max_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, (2, 3))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_nan_in_the_input_comes_out_as_nan_through_relu():
+    x, weight = torch.full((1, 1, WIDTH, 4, 4), torch.nan), randn(1, PANEL, WIDTH, 3, 3)
+    for kind in (DIRECT, WINOGRAD_4):
+        packed = conv.pack_weight(weight, kind)
+        options = ([3, 3], ONE, ONE, ONE, True)
+        found = conv.packed_conv2d(x, packed, torch.zeros(1, PANEL), None, kind, *options)
+        assert bool(found.isnan().all())
+
+
+@pytest.mark.parametrize("classes", [1, 7, PANEL, 2 * PANEL + 5])
+@pytest.mark.parametrize("images", [1, 30])
+def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(classes: int, images: int):
+    x, weight, bias = randn(2, images, 2 * WIDTH, 3, 2), randn(2, classes, 2 * WIDTH), None
+    mapped = torch.vmap(conv.head)(x, weight, randn(2, classes))
+    expected = torch.einsum("nbc,nkc->nbk", x.double().mean((-2, -1)), weight.double())
+    assert error(mapped, expected + randn(2, classes)[:, None]) < 1e-5
+    without = torch.vmap(lambda x, weight: conv.head(x, weight, bias))(x, weight)
+    assert error(without, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        (
+            conv.conv2d,
+            (randn(1, 4, 8, 8), randn(6, 2, 3, 3), None, randn(1, 6, 8, 8), ONE, ONE, ONE, 2, True),
+        ),
+        (conv.max_pool2d, (randn(1, 4, 8, 8), [3, 3], [2, 2], [1, 1])),
+        (conv.head, (randn(2, 4, 3, 3), randn(5, 4), randn(5))),
+        (conv.pack_weight, (randn(2, PANEL, WIDTH, 3, 3), WINOGRAD_4)),
+        (
+            conv.packed_conv2d,
+            (
+                randn(2, 1, WIDTH, 5, 5),
+                conv.pack_weight(randn(2, PANEL, WIDTH, 3, 3), DIRECT),
+                randn(2, PANEL),
+                None,
+                DIRECT,
+                [3, 3],
+                [2, 2],
+                ONE,
+                ONE,
+                False,
+            ),
+        ),
+        (conv.packed_max_pool2d, (randn(2, 1, WIDTH, 5, 5), [3, 3], [2, 2], [1, 1])),
+    ],
+    ids=lambda value: getattr(value, "_name", None),
+)
+def test_every_operator_keeps_the_rules_that_torch_has_for_one(operator: Any, arguments: tuple):
+    with torch.inference_mode(False):
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("channels", [3, 4, WIDTH])
+@pytest.mark.parametrize("out_channels", [6, PANEL])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (None, 0, 0, None), (0, None, None, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vmap_gives_what_a_loop_gives_whatever_the_kernel(
+    channels: int, out_channels: int, groups: int, in_dims: tuple, dtype: torch.dtype
+):
+    channels *= groups
+    stacked = (
+        randn(3, 2, channels, 6, 6),
+        randn(3, out_channels, channels // groups, 3, 3, seed=1) / 9,
+        randn(3, out_channels, seed=2),
+        randn(3, 2, out_channels, 6, 6, seed=3),
+    )
+    tensors = tuple(
+        (own if dim == 0 else own[0]).to(dtype) for own, dim in zip(stacked, in_dims, strict=True)
+    )
+    options = (ONE, ONE, ONE, groups, True)
+    found = torch.vmap(lambda *own: conv.conv2d(*own, *options), in_dims=in_dims)(*tensors)
+    for index in range(3):
+        own = [
+            tensor if dim is None else tensor[index]
+            for tensor, dim in zip(tensors, in_dims, strict=True)
+        ]
+        expected = conv.conv2d(*own, *options).double()
+        assert error(found[index].double(), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_without_numba_every_convolution_takes_torchs_own_rule(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(conv, "WIDTH", 0)
+    monkeypatch.setattr(conv, "packed_conv2d", None)
+    x, weight, bias = randn(1, WIDTH, 6, 6), randn(2, PANEL, WIDTH, 3, 3), randn(2, PANEL)
+    mapped = torch.vmap(
+        lambda weight, bias: conv.conv2d(x, weight, bias, None, ONE, ONE, ONE, 1, False)
+    )
+    assert error(mapped(weight, bias), exact(x, weight, bias, None, False, ONE, ONE, ONE)) < 1e-5
+
+
+@pytest.mark.parametrize("num_models", [1, 2, 3, 5])
+@pytest.mark.parametrize("threads", [1, 2, 3, 6])
+def test_a_program_gives_the_same_however_many_threads_share_the_models(
+    num_models: int, threads: int
+):
+    """Two convolutions, the second with a residual, pooling and a head; models left over too."""
+    first = Geometry(2, 3, (13, 11), PANEL, (13, 11), (3, 3), (1, 1), (1, 1), (1, 1))
+    second = Geometry(2, PANEL, (13, 11), PANEL, (13, 11), (3, 3), (1, 1), (1, 1), (1, 1))
+    pooled = Geometry(2, PANEL, (13, 11), PANEL, (7, 6), (3, 3), (2, 2), (1, 1), (1, 1))
+    top = Geometry(2, PANEL, (7, 6), 9, (1, 1), (7, 6), (1, 1), (0, 0), (1, 1))
+    w1, w2 = randn(num_models, PANEL, 3, 3, 3), randn(num_models, PANEL, PANEL, 3, 3) / 9
+    w3, b = randn(num_models, PANEL, PANEL), randn(num_models, PANEL, seed=4)
+    w3[:, 9:], b3 = 0, b.clone()
+    b3[:, 9:] = 0
+    program = Program(
+        [
+            Operation(DIRECT, first, 0, 1, None, conv.pack_weight(w1, DIRECT), b, True),
+            Operation(WINOGRAD_4, second, 1, 2, 1, conv.pack_weight(w2, WINOGRAD_4), b, True),
+            Operation(MAX_POOL, pooled, 2, 3),
+            Operation(HEAD, top, 3, 4, None, conv.pack_weight(w3[..., None, None], DIRECT), b3),
+        ],
+        inputs=[0],
+        outputs=[2, 4],
+        num_models=num_models,
+        threads=threads,
+    )
+    x = randn(2, 3, 13, 11, seed=5)
+    one = exact(x, w1, b, None, True, ONE, ONE, ONE)
+    two = exact(one, w2, b, one, True, ONE, ONE, ONE)
+    means = functional.max_pool2d(two.flatten(0, 1), 3, 2, 1).mean((-2, -1))
+    three = torch.einsum("nbc,nkc->nbk", means.unflatten(0, (num_models, 2)), w3[:, :9].double())
+    for _ in range(3):
+        found = program(x)
+        assert error(found[0], two) < 1e-5
+        assert error(found[1], three + b[:, None, :9]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("left", "parts", "size"),
+    [(1, 2, 2), (4, 64, 16), (3, 64, 21), (5, 6, 1), (3, 4, 4), (2, 3, 3)],
+)
+def test_threads_share_what_is_left_in_teams_unless_many_would_idle(
+    left: int, parts: int, size: int
+):
+    assert kernels._team_size(left, parts) == size
+
+
+def geometry(channels: int, size: int, images: int = 1, stride: int = 1) -> Geometry:
+    out = (size - 1) // stride + 1
+    return Geometry(
+        images,
+        channels,
+        (size, size),
+        channels,
+        (out, out),
+        (3, 3),
+        (stride, stride),
+        (1, 1),
+        (1, 1),
+    )
+
+
+def test_the_rule_takes_large_tiles_where_there_are_many_and_small_ones_where_weights_weigh():
+    assert [choose(geometry(64, 56)), choose(geometry(128, 28))] == [WINOGRAD_4, WINOGRAD_4]
+    assert [choose(geometry(256, 14)), choose(geometry(512, 7))] == [WINOGRAD_4, WINOGRAD_2]
+    assert choose(geometry(512, 7, images=8)) == WINOGRAD_4
+    assert choose(geometry(512, 2)) == DIRECT
+    assert choose(geometry(64, 56, stride=2)) == DIRECT
