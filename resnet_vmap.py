@@ -5,30 +5,28 @@ python resnet_vmap.py --num_models 4
 
 from __future__ import annotations
 
-import argparse
 import io
 import logging
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from math import inf
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING
 
+from ensemble import comparison, exports
 from ensemble.errors import InputError
-from ensemble.results import Config, Environment, Result, save_json
-from ensemble.strategies import STRATEGIES
+from ensemble.options import grid_path, parse
+from ensemble.report import name, render_table, time_lines, varying_columns
+from ensemble.results import Config, Result
+from ensemble.strategies import BEST, STRATEGIES
+from ensemble.verdict import render_verdict
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-Number = TypeVar("Number", int, float)
-DEFAULT_NUM_MODELS = 2
-DEFAULT_IMAGE = "kitten.jpg"
-CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
-ALL = "all"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter of the table
     try:
         config = parse(argv)
-        check_output(config)
-        code = run(config)
+        code = show_saved(config) if config.from_json else measure(config)
         sys.stdout.flush()
         return code
     except InputError as error:
@@ -52,9 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(config: Config) -> int:
+def show_saved(config: Config) -> int:
+    """Show, export, draw and compare a saved run: no torch, no model, no measurement."""
+    assert config.from_json is not None
+    run = exports.read(config.from_json, flag="--from_json")
+    baseline = read_baseline(config)
+    check_baseline(config, run, baseline)
+    unsaved = save(config, run)
+    return finish(config, run, baseline, unsaved)
+
+
+def measure(config: Config) -> int:
     """The program, once its command line is known. torch is imported here and not before."""
+    earlier = exports.read(config.resume, flag="--resume") if config.resume else None
+    baseline = read_baseline(config)
     from ensemble import benchmark, devices, images, memory, progress
+    from ensemble.strategies import best
 
     logging.basicConfig()
     logging.getLogger("ensemble").setLevel(logging.DEBUG if config.verbose else logging.WARNING)
@@ -64,15 +74,21 @@ def run(config: Config) -> int:
     devices.configure(threads=config.threads)
     device = devices.select_device(config.device)
 
-    count = config.batch_size * (max(config.num_models) if config.inputs == "per_model" else 1)
+    per_model = max(config.num_models) if config.inputs == "per_model" else 1
+    count = max(config.batch_size) * per_model
     image = images.read_image(config.image_path)
-    views = images.views(image, count, image_size=config.image_size, seed=config.seed).to(device)
+
+    @cache
+    def views(px: int) -> Tensor:
+        return images.views(image, count, image_size=px, seed=config.seed).to(device)
+
+    first_views = views(config.image_size[0])
     models, weights = load_models(config, device)
     print(f"Loading image from {config.image_path}")
-    print(f"Converted image to shape {views[:1].shape}")
+    print(f"Converted image to shape {first_views[:1].shape}")
     if config.verbose:
         print(models[0])
-    first_forward_s = predict(config, models, views[:1])
+    first_forward_s = predict(config, models, first_views[:1])
 
     print("Serving multiple models")
     chosen = f"{device}, the accelerator here" if device.type != "cpu" else "the CPU"
@@ -80,24 +96,84 @@ def run(config: Config) -> int:
     environment = devices.describe(
         device, allocator=config.allocator, weights=weights, first_forward_s=first_forward_s
     )
-    results: list[Result] = []
-    interrupted, unsaved = False, ""
-    rows = len(config.num_models) * len(benchmark.row_names(config))
+    run = exports.Run(environment, exports.plain(config), ())
+    check_baseline(config, run, baseline)
+    if earlier is not None:
+        check_resumable(config, run, earlier)
+        kept = tuple(row for row in earlier.results if row.status != "failed")
+        first = earlier.environment.first_forward_s  # of the process that the kept rows belong to
+        environment = replace(environment, first_forward_s=first)
+        run = replace(run, environment=environment, results=kept)
+    rows = benchmark.plan(config, models, device)
+    missing = [row for row in rows if row.key not in {own.key for own in run.results}]
+    if earlier is not None:
+        print(f"Going on with {config.resume}: {len(missing)} of {len(rows)} rows are missing")
+    order = {row.key: index for index, row in enumerate(rows)}
+    unsaved, stopped, deadline = "", "", _deadline(config)
     try:
-        with progress.show_progress(rows) as update:
-            for result in benchmark.run(config, models, views, progress=update):
-                results.append(result)
-                if config.export_json and not unsaved:
-                    unsaved = save(config.export_json, environment, config, results)
+        with progress.show_progress(len(missing)) as update:
+            for result in benchmark.run(config, missing, models, views, progress=update):
+                results = [*run.results, result]
+                results.sort(key=lambda row: order.get(row.key, len(order)))
+                run = replace(run, results=tuple(results))
+                unsaved = unsaved or save(replace(config, plot=None), run)
+                if time.monotonic() > deadline:
+                    stopped = f"--max_minutes {config.max_minutes:g} are over"
+                    break
     except KeyboardInterrupt:
-        interrupted = True
-    show(config, results, environment)
+        stopped = "interrupted"
+    if run.results:
+        unsaved = unsaved or save(config, run)
+    code = finish(config, run, baseline, unsaved)
+    expected = best.pick(models, device.type, config.dtype[0])
+    if expected not in config.strategies and BEST not in config.strategies:
+        print(f"Expected to be the fastest here: {expected}; --strategies {BEST} measures it.")
+    left = [row for row in rows if row.key not in {own.key for own in run.results}]
+    if stopped and left:
+        names = "; ".join(name(row, varying_columns(rows)) for row in left)
+        measured = f"{len(rows) - len(left)} of {len(rows)} rows were measured"
+        print(f"{stopped}: {measured}; not measured: {names}", file=sys.stderr)
+    return 130 if stopped == "interrupted" else code
+
+
+def finish(config: Config, run: exports.Run, baseline: exports.Run | None, unsaved: str) -> int:
+    """Show a run and say by the exit code how it went."""
+    show(config, run)
+    compared = comparison.compare(run, baseline) if baseline else []
+    if baseline:
+        print(comparison.render(compared, run, baseline), end="")
     if unsaved:
         raise InputError(unsaved)
-    if interrupted:
-        print(f"interrupted: {len(results)} of {rows} rows were measured", file=sys.stderr)
-        return 130
-    return exit_code(config, results)
+    slower = config.fail_above is not None and any(
+        own.surely_slower(config.fail_above) for own in compared
+    )
+    return int(slower) or exit_code(config, run.results)
+
+
+def read_baseline(config: Config) -> exports.Run | None:
+    """The run to compare with, if there is one."""
+    return exports.read(config.baseline, flag="--baseline") if config.baseline else None
+
+
+def check_baseline(config: Config, run: exports.Run, baseline: exports.Run | None) -> None:
+    """Raise InputError unless a baseline comes from the machine of the run."""
+    if baseline is not None:
+        comparison.check_machine(
+            run.environment, baseline.environment, flag="--baseline", path=str(config.baseline)
+        )
+
+
+def check_resumable(config: Config, run: exports.Run, earlier: exports.Run) -> None:
+    """Raise InputError unless a run can go on as if it had never stopped."""
+    path = str(config.resume)
+    comparison.check_machine(run.environment, earlier.environment, flag="--resume", path=path)
+    for difference in comparison.differences(run, earlier):
+        raise InputError(f"--resume: expected the settings of {path}, found {difference}")
+
+
+def _deadline(config: Config) -> float:
+    limit = config.max_minutes
+    return time.monotonic() + 60 * limit if limit is not None else float("inf")
 
 
 def load_models(config: Config, device: torch.device) -> tuple[list[nn.Module], str]:
@@ -151,7 +227,7 @@ def predict(config: Config, models: Sequence[nn.Module], image: Tensor) -> float
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"--image_size: {config.arch} does not run at {config.image_size} px: {reason}"
+            f"--image_size: {config.arch} does not run at {config.image_size[0]} px: {reason}"
         ) from error
     for index, model in enumerate(models if len(paths) > 1 else models[:1]):
         with torch.inference_mode():
@@ -166,245 +242,43 @@ def predict(config: Config, models: Sequence[nn.Module], image: Tensor) -> float
     return first.seconds
 
 
-def show(config: Config, results: Sequence[Result], environment: Environment) -> None:
+def show(config: Config, run: exports.Run) -> None:
     """Print the two lines that users of the original know, the table and the verdict."""
-    from ensemble import report
-
-    for line in report.time_lines(results):
+    for line in time_lines(run.results):
         print(line)
-    print(report.render_table(results))
-    print(report.render_verdict(results, environment), end="")
+    print(render_table(run.results))
+    print(render_verdict(run.results, run.environment), end="")
     if config.verbose:
-        for result in results:
-            print(f"{result.strategy}, {result.num_models} models, times in s: {result.times_s}")
+        varying = varying_columns(run.results)
+        for result in run.results:
+            print(f"{name(result, varying)}, times in s: {result.times_s}")
 
 
 def exit_code(config: Config, results: Sequence[Result]) -> int:
     """1 where a row failed, or where a strategy that was named cannot run here; else 0."""
     asked_for_all = set(config.strategies) == set(STRATEGIES)
-    bad = {"failed"} if asked_for_all else {"failed", "unavailable"}
+    bad = {"failed"} if asked_for_all or config.from_json else {"failed", "unavailable"}
     return int(any(result.status in bad for result in results))
 
 
-def save(path: str, environment: Environment, config: Config, results: Sequence[Result]) -> str:
-    """Write the result file; what went wrong where it cannot be (a full disk loses no result)."""
+def save(config: Config, run: exports.Run) -> str:
+    """Write every file that was asked for; what went wrong where one cannot be written.
+
+    A full disk loses no result: they are still shown.
+    """
+    paths = {form: getattr(config, f"export_{form}") for form in exports.FORMATS}
+    path: str | None = None
     try:
-        save_json(Path(path), environment, config, results)
+        for form, path in paths.items():
+            exports.save(run, {form: path})
+        path = config.plot
+        if path is not None:
+            from ensemble import pictures
+
+            pictures.save(run.results, Path(path), grid_path(path))
     except OSError as error:
-        return f"--export_json: {path} cannot be written: {error.strerror or error}"
+        return f"{path} cannot be written: {error.strerror or error}"
     return ""
-
-
-def check_output(config: Config) -> None:
-    """Raise InputError unless a file can be written, before a long run finds out."""
-    if config.export_json is None:
-        return
-    path = config.export_json
-    inputs = [config.image_path, *(config.model_path or ())]
-    if any(os.path.realpath(path) == os.path.realpath(own) for own in inputs):
-        raise InputError(f"--export_json: expected a file of its own, found the input {path}")
-    if Path(path).suffix in CHECKPOINT_SUFFIXES:  # the default weights file, named by mistake
-        raise InputError(f"--export_json: expected a JSON file, found a checkpoint's name, {path}")
-    target, folder = Path(path), Path(path).parent
-    if not folder.is_dir():
-        raise InputError(f"--export_json: expected a folder at {folder}, found none")
-    if target.exists() and not target.is_file():
-        raise InputError(f"--export_json: expected a file at {path}, found a directory or a device")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"--export_json: expected to write in {folder}: {reason}") from error
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with usage errors in the one-line form of every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
-def parse(argv: Sequence[str] | None) -> Config:
-    """The command line as a Config; raises InputError for a bad one."""
-    options = vars(make_parser().parse_args(argv))
-    paths = options["model_path"]
-    if options["num_models"] is None:
-        options["num_models"] = [len(paths) if paths and len(paths) > 1 else DEFAULT_NUM_MODELS]
-    if paths and len(paths) > 1 and options["num_models"] != [len(paths)]:
-        asked = " ".join(map(str, options["num_models"]))
-        raise InputError(f"--num_models: expected {len(paths)}, one a file, found {asked}")
-    if ALL in options["strategies"]:
-        options["strategies"] = list(STRATEGIES)
-    beside = Path(__file__).with_name(DEFAULT_IMAGE)
-    if options["image_path"] == DEFAULT_IMAGE and not Path(DEFAULT_IMAGE).exists():
-        options["image_path"] = str(beside)
-    values = {
-        name: tuple(dict.fromkeys(value)) if name in ("num_models", "strategies") else value
-        for name, value in options.items()
-    }
-    return Config(**values | {"model_path": tuple(paths) if paths else None})
-
-
-def make_parser() -> Parser:
-    """Every flag and its default: the one place where defaults are written."""
-    parser = Parser(
-        prog="resnet_vmap.py",
-        description="Run N ResNets on one device by a Python loop and by other strategies, check"
-        " that all compute the same logits, and say which is fastest here, by how much and how"
-        " surely.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument_group("what to serve").add_argument
-    add(
-        "--num_models",
-        type=positive,
-        nargs="+",
-        metavar="N",
-        help="models in the ensemble; several values are measured one after another"
-        f" (default: one a file, {DEFAULT_NUM_MODELS} with a single file)",
-    )
-    add(
-        "--model_path",
-        nargs="+",
-        metavar="PATH",
-        help=".pth, .pt or .safetensors; one file gives N independent copies, K files K different"
-        " models (default: torchvision's file name for the architecture, else its download, else"
-        " random weights)",
-    )
-    add(
-        "--arch",
-        default="resnet18",
-        metavar="NAME",
-        help="a torchvision classification architecture that the weights are for",
-    )
-    add("--image_path", default=DEFAULT_IMAGE, metavar="PATH", help="the image to predict")
-    add("--image_size", type=positive, default=224, metavar="PX", help="side of the model's input")
-    add(
-        "--batch_size",
-        type=positive,
-        default=1,
-        metavar="B",
-        help="images in a batch: the plain image and B - 1 augmented views of it",
-    )
-    add(
-        "--inputs",
-        choices=("shared", "per_model"),
-        default="shared",
-        help="per_model when each model gets a batch of its own (N tenants), not one for all",
-    )
-    add = parser.add_argument_group("how to run").add_argument
-    add(
-        "--device",
-        default="auto",
-        help="auto, cpu, cuda, cuda:1, xpu, mps; auto: the accelerator"
-        " if there is one, else the CPU",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of weights and inputs; the reference stays the float32 loop",
-    )
-    add(
-        "--strategies",
-        nargs="+",
-        choices=(*STRATEGIES, ALL),
-        default=["loop", "vmap"],
-        metavar="NAME",
-        help="; ".join(f"{name}: {s.summary}" for name, s in STRATEGIES.items())
-        + f"; {ALL}: every one",
-    )
-    add(
-        "--threads",
-        type=thread_count,
-        metavar="T",
-        help="CPU threads for torch (default: torch's own choice, the cores)",
-    )
-    add(
-        "--allocator",
-        choices=("system", "retain"),
-        default="system",
-        help="retain when page faults explain a loss on the CPU: freed memory is kept (glibc)",
-    )
-    add("--seed", type=seed, default=0, metavar="S", help="for random weights and augmented views")
-    add = parser.add_argument_group("how to measure").add_argument
-    add(
-        "--warmup",
-        type=not_negative,
-        default=3,
-        metavar="CALLS",
-        help="untimed calls of each strategy and of the reference beside it",
-    )
-    add(
-        "--min_pairs",
-        type=positive,
-        default=20,
-        metavar="P",
-        help="time at least so many pairs of reference and strategy",
-    )
-    add(
-        "--min_seconds",
-        type=seconds,
-        default=2.0,
-        metavar="S",
-        help="and for at least so long; raise it on a noisy machine",
-    )
-    add(
-        "--roofline",
-        action="store_true",
-        help="add how much of this device's own measured limits each row reaches",
-    )
-    add(
-        "--self_check",
-        action="store_true",
-        help="add a row that times the reference against itself: the noise floor",
-    )
-    add = parser.add_argument_group("what to show").add_argument
-    add("--export_json", metavar="PATH", help="write everything measured, after each row")
-    add(
-        "--verbose",
-        action="store_true",
-        help="also print the model, the top 5 classes, every raw time and why a row failed",
-    )
-    return parser
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    return _within(1, inf, int, text, "a whole number of at least 1")
-
-
-def thread_count(text: str) -> int:
-    """A number of threads that a machine may have."""
-    return _within(1, 1025, int, text, "a whole number from 1 to 1024")
-
-
-def not_negative(text: str) -> int:
-    """A whole number of at least 0."""
-    return _within(0, inf, int, text, "a whole number of at least 0")
-
-
-def seed(text: str) -> int:
-    """A whole number that torch's generators take, with room for one a model and a view."""
-    return _within(0, 2**62, int, text, "a whole number from 0 to 2**62")
-
-
-def seconds(text: str) -> float:
-    """A finite number of seconds of at least 0."""
-    return _within(0, inf, float, text, "a number of seconds of at least 0")
-
-
-def _within(
-    least: float, beyond: float, kind: Callable[[str], Number], text: str, expected: str
-) -> Number:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not least <= value < beyond:
-        raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
-    return value
 
 
 if __name__ == "__main__":

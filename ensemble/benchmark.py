@@ -9,15 +9,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ensemble import load, memory, roofline, stacking, strategies
-from ensemble.checking import TOLERANCES, check
+from ensemble.checking import TOLERANCES, check, max_rel_error
 from ensemble.errors import UnavailableError
 from ensemble.results import REFERENCE, SELF_CHECK, Config, Result, median
+from ensemble.strategies import BEST, STRATEGIES, best
+from ensemble.sweep import cells
 from ensemble.timing import interleaved, synchronize
 
 if TYPE_CHECKING:
@@ -42,47 +45,72 @@ class Started:
     notes: tuple[str, ...]
 
 
-def row_names(config: Config) -> tuple[str, ...]:
-    """The strategies to run for each N, in the order of their rows."""
-    return config.strategies + ((SELF_CHECK,) if config.self_check else ())
+def plan(config: Config, models: Sequence[nn.Module], device: torch.device) -> list[Result]:
+    """The rows to measure, still empty, in their order: cell by cell of the grid.
+
+    `best` stands for the reference and the strategy that is picked.
+    """
+    names: list[tuple[str, str]] = []
+    for dtype, name in product(config.dtype, config.strategies):
+        picked = best.pick(models, device.type, dtype) if name == BEST else name
+        names += [(REFERENCE, "float32")] if name == BEST else []
+        names.append((picked, dtype))
+    names += [(SELF_CHECK, "float32")] if config.self_check else []
+    return [
+        Result(name, num_models, batch_size, image_size, dtype, config.inputs)
+        for image_size, batch_size, num_models in product(
+            config.image_size, config.batch_size, config.num_models
+        )
+        for name, dtype in dict.fromkeys(names)
+    ]
 
 
 def run(
-    config: Config, models: Sequence[nn.Module], views: Tensor, *, progress: Progress
+    config: Config,
+    rows: Sequence[Result],
+    models: Sequence[nn.Module],
+    views: Callable[[int], Tensor],
+    *,
+    progress: Progress,
 ) -> Iterator[Result]:
-    """Measure every strategy for every N of `config`; a failure costs its own row only.
+    """Measure rows of `plan`; a failure costs its own row only.
 
     Args:
-        config: what to run; `config.num_models` at most `len(models)`.
+        config: how to measure.
+        rows: what to measure, those of one cell together.
         models: float32 models on the device; the first N of them serve for each N.
-        views: `(count, 3, H, W)` float32 on the device; shared inputs are the first B of them,
-            per-model inputs the first N * B.
+        views: px -> `(count, 3, px, px)` float32 on the device; shared inputs are the first B of
+            them, per-model inputs the first N * B.
     """
-    limits = _limits(config, views.device)
-    for num_models in config.num_models:
-        chosen = models[:num_models]
-        example = _inputs(views, config, num_models)
-        rows = [_empty_row(config, name, num_models) for name in row_names(config)]
+    limits = _limits(config, rows, next(models[0].parameters()).device)
+    for (num_models, batch_size, image_size), cell in cells(rows).items():
+        chosen, exact = models[:num_models], None
         _tidy()
+        progress(f"{REFERENCE}, {num_models} models", "reference", 0.0)
+        example = _inputs(views(image_size), config.inputs, num_models, batch_size)
         try:
-            progress(f"{REFERENCE}, {num_models} models", "reference", 0.0)
             reference = _start(REFERENCE, chosen, example, torch.float32)
-            rows = _with_weak_check_noted(rows, reference)
-            rows = [_with_roofline(row, limits, chosen, example) for row in rows]
+            cell = _with_weak_check_noted(cell, reference)
+            cell = [_with_roofline(row, limits, chosen, example) for row in cell]
+            if any(
+                STRATEGIES[row.strategy].rounds_apart for row in cell if row.strategy in STRATEGIES
+            ):
+                exact = _in_float64(chosen, example)
         except Exception as error:
             reason = _reason(error, REFERENCE, chosen, example, torch.float32)
             yield from (
                 replace(row, status="failed", error=f"the reference failed: {reason}")
-                for row in rows
+                for row in cell
             )
             continue
-        for row in rows:
-            yield _measure(row, reference, chosen, example, config, progress)
+        for row in cell:
+            yield _measure(row, reference, exact, chosen, example, config, progress)
 
 
 def _measure(
     row: Result,
     reference: Started,
+    exact: Tensor | None,
     models: Sequence[nn.Module],
     example: Tensor,
     config: Config,
@@ -103,6 +131,7 @@ def _measure(
             peak_memory_bytes=started.peak_memory_bytes,
             notes=row.notes + started.notes,
             max_rel_error=verdict.max_rel_error,
+            error_float64=None if exact is None else max_rel_error(started.logits, exact),
             top1=verdict.top1,
             top1_agreement=verdict.top1_agreement,
         )
@@ -185,11 +214,13 @@ def _time(
     )
 
 
-def _limits(config: Config, device: torch.device) -> dict[str, roofline.Limits]:
+def _limits(
+    config: Config, rows: Sequence[Result], device: torch.device
+) -> dict[str, roofline.Limits]:
     """The device's limits in each dtype that a row has; measured once, and only if asked for."""
     if not config.roofline:
         return {}
-    dtypes = dict.fromkeys(_empty_row(config, name, 1).dtype for name in row_names(config))
+    dtypes = dict.fromkeys(row.dtype for row in rows)
     return {dtype: roofline.measure(device, getattr(torch, dtype)) for dtype in dtypes}
 
 
@@ -215,22 +246,23 @@ def _with_weak_check_noted(rows: list[Result], reference: Started) -> list[Resul
     return rows
 
 
-def _inputs(views: Tensor, config: Config, num_models: int) -> Tensor:
-    if config.inputs == "shared":
-        return views[: config.batch_size]
-    own = views[: num_models * config.batch_size]
-    return own.reshape(num_models, config.batch_size, *views.shape[1:])
+def _in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:
+    """The logits of the models in float64, one model after another."""
+    inputs = example if example.dim() == 5 else [example] * len(models)
+    with torch.inference_mode():
+        return torch.stack(
+            [
+                stacking.cast([model], torch.float64)[0](own.double())
+                for model, own in zip(models, inputs, strict=True)
+            ]
+        )
 
 
-def _empty_row(config: Config, name: str, num_models: int) -> Result:
-    return Result(
-        strategy=name,
-        num_models=num_models,
-        batch_size=config.batch_size,
-        image_size=config.image_size,
-        dtype="float32" if name == SELF_CHECK else config.dtype,
-        inputs=config.inputs,
-    )
+def _inputs(views: Tensor, inputs: str, num_models: int, batch_size: int) -> Tensor:
+    if inputs == "shared":
+        return views[:batch_size]
+    own = views[: num_models * batch_size]
+    return own.reshape(num_models, batch_size, *views.shape[1:])
 
 
 def _faults(samples: Sequence[Any]) -> float | None:

@@ -1,17 +1,11 @@
-"""What a run leaves behind: frozen records, their statistics, the result file. Imports no torch."""
+"""What a run leaves behind: frozen records and their statistics. Imports no torch."""
 
-import json
-import os
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-SCHEMA = 1
 REFERENCE = "loop"  # in float32
 SELF_CHECK = "self_check"  # the reference against itself: the noise floor of this program
 CONFIDENCE = 0.99
@@ -33,11 +27,11 @@ class Config:
     model_path: tuple[str, ...] | None
     arch: str
     image_path: str
-    image_size: int
-    batch_size: int
+    image_size: tuple[int, ...]
+    batch_size: tuple[int, ...]
     inputs: str
     device: str
-    dtype: str
+    dtype: tuple[str, ...]
     strategies: tuple[str, ...]
     warmup: int
     min_seconds: float
@@ -47,7 +41,15 @@ class Config:
     self_check: bool
     roofline: bool
     seed: int
+    max_minutes: float | None
+    resume: str | None
+    from_json: str | None
+    baseline: str | None
+    fail_above: float | None
     export_json: str | None
+    export_csv: str | None
+    export_markdown: str | None
+    plot: str | None
     verbose: bool
 
 
@@ -96,6 +98,7 @@ class Result:
     times_s: tuple[float, ...] = ()
     reference_times_s: tuple[float, ...] = ()
     max_rel_error: float | None = None
+    error_float64: float | None = None  # as max_rel_error, against the models in float64
     top1: list[list[int]] | None = None
     top1_agreement: float | None = None
     peak_memory_bytes: int | None = None
@@ -105,6 +108,28 @@ class Result:
     least_s: float | None = None  # the least time that the device's measured limits allow
     bound: str | None = None  # which limit that is: compute or memory
     notes: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, int, int, int, str, str]:
+        """What was measured, apart from the outcome."""
+        return (
+            self.strategy,
+            self.num_models,
+            self.batch_size,
+            self.image_size,
+            self.dtype,
+            self.inputs,
+        )
+
+    @property
+    def cell(self) -> tuple[int, int, int]:
+        """Where in the grid: (N, batch, px). Its rows share models, images and reference."""
+        return self.num_models, self.batch_size, self.image_size
+
+    @property
+    def line(self) -> tuple[str, str, int, int]:
+        """The row without its N, (strategy, dtype, batch, px): one line of a picture."""
+        return self.strategy, self.dtype, self.batch_size, self.image_size
 
     @property
     def is_reference(self) -> bool:
@@ -189,70 +214,3 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(medians, (tail, 100 - tail))
     return float(low), float(high)
-
-
-def to_document(environment: Environment, config: Config, results: Sequence[Result]) -> dict:
-    """The result file as plain data: raw records, with the derived statistics beside them."""
-    return {
-        "schema": SCHEMA,
-        "environment": asdict(environment),
-        "config": asdict(config),
-        "results": [
-            asdict(result)
-            | {
-                "median_s": result.median_s,
-                "iqr_s": result.iqr_s,
-                "speedup": result.speedup,
-                "speedup_interval": result.speedup_interval,
-                "roofline_share": result.roofline_share,
-            }
-            for result in results
-        ],
-    }
-
-
-def from_document(document: dict[str, Any]) -> list[Result]:
-    """The results of a document of `to_document`; statistics are derived again, not read.
-
-    Raises:
-        ValueError: another schema.
-    """
-    if document.get("schema") != SCHEMA:
-        raise ValueError(
-            f"expected a result file of schema {SCHEMA}, found {document.get('schema')}"
-        )
-    return [_from_row(row) for row in document["results"]]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file with `text`: at any moment the old or the new one is there whole."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def save_json(
-    path: Path, environment: Environment, config: Config, results: Sequence[Result]
-) -> None:
-    document = to_document(environment, config, results)
-    write_atomically(path, json.dumps(document, indent=1) + "\n")
-
-
-def _from_row(row: dict[str, Any]) -> Result:
-    fields_of = {field.name for field in fields(Result)}
-    values = {name: value for name, value in row.items() if name in fields_of}
-    for name in ("times_s", "reference_times_s", "notes"):
-        values[name] = tuple(values[name])
-    return Result(**values)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -11,6 +11,8 @@ from ensemble import memory
 
 Clock = Callable[[], float]
 
+SETTLE_S = 0.01  # twice as long as the threads of libgomp spin here before they sleep
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -68,6 +70,11 @@ def interleaved(
     the caches repeat: two identical loops, alternated, differed by 2.2 % from process to process
     (deviation of the median ratio of 20 rounds), drawn by 0.9 %.
 
+    Before each timed call the same function runs untimed for at least `SETTLE_S`, so that it meets
+    the state that its own kind leaves, as it does when serving: OpenMP's threads spin for some 5 ms
+    after the last parallel loop, and slowed a strategy with threads of its own from 46 to 54 ms
+    (N=4) when the loop had run just before it.
+
     Every function first runs `warmup` times, untimed. Ends after at least `min_rounds` rounds and
     `min_seconds` seconds.
     """
@@ -78,11 +85,16 @@ def interleaved(
     order, draw = list(range(len(functions))), random.Random(0)
     while rounds < min_rounds or clock() - begin < min_seconds:
         draw.shuffle(order)
-        samples = {
-            index: time_call(
+        samples = {}
+        for index in order:
+            settled = clock() + SETTLE_S
+            while True:
+                functions[index]()
+                synchronize()
+                if clock() >= settled:
+                    break
+            samples[index] = time_call(
                 functions[index], synchronize=synchronize, clock=clock, page_faults=page_faults
             )
-            for index in order
-        }
         yield tuple(samples[index] for index in range(len(functions)))
         rounds += 1

@@ -3,6 +3,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from ensemble import benchmark, roofline
@@ -12,7 +13,7 @@ from ensemble.strategies import STRATEGIES
 from tests.test_results import CONFIG
 from tests.tiny import tiny_models
 
-QUICK = replace(CONFIG, num_models=(3,), image_size=8, warmup=1, min_pairs=8, min_seconds=0.0)
+QUICK = replace(CONFIG, num_models=(3,), image_size=(8,), warmup=1, min_pairs=8, min_seconds=0.0)
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Made:
 
     make: Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]]
     summary: str = "made for a test"
+    rounds_apart: bool = False
 
     def builder(self) -> Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]]:
         return self.make
@@ -32,9 +34,19 @@ def looping(models: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def run(config: Config) -> list[Result]:
     torch.manual_seed(0)
-    views = torch.randn(config.batch_size * max(config.num_models), 3, 8, 8)
+    views = torch.randn(max(config.batch_size) * max(config.num_models), 3, 8, 8)
     models = tiny_models(max(config.num_models))
-    return list(benchmark.run(config, models, views, progress=lambda *_: None))
+    return list(started(config, models, views))
+
+
+def started(config: Config, models: Sequence[nn.Module], views: Tensor) -> Iterator[Result]:
+    """The rows of a configuration, as they come; images of another size are resized."""
+    rows = benchmark.plan(config, models, torch.device("cpu"))
+
+    def sized(px: int) -> Tensor:
+        return nn.functional.interpolate(views, (px, px))
+
+    return benchmark.run(config, rows, models, sized, progress=lambda *_: None)
 
 
 def run_made(
@@ -52,7 +64,7 @@ def run_made(
 
 @pytest.mark.parametrize("inputs", ["shared", "per_model"])
 def test_both_strategies_agree_and_are_timed_in_pairs_with_the_reference(inputs: str):
-    loop, vmap = run(replace(QUICK, inputs=inputs, batch_size=2))
+    loop, vmap = run(replace(QUICK, inputs=inputs, batch_size=(2,)))
     assert loop.is_reference
     assert loop.reference_times_s == ()
     assert len(loop.times_s) == 8
@@ -66,20 +78,20 @@ def test_both_strategies_agree_and_are_timed_in_pairs_with_the_reference(inputs:
 
 
 def test_the_classes_are_those_that_each_model_finds_in_its_own_images():
-    config = replace(QUICK, inputs="per_model", batch_size=2)
+    config = replace(QUICK, inputs="per_model", batch_size=(2,))
     torch.manual_seed(0)
     views = torch.randn(6, 3, 8, 8)
     models = tiny_models(3)
     expected = [
         model(own).argmax(1).tolist() for model, own in zip(models, views.split(2), strict=True)
     ]
-    rows = benchmark.run(config, models, views, progress=lambda *_: None)
+    rows = started(config, models, views)
     assert [row.top1 for row in rows] == [expected, expected]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rows_of_a_lower_precision_are_compared_with_the_float32_loop(dtype: str):
-    loop, vmap = run(replace(QUICK, dtype=dtype))
+    loop, vmap = run(replace(QUICK, dtype=(dtype,)))
     for row in (loop, vmap):
         assert row.status == "ok"
         assert 1e-5 < (row.max_rel_error or 0) < 3e-2
@@ -123,7 +135,7 @@ def test_the_roofline_is_measured_once_for_each_dtype(monkeypatch: pytest.Monkey
         return roofline.Limits(1e9, 1e9)
 
     monkeypatch.setattr(roofline, "measure", measure)
-    rows = run(replace(QUICK, roofline=True, self_check=True, dtype="bfloat16"))
+    rows = run(replace(QUICK, roofline=True, self_check=True, dtype=("bfloat16",)))
     assert asked == [torch.bfloat16, torch.float32]
     # 8 x 3 x 3 x 3 weights at 8 x 8 places, 8 x 5 in the last layer, 3 models, 2 a multiply-add
     assert rows[0].least_s == pytest.approx(3 * 2 * (216 * 64 + 40) / 1e9)
@@ -230,7 +242,7 @@ def test_weights_that_ignore_the_image_make_the_check_weak_and_that_is_said():
     models = tiny_models(3)
     for model in models:
         model.get_parameter("fc.weight").zero_()
-    rows = benchmark.run(QUICK, models, torch.randn(1, 3, 8, 8), progress=lambda *_: None)
+    rows = started(QUICK, models, torch.randn(1, 3, 8, 8))
     assert all("the check is weak" in row.notes[0] for row in rows)
     assert all(row.notes == () for row in run(QUICK))
 
@@ -251,12 +263,69 @@ def test_an_interrupt_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     monkeypatch.setitem(STRATEGIES, "made", Made(interrupted))
-    rows: Iterator[Result] = benchmark.run(
-        replace(QUICK, strategies=("loop", "made")),
-        tiny_models(3),
-        torch.randn(1, 3, 8, 8),
-        progress=lambda *_: None,
+    rows = started(
+        replace(QUICK, strategies=("loop", "made")), tiny_models(3), torch.randn(1, 3, 8, 8)
     )
     assert next(rows).status == "ok"
     with pytest.raises(KeyboardInterrupt):
         next(rows)
+
+
+def test_a_grid_is_run_cell_by_cell_and_each_row_stands_where_its_cell_says():
+    config = replace(
+        QUICK,
+        num_models=(1, 2),
+        batch_size=(1, 2),
+        image_size=(8, 12),
+        dtype=("float32", "bfloat16"),
+    )
+    rows = run(config)
+    assert [row.status for row in rows] == ["ok"] * 32
+    assert [row.cell for row in rows[:8]] == [(1, 1, 8)] * 4 + [(2, 1, 8)] * 4
+    assert [(row.strategy, row.dtype) for row in rows[:4]] == [
+        ("loop", "float32"),
+        ("vmap", "float32"),
+        ("loop", "bfloat16"),
+        ("vmap", "bfloat16"),
+    ]
+    assert rows[-1].cell == (2, 2, 12)
+    assert all(len(row.top1 or []) == row.num_models for row in rows)
+    assert all(len((row.top1 or [[]])[0]) == row.batch_size for row in rows)
+
+
+def test_the_reference_of_a_cell_is_built_once_for_all_dtypes(monkeypatch: pytest.MonkeyPatch):
+    made: list[torch.dtype] = []
+    loop = STRATEGIES["loop"].builder()
+
+    def noted(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        made.append(example.dtype)
+        return loop(models, example)
+
+    monkeypatch.setitem(STRATEGIES, "loop", Made(noted))
+    run(replace(QUICK, dtype=("float32", "bfloat16")))
+    assert made == [torch.float32, torch.bfloat16]
+
+
+def test_best_stands_for_the_reference_and_what_is_picked():
+    rows = benchmark.plan(
+        replace(QUICK, strategies=("best",), dtype=("float32", "bfloat16"), self_check=True),
+        [torchvision.models.resnet18()],
+        torch.device("cpu"),
+    )
+    assert [(row.strategy, row.dtype) for row in rows] == [
+        ("loop", "float32"),
+        ("winograd_vmap", "float32"),
+        ("packed_concurrent", "bfloat16"),
+        ("self_check", "float32"),
+    ]
+
+
+def test_only_strategies_that_round_apart_bring_the_error_against_float64():
+    models = [torchvision.models.resnet18(num_classes=5).eval() for _ in range(2)]
+    config = replace(QUICK, num_models=(2,), image_size=(32,), strategies=("loop", "vmap"))
+    images = torch.randn(1, 3, 32, 32)
+    assert all(row.error_float64 is None for row in started(config, models, images))
+    config = replace(config, strategies=("loop", "winograd_vmap"))
+    loop, winograd = started(config, models, images)
+    assert 0 < (loop.error_float64 or 0) < 2e-5
+    assert 0 < (winograd.error_float64 or 0) < 2e-5

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torchvision
 
 import resnet_vmap
-from ensemble import memory, pretrained
+from ensemble import exports, memory, pretrained
 from ensemble.strategies import STRATEGIES
 
 ROOT = Path(resnet_vmap.__file__).parent
@@ -147,7 +148,16 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--threads", "99999999"], "argument --threads: expected a whole number from 1 to 1024"),
         (["--image_size", str(10**30)], "--image_size: expected at most 100,000,000 pixels"),
         (["--export_json", KITTEN], "--export_json: expected a file of its own, found the input"),
-        (["--export_json", "resnet18-f37072fd.pth"], "expected a JSON file, found a checkpoint's"),
+        (["--export_json", "resnet18-f37072fd.pth"], "to write, found a checkpoint's name"),
+        (["--export_csv", "a", "--export_json", "a"], "expected a file of its own, found --export"),
+        (["--export_csv", "a_grid.png", "--plot", "a.png"], "--plot: expected a file of its own"),
+        (["--plot", "a.gif"], "--plot: expected a name that ends in .png or .svg, found a.gif"),
+        (["--resume", "a.json", "--export_csv", "a.json"], "--export_csv: expected a file of its"),
+        (["--fail_above", "5"], "--fail_above: expected --baseline with it"),
+        (["--max_minutes", "0"], "expected a number of minutes above 0"),
+        (["--resume", "no/such.json"], "--resume: no/such.json: expected a result file"),
+        (["--baseline", KITTEN], f"--baseline: {KITTEN}: "),
+        (["--from_json", KITTEN], f"--from_json: {KITTEN}: "),
         (["--export_json", "/proc/run.json"], "--export_json: expected to write in /proc"),
         (["--arch", "vit_b_16", "--image_size", "64"], "--image_size: vit_b_16 does not run at 64"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to"),
@@ -215,6 +225,7 @@ def test_all_strategies_give_a_row_each_and_what_cannot_run_here_is_no_failure(
 ):
     cheap = {name: STRATEGIES[name] for name in ("loop", "folded_vmap", "captured_loop")}
     monkeypatch.setattr(resnet_vmap, "STRATEGIES", cheap)
+    monkeypatch.setattr("ensemble.options.STRATEGIES", cheap)
     assert resnet_vmap.main([*QUICK, "--model_path", checkpoint, "--strategies", "all"]) == 0
     out = capsys.readouterr().out
     for name in cheap:
@@ -239,7 +250,7 @@ def test_a_file_that_can_no_longer_be_written_costs_no_result(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resnet_vmap, "save_json", full)
+    monkeypatch.setattr("ensemble.exports.write_atomically", full)
     argv = [*QUICK, "--model_path", checkpoint, "--export_json", str(tmp_path / "run.json")]
     assert resnet_vmap.main(argv) == 2
     captured = capsys.readouterr()
@@ -350,3 +361,114 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
         done.stdout,
     ), done.stdout
     assert "1 (reference)" in done.stdout
+
+
+def rows_of(path: Path) -> list[tuple]:
+    return [row.key for row in exports.read(str(path), flag="").results]
+
+
+def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    argv = [*QUICK, "--model_path", checkpoint, "--num_models", "1", "2", "--batch_size", "1", "2"]
+    assert resnet_vmap.main([*argv, "--export_json", str(whole)]) == 0
+    argv += ["--max_minutes", "1e-6"]
+    assert resnet_vmap.main([*argv, "--export_json", str(part)]) == 0
+    captured = capsys.readouterr()
+    assert "1 of 8 rows were measured; not measured: vmap, 1 models, batch 1; " in captured.err
+    assert rows_of(part) == rows_of(whole)[:1]
+    first = exports.read(str(part), flag="").results
+    assert resnet_vmap.main([*argv[:-2], "--resume", str(part)]) == 0
+    assert "7 of 8 rows are missing" in capsys.readouterr().out
+    assert rows_of(part) == rows_of(whole)
+    assert exports.read(str(part), flag="").results[:1] == first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"environment": {"cores": 99}}, "--resume: expected a file of this machine, found anothe"),
+        ({"environment": {"torch": "1.0"}}, "--resume: expected the settings of"),
+        ({"config": {"seed": 9}}, "found seed: 0, was 9"),
+    ],
+)
+def test_a_run_of_another_machine_version_or_setting_is_not_resumed(
+    change: dict,
+    message: str,
+    checkpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    path = tmp_path / "run.json"
+    argv = [*QUICK, "--model_path", checkpoint, "--strategies", "loop"]
+    assert resnet_vmap.main([*argv, "--export_json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    for part, values in change.items():
+        document[part] |= values
+    path.write_text(json.dumps(document))
+    before = path.read_bytes()
+    assert resnet_vmap.main([*argv, "--resume", str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_a_saved_run_is_shown_drawn_and_compared_without_torch(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "run.json"
+    argv = [
+        *QUICK,
+        "--model_path",
+        checkpoint,
+        "--num_models",
+        "1",
+        "2",
+        "--image_size",
+        "32",
+        "40",
+    ]
+    assert resnet_vmap.main([*argv, "--export_json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    names = {form: tmp_path / f"again.{form}" for form in ("json", "csv", "md", "png")}
+    argv = ["--from_json", str(path), "--baseline", str(path), "--fail_above", "5"]
+    argv += ["--export_json", str(names["json"]), "--export_csv", str(names["csv"])]
+    argv += ["--export_markdown", str(names["md"]), "--plot", str(names["png"])]
+    program = (
+        "import sys, resnet_vmap; code = resnet_vmap.main(sys.argv[1:]);"
+        " assert not {'torch', 'torchvision', 'functorch', 'numba'} & set(sys.modules);"
+        " sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    table = shown[shown.index("Time taken") : shown.index("Expected to be the fastest here")]
+    assert done.stdout.startswith(table)
+    assert "vmap, 2 models, batch 1, 40 px, float32: time in times of the reference 1.000" in (
+        done.stdout
+    )
+    assert names["json"].read_text() == path.read_text()
+    assert (tmp_path / "again_grid.png").exists()
+    assert all(file.stat().st_size for file in names.values())
+
+
+def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    argv = [*QUICK, "--model_path", checkpoint, "--num_models", "1"]
+    assert resnet_vmap.main([*argv, "--export_json", str(new)]) == 0
+    run = exports.read(str(new), flag="")
+    for path, time_s in ((new, 0.9), (old, 0.1)):  # whatever the machine makes of the real times
+        rows = [
+            replace(row, times_s=(time_s,) * 8, reference_times_s=(1.0,) * 8)
+            if row.strategy == "vmap"
+            else row
+            for row in run.results
+        ]
+        exports.save(replace(run, results=tuple(rows)), {"json": str(path)})
+    argv = ["--from_json", str(new), "--baseline", str(old)]
+    assert resnet_vmap.main(argv) == 0
+    assert "surely slower" in capsys.readouterr().out
+    assert resnet_vmap.main([*argv, "--fail_above", "10"]) == 1
+    assert resnet_vmap.main([*argv, "--fail_above", "5000"]) == 0

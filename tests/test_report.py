@@ -1,7 +1,8 @@
 from dataclasses import replace
 
-from ensemble.report import render_table, render_verdict, time_lines
+from ensemble.report import render_table, time_lines
 from ensemble.results import Result
+from ensemble.verdict import render_verdict
 from tests.test_results import ENVIRONMENT, ROW
 
 LOOP = replace(
@@ -95,7 +96,7 @@ def test_first_calls_are_told_apart_from_the_steady_state():
 
 def test_the_fastest_of_several_is_named():
     other = replace(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
-    assert "Fastest with 4 models: folded_vmap, 2.50 times." in verdict(LOOP, VMAP, other)
+    assert "Fastest with 4 models: folded_vmap, 2.50 times" in verdict(LOOP, VMAP, other)
     slow = replace(VMAP, times_s=(0.2,) * 20)
     text = verdict(LOOP, slow, replace(slow, strategy="folded_vmap"))
     assert "Fastest with 4 models: the reference itself" in text
@@ -113,7 +114,7 @@ def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothi
 def test_the_self_check_is_never_the_fastest():
     floor = replace(VMAP, strategy="self_check", times_s=(0.01,) * 20)
     other = replace(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
-    assert "Fastest with 4 models: folded_vmap, 2.50 times." in verdict(LOOP, VMAP, floor, other)
+    assert "Fastest with 4 models: folded_vmap, 2.50 times" in verdict(LOOP, VMAP, floor, other)
     assert "Fastest" not in verdict(LOOP, VMAP, floor)
 
 

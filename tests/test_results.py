@@ -1,11 +1,8 @@
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ensemble import results
 from ensemble.results import Config, Environment, Result, bootstrap_interval, iqr, median
 
 ROW = Result(
@@ -47,11 +44,11 @@ CONFIG = Config(
     model_path=None,
     arch="resnet18",
     image_path="kitten.jpg",
-    image_size=224,
-    batch_size=1,
+    image_size=(224,),
+    batch_size=(1,),
     inputs="shared",
     device="auto",
-    dtype="float32",
+    dtype=("float32",),
     strategies=("loop", "vmap"),
     warmup=3,
     min_seconds=2.0,
@@ -61,7 +58,15 @@ CONFIG = Config(
     self_check=False,
     roofline=False,
     seed=0,
+    max_minutes=None,
+    resume=None,
+    from_json=None,
+    baseline=None,
+    fail_above=None,
     export_json=None,
+    export_csv=None,
+    export_markdown=None,
+    plot=None,
     verbose=False,
 )
 
@@ -122,42 +127,3 @@ def test_the_interval_covers_the_true_median_of_skewed_noise_as_often_as_it_says
         low, high = bootstrap_interval(tuple(generator.lognormal(0, 0.1, size=20))) or (0, 0)
         covered += low <= 1 <= high
     assert covered >= 96
-
-
-def test_a_saved_file_gives_back_the_results_it_came_from(tmp_path: Path):
-    path = tmp_path / "run.json"
-    results.save_json(path, ENVIRONMENT, CONFIG, [ROW])
-    document = json.loads(path.read_text())
-    assert results.from_document(document) == [ROW]
-    assert document["schema"] == 1
-    assert document["results"][0]["speedup"] == 1.5
-    assert document["results"][0]["speedup_interval"] is None
-    assert document["environment"]["git_commit"] is None
-    assert document["config"]["min_pairs"] == 20
-
-
-def test_a_file_of_another_schema_is_refused():
-    with pytest.raises(ValueError, match="expected a result file of schema 1, found 2"):
-        results.from_document({"schema": 2})
-
-
-def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    path = tmp_path / "run.json"
-    path.write_text("old")
-
-    def broken(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", broken)
-    with pytest.raises(OSError, match="disk full"):
-        results.write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path):
-    results.write_atomically(tmp_path / "a", "text")
-    (tmp_path / "b").touch()
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode

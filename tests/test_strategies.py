@@ -15,7 +15,7 @@ from ensemble.strategies.concurrent import shares
 from tests.tiny import TinyNet, tiny_models
 
 EAGER = ["loop", "vmap", "folded_loop", "folded_vmap", "concurrent"]
-EAGER += ["packed_loop", "packed_concurrent"]
+EAGER += ["packed_loop", "packed_concurrent", "winograd_vmap"]
 COMPILED = ["compiled_loop", "compiled_vmap", "concurrent_compiled"]
 PEERS = {"openvino": "openvino", "onnxruntime": "onnxscript", "jax": "jax"}  # row: package
 

@@ -88,15 +88,34 @@ def record(
 def test_each_function_warms_up_apart_and_rounds_come_in_both_orders():
     calls, timed = record(warmup=2, min_rounds=50, min_seconds=0)
     assert calls[:4] == "aabb"
-    rounds = [calls[start : start + 2] for start in range(4, len(calls), 2)]
-    assert set(rounds) == {"ab", "ba"}
-    assert 10 < rounds.count("ab") < 40
+    rounds = [calls[start : start + 4] for start in range(4, len(calls), 4)]
+    assert set(rounds) == {"aabb", "bbaa"}
+    assert 10 < rounds.count("aabb") < 40
     assert timed == [(Sample(1.0, 0), Sample(0.5, 0))] * 50
+
+
+def test_what_another_function_leaves_behind_falls_on_an_untimed_call():
+    clock, last = FakeClock(), [""]
+
+    def work(name: str) -> None:  # the first two calls after the other function are slow
+        last.append(name)
+        clock.spend(0.005 if last[-3:] == [name] * 3 else 0.008)
+
+    rounds = interleaved(
+        [lambda: work("a"), lambda: work("b")],
+        warmup=0,
+        min_rounds=10,
+        min_seconds=0,
+        synchronize=nothing,
+        clock=clock,
+        page_faults=no_faults,
+    )
+    assert [[round(own.seconds, 6) for own in pair] for pair in rounds] == [[0.005, 0.005]] * 10
 
 
 def test_timing_goes_on_until_both_the_rounds_and_the_seconds_are_reached():
     assert len(record(warmup=0, min_rounds=4, min_seconds=1.0)[1]) == 4
-    assert len(record(warmup=0, min_rounds=1, min_seconds=7.0)[1]) == 5  # of 1.5 s each
+    assert len(record(warmup=0, min_rounds=1, min_seconds=7.0)[1]) == 3  # of 3 s each
 
 
 def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike():
@@ -116,8 +135,8 @@ def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike():
         page_faults=no_faults,
     )
     ratios = [first.seconds / second.seconds for first, second in rounds]
-    assert all(ratio == pytest.approx(1, abs=0.0101) for ratio in ratios)
-    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.002)
+    assert all(ratio == pytest.approx(1, abs=0.0202) for ratio in ratios)
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.004)
 
 
 def test_synchronizing_a_device_that_is_not_here_is_an_error():

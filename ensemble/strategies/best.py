@@ -1,0 +1,61 @@
+"""`best`: the strategy that is expected to be the fastest, by a short table with its evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ensemble.strategies import Forward
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a strategy is expected to win. None stands for anything."""
+
+    strategy: str
+    device: str | None = None
+    dtype: str | None = None
+    has_kernels: bool | None = None  # do the model's convolutions have kernels of `ensemble.ops`?
+    evidence: str = "not measured"
+
+
+# The first that fits is taken. Evidence: result files, of which a test asks that what a rule picks
+# is within 5 % of the fastest row for its N.
+RULES = (
+    Rule("winograd_vmap", "cpu", "float32", True, "tests/data/float32_*.json"),
+    Rule("packed_concurrent", "cpu", evidence="tests/data/bfloat16_*.json"),
+    Rule("captured_loop", "cuda", evidence="not measured: at batch 1 launches of kernels bind"),
+    Rule("folded_loop"),
+)
+
+
+def pick(models: Sequence[nn.Module], device: str, dtype: str) -> str:
+    """The name of the strategy that the table gives for these models."""
+    has_kernels = _has_kernels(models[0])
+    for rule in RULES:
+        asked = (rule.device, rule.dtype, rule.has_kernels)
+        if all(
+            own is None or own == found
+            for own, found in zip(asked, (device, dtype, has_kernels), strict=True)
+        ):
+            return rule.strategy
+    raise AssertionError("the last rule fits everything")
+
+
+def build(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """The builder `best`."""
+    from ensemble.strategies import STRATEGIES
+
+    dtype = str(example.dtype).removeprefix("torch.")
+    return STRATEGIES[pick(models, example.device.type, dtype)].builder()(models, example)
+
+
+def _has_kernels(model: nn.Module) -> bool:
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    plain = all(conv.groups == 1 and conv.out_channels % 32 == 0 for conv in convolutions)
+    return plain and bool(convolutions) and find_spec("numba") is not None
