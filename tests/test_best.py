@@ -1,0 +1,82 @@
+"""The rule that picks `best`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import ensemble
+from ensemble import exports, sweep
+from ensemble.strategies import STRATEGIES, best
+from tests.test_strategies import independent
+
+
+def models(arch: str) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [torchvision.models.get_model(arch, num_classes=7).eval() for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "device", "dtype", "expected"),
+    [
+        ("resnet18", "cpu", "float32", "winograd_vmap"),
+        ("resnet50", "cpu", "float32", "winograd_vmap"),
+        ("resnext50_32x4d", "cpu", "float32", "packed_concurrent"),
+        ("mobilenet_v2", "cpu", "float32", "packed_concurrent"),
+        ("resnet18", "cpu", "bfloat16", "packed_concurrent"),
+        ("resnet18", "cuda", "float32", "captured_loop"),
+        ("resnet18", "mps", "float16", "folded_loop"),
+    ],
+)
+def test_the_table_gives_a_strategy_for_every_device_dtype_and_architecture(
+    arch: str, device: str, dtype: str, expected: str
+):
+    assert best.pick(models(arch), device, dtype) == expected
+
+
+def test_without_numba_the_rule_does_not_pick_what_needs_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(best, "find_spec", lambda name: None)
+    assert best.pick(models("resnet18"), "cpu", "float32") == "packed_concurrent"
+
+
+def test_every_rule_names_a_strategy_and_the_last_fits_everything():
+    assert {rule.strategy for rule in best.RULES} <= set(STRATEGIES)
+    assert best.RULES[-1] == best.Rule("folded_loop")
+
+
+def test_best_is_what_users_take_home():
+    x, own = torch.randn(1, 3, 64, 64), models("resnet18")
+    forward = ensemble.build("best", own, x)
+    torch.testing.assert_close(forward(x), independent(own, x), rtol=1e-4, atol=1e-4)
+    assert forward.note.startswith("kernels: ")  # type: ignore[attr-defined]
+
+
+STORED = sorted((Path(__file__).parent / "data").glob("*.json"))
+PEERS = {"openvino", "onnxruntime", "jax"}
+
+
+def test_there_is_evidence_for_every_rule_that_names_some():
+    for rule in best.RULES:
+        if "*" in rule.evidence:
+            pattern = Path(rule.evidence).name
+            assert [path for path in STORED if path.match(pattern)]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_what_the_rule_picks_is_the_fastest_of_the_stored_rows(path: Path):
+    """Within 5 %, of what this package runs itself: other runtimes may not be installed."""
+    run = exports.read(str(path), flag=path.name)
+    model = torchvision.models.get_model(run.config["arch"], weights=None)
+    for rows in sweep.cells(run.results).values():
+        for dtype in {row.dtype for row in rows}:
+            own = [row for row in rows if row.dtype == dtype and row.strategy not in PEERS]
+            picked = best.pick([model], run.environment.device, dtype)
+            found = next((row for row in own if row.strategy == picked), None)
+            fastest = sweep.fastest(own)
+            if found is None and dtype == "float32" and len(own) == 1:
+                continue  # only the reference of a run in another dtype
+            assert found is not None
+            assert fastest is not None
+            assert (found.speedup or 0) >= 0.95 * (fastest.speedup or 0), fastest.strategy
