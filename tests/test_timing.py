@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ensemble.timing import Sample, interleaved, synchronize, time_call
+from ensemble import timing
+from ensemble.timing import SETTLE_S, Sample, interleaved, synchronize, time_call
 
 
 class FakeClock:
@@ -94,7 +95,10 @@ def test_each_function_warms_up_apart_and_rounds_come_in_both_orders():
     assert timed == [(Sample(1.0, 0), Sample(0.5, 0))] * 50
 
 
-def test_what_another_function_leaves_behind_falls_on_an_untimed_call():
+def test_what_another_function_leaves_behind_falls_on_an_untimed_call(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(timing, "SETTLE_S", SETTLE_S)
     clock, last = FakeClock(), [""]
 
     def work(name: str) -> None:  # the first two calls after the other function are slow
