@@ -137,7 +137,14 @@ def _measure(
         )
         if verdict.problem:
             return replace(row, status="failed", error=verdict.problem)
-        return _time(row, started, reference, config, lambda done: progress(label, "timing", done))
+        timed = _time(row, started, reference, config, lambda done: progress(label, "timing", done))
+        # Later calls may differ from the first: memory that was freed is only now overwritten.
+        last = check(
+            started.forward(started.example), reference.logits, tolerance=TOLERANCES[dtype]
+        )
+        if last.problem:
+            return replace(row, status="failed", error=f"after its timed calls, {last.problem}")
+        return timed
     except UnavailableError as error:
         return replace(row, status="unavailable", error=str(error))
     except Exception as error:
@@ -154,11 +161,11 @@ def _start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch
     begin = time.perf_counter()
     own_models = models if dtype == torch.float32 else stacking.cast(models, dtype)
     own_example = example.to(dtype)
-    forward = strategies.build(name, own_models, own_example)
-    synchronize(device)
-    built = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compilers, about their own tracing
+        forward = strategies.build(name, own_models, own_example)
+        synchronize(device)
+        built = time.perf_counter()
         logits = forward(own_example)
     synchronize(device)
     called = time.perf_counter()

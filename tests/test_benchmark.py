@@ -127,6 +127,25 @@ def test_a_swapped_pair_of_models_gets_a_reason_and_no_times(monkeypatch: pytest
     assert row.speedup is None
 
 
+def test_logits_that_go_wrong_in_later_calls_fail_the_row(monkeypatch: pytest.MonkeyPatch):
+    loop, calls = STRATEGIES["loop"].builder(), [0]
+
+    def builder(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        forward = loop(models, example)
+
+        def forgetful(x: Tensor) -> Tensor:
+            calls[0] += 1
+            return forward(x) if calls[0] < 6 else forward(x) * float("nan")
+
+        return forgetful
+
+    monkeypatch.setitem(STRATEGIES, "vmap", Made(builder))
+    _, row = run(QUICK)
+    assert row.status == "failed"
+    assert (row.error or "").startswith("after its timed calls, ")
+    assert row.times_s == ()
+
+
 def test_the_roofline_is_measured_once_for_each_dtype(monkeypatch: pytest.MonkeyPatch):
     asked: list[torch.dtype] = []
 

@@ -26,7 +26,9 @@ def models(arch: str) -> list[nn.Module]:
         ("resnext50_32x4d", "cpu", "float32", "packed_concurrent"),
         ("mobilenet_v2", "cpu", "float32", "packed_concurrent"),
         ("resnet18", "cpu", "bfloat16", "packed_concurrent"),
-        ("resnet18", "cuda", "float32", "captured_loop"),
+        ("resnet18", "cuda", "float32", "captured_matmul_vmap"),
+        ("resnext50_32x4d", "cuda", "float32", "captured_concurrent_compiled"),
+        ("resnet18", "cuda", "bfloat16", "captured_concurrent_compiled"),
         ("resnet18", "mps", "float16", "folded_loop"),
     ],
 )

@@ -102,6 +102,21 @@ def test_the_fastest_of_several_is_named():
     assert "Fastest with 4 models: the reference itself" in text
 
 
+def test_the_fastest_is_named_for_each_dtype_apart():
+    other = replace(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
+    halves = [replace(VMAP, dtype="bfloat16"), replace(other, dtype="bfloat16")]
+    text = verdict(LOOP, VMAP, other, *halves, replace(LOOP, dtype="bfloat16", times_s=(0.5,) * 20))
+    assert "Fastest with 4 models, float32: folded_vmap, 2.50 times" in text
+    assert "Fastest with 4 models, bfloat16: folded_vmap, 2.50 times" in text
+
+
+def test_a_row_with_shorter_calls_beside_a_faster_loop_is_named():
+    drifted = replace(VMAP, strategy="folded_vmap", times_s=(0.03,) * 20)
+    text = verdict(LOOP, VMAP, replace(drifted, reference_times_s=(0.05,) * 20))
+    assert "But folded_vmap had the shorter calls, 30 ms against 50 ms: the loop ran" in text
+    assert "shorter calls" not in verdict(LOOP, VMAP, replace(VMAP, strategy="folded_vmap"))
+
+
 def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothing():
     few = replace(VMAP, times_s=(0.11,) * 7, reference_times_s=(0.1,) * 7)
     text = verdict(LOOP, few, replace(few, strategy="folded_vmap"))

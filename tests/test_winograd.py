@@ -147,7 +147,7 @@ def test_an_input_unlike_the_example_is_refused_and_not_read(x: Tensor):
 
 
 @pytest.mark.parametrize("per_model", [False, True])
-def test_the_cuda_path_takes_torchs_kernels_under_fake_tensors(
+def test_the_cuda_path_is_batched_matrix_products_under_fake_tensors(
     per_model: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
@@ -157,5 +157,9 @@ def test_the_cuda_path_takes_torchs_kernels_under_fake_tensors(
         x = torch.empty((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64))
         forward = ensemble.build("winograd_vmap", models, x)
         logits = forward(x)
+        lowered = winograd.lower_vmap(models, x).forward
     assert (logits.device.type, logits.shape) == ("cuda", (3, 2, 7))
     assert "none" in forward.note  # type: ignore[attr-defined]
+    names = [str(node.target) for node in lowered.graph.nodes]
+    assert sum(name.startswith("aten.bmm") for name in names) >= 20
+    assert not [name for name in names if "conv" in name]

@@ -2,8 +2,9 @@
 
 `conv2d` and `max_pool2d` are operators of one model. Under `torch.vmap` over stacked weights their
 rules take the kernels of `ensemble.ops.kernels` (CPU, float32), on weights packed for the kernel
-that `ensemble.ops.cost` names; where there is none, torch's own rule: one grouped or one wide
-convolution. Packing is an operator of its own, so that a traced graph can do it once, at build.
+that `ensemble.ops.cost` names; on CUDA batched matrix products (`ensemble.ops.matmul`); elsewhere
+torch's own rule: one grouped or one wide convolution. Packing is an operator of its own, so that a
+traced graph can do it once, at build.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional
 
+from ensemble.ops import matmul
 from ensemble.ops.cost import choose
 from ensemble.ops.operation import DIRECT, HEAD, MAX_POOL, Geometry, Operation
 
@@ -77,9 +79,13 @@ def _(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
         return packed_conv2d(
             x, packed, bias, other, kind, kernel, stride, padding, dilation, relu
         ), 0
-    result = _grouped_conv2d(
-        info.batch_size, x, weight, bias, dims, stride, padding, dilation, groups
-    )
+    if stacked and x.device.type == "cuda" and all(own == 1 for own in dilation):
+        result = matmul.conv2d(x, weight, stride, padding)
+        result = result if bias is None else result + bias[:, None, :, None, None]
+    else:
+        result = _grouped_conv2d(
+            info.batch_size, x, weight, bias, dims, stride, padding, dilation, groups
+        )
     if other is not None:
         result = result + other  # one for all models adds to each
     return result.relu() if relu else result, 0
@@ -103,7 +109,9 @@ def _(info: Any, in_dims: tuple, x: Tensor, *options: Any) -> tuple[Tensor, int]
     x = x.movedim(in_dims[0], 0) if in_dims[0] else x
     if _is_ours(x) and x.shape[-3] % WIDTH == 0:
         return packed_max_pool2d(x, *options), 0
-    return max_pool2d(x.flatten(0, 1), *options).unflatten(0, x.shape[:2]), 0
+    # Models among the channels: so a wide or grouped convolution wrote them.
+    pooled = functional.max_pool2d(x.movedim(0, 1).flatten(1, 2), *options)
+    return pooled.unflatten(1, (len(x), -1)).movedim(1, 0), 0
 
 
 @custom_op("ensemble::head", mutates_args=())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
-from ensemble.strategies import compiled, folded
+from ensemble.strategies import compiled, concurrent, folded, winograd
 
 if TYPE_CHECKING:
     from ensemble.strategies import Builder, Forward
@@ -33,6 +34,35 @@ def compiled_vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
     return _captured(compiled.vmap, models, example)
 
 
+def concurrent_eager(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """The streams of `concurrent.eager` become branches of the graph."""
+    return _captured(concurrent.eager, models, example)
+
+
+def concurrent_compiled(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    return _captured(concurrent.compiled, models, example)
+
+
+def matmul_vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """The vmapped forward whose convolutions are batched matrix products, `ensemble.ops.matmul`."""
+    return _captured(winograd.compiled, models, example)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph with the memory that it reads and writes, and what else that memory belongs to."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    logits: Tensor
+    forward: Forward  # never called again: it keeps the weights that the graph reads
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.logits.clone()
+
+
 def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) -> Forward:
     """Capture the forward of `builder`; calls copy x in, replay the graph, and copy logits out.
 
@@ -52,9 +82,4 @@ def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) ->
     with torch.cuda.graph(graph):
         static_logits = forward(static_x)
 
-    def replay(x: Tensor) -> Tensor:
-        static_x.copy_(x)
-        graph.replay()
-        return static_logits.clone()
-
-    return replay
+    return Captured(graph, static_x, static_logits, forward)

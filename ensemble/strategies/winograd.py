@@ -23,23 +23,33 @@ if TYPE_CHECKING:
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
     """One vmapped forward over the stacked state, lowered to what depends on the image."""
-    copies = folded(models)
-    state, template = stacked_state(copies), skeleton(copies[0])
-    del copies  # the state is freed tensor by tensor, as it is packed
-    mapped = torch.vmap(
-        stateless(with_operators(template)), in_dims=(0, 0 if example.dim() == 5 else None)
-    )
-    threads = torch.get_num_threads()
-    lowered = lower.lower(mapped, state, example, threads=threads)
+    lowered = lower_vmap(models, example)
     kinds = Counter(NAMES[operation.kind] for operation in lowered.operations)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
-    note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own rules"
+    note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
 
     def forward(x: Tensor) -> Tensor:
         return lowered.forward(x)
 
     forward.note = "; ".join((note, *lowered.refused))  # type: ignore[attr-defined]
     return forward
+
+
+def compiled(models: Sequence[nn.Module], example: Tensor) -> Forward:
+    """The same through `torch.compile`: for where the operators are made of torch's own."""
+    forward = torch.compile(lower_vmap(models, example).forward, fullgraph=True, dynamic=False)
+    return lambda x: forward(x)
+
+
+def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lower.Lowered:
+    """The vmapped forward of the folded models by the operators of `ensemble.ops`, lowered."""
+    copies = folded(models)
+    state, template = stacked_state(copies), skeleton(copies[0])
+    del copies  # the state is freed tensor by tensor, as it is packed
+    mapped = torch.vmap(
+        stateless(with_operators(template)), in_dims=(0, 0 if example.dim() == 5 else None)
+    )
+    return lower.lower(mapped, state, example, threads=torch.get_num_threads())
 
 
 class Conv2d(nn.Module):
