@@ -50,19 +50,26 @@ def plan(config: Config, models: Sequence[nn.Module], device: torch.device) -> l
 
     `best` stands for the reference and the strategy that is picked.
     """
+    return [
+        Result(name, num_models, batch_size, image_size, dtype, config.inputs)
+        for image_size, batch_size, num_models in product(
+            config.image_size, config.batch_size, config.num_models
+        )
+        for name, dtype in _names(config, models[:num_models], device)
+    ]
+
+
+def _names(
+    config: Config, models: Sequence[nn.Module], device: torch.device
+) -> list[tuple[str, str]]:
+    """The strategies and dtypes of one cell, each once."""
     names: list[tuple[str, str]] = []
     for dtype, name in product(config.dtype, config.strategies):
         picked = best.pick(models, device.type, dtype) if name == BEST else name
         names += [(REFERENCE, "float32")] if name == BEST else []
         names.append((picked, dtype))
     names += [(SELF_CHECK, "float32")] if config.self_check else []
-    return [
-        Result(name, num_models, batch_size, image_size, dtype, config.inputs)
-        for image_size, batch_size, num_models in product(
-            config.image_size, config.batch_size, config.num_models
-        )
-        for name, dtype in dict.fromkeys(names)
-    ]
+    return list(dict.fromkeys(names))
 
 
 def run(

@@ -158,10 +158,11 @@ def _finish(axes: Axes, counts: Sequence[int], what: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(_some_digits))
     axes.tick_params(axis="y", which="both", labelsize=8)
     axes.set_xlim(counts[0] * 0.93, counts[-1] * (counts[-1] / counts[0]) ** 0.04 * 1.05)
-    axes.get_ylim()  # settles the limits
+    low, high = axes.get_ylim()
+    digits = _some_digits if high / low > 8 else _all_below_one
+    axes.yaxis.set_minor_formatter(FuncFormatter(digits))
     ends = []
     for line in lines:
         x, y = line.get_xydata()[-1]
@@ -182,9 +183,14 @@ def _finish(axes: Axes, counts: Sequence[int], what: str) -> None:
 
 
 def _some_digits(value: float, _: object) -> str:
-    """Label all below 1, where a loss of a tenth counts; above 2, 3, 5 and 7 of each decade."""
+    """Label 2, 3, 5 and 7 of each decade."""
     text = f"{value:g}"
-    return text if value < 1 or text[0] in "2357" else ""
+    return text if text.strip("0.")[0] in "2357" else ""
+
+
+def _all_below_one(value: float, position: object) -> str:
+    """The same, but all below 1, where a loss of a tenth counts."""
+    return f"{value:g}" if value < 1 else _some_digits(value, position)
 
 
 def _spread(heights: Sequence[float]) -> list[float]:

@@ -111,9 +111,10 @@ def _fastest(rows: Sequence[Result], references: Sequence[Result], varying: Coll
     """Which of the rows, all of one dtype, is the fastest, and what it costs."""
     where = name(rows[0], varying).partition(", ")[2]
     best = sweep.fastest([*references, *rows])
-    if best is None:
-        return f"Fastest with {where}: no strategy's figure is sure enough."
-    if best.is_reference or (best.speedup or 0) <= 1:
+    unsure = [row.strategy for row in rows if row.inconclusive]
+    if best is None or (unsure and (best.speedup or 0) <= 1):
+        return f"Fastest with {where}: not sure enough to say, because of {', '.join(unsure)}."
+    if (best.speedup or 0) <= 1:
         return f"Fastest with {where}: the reference itself, loop in float32."
     sentence = f"Fastest with {where}: {best.strategy}, {best.speedup:.2f} times"
     for reference in references:

@@ -13,9 +13,9 @@ from ensemble.strategies import STRATEGIES, best
 from tests.test_strategies import independent
 
 
-def models(arch: str) -> list[nn.Module]:
+def models(arch: str, count: int = 2) -> list[nn.Module]:
     torch.manual_seed(0)
-    return [torchvision.models.get_model(arch, num_classes=7).eval() for _ in range(2)]
+    return [torchvision.models.get_model(arch, num_classes=7).eval() for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def models(arch: str) -> list[nn.Module]:
         ("resnet18", "cpu", "bfloat16", "packed_concurrent"),
         ("resnet18", "cuda", "float32", "captured_matmul_vmap"),
         ("resnext50_32x4d", "cuda", "float32", "captured_concurrent_compiled"),
-        ("resnet18", "cuda", "bfloat16", "captured_concurrent_compiled"),
+        ("resnet18", "cuda", "bfloat16", "captured_matmul_vmap"),
         ("resnet18", "mps", "float16", "folded_loop"),
     ],
 )
@@ -36,6 +36,10 @@ def test_the_table_gives_a_strategy_for_every_device_dtype_and_architecture(
     arch: str, device: str, dtype: str, expected: str
 ):
     assert best.pick(models(arch), device, dtype) == expected
+
+
+def test_with_many_models_in_half_precision_on_cuda_convolutions_side_by_side_are_picked():
+    assert best.pick(models("resnet18", 5), "cuda", "float16") == "captured_concurrent_compiled"
 
 
 def test_without_numba_the_rule_does_not_pick_what_needs_it(monkeypatch: pytest.MonkeyPatch):
@@ -74,7 +78,8 @@ def test_what_the_rule_picks_is_the_fastest_of_the_stored_rows(path: Path):
     for rows in sweep.cells(run.results).values():
         for dtype in {row.dtype for row in rows}:
             own = [row for row in rows if row.dtype == dtype and row.strategy not in PEERS]
-            picked = best.pick([model], run.environment.device, dtype)
+            device = run.environment.device
+            picked = best.pick([model] * rows[0].num_models, device, dtype)
             found = next((row for row in own if row.strategy == picked), None)
             fastest = sweep.fastest(own)
             if found is None and dtype == "float32" and len(own) == 1:

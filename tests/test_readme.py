@@ -6,6 +6,7 @@ import pytest
 
 from ensemble import exports
 from ensemble.report import render_table
+from ensemble.verdict import render_verdict
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,9 +21,13 @@ def test_the_table_of_every_strategy_is_the_one_that_its_file_gives():
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_every_stored_file_is_shown_with_its_own_figures(path: Path):
     run = exports.read(str(path), flag="")
-    if path.stem == "sweep":
+    if path.stem.endswith("sweep"):
         assert path.with_suffix(".png").exists()
-        assert "tests/data/sweep.png" in README
+        assert f"tests/data/{path.stem}.png" in README
+        said = render_verdict(run.results, run.environment).splitlines()
+        said = [line for line in said if line.startswith(("Fastest", "Break-even"))]
+        assert said
+        assert [line for line in said if line not in README] == []
         return
     shown = [
         f"{row.speedup:.2f} [{row.speedup_interval[0]:.2f}, {row.speedup_interval[1]:.2f}]"

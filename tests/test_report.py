@@ -120,7 +120,7 @@ def test_a_row_with_shorter_calls_beside_a_faster_loop_is_named():
 def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothing():
     few = replace(VMAP, times_s=(0.11,) * 7, reference_times_s=(0.1,) * 7)
     text = verdict(LOOP, few, replace(few, strategy="folded_vmap"))
-    assert "Fastest with 4 models: no strategy's figure is sure enough." in text
+    assert "Fastest with 4 models: not sure enough to say, because of vmap, folded_vmap." in text
     assert "Page faults" not in text
     assert "too few pairs" in render_table([few])
     assert "1.00" not in render_table([few])

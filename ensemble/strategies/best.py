@@ -21,15 +21,17 @@ class Rule:
     device: str | None = None
     dtype: str | None = None
     has_kernels: bool | None = None  # are its convolutions more to `ensemble.ops` than to torch?
+    most_models: int | None = None
     evidence: str = "not measured"
 
 
 # The first that fits is taken. Evidence: result files, of which a test asks that what a rule picks
 # is within 5 % of the fastest row for its N.
 RULES = (
-    Rule("winograd_vmap", "cpu", "float32", True, "tests/data/float32_*.json"),
+    Rule("winograd_vmap", "cpu", "float32", True, evidence="tests/data/float32_*.json"),
     Rule("packed_concurrent", "cpu", evidence="tests/data/bfloat16_*.json"),
-    Rule("captured_matmul_vmap", "cuda", "float32", True, "tests/data/cuda_*.json"),
+    Rule("captured_matmul_vmap", "cuda", "float32", True, evidence="tests/data/cuda_*.json"),
+    Rule("captured_matmul_vmap", "cuda", None, True, 4, evidence="tests/data/cuda_*.json"),
     Rule("captured_concurrent_compiled", "cuda", evidence="tests/data/cuda_*.json"),
     Rule("folded_loop"),
 )
@@ -40,10 +42,11 @@ def pick(models: Sequence[nn.Module], device: str, dtype: str) -> str:
     has_kernels = _has_kernels(models[0], device)
     for rule in RULES:
         asked = (rule.device, rule.dtype, rule.has_kernels)
-        if all(
+        fits = all(
             own is None or own == found
             for own, found in zip(asked, (device, dtype, has_kernels), strict=True)
-        ):
+        )
+        if fits and (rule.most_models is None or len(models) <= rule.most_models):
             return rule.strategy
     raise AssertionError("the last rule fits everything")
 

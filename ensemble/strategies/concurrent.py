@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ensemble.strategies import Forward
 
 # More streams than this do not help: each kernel of a ResNet wants a good part of the device.
-MAX_STREAMS = 8
+MAX_STREAMS = 16
 
 One = Callable[[Tensor], Tensor]  # a model: channels-last images (B, 3, H, W) -> logits
 
