@@ -25,7 +25,8 @@ def models(arch: str, count: int = 2) -> list[nn.Module]:
         ("resnet50", "cpu", "float32", "winograd_vmap"),
         ("resnext50_32x4d", "cpu", "float32", "packed_concurrent"),
         ("mobilenet_v2", "cpu", "float32", "packed_concurrent"),
-        ("resnet18", "cpu", "bfloat16", "packed_concurrent"),
+        ("resnet18", "cpu", "float16", "packed_concurrent"),
+        ("mobilenet_v2", "cpu", "bfloat16", "packed_concurrent"),
         ("resnet18", "cuda", "float32", "captured_matmul_vmap"),
         ("resnext50_32x4d", "cuda", "float32", "captured_concurrent_compiled"),
         ("resnet18", "cuda", "bfloat16", "captured_matmul_vmap"),
@@ -40,6 +41,14 @@ def test_the_table_gives_a_strategy_for_every_device_dtype_and_architecture(
 
 def test_with_many_models_in_half_precision_on_cuda_convolutions_side_by_side_are_picked():
     assert best.pick(models("resnet18", 5), "cuda", "float16") == "captured_concurrent_compiled"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"), [(True, "winograd_vmap"), (False, "packed_concurrent")]
+)
+def test_in_bfloat16_the_cpu_decides(pairs: bool, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(best, "_multiplies_pairs_best", lambda: pairs)
+    assert best.pick(models("resnet18"), "cpu", "bfloat16") == expected
 
 
 def test_without_numba_the_rule_does_not_pick_what_needs_it(monkeypatch: pytest.MonkeyPatch):
@@ -71,8 +80,11 @@ def test_there_is_evidence_for_every_rule_that_names_some():
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-def test_what_the_rule_picks_is_the_fastest_of_the_stored_rows(path: Path):
+def test_what_the_rule_picks_is_the_fastest_of_the_stored_rows(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Within 5 %, of what this package runs itself: other runtimes may not be installed."""
+    monkeypatch.setattr(best, "_multiplies_pairs_best", lambda: True)  # as the CPU of the files
     run = exports.read(str(path), flag=path.name)
     model = torchvision.models.get_model(run.config["arch"], weights=None)
     for rows in sweep.cells(run.results).values():

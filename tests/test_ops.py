@@ -9,6 +9,7 @@ from ensemble.ops import conv
 from ensemble.ops.cost import choose
 from ensemble.ops.operation import (
     DIRECT,
+    DIRECT_PAIRS,
     HEAD,
     MAX_POOL,
     WINOGRAD_2,
@@ -21,7 +22,7 @@ pytest.importorskip("numba")
 
 from ensemble.ops import kernels
 from ensemble.ops.program import Program
-from ensemble.ops.simd import PANEL, WIDTH
+from ensemble.ops.simd import HAS_PAIRS, PANEL, WIDTH
 
 ONE = [1, 1]
 
@@ -226,6 +227,7 @@ def test_a_program_gives_the_same_however_many_threads_share_the_models(
         outputs=[2, 4],
         num_models=num_models,
         threads=threads,
+        dtype=torch.float32,
     )
     x = randn(2, 3, 13, 11, seed=5)
     one = exact(x, w1, b, None, True, ONE, ONE, ONE)
@@ -264,8 +266,37 @@ def geometry(channels: int, size: int, images: int = 1, stride: int = 1) -> Geom
 
 
 def test_the_rule_takes_large_tiles_where_there_are_many_and_small_ones_where_weights_weigh():
-    assert [choose(geometry(64, 56)), choose(geometry(128, 28))] == [WINOGRAD_4, WINOGRAD_4]
-    assert [choose(geometry(256, 14)), choose(geometry(512, 7))] == [WINOGRAD_4, WINOGRAD_2]
-    assert choose(geometry(512, 7, images=8)) == WINOGRAD_4
-    assert choose(geometry(512, 2)) == DIRECT
-    assert choose(geometry(64, 56, stride=2)) == DIRECT
+    assert [choose(geometry(64, 56), pairs=False), choose(geometry(128, 28), pairs=False)] == [
+        WINOGRAD_4,
+        WINOGRAD_4,
+    ]
+    assert [choose(geometry(256, 14), pairs=False), choose(geometry(512, 7), pairs=False)] == [
+        WINOGRAD_4,
+        WINOGRAD_2,
+    ]
+    assert choose(geometry(512, 7, images=8), pairs=False) == WINOGRAD_4
+    assert choose(geometry(512, 2), pairs=False) == DIRECT
+    assert choose(geometry(64, 56, stride=2), pairs=False) == DIRECT
+
+
+def test_in_pairs_of_bfloat16_only_much_larger_savings_are_worth_winograd():
+    assert choose(geometry(64, 56), pairs=True) == WINOGRAD_4
+    assert choose(geometry(512, 7), pairs=True) == DIRECT_PAIRS
+    assert choose(geometry(64, 56, stride=2), pairs=True) == DIRECT_PAIRS
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="needs a CPU that multiplies pairs of bfloat16")
+@pytest.mark.parametrize("channels", [1, 3, 2 * WIDTH, 4 * WIDTH])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 7)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_direct_convolution_in_pairs_is_that_of_the_rounded_numbers(
+    channels: int, kernel: tuple[int, int], stride: int
+):
+    x, other = randn(2, 2, channels, 9, 11).bfloat16(), None
+    weight = randn(2, PANEL, channels, *kernel, seed=1).bfloat16()
+    bias = randn(2, PANEL, seed=2).bfloat16()
+    options = [stride, stride], [kernel[0] // 2, kernel[1] // 2], ONE
+    packed = conv.pack_weight(weight, DIRECT_PAIRS)
+    found = conv.packed_conv2d(x, packed, bias, other, DIRECT_PAIRS, kernel, *options, True)
+    assert found.dtype == torch.bfloat16
+    assert error(found, exact(x, weight, bias, other, True, *options)) < 2**-8

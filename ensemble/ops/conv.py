@@ -17,12 +17,13 @@ from torch.nn import functional
 
 from ensemble.ops import matmul
 from ensemble.ops.cost import choose
-from ensemble.ops.operation import DIRECT, HEAD, MAX_POOL, Geometry, Operation
+from ensemble.ops.operation import DIRECT, DIRECT_PAIRS, HEAD, MAX_POOL, Geometry, Operation
 
 try:
-    from ensemble.ops.simd import PANEL, WIDTH
+    from ensemble.ops.simd import HAS_PAIRS, PANEL, WIDTH
 except ImportError:  # without numba every convolution takes torch's own rule
     PANEL = WIDTH = 0
+    HAS_PAIRS = False
 
 # G of F(2x2, 3x3) and of F(4x4, 3x3): Lavin and Gray, arXiv 1509.09308.
 _FILTER_TRANSFORMS = {
@@ -73,7 +74,7 @@ def _(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
     stacked = dims[1] == 0 and (bias is None or dims[2] == 0) and groups == 1
     added = other is None or (dims[3] == 0 and other.shape[1:] == _shape(geometry))
     if stacked and added and _has_kernel(x, geometry):
-        kind = choose(geometry)
+        kind = choose(geometry, pairs=_has_pairs(x, geometry))
         bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
         packed = pack_weight(weight, kind)
         return packed_conv2d(
@@ -151,15 +152,19 @@ def _(info: Any, in_dims: tuple, *tensors: Tensor | None) -> tuple[Tensor, int]:
 def pack_weight(weight: Tensor, kind: int) -> Tensor:
     """`(N, K, C, R, S)` -> the weights of N models as the kernel `kind` reads them.
 
-    Direct: `(N, K / PANEL, R * S * C, PANEL)`. Winograd: `(N, planes, K / PANEL, C, PANEL)`,
-    transformed in float64.
+    Direct: `(N, K / PANEL, R * S * C, PANEL)`, in pairs of bfloat16 `(N, K / PANEL, R * S * C / 2,
+    PANEL, 2)`. Winograd: `(N, planes, K / PANEL, C, PANEL)`, transformed in float64.
     """
-    packed = weight.new_empty(_packed_shape(weight, kind))
+    packed = _empty_packed(weight, kind)
     for own, target in zip(weight, packed, strict=True):
         # A panel at a time: the largest part in float64 then stays small.
         for panel, rows in enumerate(own.split(PANEL)):
             if kind == DIRECT:
                 target[panel].copy_(rows.permute(2, 3, 1, 0).flatten(0, 2))
+            elif kind == DIRECT_PAIRS:
+                own = rows.permute(2, 3, 1, 0).flatten(0, 2)
+                own = functional.pad(own, (0, 0, 0, len(own) % 2))
+                target[panel].copy_(own.unflatten(0, (-1, 2)).mT)
             else:
                 g = torch.tensor(_FILTER_TRANSFORMS[kind], dtype=torch.float64)
                 planes = g @ rows.double() @ g.mT
@@ -169,7 +174,7 @@ def pack_weight(weight: Tensor, kind: int) -> Tensor:
 
 @pack_weight.register_fake
 def _(weight: Tensor, kind: int) -> Tensor:
-    return weight.new_empty(_packed_shape(weight, kind))
+    return _empty_packed(weight, kind)
 
 
 @custom_op("ensemble::packed_conv2d", mutates_args=())
@@ -234,7 +239,8 @@ def _conv2d_operation(
 ) -> Operation:
     kernel, stride, padding, dilation, relu = options
     geometry = _geometry(x, bias.shape[1], kernel, stride, padding, dilation)
-    return Operation(kind, geometry, X, OUT, None if other is None else OTHER, weight, bias, relu)
+    out_and_other = OUT, None if other is None else OTHER
+    return Operation(kind, geometry, X, *out_and_other, weight, bias.float(), relu)
 
 
 def _max_pool2d_operation(
@@ -249,7 +255,7 @@ def _head_operation(x: Tensor, weight: Tensor, bias: Tensor, out_channels: int) 
     geometry = Geometry(
         images, channels, (height, width), out_channels, one, (height, width), one, (0, 0), one
     )
-    return Operation(HEAD, geometry, X, OUT, None, weight, bias)
+    return Operation(HEAD, geometry, X, OUT, None, weight, bias.float())
 
 
 # The operators that a program can run, and how their arguments make an operation on X, OTHER and
@@ -265,7 +271,14 @@ def _run(operation: Operation, inputs: Sequence[Tensor], *, num_models: int) -> 
     from ensemble.ops.program import Program
 
     values = (X, OTHER)[: len(inputs)]
-    program = Program([operation], inputs=values, outputs=[OUT], num_models=num_models, threads=1)
+    program = Program(
+        [operation],
+        inputs=values,
+        outputs=[OUT],
+        num_models=num_models,
+        threads=1,
+        dtype=inputs[0].dtype,
+    )
     return program(*inputs)[0]
 
 
@@ -317,7 +330,9 @@ def _grouped_conv2d(
 
 
 def _is_ours(x: Tensor) -> bool:
-    return WIDTH > 0 and x.device.type == "cpu" and x.dtype == torch.float32
+    """Are there kernels? Those for float32 do 16-bit dtypes too, unpacked at both ends."""
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return WIDTH > 0 and x.device.type == "cpu" and known
 
 
 def _has_kernel(x: Tensor, geometry: Geometry) -> bool:
@@ -325,6 +340,11 @@ def _has_kernel(x: Tensor, geometry: Geometry) -> bool:
         return False
     gathered = geometry.channels % WIDTH == 0 or geometry.dilation[1] == 1
     return gathered and geometry.out_channels % PANEL == 0
+
+
+def _has_pairs(x: Tensor, geometry: Geometry) -> bool:
+    whole = geometry.channels % (2 * WIDTH) == 0 or geometry.channels % WIDTH != 0
+    return HAS_PAIRS and x.dtype == torch.bfloat16 and whole
 
 
 def _geometry(
@@ -359,9 +379,13 @@ def _fake(x: Tensor, num_models: int, geometry: Geometry) -> Tensor:
     return x.new_empty(num_models, *geometry.out_shape).movedim(-1, -3)
 
 
-def _packed_shape(weight: Tensor, kind: int) -> tuple[int, ...]:
+def _empty_packed(weight: Tensor, kind: int) -> Tensor:
     num_models, out_channels, channels, height, width = weight.shape
-    panels = out_channels // PANEL
+    panels, depth = out_channels // PANEL, height * width * channels
+    if kind == DIRECT_PAIRS:
+        pairs = -(-depth // 2)
+        return weight.new_empty(num_models, panels, pairs, PANEL, 2, dtype=torch.bfloat16)
     if kind == DIRECT:
-        return num_models, panels, height * width * channels, PANEL
-    return num_models, (kind + 2) ** 2, panels, channels, PANEL
+        return weight.new_empty(num_models, panels, depth, PANEL, dtype=torch.float32)
+    planes = (kind + 2) ** 2
+    return weight.new_empty(num_models, planes, panels, channels, PANEL, dtype=torch.float32)

@@ -14,10 +14,11 @@ import numpy as np
 from numba import njit
 
 from ensemble.ops import simd
-from ensemble.ops.operation import DIRECT, HEAD, MAX_POOL, Geometry
+from ensemble.ops.operation import DIRECT, DIRECT_PAIRS, HEAD, MAX_POOL, Geometry
 from ensemble.ops.simd import (
     ADD_OTHER,
     FLOAT_BYTES,
+    HAS_PAIRS,
     MAX_ROWS,
     PANEL,
     RELU,
@@ -31,6 +32,7 @@ from ensemble.ops.simd import (
     load_shared,
     maximum,
     multiply_rows,
+    pair,
     relax,
     splat,
     store,
@@ -80,23 +82,31 @@ def _jit(function: Any) -> Any:
     return njit(nogil=True, error_model="numpy")(function)
 
 
-_PRODUCTS = {rows: multiply_rows(rows) for rows in range(1, MAX_ROWS + 1)}
-
-
-def _make_multiply() -> Any:
+def _make_multiply(*, pairs: bool) -> Any:
     """`multiply(rows, ...)`: the product for that many rows, one branch for each."""
     lines = ["def multiply(rows, a, b, c, c_stride, depth, start, other, flags, ahead):"]
-    for rows in _PRODUCTS:
+    products = {rows: multiply_rows(rows, pairs=pairs) for rows in range(1, MAX_ROWS + 1)}
+    for rows in products:
         lines.append(f"    {'if' if rows == 1 else 'elif'} rows == {rows}:")
         lines.append(
             f"        product_{rows}(a, b, c, c_stride, depth, start, other, flags, ahead)"
         )
-    scope: dict[str, Any] = {f"product_{rows}": product for rows, product in _PRODUCTS.items()}
+    scope: dict[str, Any] = {f"product_{rows}": product for rows, product in products.items()}
     exec("\n".join(lines), scope)
     return scope["multiply"]
 
 
-_multiply = _jit(_make_multiply())
+_multiply = _jit(_make_multiply(pairs=False))
+
+
+@_jit
+def _as_it_is(low, high):
+    return low
+
+
+# Where the CPU knows no pairs, no step has any.
+_multiply_pairs = _jit(_make_multiply(pairs=True)) if HAS_PAIRS else _multiply
+_pair = pair if HAS_PAIRS else _as_it_is
 
 
 @_jit
@@ -108,16 +118,19 @@ def _ceil(value, divisor):
 def _gather(step, x, a, first, rows, k, depth):
     """Pack `depth` factors, from the k-th on, of `rows` output pixels, from the first on.
 
-    A factor is an input channel of a tap of the kernel, in the order (kernel_y, kernel_x, channel).
+    A factor is an input channel of a tap of the kernel, in the order (kernel_y, kernel_x, channel),
+    or a pair of them.
     """
+    pairs = step.kind == DIRECT_PAIRS
+    at_once = 2 if pairs else 1
     pixels = step.out_height * step.out_width
     for row in range(rows):
         image, pixel = divmod(first + row, pixels)
         out_y, out_x = divmod(pixel, step.out_width)
         block = 0
         while block * WIDTH < depth:
-            tap, channel = divmod(k + block * WIDTH, step.channels)
-            run = min((step.channels - channel) // WIDTH, depth // WIDTH - block)
+            tap, channel = divmod((k + block * WIDTH) * at_once, step.channels)
+            run = min((step.channels - channel) // (WIDTH * at_once), depth // WIDTH - block)
             tap_y, tap_x = divmod(tap, step.kernel_x)
             in_y = out_y * step.stride_y - step.pad_y + tap_y * step.dilation_y
             in_x = out_x * step.stride_x - step.pad_x + tap_x * step.dilation_x
@@ -126,7 +139,8 @@ def _gather(step, x, a, first, rows, k, depth):
                 position = (image * step.height + in_y) * step.width + in_x
                 source = x + (position * step.channels + channel) * FLOAT_BYTES
                 for index in range(run):
-                    value = load(source + index * VECTOR_BYTES)
+                    at = source + index * at_once * VECTOR_BYTES
+                    value = _pair(load(at), load(at + VECTOR_BYTES)) if pairs else load(at)
                     store(target + index * rows * VECTOR_BYTES, value)
             else:
                 for index in range(run):
@@ -163,6 +177,7 @@ def _gather_narrow(step, padded, a, first, rows, line):
 
     Runs are copied in whole vectors, each next one over the surplus of the one before.
     """
+    pairs = step.kind == DIRECT_PAIRS
     height, width = step.height + 2 * step.pad_y, step.width + 2 * step.pad_x
     run = step.kernel_x * step.channels
     pixels = step.out_height * step.out_width
@@ -176,8 +191,12 @@ def _gather_narrow(step, padded, a, first, rows, line):
             target = line + tap_y * run * FLOAT_BYTES
             for index in range(_ceil(run, WIDTH)):
                 store(target + index * VECTOR_BYTES, load(source + index * VECTOR_BYTES))
-        for block in range(_ceil(step.kernel_y * run, WIDTH)):
-            store(a + (block * rows + row) * VECTOR_BYTES, load(line + block * VECTOR_BYTES))
+        total = step.kernel_y * run
+        store_float(line + total * FLOAT_BYTES, np.float32(0))  # what makes an odd one a pair
+        for block in range(_ceil(total, 2 * WIDTH if pairs else WIDTH)):
+            at = line + block * (2 * VECTOR_BYTES if pairs else VECTOR_BYTES)
+            value = _pair(load(at), load(at + VECTOR_BYTES)) if pairs else load(at)
+            store(a + (block * rows + row) * VECTOR_BYTES, value)
 
 
 @_jit
@@ -185,10 +204,14 @@ def _direct(step, x, weight, bias, other, out, scratch, part, parts):
     """A convolution as matrix products of gathered rows and packed weights.
 
     The idea of gathering by blocks: Dukhan, The Indirect Convolution Algorithm, arXiv 1907.02129.
-    weight is `(out_channels / PANEL, depth, PANEL)`.
+    weight is `(out_channels / PANEL, depth, PANEL)`. A factor of the depth is a float, or a pair of
+    bfloat16, of the same size.
     """
     narrow = step.channels % WIDTH != 0
+    pairs = step.kind == DIRECT_PAIRS
     total = step.kernel_y * step.kernel_x * step.channels
+    line_vectors = _ceil(total, WIDTH) + 2
+    total = _ceil(total, 2) if pairs else total
     pixels = step.images * step.out_height * step.out_width
     panels = step.out_channels // PANEL
     row_bytes = step.out_channels * FLOAT_BYTES
@@ -200,7 +223,7 @@ def _direct(step, x, weight, bias, other, out, scratch, part, parts):
     group_part, group_parts = (0, 1) if by_panels else (part, parts)
     panel_part, panel_parts = (part, parts) if by_panels else (0, 1)
     line = scratch
-    rows_at = scratch + (_ceil(total, WIDTH) + 2) * VECTOR_BYTES
+    rows_at = scratch + line_vectors * VECTOR_BYTES
     padded = rows_at + group * longest * FLOAT_BYTES
     if narrow:
         _pad(step, x, padded)
@@ -225,18 +248,35 @@ def _direct(step, x, weight, bias, other, out, scratch, part, parts):
                 factors = weight + (panel * total + k) * PANEL * FLOAT_BYTES
                 for row in range(0, count, rows):
                     place = (first + row) * row_bytes + at
-                    _multiply(
-                        min(rows, count - row),
-                        rows_at + row * whole,
-                        factors,
-                        out + place,
-                        row_bytes,
-                        depth,
-                        bias + at,
-                        other + place,
-                        flags,
-                        panel_parts * total * PANEL * FLOAT_BYTES,
-                    )
+                    own, source = min(rows, count - row), rows_at + row * whole
+                    start, added, target = bias + at, other + place, out + place
+                    ahead = panel_parts * total * PANEL * FLOAT_BYTES
+                    if pairs:
+                        _multiply_pairs(
+                            own,
+                            source,
+                            factors,
+                            target,
+                            row_bytes,
+                            depth,
+                            start,
+                            added,
+                            flags,
+                            ahead,
+                        )
+                    else:
+                        _multiply(
+                            own,
+                            source,
+                            factors,
+                            target,
+                            row_bytes,
+                            depth,
+                            start,
+                            added,
+                            flags,
+                            ahead,
+                        )
 
 
 # Winograd's minimal filtering F(4x4, 3x3) and F(2x2, 3x3), matrices as in Lavin and Gray, Fast
@@ -532,7 +572,7 @@ def _execute(step, model, arena, scratch, part, parts):
         other = _address(step.other, step.other_stride, model, arena)
     weight = step.weight + step.weight_stride * model
     bias = step.bias + step.bias_stride * model
-    if step.kind == DIRECT:
+    if step.kind == DIRECT or step.kind == DIRECT_PAIRS:
         _direct(step, x, weight, bias, other, out, scratch, part, parts)
     elif step.kind == MAX_POOL:
         _max_pool(step, x, out, part, parts)

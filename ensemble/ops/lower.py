@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ensemble.ops import conv
-from ensemble.ops.operation import DIRECT, NAMES, WINOGRAD_2, Operation
+from ensemble.ops.operation import DIRECT, NAMES, WINOGRAD_2, WINOGRAD_4, Operation
 
 try:
     from functorch import make_fx
@@ -122,10 +122,12 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
     """Run a Winograd convolution, in smaller tiles or directly where it errs; say why it does."""
     chosen: Any
     x, _, bias, other, chosen, kernel, *options = node.args
-    if chosen == DIRECT:
+    if chosen not in (WINOGRAD_2, WINOGRAD_4):
         return ""
-    weight = values[_node(packing.args[0])]
-    inputs: list[Any] = [None if own is None else values[_node(own)] for own in (x, bias, other)]
+    weight, dtype = values[_node(packing.args[0])].float(), values[_node(x)].dtype
+    inputs: list[Any] = [
+        None if own is None else values[_node(own)].float() for own in (x, bias, other)
+    ]
     exact = _one_by_one(weight, *inputs, *options)
     largest = exact.abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(exact.dtype).tiny)
     problems = []
@@ -134,7 +136,7 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
         found = conv.packed_conv2d(inputs[0], packed, *inputs[1:], kind, kernel, *options)
         error = float(((found - exact).abs().amax((1, 2, 3, 4)) / largest).max())
         if error <= LARGEST_ERROR:
-            values[packing], values[node] = packed, found
+            values[packing], values[node] = packed, found.to(dtype)
             break
         problems.append(f"{NAMES[kind]} differs by {error:.0e}")
     else:
@@ -202,6 +204,7 @@ def _make_program(
         outputs=[numbers[node] for node in outputs],
         num_models=len(nodes[0].meta["val"]),
         threads=threads,
+        dtype=nodes[0].meta["val"].dtype,
     )
     name = f"program_{numbers[nodes[0]]}"
     module.add_submodule(name, program)

@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Kinds. Those of Winograd are the side of their output tiles.
-DIRECT, MAX_POOL, WINOGRAD_2, HEAD, WINOGRAD_4 = range(5)
+DIRECT, MAX_POOL, WINOGRAD_2, HEAD, WINOGRAD_4, DIRECT_PAIRS = range(6)
 NAMES = {
     DIRECT: "direct",
     MAX_POOL: "max pooling",
     WINOGRAD_2: "Winograd F(2x2)",
     HEAD: "mean and linear",
     WINOGRAD_4: "Winograd F(4x4)",
+    DIRECT_PAIRS: "direct in bfloat16",
 }
 
 

@@ -28,6 +28,7 @@ class Program(nn.Module):
         outputs: the values that a call returns, each `(N, B, C, H, W)`, of a head `(N, B, C)`.
         num_models: N.
         threads: cores to use; models are spread over them.
+        dtype: of inputs and outputs; in between all is float32.
 
     A call raises ValueError for an input of another shape, dtype or device than it was made for.
     """
@@ -40,10 +41,11 @@ class Program(nn.Module):
         outputs: Sequence[int],
         num_models: int,
         threads: int,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.operations, self._num_models, self._threads = operations, num_models, threads
-        self._inputs, self._outputs = inputs, outputs
+        self._inputs, self._outputs, self._dtype = inputs, outputs, dtype
         kinds = {operation.out: operation.kind for operation in operations}
         self._out_kinds = [kinds[value] for value in outputs]
         shapes = {operation.out: operation.geometry.out_shape for operation in operations}
@@ -69,7 +71,7 @@ class Program(nn.Module):
             self._run()
             del held
         return [
-            result.flatten(-3) if kind == HEAD else result.movedim(-1, -3)
+            (result.flatten(-3) if kind == HEAD else result.movedim(-1, -3)).to(self._dtype)
             for result, kind in zip(results, self._out_kinds, strict=True)
         ]
 
@@ -77,15 +79,16 @@ class Program(nn.Module):
         """x in the order in which its readers read it; to be kept while they run."""
         expected = self._in_shapes[value]
         own = (x.shape[1:] if x.dim() == 5 and len(x) == self._num_models else x.shape) == expected
-        if not own or x.dtype != torch.float32 or x.device.type != "cpu":
+        if not own or x.dtype != self._dtype or x.device.type != "cpu":
             raise ValueError(
                 f"expected an input of shape {expected}, or {(self._num_models, *expected)}, in"
-                f" float32 on the CPU, found {tuple(x.shape)} in {x.dtype} on {x.device}"
+                f" {self._dtype} on the CPU, found {tuple(x.shape)} in {x.dtype} on {x.device}"
             )
         narrow = any(
             operation.x == value and kernels.is_planar(operation.geometry)
             for operation in self.operations
         )
+        x = x.float()
         x = x.contiguous() if narrow else x.movedim(-3, -1).contiguous()
         self._bind(value, x, shared=x.dim() == 4)
         return x
@@ -169,7 +172,8 @@ def _fill(step: np.void, operation: Operation, offsets: dict[int, int]) -> None:
     for name in ("weight", "bias"):
         tensor = getattr(operation, name)
         if tensor is not None:
-            step[name], step[f"{name}_stride"] = tensor.data_ptr(), tensor.stride(0) * FLOAT_BYTES
+            stride = tensor.stride(0) * tensor.element_size()
+            step[name], step[f"{name}_stride"] = tensor.data_ptr(), stride
     for name in ("x", "other", "out"):
         value = getattr(operation, name)
         if value in offsets:

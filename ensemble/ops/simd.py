@@ -7,6 +7,7 @@ loop of a matrix product, whose sums stay in registers. Addresses are plain inte
 
 import operator
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding
@@ -14,6 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
+
+llvmlite.binding.initialize_native_asmparser()  # for `_assemble`
 
 FLOAT_BYTES = 4
 LINE_BYTES = 64  # of the cache
@@ -30,6 +33,8 @@ def _registers() -> tuple[int, int]:
 
 
 WIDTH, REGISTERS = _registers()
+# Does this CPU multiply pairs of bfloat16 and add both products to a float, in one instruction?
+HAS_PAIRS = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 VECTOR_BYTES = WIDTH * FLOAT_BYTES
 PANEL_VECTORS = 2  # columns of a matrix product that are summed together, in vectors
 PANEL = PANEL_VECTORS * WIDTH
@@ -95,6 +100,20 @@ def store_float(typing_context, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
+def pair(typing_context, low, high):
+    """Two vectors of floats, rounded to bfloat16, as one of pairs: elements 0 and 1, 2 and 3, ...
+
+    The pairs are 32 bits each and travel as a vector of floats that is never computed with.
+    """
+
+    def generate(context, builder, signature, arguments):
+        code = "vcvtne2ps2bf16 $1, $2, $0"  # the names of registers stand in AT&T's order
+        return _assemble(builder, code, "=v,v,v", arguments)
+
+    return vector(vector, vector), generate
 
 
 @intrinsic
@@ -203,7 +222,15 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type) -> None:
     builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [])
 
 
-def multiply_rows(rows: int) -> Any:
+def _assemble(
+    builder: ir.IRBuilder, code: str, constraint: str, arguments: Sequence[ir.Value]
+) -> ir.Value:
+    """One instruction by its name: LLVM's own names for these change from version to version."""
+    function_type = ir.FunctionType(_VECTOR, [_VECTOR] * len(arguments))
+    return builder.call(ir.InlineAsm(function_type, code, constraint), arguments)
+
+
+def multiply_rows(rows: int, *, pairs: bool = False) -> Any:
     """The inner loop of a matrix product for `rows` rows and one panel of columns.
 
     The intrinsic `(a, b, c, c_stride, depth, start, other, flags, ahead)`: c, `rows` rows of a
@@ -211,13 +238,14 @@ def multiply_rows(rows: int) -> Any:
     a is `(depth / WIDTH, rows, WIDTH)`, its last block whole also where depth is not; b is
     `(depth, PANEL)`. `start` is one panel, the same for all rows (the bias). `flags` is a sum of
     `START_FROM_C`, `ADD_OTHER` and `RELU`. What lies `ahead` bytes after b is fetched meanwhile:
-    the weights of N models come from memory at every call.
+    the weights of N models come from memory at every call. With `pairs` each element of a and b is
+    a pair of bfloat16, of which both products are added to the sum, a float.
     """
 
     @intrinsic
     def multiply(typing_context, a, b, c, c_stride, depth, start, other, flags, ahead):
         def generate(context, builder, signature, arguments):
-            _multiply_rows(builder, rows, *arguments)
+            _multiply_rows(builder, rows, pairs, *arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), generate
@@ -231,6 +259,7 @@ START_FROM_C, ADD_OTHER, RELU = 1, 2, 4
 def _multiply_rows(
     builder: ir.IRBuilder,
     rows: int,
+    pairs: bool,
     a: ir.Value,
     b: ir.Value,
     c: ir.Value,
@@ -284,8 +313,9 @@ def _multiply_rows(
             repeated = _splat(builder, factor)
             for column, values in enumerate(columns):
                 cell = sums[row, column]
-                product = builder.fmul(repeated, values, flags=_FUSE)
-                builder.store(builder.fadd(product, builder.load(cell), flags=_FUSE), cell)
+                builder.store(
+                    _multiply_add(builder, pairs, repeated, values, builder.load(cell)), cell
+                )
     with builder.if_then(asked(ADD_OTHER)):
         for cell in cells:
             total = builder.fadd(builder.load(sums[cell]), _load(builder, at(other, *cell)))
@@ -296,6 +326,15 @@ def _multiply_rows(
             builder.store(_maximum(builder, builder.load(sums[cell]), zero), sums[cell])
     for cell in cells:
         _store(builder, builder.load(sums[cell]), at(c, *cell))
+
+
+def _multiply_add(
+    builder: ir.IRBuilder, pairs: bool, factor: ir.Value, values: ir.Value, total: ir.Value
+) -> ir.Value:
+    if pairs:
+        code = "vdpbf16ps $3, $2, $0"
+        return _assemble(builder, code, "=v,0,v,v", (total, factor, values))
+    return builder.fadd(builder.fmul(factor, values, flags=_FUSE), total, flags=_FUSE)
 
 
 _BIT, _BYTE = ir.IntType(1), ir.IntType(8)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Rule:
 # is within 5 % of the fastest row for its N.
 RULES = (
     Rule("winograd_vmap", "cpu", "float32", True, evidence="tests/data/float32_*.json"),
+    Rule("winograd_vmap", "cpu", "bfloat16", True, evidence="tests/data/bfloat16_*.json"),
     Rule("packed_concurrent", "cpu", evidence="tests/data/bfloat16_*.json"),
     Rule("captured_matmul_vmap", "cuda", "float32", True, evidence="tests/data/cuda_*.json"),
     Rule("captured_matmul_vmap", "cuda", None, True, 4, evidence="tests/data/cuda_*.json"),
@@ -39,7 +41,7 @@ RULES = (
 
 def pick(models: Sequence[nn.Module], device: str, dtype: str) -> str:
     """The name of the strategy that the table gives for these models."""
-    has_kernels = _has_kernels(models[0], device)
+    has_kernels = _has_kernels(models[0], device, dtype)
     for rule in RULES:
         asked = (rule.device, rule.dtype, rule.has_kernels)
         fits = all(
@@ -59,10 +61,20 @@ def build(models: Sequence[nn.Module], example: Tensor) -> Forward:
     return STRATEGIES[pick(models, example.device.type, dtype)].builder()(models, example)
 
 
-def _has_kernels(model: nn.Module, device: str) -> bool:
+def _has_kernels(model: nn.Module, device: str, dtype: str) -> bool:
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     plain = bool(convolutions) and all(conv.groups == 1 for conv in convolutions)
     if device != "cpu":
         return plain
     whole = all(conv.out_channels % 32 == 0 for conv in convolutions)
-    return plain and whole and find_spec("numba") is not None
+    if not plain or not whole or find_spec("numba") is None:
+        return False
+    return dtype != "bfloat16" or _multiplies_pairs_best()
+
+
+def _multiplies_pairs_best() -> bool:
+    """Does this CPU multiply pairs of bfloat16, and have no matrix unit, which oneDNN knows?"""
+    from ensemble.ops.simd import HAS_PAIRS
+
+    has_matrix_unit = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return HAS_PAIRS and not has_matrix_unit()
