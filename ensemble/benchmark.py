@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble import load, memory, roofline, stacking, strategies
-from ensemble.checking import TOLERANCES, check, max_rel_error
+from ensemble.checking import TOLERANCES, check
 from ensemble.errors import UnavailableError
 from ensemble.results import REFERENCE, SELF_CHECK, Config, Result, median
 from ensemble.strategies import BEST, STRATEGIES, best
@@ -130,7 +130,9 @@ def _measure(
     try:
         progress(label, "build and first call", 0.0)
         started = reference if row.is_reference else _start(strategy, models, example, dtype)
-        verdict = check(started.logits, reference.logits, tolerance=TOLERANCES[dtype])
+        limit = TOLERANCES[dtype]
+        verdict = check(started.logits, reference.logits, tolerance=limit)
+        rounding = None if exact is None else check(started.logits, exact, tolerance=limit)
         row = replace(
             row,
             build_s=started.build_s,
@@ -138,7 +140,7 @@ def _measure(
             peak_memory_bytes=started.peak_memory_bytes,
             notes=row.notes + started.notes,
             max_rel_error=verdict.max_rel_error,
-            error_float64=None if exact is None else max_rel_error(started.logits, exact),
+            error_float64=rounding.max_rel_error if rounding else None,
             top1=verdict.top1,
             top1_agreement=verdict.top1_agreement,
         )
@@ -146,9 +148,7 @@ def _measure(
             return replace(row, status="failed", error=verdict.problem)
         timed = _time(row, started, reference, config, lambda done: progress(label, "timing", done))
         # Later calls may differ from the first: memory that was freed is only now overwritten.
-        last = check(
-            started.forward(started.example), reference.logits, tolerance=TOLERANCES[dtype]
-        )
+        last = check(started.forward(started.example), reference.logits, tolerance=limit)
         if last.problem:
             return replace(row, status="failed", error=f"after its timed calls, {last.problem}")
         return timed

@@ -19,12 +19,6 @@ class Check:
     problem: str | None
 
 
-def max_rel_error(logits: Tensor, exact: Tensor) -> float | None:
-    """max abs(logits - exact) / max abs(exact); None where that is no number."""
-    error = float((logits.cpu().double() - exact.cpu()).abs().max() / exact.cpu().abs().max())
-    return error if error == error else None
-
-
 def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
     """Compare logits with the reference's, both `(N, B, classes)`, model by model by index.
 

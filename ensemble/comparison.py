@@ -7,7 +7,14 @@ import numpy as np
 
 from ensemble.errors import InputError
 from ensemble.exports import Run
-from ensemble.results import CONFIDENCE, MIN_PAIRS_FOR_INTERVAL, RESAMPLES, Environment, Result
+from ensemble.results import (
+    CONFIDENCE,
+    MIN_PAIRS_FOR_INTERVAL,
+    Environment,
+    Result,
+    percentile_interval,
+    resampled_medians,
+)
 
 # What makes a machine: figures of two that differ here are never set beside each other.
 MACHINE = ("platform", "device", "device_name", "cpu_capability", "cores")
@@ -74,13 +81,8 @@ def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, f
     if min(len(new), len(old)) < MIN_PAIRS_FOR_INTERVAL:
         return None
     generator = np.random.default_rng(0)
-    medians = [
-        np.median(values[generator.integers(len(values), size=(RESAMPLES, len(values)))], axis=1)
-        for values in (np.asarray(new), np.asarray(old))
-    ]
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(medians[0] / medians[1], (tail, 100 - tail))
-    return float(low), float(high)
+    above, below = (resampled_medians(values, generator) for values in (new, old))
+    return percentile_interval(above / below)
 
 
 def render(comparisons: Sequence[Comparison], new: Run, old: Run) -> str:

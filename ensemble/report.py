@@ -77,13 +77,17 @@ def reasons(results: Sequence[Result]) -> list[str]:
 
 def name(row: Result, varying: Collection[str]) -> str:
     """The row in words: its strategy, N, and what of batch, px and dtype varies in the run."""
-    place = {
+    parts = [text for header, text in _place(row).items() if header in varying]
+    return ", ".join([row.strategy, f"{row.num_models} models", *parts])
+
+
+def _place(row: Result) -> dict[str, str]:
+    """What may vary beside N, in words, by the headers of `varying_columns`."""
+    return {
         "batch": f"batch {row.batch_size}",
         "px": f"{row.image_size} px",
         "dtype": row.dtype,
     }
-    parts = [text for key, text in place.items() if key in varying]
-    return ", ".join([row.strategy, f"{row.num_models} models", *parts])
 
 
 def time_lines(results: Sequence[Result]) -> list[str]:
@@ -114,12 +118,7 @@ def _title(results: Sequence[Result]) -> str:
     if not results:
         return "no results"
     row, varying = results[0], varying_columns(results)
-    same = {
-        "batch": f"batch {row.batch_size}",
-        "px": f"{row.image_size} px",
-        "dtype": row.dtype,
-    }
-    parts = [text for name, text in same.items() if name not in varying]
+    parts = [text for header, text in _place(row).items() if header not in varying]
     inputs = f"{row.inputs.replace('_', '-')} inputs"
     return (
         f"{', '.join([inputs, *parts])}; medians; speedup: reference time / strategy time,"

@@ -208,9 +208,17 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """
     if len(values) < MIN_PAIRS_FOR_INTERVAL:
         return None
-    generator = np.random.default_rng(0)
+    return percentile_interval(resampled_medians(values, np.random.default_rng(0)))
+
+
+def resampled_medians(values: Sequence[float], generator: np.random.Generator) -> np.ndarray:
+    """The medians of `RESAMPLES` samples with replacement, each as large as `values`."""
     picks = generator.integers(len(values), size=(RESAMPLES, len(values)))
-    medians = np.median(np.asarray(values)[picks], axis=1)
+    return np.median(np.asarray(values)[picks], axis=1)
+
+
+def percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The middle `CONFIDENCE` of resampled statistics."""
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(medians, (tail, 100 - tail))
+    low, high = np.percentile(resampled, (tail, 100 - tail))
     return float(low), float(high)

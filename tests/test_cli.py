@@ -57,7 +57,7 @@ def test_the_lines_that_users_of_the_original_know_come_in_their_order(
         r"Time taken for prediction without vmap: 0\.\d{6}",
         r"Time taken for prediction with vmap: 0\.\d{6}",
         r"  loop +3 .* 1 \(reference\)",
-        r"  vmap +3 .* \d\.\d\d \[",
+        r"  vmap +3 .* (\d\.\d\d \[|too noisy)",  # on a busy machine
         "Verdict: vmap, 3 models on cpu: ",
     ]
     places = [match.start() if (match := re.search(line, out)) else line for line in known]

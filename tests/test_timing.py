@@ -1,3 +1,5 @@
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 
@@ -64,6 +66,27 @@ def test_page_faults_that_a_platform_does_not_count_are_unknown():
     assert sample.page_faults is None
 
 
+def rounds_of(
+    functions: Sequence[Callable[[], object]],
+    clock: FakeClock,
+    *,
+    min_rounds: int,
+    min_seconds: float = 0,
+    warmup: int = 0,
+) -> list[tuple[Sample, ...]]:
+    return list(
+        interleaved(
+            functions,
+            warmup=warmup,
+            min_rounds=min_rounds,
+            min_seconds=min_seconds,
+            synchronize=nothing,
+            clock=clock,
+            page_faults=no_faults,
+        )
+    )
+
+
 def record(
     *, warmup: int, min_rounds: int, min_seconds: float
 ) -> tuple[str, list[tuple[Sample, ...]]]:
@@ -73,16 +96,13 @@ def record(
         calls.append(name)
         clock.spend(seconds)
 
-    rounds = interleaved(
+    timed = rounds_of(
         [lambda: work("a", 1.0), lambda: work("b", 0.5)],
+        clock,
         warmup=warmup,
         min_rounds=min_rounds,
         min_seconds=min_seconds,
-        synchronize=nothing,
-        clock=clock,
-        page_faults=no_faults,
     )
-    timed = list(rounds)
     return "".join(calls), timed
 
 
@@ -105,15 +125,7 @@ def test_what_another_function_leaves_behind_falls_on_an_untimed_call(
         last.append(name)
         clock.spend(0.005 if last[-3:] == [name] * 3 else 0.008)
 
-    rounds = interleaved(
-        [lambda: work("a"), lambda: work("b")],
-        warmup=0,
-        min_rounds=10,
-        min_seconds=0,
-        synchronize=nothing,
-        clock=clock,
-        page_faults=no_faults,
-    )
+    rounds = rounds_of([lambda: work("a"), lambda: work("b")], clock, min_rounds=10)
     assert [[round(own.seconds, 6) for own in pair] for pair in rounds] == [[0.005, 0.005]] * 10
 
 
@@ -129,15 +141,7 @@ def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike():
         clock.spend(slowness[0])
         slowness[0] *= 1.01
 
-    rounds = interleaved(
-        [work, work],
-        warmup=0,
-        min_rounds=100,
-        min_seconds=0,
-        synchronize=nothing,
-        clock=clock,
-        page_faults=no_faults,
-    )
+    rounds = rounds_of([work, work], clock, min_rounds=100)
     ratios = [first.seconds / second.seconds for first, second in rounds]
     assert all(ratio == pytest.approx(1, abs=0.0202) for ratio in ratios)
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.004)

@@ -1,8 +1,8 @@
 """Convolution and max pooling as torch operators whose vmap rules choose a kernel for N models.
 
 `conv2d` and `max_pool2d` are operators of one model. Under `torch.vmap` over stacked weights their
-rules take the kernels of `ensemble.ops.kernels` (CPU, float32), on weights packed for the kernel
-that `ensemble.ops.cost` names; on CUDA batched matrix products (`ensemble.ops.matmul`); elsewhere
+rules take the kernels of `ensemble.ops.kernels` on a CPU, on weights packed for the kernel that
+`ensemble.ops.cost` names; on CUDA batched matrix products (`ensemble.ops.matmul`); elsewhere
 torch's own rule: one grouped or one wide convolution. Packing is an operator of its own, so that a
 traced graph can do it once, at build.
 """
@@ -159,12 +159,12 @@ def pack_weight(weight: Tensor, kind: int) -> Tensor:
     for own, target in zip(weight, packed, strict=True):
         # A panel at a time: the largest part in float64 then stays small.
         for panel, rows in enumerate(own.split(PANEL)):
+            factors = rows.permute(2, 3, 1, 0).flatten(0, 2)
             if kind == DIRECT:
-                target[panel].copy_(rows.permute(2, 3, 1, 0).flatten(0, 2))
+                target[panel].copy_(factors)
             elif kind == DIRECT_PAIRS:
-                own = rows.permute(2, 3, 1, 0).flatten(0, 2)
-                own = functional.pad(own, (0, 0, 0, len(own) % 2))
-                target[panel].copy_(own.unflatten(0, (-1, 2)).mT)
+                even = functional.pad(factors, (0, 0, 0, len(factors) % 2))
+                target[panel].copy_(even.unflatten(0, (-1, 2)).mT)
             else:
                 g = torch.tensor(_FILTER_TRANSFORMS[kind], dtype=torch.float64)
                 planes = g @ rows.double() @ g.mT

@@ -82,21 +82,22 @@ def _jit(function: Any) -> Any:
     return njit(nogil=True, error_model="numpy")(function)
 
 
-def _make_multiply(*, pairs: bool) -> Any:
-    """`multiply(rows, ...)`: the product for that many rows, one branch for each."""
-    lines = ["def multiply(rows, a, b, c, c_stride, depth, start, other, flags, ahead):"]
-    products = {rows: multiply_rows(rows, pairs=pairs) for rows in range(1, MAX_ROWS + 1)}
-    for rows in products:
-        lines.append(f"    {'if' if rows == 1 else 'elif'} rows == {rows}:")
-        lines.append(
-            f"        product_{rows}(a, b, c, c_stride, depth, start, other, flags, ahead)"
-        )
-    scope: dict[str, Any] = {f"product_{rows}": product for rows, product in products.items()}
+def _make_multiply() -> Any:
+    """`multiply(pairs, rows, ...)`: the product of floats or of pairs for that many rows, one
+    branch for each. Where the CPU knows no pairs, no step has any."""
+    arguments = "a, b, c, c_stride, depth, start, other, flags, ahead"
+    lines, scope = [f"def multiply(pairs, rows, {arguments}):"], {}
+    for pairs in (False, True) if HAS_PAIRS else (False,):
+        for rows in range(1, MAX_ROWS + 1):
+            name = f"product_{rows}_{pairs}"
+            scope[name] = multiply_rows(rows, pairs=pairs)
+            lines.append(f"    if pairs == {pairs} and rows == {rows}:")
+            lines.append(f"        return {name}({arguments})")
     exec("\n".join(lines), scope)
     return scope["multiply"]
 
 
-_multiply = _jit(_make_multiply(pairs=False))
+_multiply = _jit(_make_multiply())
 
 
 @_jit
@@ -104,8 +105,6 @@ def _as_it_is(low, high):
     return low
 
 
-# Where the CPU knows no pairs, no step has any.
-_multiply_pairs = _jit(_make_multiply(pairs=True)) if HAS_PAIRS else _multiply
 _pair = pair if HAS_PAIRS else _as_it_is
 
 
@@ -248,35 +247,19 @@ def _direct(step, x, weight, bias, other, out, scratch, part, parts):
                 factors = weight + (panel * total + k) * PANEL * FLOAT_BYTES
                 for row in range(0, count, rows):
                     place = (first + row) * row_bytes + at
-                    own, source = min(rows, count - row), rows_at + row * whole
-                    start, added, target = bias + at, other + place, out + place
-                    ahead = panel_parts * total * PANEL * FLOAT_BYTES
-                    if pairs:
-                        _multiply_pairs(
-                            own,
-                            source,
-                            factors,
-                            target,
-                            row_bytes,
-                            depth,
-                            start,
-                            added,
-                            flags,
-                            ahead,
-                        )
-                    else:
-                        _multiply(
-                            own,
-                            source,
-                            factors,
-                            target,
-                            row_bytes,
-                            depth,
-                            start,
-                            added,
-                            flags,
-                            ahead,
-                        )
+                    _multiply(
+                        pairs,
+                        min(rows, count - row),
+                        rows_at + row * whole,
+                        factors,
+                        out + place,
+                        row_bytes,
+                        depth,
+                        bias + at,
+                        other + place,
+                        flags,
+                        panel_parts * total * PANEL * FLOAT_BYTES,
+                    )
 
 
 # Winograd's minimal filtering F(4x4, 3x3) and F(2x2, 3x3), matrices as in Lavin and Gray, Fast
@@ -484,6 +467,7 @@ def _winograd(step, x, weight, bias, other, out, scratch, part, parts):
                 at = products + plane * plane_out + panel * PANEL * FLOAT_BYTES
                 for row in range(0, count, rows):
                     _multiply(
+                        False,
                         min(rows, count - row),
                         inputs + plane * plane_in + row * row_in,
                         factors,
@@ -550,7 +534,8 @@ def _head(step, x, weight, bias, out, scratch, part, parts):
             start = bias + panel * PANEL * FLOAT_BYTES
             panel_bytes = PANEL * FLOAT_BYTES
             ahead = parts * row_bytes * PANEL
-            _multiply(rows, means, factors, scratch, panel_bytes, step.channels, start, 0, 0, ahead)
+            depth = step.channels
+            _multiply(False, rows, means, factors, scratch, panel_bytes, depth, start, 0, 0, ahead)
             for row in range(rows):
                 target = out + ((first + row) * step.out_channels + panel * PANEL) * FLOAT_BYTES
                 for column in range(min(PANEL, step.out_channels - panel * PANEL)):

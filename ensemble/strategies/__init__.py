@@ -81,11 +81,12 @@ def build(name: str, models: Sequence[nn.Module], example: Tensor) -> Forward:
     if name not in STRATEGIES and name != BEST:
         raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
     _check_example(models, example)
-    builder = (
-        Strategy("best", "build", "").builder() if name == BEST else STRATEGIES[name].builder()
-    )
+    if name == BEST:
+        from ensemble.strategies import best
+
+        name = best.pick(models, example.device.type, str(example.dtype).removeprefix("torch."))
     with torch.inference_mode():
-        forward = builder(models, example)
+        forward = STRATEGIES[name].builder()(models, example)
     return torch.inference_mode()(forward)
 
 

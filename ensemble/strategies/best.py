@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from ensemble.strategies import Forward
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -53,19 +49,12 @@ def pick(models: Sequence[nn.Module], device: str, dtype: str) -> str:
     raise AssertionError("the last rule fits everything")
 
 
-def build(models: Sequence[nn.Module], example: Tensor) -> Forward:
-    """The builder `best`."""
-    from ensemble.strategies import STRATEGIES
-
-    dtype = str(example.dtype).removeprefix("torch.")
-    return STRATEGIES[pick(models, example.device.type, dtype)].builder()(models, example)
-
-
 def _has_kernels(model: nn.Module, device: str, dtype: str) -> bool:
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     plain = bool(convolutions) and all(conv.groups == 1 for conv in convolutions)
     if device != "cpu":
         return plain
+    # A panel of the kernels has at most 32 columns: to know it would take importing numba.
     whole = all(conv.out_channels % 32 == 0 for conv in convolutions)
     if not plain or not whole or find_spec("numba") is None:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,36 +17,6 @@ if TYPE_CHECKING:
     from ensemble.strategies import Builder, Forward
 
 WARMUP_CALLS = 3  # as torch.cuda.make_graphed_callables: lazy initialisation may not be captured
-
-
-def loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
-    return _captured(folded.loop, models, example)
-
-
-def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
-    return _captured(folded.vmap, models, example)
-
-
-def compiled_loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
-    return _captured(compiled.loop, models, example)
-
-
-def compiled_vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
-    return _captured(compiled.vmap, models, example)
-
-
-def concurrent_eager(models: Sequence[nn.Module], example: Tensor) -> Forward:
-    """The streams of `concurrent.eager` become branches of the graph."""
-    return _captured(concurrent.eager, models, example)
-
-
-def concurrent_compiled(models: Sequence[nn.Module], example: Tensor) -> Forward:
-    return _captured(concurrent.compiled, models, example)
-
-
-def matmul_vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
-    """The vmapped forward whose convolutions are batched matrix products, `ensemble.ops.matmul`."""
-    return _captured(winograd.compiled, models, example)
 
 
 @dataclass(frozen=True)
@@ -83,3 +54,12 @@ def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) ->
         static_logits = forward(static_x)
 
     return Captured(graph, static_x, static_logits, forward)
+
+
+loop = partial(_captured, folded.loop)
+vmap = partial(_captured, folded.vmap)
+compiled_loop = partial(_captured, compiled.loop)
+compiled_vmap = partial(_captured, compiled.vmap)
+concurrent_eager = partial(_captured, concurrent.eager)  # streams become branches of the graph
+concurrent_compiled = partial(_captured, concurrent.compiled)
+matmul_vmap = partial(_captured, winograd.compiled)  # by `ensemble.ops.matmul`
