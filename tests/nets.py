@@ -192,8 +192,9 @@ class MaxPool(Step):
         options: Any = (self.dilation, indices, self.ceil_mode)
         pool = nn.MaxPool2d(*sizes, *options)
         if self.how == "functional":
+            called: Any = functional.max_pool2d
             dilation, ceil_mode = self.dilation, self.ceil_mode
-            return Call(lambda x: functional.max_pool2d(x, *sizes, dilation, ceil_mode), index)
+            return Call(lambda x: called(x, *sizes, dilation, ceil_mode=ceil_mode), index)
         return FirstOf(pool, index) if indices else Call(pool, index)
 
 

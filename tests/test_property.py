@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import ensemble
 from ensemble.errors import UnavailableError
-from ensemble.strategies import BEST, STRATEGIES
+from ensemble.strategies import STRATEGIES, best
 from tests import nets
 from tests.nets import Described, Net
 
@@ -34,7 +34,7 @@ HANG_S = 120  # of one strategy's build and calls
 
 # Seconds a net: these are drawn now and then, and in the long profile only.
 SLOW = [name for name, own in STRATEGIES.items() if own.module == "peers" or "compiled" in name]
-QUICK = [name for name in (*STRATEGIES, BEST) if name not in SLOW]
+QUICK = [name for name in STRATEGIES if name not in SLOW]
 
 # Of a model's largest logit. A net that is itself worse conditioned than that is allowed so many
 # times what the plain loop loses in the same dtype.
@@ -193,9 +193,12 @@ def _settings(case: Case) -> Iterator[None]:
 
 
 @contextmanager
-def _warnings_are_errors() -> Iterator[None]:
+def _warnings_of(name: str) -> Iterator[None]:
+    """Warnings are errors, but for those of compilers and packages about themselves."""
+    if name in SLOW:
+        torch.compiler.reset()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("ignore" if name in SLOW else "error")
         warnings.filterwarnings("ignore", ".*batching rule")  # torch's own, of its vmap
         warnings.filterwarnings("ignore", ".*padding='same' with even kernel")  # of the net itself
         yield
@@ -208,18 +211,14 @@ def check(case: Case, counts: Counter[str]) -> None:
         counts["useless"] += 1
         return
     counts["nets"] += 1
-    for name in QUICK:
-        with _warnings_are_errors():
-            reason = run(name, case, prepared)
-        counts["refused" if reason else "pairs"] += 1
-        if reason:
-            counts[f"{name} refused: {reason[:100]}"] += 1
-    if case.slow:
-        torch.compiler.reset()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of compilers and packages
-            reason = run(case.slow, case, prepared)
-        counts["refused" if reason else "pairs"] += 1
+    picked = best.pick(prepared.models, "cpu", case.dtype)
+    for name in [*QUICK, *([case.slow] if case.slow else [])]:
+        with _warnings_of(name):
+            refusal = run(name, case, prepared)
+        counts["refused" if refusal else "pairs"] += 1
+        if refusal:
+            counts[f"{name} refused: {refusal[:100]}"] += 1
+        assert name != picked or not refusal, f"best picks {name}: {refusal}"
 
 
 def explore(
