@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import pytest
@@ -7,16 +8,7 @@ from torch.nn import functional
 
 from ensemble.ops import conv
 from ensemble.ops.cost import choose
-from ensemble.ops.operation import (
-    DIRECT,
-    DIRECT_PAIRS,
-    HEAD,
-    MAX_POOL,
-    WINOGRAD_2,
-    WINOGRAD_4,
-    Geometry,
-    Operation,
-)
+from ensemble.ops.operation import Geometry, Kind, Operation
 
 pytest.importorskip("numba")
 
@@ -56,7 +48,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("kind", [DIRECT, WINOGRAD_2, WINOGRAD_4])
+@pytest.mark.parametrize("kind", [Kind.DIRECT, Kind.WINOGRAD_2, Kind.WINOGRAD_4])
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4), (7, 7), (17, 9), (14, 14)])
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("added", [False, True])
@@ -94,23 +86,26 @@ def test_the_direct_kernel_takes_every_geometry(
 ):
     x = randn(2, channels, 12, 11) if shared else randn(3, 2, channels, 12, 11)
     weight, bias = randn(3, PANEL, channels, *kernel, seed=1) / 9, randn(3, PANEL)
-    packed = conv.pack_weight(weight, DIRECT)
+    packed = conv.pack_weight(weight, Kind.DIRECT)
     options = stride, padding, dilation
-    found = conv.packed_conv2d(x, packed, bias, None, DIRECT, kernel, *options, False)
+    found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, kernel, *options, False)
     assert error(found, exact(x, weight, bias, None, False, *options)) < 1e-5
 
 
 def test_max_pooling_is_torchs_own_and_keeps_minus_infinity_and_nan_where_torch_does():
     x = randn(2, 3, WIDTH, 9, 8)
     x[0, 0, :, :4, :4] = -torch.inf
+    for at in range(9 * 8):  # first, in the middle and last in its windows
+        x[at % 2, at % 3, at % WIDTH, at // 8, at % 8] = torch.nan
     found = conv.packed_max_pool2d(x, [3, 3], [2, 2], [1, 1])
     expected = functional.max_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, (2, 3))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert 0 < int(expected.isnan().sum()) < expected.numel()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_nan_in_the_input_comes_out_as_nan_through_relu():
     x, weight = torch.full((1, 1, WIDTH, 4, 4), torch.nan), randn(1, PANEL, WIDTH, 3, 3)
-    for kind in (DIRECT, WINOGRAD_4):
+    for kind in (Kind.DIRECT, Kind.WINOGRAD_4):
         packed = conv.pack_weight(weight, kind)
         options = ([3, 3], ONE, ONE, ONE, True)
         found = conv.packed_conv2d(x, packed, torch.zeros(1, PANEL), None, kind, *options)
@@ -137,15 +132,15 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(classes
         ),
         (conv.max_pool2d, (randn(1, 4, 8, 8), [3, 3], [2, 2], [1, 1])),
         (conv.head, (randn(2, 4, 3, 3), randn(5, 4), randn(5))),
-        (conv.pack_weight, (randn(2, PANEL, WIDTH, 3, 3), WINOGRAD_4)),
+        (conv.pack_weight, (randn(2, PANEL, WIDTH, 3, 3), Kind.WINOGRAD_4)),
         (
             conv.packed_conv2d,
             (
                 randn(2, 1, WIDTH, 5, 5),
-                conv.pack_weight(randn(2, PANEL, WIDTH, 3, 3), DIRECT),
+                conv.pack_weight(randn(2, PANEL, WIDTH, 3, 3), Kind.DIRECT),
                 randn(2, PANEL),
                 None,
-                DIRECT,
+                Kind.DIRECT,
                 [3, 3],
                 [2, 2],
                 ONE,
@@ -192,8 +187,100 @@ def test_vmap_gives_what_a_loop_gives_whatever_the_kernel(
         assert error(found[index].double(), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize(
+    "other_shape", [(3, PANEL, 1, 1), (3, 6, 6), (3, 1, PANEL, 1, 1), (3,), (3, 3, PANEL, 6, 6)]
+)
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("x_stacked", [True, False])
+def test_a_summand_is_broadcast_for_each_model_as_it_is_for_one(
+    other_shape: tuple[int, ...], stacked: bool, x_stacked: bool
+):
+    """N, B and some sizes of the summand are all 3: only a rule that asks can tell them apart."""
+    x, weight = randn(3, 3, WIDTH, 6, 6), randn(3, PANEL, WIDTH, 3, 3, seed=1) / 9
+    other = randn(*other_shape, seed=2)
+    in_dims = (0 if x_stacked else None, 0, 0 if stacked else None)
+    arguments = (x if x_stacked else x[0], weight, other if stacked else other[0])
+    found = torch.vmap(
+        lambda x, w, other: conv.conv2d(x, w, None, other, ONE, ONE, ONE, 1, True), in_dims
+    )(*arguments)
+    for index in range(3):
+        own = [t if dim is None else t[index] for t, dim in zip(arguments, in_dims, strict=True)]
+        expected = conv.conv2d(own[0], own[1], None, own[2], ONE, ONE, ONE, 1, True)
+        assert error(found[index], expected) < 1e-5
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("images", [1, 2])
+def test_any_one_tensor_alone_may_be_stacked(which: int, images: int):
+    tensors = [randn(images, WIDTH, 6, 6), randn(PANEL, WIDTH, 3, 3) / 9, randn(PANEL), None]
+    tensors[3] = randn(images, PANEL, 6, 6)
+    stacked = randn(4, *tensors[which].shape, seed=7)  # type: ignore[union-attr]
+    in_dims = tuple(0 if index == which else None for index in range(4))
+    own = [stacked if index == which else tensor for index, tensor in enumerate(tensors)]
+    found = torch.vmap(lambda *each: conv.conv2d(*each, ONE, ONE, ONE, 1, False), in_dims)(*own)
+    for index in range(4):
+        own[which] = stacked[index]
+        assert error(found[index], conv.conv2d(*own, ONE, ONE, ONE, 1, False)) < 1e-5
+
+
+def test_a_bias_is_read_by_its_strides():
+    x, weight = randn(1, WIDTH, 6, 6), randn(2, PANEL, WIDTH, 3, 3) / 9
+    bias = randn(PANEL, 2).T
+    packed = conv.pack_weight(weight, Kind.DIRECT)
+    options = ([3, 3], ONE, ONE, ONE, False)
+    found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, *options)
+    assert error(found, exact(x, weight, bias, None, False, ONE, ONE, ONE)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_buffers_are_of_the_kernels_own_dtype_whatever_is_torchs_default(dtype: torch.dtype):
+    x, weight, bias = randn(1, WIDTH, 6, 6), randn(2, PANEL, WIDTH, 3, 3) / 9, randn(2, PANEL)
+    torch.set_default_dtype(dtype)
+    try:
+        packed = conv.pack_weight(weight, Kind.WINOGRAD_4)
+        options = ([3, 3], ONE, ONE, ONE, False)
+        found = conv.packed_conv2d(x, packed, bias, None, Kind.WINOGRAD_4, *options)
+        pooled = conv.packed_max_pool2d(found, [2, 2], [2, 2], [0, 0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == pooled.dtype == torch.float32
+    assert error(found, exact(x, weight, bias, None, False, ONE, ONE, ONE)) < 1e-5
+    expected = functional.max_pool2d(found.flatten(0, 1), 2).unflatten(0, (2, 1))
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3, WIDTH // 2, WIDTH, 3 * WIDTH // 2, 2 * WIDTH])
+@pytest.mark.parametrize("out_channels", [PANEL, PANEL + 8])
+@pytest.mark.parametrize("size", [6, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rule_only_chooses_what_is_right_for_the_channels(
+    channels: int, out_channels: int, size: int, dtype: torch.dtype
+):
+    x = randn(2, 1, channels, size, size).to(dtype)
+    weight = (randn(2, out_channels, channels, 3, 3, seed=1) / 9).to(dtype)
+    bias = randn(2, out_channels, seed=2).to(dtype)
+    mapped = torch.vmap(lambda *own: conv.conv2d(*own, None, ONE, ONE, ONE, 1, False))
+    found = mapped(x, weight, bias).double()
+    expected = exact(x, weight, bias, None, False, ONE, ONE, ONE)
+    assert error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_program_refuses_a_step_that_its_kernel_cannot_run(kind: Kind):
+    few = Geometry(1, WIDTH + 1, (8, 8), PANEL + 1, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
+    with pytest.raises(ValueError, match=f"no kernel: {re.escape(kind.label)} of Geometry"):
+        Program(
+            [Operation(kind, few, 0, 1)],
+            inputs=[0],
+            outputs=[1],
+            num_models=1,
+            threads=1,
+            dtype=torch.float32,
+        )
+
+
 def test_without_numba_every_convolution_takes_torchs_own_rule(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(conv, "WIDTH", 0)
+    monkeypatch.setattr(conv, "can_run", lambda kind, geometry: False)
     monkeypatch.setattr(conv, "packed_conv2d", None)
     x, weight, bias = randn(1, WIDTH, 6, 6), randn(2, PANEL, WIDTH, 3, 3), randn(2, PANEL)
     mapped = torch.vmap(
@@ -211,17 +298,22 @@ def test_a_program_gives_the_same_however_many_threads_share_the_models(
     first = Geometry(2, 3, (13, 11), PANEL, (13, 11), (3, 3), (1, 1), (1, 1), (1, 1))
     second = Geometry(2, PANEL, (13, 11), PANEL, (13, 11), (3, 3), (1, 1), (1, 1), (1, 1))
     pooled = Geometry(2, PANEL, (13, 11), PANEL, (7, 6), (3, 3), (2, 2), (1, 1), (1, 1))
-    top = Geometry(2, PANEL, (7, 6), 9, (1, 1), (7, 6), (1, 1), (0, 0), (1, 1))
+    classes = PANEL - 3
+    top = Geometry(2, PANEL, (7, 6), classes, (1, 1), (7, 6), (1, 1), (0, 0), (1, 1))
     w1, w2 = randn(num_models, PANEL, 3, 3, 3), randn(num_models, PANEL, PANEL, 3, 3) / 9
     w3, b = randn(num_models, PANEL, PANEL), randn(num_models, PANEL, seed=4)
-    w3[:, 9:], b3 = 0, b.clone()
-    b3[:, 9:] = 0
+    w3[:, classes:], b3 = 0, b.clone()
+    b3[:, classes:] = 0
     program = Program(
         [
-            Operation(DIRECT, first, 0, 1, None, conv.pack_weight(w1, DIRECT), b, True),
-            Operation(WINOGRAD_4, second, 1, 2, 1, conv.pack_weight(w2, WINOGRAD_4), b, True),
-            Operation(MAX_POOL, pooled, 2, 3),
-            Operation(HEAD, top, 3, 4, None, conv.pack_weight(w3[..., None, None], DIRECT), b3),
+            Operation(Kind.DIRECT, first, 0, 1, None, conv.pack_weight(w1, Kind.DIRECT), b, True),
+            Operation(
+                Kind.WINOGRAD_4, second, 1, 2, 1, conv.pack_weight(w2, Kind.WINOGRAD_4), b, True
+            ),
+            Operation(Kind.MAX_POOL, pooled, 2, 3),
+            Operation(
+                Kind.HEAD, top, 3, 4, None, conv.pack_weight(w3[..., None, None], Kind.DIRECT), b3
+            ),
         ],
         inputs=[0],
         outputs=[2, 4],
@@ -233,11 +325,13 @@ def test_a_program_gives_the_same_however_many_threads_share_the_models(
     one = exact(x, w1, b, None, True, ONE, ONE, ONE)
     two = exact(one, w2, b, one, True, ONE, ONE, ONE)
     means = functional.max_pool2d(two.flatten(0, 1), 3, 2, 1).mean((-2, -1))
-    three = torch.einsum("nbc,nkc->nbk", means.unflatten(0, (num_models, 2)), w3[:, :9].double())
+    three = torch.einsum(
+        "nbc,nkc->nbk", means.unflatten(0, (num_models, 2)), w3[:, :classes].double()
+    )
     for _ in range(3):
         found = program(x)
         assert error(found[0], two) < 1e-5
-        assert error(found[1], three + b[:, None, :9]) < 1e-5
+        assert error(found[1], three + b[:, None, :classes]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -265,24 +359,25 @@ def geometry(channels: int, size: int, images: int = 1, stride: int = 1) -> Geom
     )
 
 
+def chosen(geometry: Geometry, direct: Kind = Kind.DIRECT) -> Kind:
+    tiled = [kind for kind in (Kind.WINOGRAD_2, Kind.WINOGRAD_4) if kernels.can_run(kind, geometry)]
+    return choose(geometry, [direct, *tiled])
+
+
 def test_the_rule_takes_large_tiles_where_there_are_many_and_small_ones_where_weights_weigh():
-    assert [choose(geometry(64, 56), pairs=False), choose(geometry(128, 28), pairs=False)] == [
-        WINOGRAD_4,
-        WINOGRAD_4,
-    ]
-    assert [choose(geometry(256, 14), pairs=False), choose(geometry(512, 7), pairs=False)] == [
-        WINOGRAD_4,
-        WINOGRAD_2,
-    ]
-    assert choose(geometry(512, 7, images=8), pairs=False) == WINOGRAD_4
-    assert choose(geometry(512, 2), pairs=False) == DIRECT
-    assert choose(geometry(64, 56, stride=2), pairs=False) == DIRECT
+    assert chosen(geometry(64, 56)) == chosen(geometry(128, 28)) == Kind.WINOGRAD_4
+    assert chosen(geometry(256, 14)) == Kind.WINOGRAD_4
+    assert chosen(geometry(512, 7)) == Kind.WINOGRAD_2
+    assert chosen(geometry(512, 7, images=8)) == Kind.WINOGRAD_4
+    assert chosen(geometry(512, 2)) == Kind.DIRECT
+    assert chosen(geometry(64, 56, stride=2)) == Kind.DIRECT
 
 
 def test_in_pairs_of_bfloat16_only_much_larger_savings_are_worth_winograd():
-    assert choose(geometry(64, 56), pairs=True) == WINOGRAD_4
-    assert choose(geometry(512, 7), pairs=True) == DIRECT_PAIRS
-    assert choose(geometry(64, 56, stride=2), pairs=True) == DIRECT_PAIRS
+    pairs = Kind.DIRECT_PAIRS
+    assert chosen(geometry(64, 56), pairs) == Kind.WINOGRAD_4
+    assert chosen(geometry(512, 7), pairs) == pairs
+    assert chosen(geometry(64, 56, stride=2), pairs) == pairs
 
 
 @pytest.mark.skipif(not HAS_PAIRS, reason="needs a CPU that multiplies pairs of bfloat16")
@@ -296,7 +391,7 @@ def test_a_direct_convolution_in_pairs_is_that_of_the_rounded_numbers(
     weight = randn(2, PANEL, channels, *kernel, seed=1).bfloat16()
     bias = randn(2, PANEL, seed=2).bfloat16()
     options = [stride, stride], [kernel[0] // 2, kernel[1] // 2], ONE
-    packed = conv.pack_weight(weight, DIRECT_PAIRS)
-    found = conv.packed_conv2d(x, packed, bias, other, DIRECT_PAIRS, kernel, *options, True)
+    packed = conv.pack_weight(weight, Kind.DIRECT_PAIRS)
+    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_PAIRS, kernel, *options, True)
     assert found.dtype == torch.bfloat16
     assert error(found, exact(x, weight, bias, other, True, *options)) < 2**-8

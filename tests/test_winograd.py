@@ -90,6 +90,33 @@ def test_an_image_without_contrast_does_not_hide_that_winograd_errs():
     assert "second.weight: direct" in forward.note  # type: ignore[attr-defined]
 
 
+class Constants(nn.Module):
+    """What does not depend on x, in every place of a convolution but its own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos, self.channel = nn.Parameter(torch.randn(32, 8, 8)), nn.Parameter(torch.randn(32))
+        self.seed = nn.Parameter(torch.randn(1, 32, 8, 8))
+        self.a, self.b = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.c, self.d = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.a(x) + self.pos).relu()
+        x = self.b(x) + self.channel[:, None, None]
+        return torch.relu(self.c(self.seed) + x).add(self.d(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("num_models", [1, 2])
+def test_constants_are_summands_and_inputs_as_they_are_in_the_model(images: int, num_models: int):
+    torch.manual_seed(0)
+    models = [Constants().eval().requires_grad_(False) for _ in range(num_models)]
+    x, example = torch.randn(2, images, 3, 8, 8)
+    forward = ensemble.build("winograd_vmap", models, example)
+    assert "direct" in forward.note  # type: ignore[attr-defined]
+    assert error(forward(x), in_float64(models, x)) < LIMIT
+
+
 def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once():
     models = [lively("resnet18", index) for index in range(2)]
     x = torch.randn(1, 3, 64, 64)

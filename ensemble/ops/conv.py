@@ -17,13 +17,20 @@ from torch.nn import functional
 
 from ensemble.ops import matmul
 from ensemble.ops.cost import choose
-from ensemble.ops.operation import DIRECT, DIRECT_PAIRS, HEAD, MAX_POOL, Geometry, Operation
+from ensemble.ops.operation import Geometry, Kind, Operation
 
 try:
-    from ensemble.ops.simd import HAS_PAIRS, PANEL, WIDTH
-except ImportError:  # without numba every convolution takes torch's own rule
-    PANEL = WIDTH = 0
-    HAS_PAIRS = False
+    from ensemble.ops.kernels import can_run
+    from ensemble.ops.simd import PANEL
+except ImportError:  # without numba every operator takes torch's own rule
+    PANEL = 0
+
+    def can_run(kind: Kind, geometry: Geometry) -> bool:
+        return False
+
+
+# Those for float32 do 16-bit dtypes too, unpacked at both ends.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # G of F(2x2, 3x3) and of F(4x4, 3x3): Lavin and Gray, arXiv 1509.09308.
 _FILTER_TRANSFORMS = {
@@ -64,32 +71,51 @@ def _(x: Tensor, weight: Tensor, bias: Any, other: Any, *options: Any) -> Tensor
 @conv2d.register_vmap
 def _(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
     *tensors, stride, padding, dilation, groups, relu = arguments
-    x, weight, bias, other = (
-        tensor.movedim(dim, 0) if dim else tensor
-        for tensor, dim in zip(tensors, in_dims, strict=False)
-    )
-    dims = tuple(None if dim is None else 0 for dim in in_dims[:4])
-    kernel = list(weight.shape[-2:])
-    geometry = _geometry(x, weight.shape[-4], kernel, stride, padding, dilation)
-    stacked = dims[1] == 0 and (bias is None or dims[2] == 0) and groups == 1
-    added = other is None or (dims[3] == 0 and other.shape[1:] == _shape(geometry))
-    if stacked and added and _has_kernel(x, geometry):
-        kind = choose(geometry, pairs=_has_pairs(x, geometry))
-        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-        packed = pack_weight(weight, kind)
-        return packed_conv2d(
-            x, packed, bias, other, kind, kernel, stride, padding, dilation, relu
-        ), 0
-    if stacked and x.device.type == "cuda" and all(own == 1 for own in dilation):
-        result = matmul.conv2d(x, weight, stride, padding)
-        result = result if bias is None else result + bias[:, None, :, None, None]
-    else:
-        result = _grouped_conv2d(
-            info.batch_size, x, weight, bias, dims, stride, padding, dilation, groups
-        )
+    options = stride, padding, dilation
+    x, weight, bias, other = _stacked_first(tensors, in_dims)
+    is_stacked = [dim is not None for dim in in_dims[:4]]
+    if _fits(x, weight, bias, is_stacked) and groups == 1:
+        geometry = _geometry(x, weight.shape[1], weight.shape[-2:], *options)
+        fused = other is None or _is_like_result(other, x, geometry, stacked=is_stacked[3])
+        kinds = _kinds(x, geometry)
+        if kinds:
+            own = (other, relu) if fused else (None, False)
+            result = _by_kernel(choose(geometry, kinds), x, weight, bias, *own, *options)
+            return (result if fused else _finish(result, other, is_stacked[3], relu)), 0
+        if x.device.type == "cuda" and all(spread == 1 for spread in dilation):
+            result = matmul.conv2d(x, weight, stride, padding)
+            result = result if bias is None else result + bias[:, None, :, None, None]
+            return _finish(result, other, is_stacked[3], relu), 0
+    result = _grouped_conv2d(info.batch_size, x, weight, bias, is_stacked, options, groups)
+    return _finish(result, other, is_stacked[3], relu), 0
+
+
+def _by_kernel(
+    kind: Kind,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    relu: bool,
+    *options: Sequence[int],
+) -> Tensor:
+    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
+    packed = pack_weight(weight, kind)
+    return packed_conv2d(x, packed, bias, other, kind, weight.shape[-2:], *options, relu)
+
+
+def _finish(result: Tensor, other: Tensor | None, stacked: bool, relu: bool) -> Tensor:
+    """`relu(result + other)` of each model, other broadcast as it would be for one model."""
     if other is not None:
-        result = result + other  # one for all models adds to each
-    return result.relu() if relu else result, 0
+        rank = max(result.dim() - 1, other.dim() - stacked)
+        result = _with_rank(result, rank) + (_with_rank(other, rank) if stacked else other)
+    return result.relu() if relu else result
+
+
+def _with_rank(stack: Tensor, rank: int) -> Tensor:
+    """`stack`, `(N, *shape)`, with sizes of 1 before `shape` until that has `rank` of them."""
+    missing = rank - (stack.dim() - 1)
+    return stack[(slice(None), *[None] * missing)]
 
 
 @custom_op("ensemble::max_pool2d", mutates_args=())
@@ -107,8 +133,12 @@ def _(x: Tensor, *options: Any) -> Tensor:
 
 @max_pool2d.register_vmap
 def _(info: Any, in_dims: tuple, x: Tensor, *options: Any) -> tuple[Tensor, int]:
-    x = x.movedim(in_dims[0], 0) if in_dims[0] else x
-    if _is_ours(x) and x.shape[-3] % WIDTH == 0:
+    (x,) = _stacked_first([x], in_dims)
+    if x.dim() == 4:  # each model's image is without a batch
+        return functional.max_pool2d(x, *options), 0
+    kernel, stride, padding = options
+    geometry = _geometry(x, x.shape[-3], kernel, stride, padding, (1, 1))
+    if _is_ours(x) and can_run(Kind.MAX_POOL, geometry):
         return packed_max_pool2d(x, *options), 0
     # Models among the channels: so a wide or grouped convolution wrote them.
     pooled = functional.max_pool2d(x.movedim(0, 1).flatten(1, 2), *options)
@@ -118,33 +148,29 @@ def _(info: Any, in_dims: tuple, x: Tensor, *options: Any) -> tuple[Tensor, int]
 @custom_op("ensemble::head", mutates_args=())
 def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The mean over all pixels, then a linear layer: x `(B, C, H, W)` -> `(B, K)`."""
-    return functional.linear(x.mean((-2, -1)), weight, bias)
+    return plain_head(x, weight, bias)
 
 
 @head.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return functional.linear(x.mean((-2, -1)), weight, bias)
+    return plain_head(x, weight, bias)
 
 
 @head.register_vmap
-def _(info: Any, in_dims: tuple, *tensors: Tensor | None) -> tuple[Tensor, int]:
-    x, weight, bias = (
-        tensor.movedim(dim, 0) if tensor is not None and dim else tensor
-        for tensor, dim in zip(tensors, in_dims, strict=True)
-    )
-    assert x is not None
-    assert weight is not None
-    stacked = None not in in_dims[:2] and (bias is None or in_dims[2] is not None)
-    if stacked and _is_ours(x) and x.shape[-3] % WIDTH == 0:
-        out_channels = weight.shape[1]
+def _(info: Any, in_dims: tuple, *tensors: Any) -> tuple[Tensor, int]:
+    x, weight, bias = _stacked_first(tensors, in_dims)
+    is_stacked = [dim is not None for dim in in_dims]
+    fits = is_stacked[0] and _fits(x, weight, bias, is_stacked) and _is_ours(x)
+    out_channels = weight.shape[-2]
+    if fits and can_run(Kind.HEAD, _head_geometry(x, out_channels)):
         bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
         missing = -out_channels % PANEL
         weight = functional.pad(weight, (0, 0, 0, missing))[..., None, None]
-        packed = pack_weight(weight, DIRECT)
+        packed = pack_weight(weight, Kind.DIRECT)
         return packed_head(x, packed, functional.pad(bias, (0, missing)), out_channels), 0
     result = x.mean((-2, -1)) @ weight.mT
     if bias is not None:
-        result = result + (bias if in_dims[2] is None else bias.unsqueeze(-2))
+        result = result + (bias.unsqueeze(-2) if is_stacked[2] else bias)
     return result, 0
 
 
@@ -155,18 +181,18 @@ def pack_weight(weight: Tensor, kind: int) -> Tensor:
     Direct: `(N, K / PANEL, R * S * C, PANEL)`, in pairs of bfloat16 `(N, K / PANEL, R * S * C / 2,
     PANEL, 2)`. Winograd: `(N, planes, K / PANEL, C, PANEL)`, transformed in float64.
     """
-    packed = _empty_packed(weight, kind)
+    packed, tile = _empty_packed(weight, kind), Kind(kind).tile
     for own, target in zip(weight, packed, strict=True):
         # A panel at a time: the largest part in float64 then stays small.
         for panel, rows in enumerate(own.split(PANEL)):
             factors = rows.permute(2, 3, 1, 0).flatten(0, 2)
-            if kind == DIRECT:
+            if kind == Kind.DIRECT:
                 target[panel].copy_(factors)
-            elif kind == DIRECT_PAIRS:
+            elif kind == Kind.DIRECT_PAIRS:
                 even = functional.pad(factors, (0, 0, 0, len(factors) % 2))
                 target[panel].copy_(even.unflatten(0, (-1, 2)).mT)
             else:
-                g = torch.tensor(_FILTER_TRANSFORMS[kind], dtype=torch.float64)
+                g = torch.tensor(_FILTER_TRANSFORMS[tile], dtype=torch.float64, device="cpu")
                 planes = g @ rows.double() @ g.mT
                 target[:, panel].copy_(planes.permute(2, 3, 1, 0).flatten(0, 1))
     return packed
@@ -240,22 +266,21 @@ def _conv2d_operation(
     kernel, stride, padding, dilation, relu = options
     geometry = _geometry(x, bias.shape[1], kernel, stride, padding, dilation)
     out_and_other = OUT, None if other is None else OTHER
-    return Operation(kind, geometry, X, *out_and_other, weight, bias.float(), relu)
+    bias = bias.float().contiguous()
+    return Operation(Kind(kind), geometry, X, *out_and_other, weight, bias, relu)
 
 
 def _max_pool2d_operation(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Operation:
-    return Operation(MAX_POOL, _geometry(x, x.shape[-3], kernel, stride, padding, (1, 1)), X, OUT)
+    return Operation(
+        Kind.MAX_POOL, _geometry(x, x.shape[-3], kernel, stride, padding, (1, 1)), X, OUT
+    )
 
 
 def _head_operation(x: Tensor, weight: Tensor, bias: Tensor, out_channels: int) -> Operation:
-    images, channels, height, width = x.shape[-4:]
-    one = (1, 1)
-    geometry = Geometry(
-        images, channels, (height, width), out_channels, one, (height, width), one, (0, 0), one
-    )
-    return Operation(HEAD, geometry, X, OUT, None, weight, bias.float())
+    geometry, bias = _head_geometry(x, out_channels), bias.float().contiguous()
+    return Operation(Kind.HEAD, geometry, X, OUT, None, weight, bias)
 
 
 # The operators that a program can run, and how their arguments make an operation on X, OTHER and
@@ -304,47 +329,73 @@ def _grouped_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    dims: tuple,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    is_stacked: Sequence[bool],
+    options: tuple[Sequence[int], Sequence[int], Sequence[int]],
     groups: int,
 ) -> Tensor:
     """As torch's own rule has it: one wide convolution of a shared x, else one grouped by model.
 
-    Result `(N, B, K, OH, OW)`. dims: whether x, weight and bias are stacked, 0, or shared, None.
+    Result `(N, B, K, OH, OW)`, without B where x has none.
     """
-    options = stride, padding, dilation
-    if dims[1] is None and (bias is None or dims[2] is None):  # the weights are shared
-        result = functional.conv2d(x.flatten(0, 1), weight, bias, *options, groups)
-        return result.unflatten(0, x.shape[:2])
-    weight = weight if dims[1] is not None else weight.expand(num_models, *weight.shape)
+    if x.dim() == (4 if is_stacked[0] else 3):
+        batched = x.unsqueeze(-4)
+        arguments = (weight, bias, is_stacked, options, groups)
+        return _grouped_conv2d(num_models, batched, *arguments).squeeze(1)
+    if not is_stacked[1] and (bias is None or not is_stacked[2]):  # all models have one filter
+        result = functional.conv2d(x.flatten(0, -4), weight, bias, *options, groups)
+        result = result.unflatten(0, x.shape[:-3])
+        return result if is_stacked[0] else result.expand(num_models, *result.shape)
+    weight = weight if is_stacked[1] else weight.expand(num_models, *weight.shape)
     if bias is not None:
-        bias = (bias if dims[2] is not None else bias.expand(num_models, *bias.shape)).flatten()
-    if dims[0] is None and groups > 1:
-        x, dims = x.expand(num_models, *x.shape), (0, *dims[1:])
-    if dims[0] is not None:
+        bias = (bias if is_stacked[2] else bias.expand(num_models, *bias.shape)).flatten()
+    if not is_stacked[0] and groups > 1:
+        x = x.expand(num_models, *x.shape)
+    if x.dim() == 5:
         x, groups = x.movedim(0, 1).flatten(1, 2), num_models * groups
     result = functional.conv2d(x, weight.flatten(0, 1), bias, *options, groups)
     return result.unflatten(1, (num_models, -1)).movedim(1, 0)
 
 
+def plain_head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `head` computes, by torch's own operators."""
+    return functional.linear(x.mean((-2, -1)), weight, bias)
+
+
+def _stacked_first(tensors: Sequence[Any], in_dims: Sequence[int | None]) -> list[Any]:
+    """The tensors of an operator, models first where there are several."""
+    return [
+        tensor.movedim(dim, 0) if dim else tensor
+        for tensor, dim in zip(tensors, in_dims, strict=False)
+    ]
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, is_stacked: Sequence[bool]) -> bool:
+    """A batch of images, and weights and bias of each model, all of one dtype?"""
+    batched = x.dim() == (5 if is_stacked[0] else 4)
+    own = is_stacked[1] and (bias is None or is_stacked[2])
+    return batched and own and all(t is None or t.dtype == x.dtype for t in (weight, bias))
+
+
+def _is_like_result(other: Tensor, x: Tensor, geometry: Geometry, *, stacked: bool) -> bool:
+    """Can a kernel add it: of each model, with as many elements as the result?"""
+    images, *size, channels = geometry.out_shape
+    same_shape = other.shape[1:] == (images, channels, *size)
+    return stacked and same_shape and other.dtype == x.dtype
+
+
 def _is_ours(x: Tensor) -> bool:
-    """Are there kernels? Those for float32 do 16-bit dtypes too, unpacked at both ends."""
-    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return WIDTH > 0 and x.device.type == "cpu" and known
+    """May there be kernels?"""
+    return x.device.type == "cpu" and x.dtype in _KERNEL_DTYPES
 
 
-def _has_kernel(x: Tensor, geometry: Geometry) -> bool:
+def _kinds(x: Tensor, geometry: Geometry) -> list[Kind]:
+    """The kernels that can run a convolution of x; in bfloat16 pairs rather than floats."""
     if not _is_ours(x):
-        return False
-    gathered = geometry.channels % WIDTH == 0 or geometry.dilation[1] == 1
-    return gathered and geometry.out_channels % PANEL == 0
-
-
-def _has_pairs(x: Tensor, geometry: Geometry) -> bool:
-    whole = geometry.channels % (2 * WIDTH) == 0 or geometry.channels % WIDTH != 0
-    return HAS_PAIRS and x.dtype == torch.bfloat16 and whole
+        return []
+    pairs = x.dtype == torch.bfloat16 and can_run(Kind.DIRECT_PAIRS, geometry)
+    direct = Kind.DIRECT_PAIRS if pairs else Kind.DIRECT
+    asked = (direct, Kind.WINOGRAD_2, Kind.WINOGRAD_4)
+    return [kind for kind in asked if can_run(kind, geometry)]
 
 
 def _geometry(
@@ -371,8 +422,10 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
     return int(y), int(x)
 
 
-def _shape(geometry: Geometry) -> tuple[int, int, int, int]:
-    return geometry.images, geometry.out_channels, *geometry.out_size
+def _head_geometry(x: Tensor, out_channels: int) -> Geometry:
+    images, channels, *size = x.shape[-4:]
+    one = (1, 1)
+    return Geometry(images, channels, _pair(size), out_channels, one, _pair(size), one, (0, 0), one)
 
 
 def _fake(x: Tensor, num_models: int, geometry: Geometry) -> Tensor:
@@ -382,10 +435,10 @@ def _fake(x: Tensor, num_models: int, geometry: Geometry) -> Tensor:
 def _empty_packed(weight: Tensor, kind: int) -> Tensor:
     num_models, out_channels, channels, height, width = weight.shape
     panels, depth = out_channels // PANEL, height * width * channels
-    if kind == DIRECT_PAIRS:
+    if kind == Kind.DIRECT_PAIRS:
         pairs = -(-depth // 2)
         return weight.new_empty(num_models, panels, pairs, PANEL, 2, dtype=torch.bfloat16)
-    if kind == DIRECT:
+    if kind == Kind.DIRECT:
         return weight.new_empty(num_models, panels, depth, PANEL, dtype=torch.float32)
-    planes = (kind + 2) ** 2
+    planes = (Kind(kind).tile + 2) ** 2
     return weight.new_empty(num_models, planes, panels, channels, PANEL, dtype=torch.float32)

@@ -7,14 +7,15 @@ so that its activations stay in that core's cache; models left over when every c
 as the others are shared, step by step, by all cores.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-from ensemble.ops import simd
-from ensemble.ops.operation import DIRECT, DIRECT_PAIRS, HEAD, MAX_POOL, Geometry
+from ensemble.ops import operation, simd
+from ensemble.ops.operation import Geometry, Kind
 from ensemble.ops.simd import (
     ADD_OTHER,
     FLOAT_BYTES,
@@ -31,6 +32,7 @@ from ensemble.ops.simd import (
     load_float,
     load_shared,
     maximum,
+    maximum_or_nan,
     multiply_rows,
     pair,
     relax,
@@ -39,12 +41,16 @@ from ensemble.ops.simd import (
     store_float,
 )
 
+# numba knows whole numbers, not members of an enum.
+DIRECT, DIRECT_PAIRS = Kind.DIRECT.value, Kind.DIRECT_PAIRS.value
+MAX_POOL, HEAD = Kind.MAX_POOL.value, Kind.HEAD.value
+
 LOCAL = -1  # the stride of an operand that lies in the core's own arena
 
 # An operand is an address and the bytes from one model's to the next one's, or LOCAL.
 _OPERANDS = ("x", "weight", "bias", "other", "out")
 _GEOMETRY = (
-    *("kind", "relu", "images", "height", "width", "channels"),
+    *("kind", "tile", "relu", "images", "height", "width", "channels"),
     *("out_height", "out_width", "out_channels", "kernel_y", "kernel_x"),
     *("stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"),
 )
@@ -57,6 +63,30 @@ DEPTH = 1024  # of a direct product at a time: a panel of it and its rows fit a 
 GROUP_BYTES = 256 * 1024  # rows of a direct product that are gathered at a time
 SPINS = 512  # of some 40 cycles each, at a barrier before the core is offered to others
 GROUP_TILES = 2 * MAX_ROWS  # of Winograd's that are transformed at a time
+
+
+# Integers that the threads of a call share: what is told to leave, how many models were begun, and
+# each team's arrivals at barriers.
+STOP, BEGUN, ARRIVALS = range(3)
+
+
+def can_run(kind: Kind, geometry: Geometry) -> bool:
+    """Can the kernel run such a step? The one place that knows what each kernel asks for."""
+    whole = geometry.channels % WIDTH == 0  # its pixels are whole vectors
+    plain = geometry.dilation == (1, 1)
+    if kind == Kind.MAX_POOL:
+        return whole and plain
+    if kind == Kind.HEAD:
+        return whole
+    if geometry.out_channels % PANEL != 0:
+        return False
+    if kind.tile:
+        return whole and plain and geometry.kernel == (3, 3) and geometry.stride == (1, 1)
+    if kind == Kind.DIRECT_PAIRS and not HAS_PAIRS:
+        return False
+    if not whole:  # few channels: a row of the kernel is read as one run
+        return geometry.dilation[1] == 1
+    return kind == Kind.DIRECT or geometry.channels % (2 * WIDTH) == 0
 
 
 def is_planar(geometry: Geometry) -> bool:
@@ -420,7 +450,7 @@ def _winograd(step, x, weight, bias, other, out, scratch, part, parts):
 
     weight is `((tile + 2) ** 2, out_channels / PANEL, channels, PANEL)`.
     """
-    tile = step.kind
+    tile = step.tile
     patch = tile + 2
     planes = patch * patch
     tiles_y, tiles_x = _ceil(step.out_height, tile), _ceil(step.out_width, tile)
@@ -506,7 +536,7 @@ def _max_pool(step, x, out, part, parts):
                 for y in range(max(y0, 0), min(y0 + step.kernel_y, step.height)):
                     for x_ in range(max(x0, 0), min(x0 + step.kernel_x, step.width)):
                         position = (image * step.height + y) * step.width + x_
-                        best = maximum(load(x + position * row + channel), best)
+                        best = maximum_or_nan(load(x + position * row + channel), best)
                 store(target + channel, best)
 
 
@@ -568,19 +598,23 @@ def _execute(step, model, arena, scratch, part, parts):
 
 
 @_jit
-def _wait(counter, arrivals):
+def _wait(state, counter, arrivals):
     """Arrive, and spin until all have: steps are shorter than it takes to wake a thread.
 
-    One that has no core of its own is let in after some microseconds.
+    One that has no core of its own is let in after some microseconds. False where the call is over
+    because one of its parts will not come.
     """
     fetch_add(counter, 1)
     spins = 0
     while load_shared(counter) < arrivals:
+        if load_shared(state + 8 * STOP) != 0:
+            return False
         spins += 1
         if spins % SPINS == 0:
             give_way()
         else:
             relax()
+    return True
 
 
 @_jit
@@ -603,29 +637,30 @@ def _make_run(sources: str):
         First each thread takes models by itself. When fewer are left than threads, threads share
         them step by step, in teams that use the arena of their first member.
 
-        arenas, scratches: an address for each part. state: the address of `1 + parts` integers
-        that are 0 when the first part starts: models begun, and each team's arrivals at barriers.
+        arenas, scratches: an address for each part. state: the address of `ARRIVALS + parts`
+        integers that are 0 when the first part starts. Once STOP is not 0 every part leaves early.
         """
         sources  # noqa: B018
         alone = num_models // parts * parts
         size = _team_size(max(1, num_models - alone), parts)
         team, arrivals = part // size, 0
-        model = fetch_add(state, 1)
+        model = fetch_add(state + 8 * BEGUN, 1)
         together = model >= alone
         if together:
             model = alone + team
-        while model < num_models:
+        while model < num_models and load_shared(state + 8 * STOP) == 0:
             for index in range(len(steps)):
                 arena, member, members = arenas[part], 0, 1
                 if together:
                     arena, member, members = arenas[team * size], part % size, size
                     arrivals += size
-                    _wait(state + 8 * (1 + team), arrivals)
+                    if not _wait(state, state + 8 * (ARRIVALS + team), arrivals):
+                        return
                 _execute(steps[index], model, arena, scratches[part], member, members)
             if together:
                 model += parts // size
             else:
-                model = fetch_add(state, 1)
+                model = fetch_add(state + 8 * BEGUN, 1)
                 if model >= alone:
                     model, together = alone + team, True
 
@@ -636,4 +671,6 @@ def _make_run(sources: str):
         return njit(**options)(run)
 
 
-run = _make_run("".join(Path(name).read_text() for name in (__file__, simd.__file__)))
+# Every file that the code comes from.
+_FILES = (__file__, simd.__file__, operation.__file__)
+run = _make_run(hashlib.sha256(b"".join(Path(name).read_bytes() for name in _FILES)).hexdigest())

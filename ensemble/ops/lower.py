@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ensemble.ops import conv
-from ensemble.ops.operation import DIRECT, NAMES, WINOGRAD_2, WINOGRAD_4, Operation
+from ensemble.ops.operation import Kind, Operation
 
 try:
     from functorch import make_fx
@@ -67,7 +67,7 @@ def lower(
     values[x] = torch.randn_like(example) if blank else example
     reached, refused = _run_once(module, values, layers)
     operations: list[Operation] = []
-    for nodes in _runs(module.graph, reached):
+    for nodes in _runs(module.graph, reached, values):
         operations += _make_program(module, nodes, values, threads)
     _embed(module, values)
     module.graph.lint()
@@ -122,7 +122,7 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
     """Run a Winograd convolution, in smaller tiles or directly where it errs; say why it does."""
     chosen: Any
     x, _, bias, other, chosen, kernel, *options = node.args
-    if chosen not in (WINOGRAD_2, WINOGRAD_4):
+    if not Kind(chosen).tile:
         return ""
     weight, dtype = values[_node(packing.args[0])].float(), values[_node(x)].dtype
     inputs: list[Any] = [
@@ -130,20 +130,19 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
     ]
     exact = _one_by_one(weight, *inputs, *options)
     largest = exact.abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(exact.dtype).tiny)
-    problems = []
-    for kind in sorted({chosen, WINOGRAD_2}, reverse=True):
-        packed = conv.pack_weight(weight, kind)
-        found = conv.packed_conv2d(inputs[0], packed, *inputs[1:], kind, kernel, *options)
+    problems, kind = [], Kind.DIRECT
+    for tiled in sorted({Kind(chosen), Kind.WINOGRAD_2}, reverse=True):
+        packed = conv.pack_weight(weight, tiled)
+        found = conv.packed_conv2d(inputs[0], packed, *inputs[1:], tiled, kernel, *options)
         error = float(((found - exact).abs().amax((1, 2, 3, 4)) / largest).max())
         if error <= LARGEST_ERROR:
             values[packing], values[node] = packed, found.to(dtype)
+            kind = tiled
             break
-        problems.append(f"{NAMES[kind]} differs by {error:.0e}")
-    else:
-        kind = DIRECT
+        problems.append(f"{tiled.label} differs by {error:.0e}")
     packing.args = (packing.args[0], kind)
     node.args = (*node.args[:4], kind, *node.args[5:])
-    return f"{NAMES[kind]}, for {' and '.join(problems)}" if problems else ""
+    return f"{kind.label}, for {' and '.join(problems)}" if problems else ""
 
 
 def _one_by_one(
@@ -167,13 +166,19 @@ def _one_by_one(
     )
 
 
-def _runs(graph: fx.Graph, reached: set[fx.Node]) -> list[list[fx.Node]]:
-    """Operators that have kernels, in runs that nothing else which x reaches interrupts."""
+def _runs(graph: fx.Graph, reached: set[fx.Node], constants: Values) -> list[list[fx.Node]]:
+    """Operators that have kernels, in runs that nothing else which x reaches interrupts.
+
+    A step of a program keeps its weights: they must not depend on x.
+    """
     runs: list[list[fx.Node]] = [[]]
     for node in graph.nodes:
-        if node.target in conv.OPERATIONS:
+        if node not in reached:
+            continue
+        weights = [own for own in node.args[1:3] if isinstance(own, fx.Node)]
+        if node.target in conv.OPERATIONS and all(own in constants for own in weights):
             runs[-1].append(node)
-        elif runs[-1] and node in reached:
+        elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
 
@@ -185,18 +190,23 @@ def _make_program(
     from ensemble.ops.program import Program
 
     numbers = {node: index for index, node in enumerate(module.graph.nodes)}
-    operations, inputs = [], []
+    operations: list[Operation] = []
+    inputs: list[fx.Node] = []
     for node in nodes:
         known = fx.node.map_arg(
             node.args, lambda own: constants[own] if own in constants else own.meta["val"]
         )
         operation = conv.OPERATIONS[node.target](*known)  # type: ignore[operator, index]
-        read = [own for own in node.all_input_nodes if own not in constants]
-        other = None if operation.other is None else numbers[_node(node.args[3])]
+        x, other = _node(node.args[0]), None if operation.other is None else _node(node.args[3])
         operations.append(
-            replace(operation, x=numbers[_node(node.args[0])], other=other, out=numbers[node])
+            replace(
+                operation,
+                x=numbers[x],
+                other=None if other is None else numbers[other],
+                out=numbers[node],
+            )
         )
-        inputs += [own for own in read if own not in nodes and own not in inputs]
+        inputs += [own for own in (x, other) if own is not None and own not in (*nodes, *inputs)]
     outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
     program = Program(
         operations,

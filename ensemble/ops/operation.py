@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Kinds. Those of Winograd are the side of their output tiles.
-DIRECT, MAX_POOL, WINOGRAD_2, HEAD, WINOGRAD_4, DIRECT_PAIRS = range(6)
-NAMES = {
-    DIRECT: "direct",
-    MAX_POOL: "max pooling",
-    WINOGRAD_2: "Winograd F(2x2)",
-    HEAD: "mean and linear",
-    WINOGRAD_4: "Winograd F(4x4)",
-    DIRECT_PAIRS: "direct in bfloat16",
+
+class Kind(IntEnum):
+    """Which kernel runs a step; its number stands in a program's table."""
+
+    DIRECT = 1
+    DIRECT_PAIRS = 2
+    WINOGRAD_2 = 3
+    WINOGRAD_4 = 4
+    MAX_POOL = 5
+    HEAD = 6
+
+    @property
+    def label(self) -> str:
+        """The kernel in words."""
+        return _LABELS[self]
+
+    @property
+    def tile(self) -> int:
+        """The side of Winograd's output tiles; 0 for other kernels."""
+        return {Kind.WINOGRAD_2: 2, Kind.WINOGRAD_4: 4}.get(self, 0)
+
+
+_LABELS = {
+    Kind.DIRECT: "direct",
+    Kind.DIRECT_PAIRS: "direct in bfloat16",
+    Kind.WINOGRAD_2: "Winograd F(2x2)",
+    Kind.WINOGRAD_4: "Winograd F(4x4)",
+    Kind.MAX_POOL: "max pooling",
+    Kind.HEAD: "mean and linear",
 }
 
 
@@ -47,7 +68,7 @@ class Operation:
     weight and bias hold those of all models, one after another.
     """
 
-    kind: int
+    kind: Kind
     geometry: Geometry
     x: int
     out: int

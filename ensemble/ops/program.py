@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
-from typing import Any
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ensemble.ops import kernels
-from ensemble.ops.operation import HEAD, Operation
+from ensemble.ops.operation import Kind, Operation
 from ensemble.ops.simd import FLOAT_BYTES
+from ensemble.ops.team import run_together
+from ensemble.ops.workers import PerProcess
 
 ALIGNMENT = 64  # bytes: a line of the cache
 
@@ -30,7 +30,9 @@ class Program(nn.Module):
         threads: cores to use; models are spread over them.
         dtype: of inputs and outputs; in between all is float32.
 
-    A call raises ValueError for an input of another shape, dtype or device than it was made for.
+    Raises:
+        ValueError: an operation that its kernel cannot run; in a call, an input of another shape,
+            dtype or device than the program was made for.
     """
 
     def __init__(
@@ -46,6 +48,9 @@ class Program(nn.Module):
         super().__init__()
         self.operations, self._num_models, self._threads = operations, num_models, threads
         self._inputs, self._outputs, self._dtype = inputs, outputs, dtype
+        for operation in operations:
+            if not kernels.can_run(operation.kind, operation.geometry):
+                raise ValueError(f"no kernel: {operation.kind.label} of {operation.geometry}")
         kinds = {operation.out: operation.kind for operation in operations}
         self._out_kinds = [kinds[value] for value in outputs]
         shapes = {operation.out: operation.geometry.out_shape for operation in operations}
@@ -56,26 +61,31 @@ class Program(nn.Module):
         for step, operation in zip(self._steps, operations, strict=True):
             _fill(step, operation, offsets)
         scratch_bytes = max(kernels.scratch_bytes(step) for step in self._steps)
-        self._memory = [_aligned(arena_bytes + scratch_bytes + ALIGNMENT) for _ in range(threads)]
-        self._arenas = np.array([memory.data_ptr() for memory in self._memory], np.int64)
-        self._scratches = self._arenas + -(-arena_bytes // ALIGNMENT) * ALIGNMENT
-        self._state = np.zeros(1 + threads, np.int64)
-        self._lock = threading.Lock()
+        # Cleared, so that no call is the first to touch them.
+        self._memory = [
+            [_new(size).zero_() for _ in range(threads)] for size in (arena_bytes, scratch_bytes)
+        ]
+        self._arenas, self._scratches = (
+            np.array([memory.data_ptr() for memory in own], np.int64) for own in self._memory
+        )
+        self._lock = PerProcess(threading.Lock)
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        with self._lock:  # the arenas are its own: one call at a time
-            results = [torch.empty(self._num_models, *shape) for shape in self._out_shapes]
-            held = [self._bind_input(*pair) for pair in zip(self._inputs, inputs, strict=True)]
-            for value, tensor in zip(self._outputs, results, strict=True):
-                self._bind(value, tensor, shared=False)
-            self._run()
-            del held
+        steps = self._steps.copy()  # a call's own: nothing of it is left for the next one
+        held = [self._bind_input(steps, *pair) for pair in zip(self._inputs, inputs, strict=True)]
+        shapes = [(self._num_models, *shape) for shape in self._out_shapes]
+        results = [
+            _new(prod(shape) * FLOAT_BYTES).view(torch.float32).view(shape) for shape in shapes
+        ]
+        for value, tensor in zip(self._outputs, results, strict=True):
+            self._bind(steps, value, tensor, shared=False)
+        self._run(steps, [*held, *results])
         return [
-            (result.flatten(-3) if kind == HEAD else result.movedim(-1, -3)).to(self._dtype)
+            (result.flatten(-3) if kind == Kind.HEAD else result.movedim(-1, -3)).to(self._dtype)
             for result, kind in zip(results, self._out_kinds, strict=True)
         ]
 
-    def _bind_input(self, value: int, x: Tensor) -> Tensor:
+    def _bind_input(self, steps: np.ndarray, value: int, x: Tensor) -> Tensor:
         """x in the order in which its readers read it; to be kept while they run."""
         expected = self._in_shapes[value]
         own = (x.shape[1:] if x.dim() == 5 and len(x) == self._num_models else x.shape) == expected
@@ -90,40 +100,40 @@ class Program(nn.Module):
         )
         x = x.float()
         x = x.contiguous() if narrow else x.movedim(-3, -1).contiguous()
-        self._bind(value, x, shared=x.dim() == 4)
+        self._bind(steps, value, x, shared=x.dim() == 4)
         return x
 
-    def _bind(self, value: int, tensor: Tensor, *, shared: bool) -> None:
+    def _bind(self, steps: np.ndarray, value: int, tensor: Tensor, *, shared: bool) -> None:
         stride = 0 if shared else tensor.stride(0) * FLOAT_BYTES
-        for step, operation in zip(self._steps, self.operations, strict=True):
+        for step, operation in zip(steps, self.operations, strict=True):
             for operand in ("x", "other", "out"):
                 if getattr(operation, operand) == value:
                     step[operand], step[f"{operand}_stride"] = tensor.data_ptr(), stride
 
-    def _run(self) -> None:
-        self._state[:] = 0
-        arguments: tuple[Any, ...] = (
-            self._steps,
-            self._arenas,
-            self._scratches,
-            self._state.ctypes.data,
-        )
-        parts = self._threads
-        others: list[Future[None]] = []
-        if parts > 1:
-            pool = _pool(parts - 1)
-            others = [
-                pool.submit(partial(kernels.run, *arguments, part, parts, self._num_models))
-                for part in range(1, parts)
-            ]
-        kernels.run(*arguments, 0, parts, self._num_models)
-        for other in others:
-            other.result()
+    def _run(self, steps: np.ndarray, operands: list[Tensor]) -> None:
+        """Take all models through the steps, whose operands live until the last thread has left."""
+        state = np.zeros(kernels.ARRIVALS + self._threads, np.int64)
 
+        def part(index: int) -> None:
+            _ = operands
+            kernels.run(
+                steps,
+                self._arenas,
+                self._scratches,
+                state.ctypes.data,
+                index,
+                self._threads,
+                self._num_models,
+            )
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="ensemble")
+        def stop() -> None:
+            state[kernels.STOP] = 1
+
+        with self._lock():  # the arenas are its own: one call at a time
+            if self._threads == 1:
+                part(0)
+            else:
+                run_together(part, self._threads, stop=stop)
 
 
 def _plan(operations: Sequence[Operation], outputs: Sequence[int]) -> tuple[dict[int, int], int]:
@@ -161,7 +171,8 @@ def _in_shapes(operations: Sequence[Operation]) -> dict[int, tuple[int, ...]]:
 
 def _fill(step: np.void, operation: Operation, offsets: dict[int, int]) -> None:
     geometry = operation.geometry
-    step["kind"], step["relu"] = operation.kind, operation.relu
+    step["kind"], step["tile"] = operation.kind, operation.kind.tile
+    step["relu"] = operation.relu
     step["images"], step["channels"] = geometry.images, geometry.channels
     step["height"], step["width"] = geometry.size
     step["out_height"], step["out_width"] = geometry.out_size
@@ -180,7 +191,8 @@ def _fill(step: np.void, operation: Operation, offsets: dict[int, int]) -> None:
             step[name], step[f"{name}_stride"] = offsets[value], kernels.LOCAL
 
 
-def _aligned(size: int) -> Tensor:
-    """Bytes that begin at a line of the cache."""
-    memory = torch.zeros(size + ALIGNMENT, dtype=torch.uint8)
-    return memory[-memory.data_ptr() % ALIGNMENT :]
+def _new(size: int) -> Tensor:
+    """So many bytes, which begin at a line of the cache."""
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + size]

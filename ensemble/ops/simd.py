@@ -13,7 +13,7 @@ from typing import Any
 import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic, models, overload, register_model
 
 llvmlite.binding.initialize_native_asmparser()  # for `_assemble`
@@ -22,19 +22,27 @@ FLOAT_BYTES = 4
 LINE_BYTES = 64  # of the cache
 
 
-def _registers() -> tuple[int, int]:
-    """Floats in a vector register of this CPU, and how many such registers it has."""
-    features = llvmlite.binding.get_host_cpu_features()
-    if features.get("avx512f"):
+def _features() -> set[str]:
+    """What the code is compiled for: this CPU's features, or those of NUMBA_CPU_FEATURES."""
+    asked: str | None = config.CPU_FEATURES  # type: ignore[attr-defined]
+    if asked is None:
+        found = llvmlite.binding.get_host_cpu_features()
+        return {name for name, there in found.items() if there}
+    return {name[1:] for name in asked.split(",") if name.startswith("+")}
+
+
+def _registers(features: set[str]) -> tuple[int, int]:
+    """Floats in a vector register, and how many such registers there are."""
+    if "avx512f" in features:
         return 16, 32
-    if features.get("avx2") and features.get("fma"):
+    if {"avx2", "fma"} <= features:
         return 8, 16
-    return 4, 32 if features.get("neon") else 16
+    return 4, 32 if "neon" in features else 16
 
 
-WIDTH, REGISTERS = _registers()
+WIDTH, REGISTERS = _registers(_features())
 # Does this CPU multiply pairs of bfloat16 and add both products to a float, in one instruction?
-HAS_PAIRS = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+HAS_PAIRS = "avx512bf16" in _features()
 VECTOR_BYTES = WIDTH * FLOAT_BYTES
 PANEL_VECTORS = 2  # columns of a matrix product that are summed together, in vectors
 PANEL = PANEL_VECTORS * WIDTH
@@ -146,6 +154,19 @@ def maximum(typing_context, left, right):
 
     def generate(context, builder, signature, arguments):
         return _maximum(builder, *arguments)
+
+    return vector(vector, vector), generate
+
+
+@intrinsic
+def maximum_or_nan(typing_context, left, right):
+    """The larger of each two floats, or NaN where either is one."""
+
+    def generate(context, builder, signature, arguments):
+        left, right = arguments
+        is_nan = builder.fcmp_unordered("uno", right, right)
+        larger = builder.or_(builder.fcmp_ordered("<", left, right), is_nan)
+        return builder.select(larger, right, left)
 
     return vector(vector, vector), generate
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ensemble.folding import folded
 from ensemble.fusing import fuse
 from ensemble.ops import conv, lower
-from ensemble.ops.operation import NAMES
 from ensemble.stacking import skeleton, stacked_state, stateless
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
     """One vmapped forward over the stacked state, lowered to what depends on the image."""
     lowered = lower_vmap(models, example)
-    kinds = Counter(NAMES[operation.kind] for operation in lowered.operations)
+    kinds = Counter(operation.kind.label for operation in lowered.operations)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
 
