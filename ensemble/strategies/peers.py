@@ -1,7 +1,7 @@
 """What people would use instead: OpenVINO, ONNX Runtime, JAX, from the same weights, on the CPU.
 
 Each is set up as its own documentation recommends, with all cores, in several settings, of which
-`trial` keeps the fastest, because none is the fastest everywhere.
+`trial` keeps the fastest, because none is the fastest everywhere. None of them phones home.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ensemble import stacking
 from ensemble.errors import UnavailableError
 from ensemble.folding import folded
-from ensemble.strategies import trial
+from ensemble.strategies import telemetry, trial
 from ensemble.strategies.trial import Array, Run
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def jax(models: Sequence[nn.Module], example: Tensor) -> Forward:
 def _require(name: str, example: Tensor) -> Any:
     if example.device.type != "cpu":
         raise UnavailableError(f"{name} is set up for the CPU here, not for {example.device}")
+    telemetry.switch_off()
     try:
         return import_module(name)
     except ImportError as error:
