@@ -161,6 +161,65 @@ def test_the_roofline_is_measured_once_for_each_dtype(monkeypatch: pytest.Monkey
     assert [row.bound for row in rows] == ["compute"] * 3
 
 
+ERRORS = [
+    (
+        TypeError("Cannot convert a MPS Tensor to float64\nand more"),
+        "TypeError: Cannot convert a MPS",
+    ),
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+]
+
+
+def failing(error: Exception) -> Callable[..., object]:
+    def fail(*_: object) -> object:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(("error", "reason"), ERRORS)
+def test_a_pass_in_float64_that_fails_costs_its_own_figure_only(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(benchmark, "_in_float64", failing(error))
+    apart = Made(lambda models, _: lambda x: looping(models, x), rounds_apart=True)
+    monkeypatch.setitem(STRATEGIES, "made", apart)
+    for row in run(replace(QUICK, strategies=("loop", "made"))):
+        assert (row.status, row.error, row.error_float64) == ("ok", None, None)
+        assert len(row.times_s) == 8
+        (note,) = row.notes
+        assert note.startswith(f"no error to float64: {reason}")
+        assert "\n" not in note
+
+
+@pytest.mark.parametrize("function", ["measure", "work"])
+@pytest.mark.parametrize(("error", "reason"), ERRORS)
+def test_a_roofline_that_fails_costs_its_own_figure_only(
+    function: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(roofline, "measure", lambda *_: roofline.Limits(1e9, 1e9))
+    monkeypatch.setattr(roofline, function, failing(error))
+    for row in run(replace(QUICK, roofline=True)):
+        assert (row.status, row.error, row.least_s, row.bound) == ("ok", None, None, None)
+        assert len(row.times_s) == 8
+        (note,) = row.notes
+        assert note.startswith(f"no roofline: {reason}")
+        assert "\n" not in note
+
+
+def test_a_roofline_that_fails_in_one_dtype_stands_in_the_others(monkeypatch: pytest.MonkeyPatch):
+    def measure(device: torch.device, dtype: torch.dtype) -> roofline.Limits:
+        if dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return roofline.Limits(1e9, 1e9)
+
+    monkeypatch.setattr(roofline, "measure", measure)
+    rows = run(replace(QUICK, roofline=True, dtype=("float32", "bfloat16")))
+    assert [row.least_s is not None for row in rows] == [True, True, False, False]
+    assert [len(row.notes) for row in rows] == [0, 0, 1, 1]
+
+
 def test_a_strategy_that_cannot_run_here_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch):
     def refuse(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         raise UnavailableError("needs CUDA")
