@@ -14,7 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ensemble import stacking
 from ensemble.timing import synchronize
 
-CALLS = 15  # timed calls of each measurement, after two that are not; the fastest is the limit
+# Timed calls of each measurement, after one that is not; the fastest is the limit. Once BUDGET_S
+# are over, no more than LEAST_CALLS.
+CALLS, LEAST_CALLS = 15, 3
+BUDGET_S = 1.0
+SMALL_SIDE = 256
 MATRIX_SIDE = {"cpu": 2048}  # elsewhere LARGE_SIDE: a GPU wants more work to be busy
 LARGE_SIDE = 8192
 READ_BYTES = 512 * 2**20  # larger than any cache
@@ -43,12 +47,20 @@ class Work:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Limits:
-    """The rate of a square matrix product in `dtype`, and of reading memory, on `device`."""
-    side = MATRIX_SIDE.get(device.type, LARGE_SIDE)
-    matrix = torch.randn(side, side, device=device).to(dtype)
-    product_s = _least_seconds(lambda: matrix @ matrix, device)
+    """The rate of a square matrix product in `dtype`, and of reading memory, on `device`.
+
+    Takes about `BUDGET_S` for each: where products are slow (float16 on a CPU that computes it one
+    number at a time), they are of a smaller matrix, which is long enough to time there.
+    """
+    side = SMALL_SIDE
+    while side < MATRIX_SIDE.get(device.type, LARGE_SIDE):
+        seconds = _least_seconds(_product(side, device, dtype), device, calls=1)
+        if (1 + LEAST_CALLS) * 2**3 * seconds > BUDGET_S:  # what the next side would take
+            break
+        side *= 2
+    product_s = _least_seconds(_product(side, device, dtype), device, calls=CALLS)
     read = torch.ones(READ_BYTES // 4, device=device)
-    read_s = _least_seconds(read.sum, device)
+    read_s = _least_seconds(read.sum, device, calls=CALLS)
     return Limits(2 * side**3 / product_s, READ_BYTES / read_s)
 
 
@@ -66,12 +78,21 @@ def work(model: nn.Module, num_models: int, example: Tensor, dtype: torch.dtype)
     return Work(float(num_models * counter.get_total_flops()), float(moved))
 
 
-def _least_seconds(function: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(2 + CALLS):
-        synchronize(device)
+def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    return lambda: matrix @ matrix
+
+
+def _least_seconds(function: Callable[[], object], device: torch.device, *, calls: int) -> float:
+    """The fastest of `calls` calls, of fewer where they take longer than `BUDGET_S` together."""
+    function()
+    synchronize(device)
+    begin, times = time.perf_counter(), list[float]()
+    while len(times) < calls:
         start = time.perf_counter()
         function()
         synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times[2:])
+        if len(times) >= LEAST_CALLS and time.perf_counter() - begin >= BUDGET_S:
+            break
+    return min(times)
