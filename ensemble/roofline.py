@@ -18,7 +18,7 @@ from ensemble.timing import synchronize
 # are over, no more than LEAST_CALLS.
 CALLS, LEAST_CALLS = 15, 3
 BUDGET_S = 1.0
-SMALL_SIDE = 256
+SMALL_SIDE = 512
 MATRIX_SIDE = {"cpu": 2048}  # elsewhere LARGE_SIDE: a GPU wants more work to be busy
 LARGE_SIDE = 8192
 READ_BYTES = 512 * 2**20  # larger than any cache
@@ -49,19 +49,20 @@ class Work:
 def measure(device: torch.device, dtype: torch.dtype) -> Limits:
     """The rate of a square matrix product in `dtype`, and of reading memory, on `device`.
 
-    Takes about `BUDGET_S` for each: where products are slow (float16 on a CPU that computes it one
-    number at a time), they are of a smaller matrix, which is long enough to time there.
+    The matrix grows while products take less than half of `BUDGET_S`, the best rate is the limit:
+    where they are slow (float16 on a CPU that computes it one number at a time), those of a small
+    matrix are long enough to time.
     """
-    side = SMALL_SIDE
-    while side < MATRIX_SIDE.get(device.type, LARGE_SIDE):
-        seconds = _least_seconds(_product(side, device, dtype), device, calls=1)
-        if (1 + LEAST_CALLS) * 2**3 * seconds > BUDGET_S:  # what the next side would take
-            break
+    side, largest = SMALL_SIDE, MATRIX_SIDE.get(device.type, LARGE_SIDE)
+    product_s = _least_seconds(_product(side, device, dtype), device)
+    rate = 2 * side**3 / product_s
+    while side < largest and 2**3 * product_s < BUDGET_S / 2:
         side *= 2
-    product_s = _least_seconds(_product(side, device, dtype), device, calls=CALLS)
+        product_s = _least_seconds(_product(side, device, dtype), device)
+        rate = max(rate, 2 * side**3 / product_s)
     read = torch.ones(READ_BYTES // 4, device=device)
-    read_s = _least_seconds(read.sum, device, calls=CALLS)
-    return Limits(2 * side**3 / product_s, READ_BYTES / read_s)
+    read_s = _least_seconds(read.sum, device)
+    return Limits(rate, READ_BYTES / read_s)
 
 
 def work(model: nn.Module, num_models: int, example: Tensor, dtype: torch.dtype) -> Work:
@@ -83,12 +84,12 @@ def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[]
     return lambda: matrix @ matrix
 
 
-def _least_seconds(function: Callable[[], object], device: torch.device, *, calls: int) -> float:
-    """The fastest of `calls` calls, of fewer where they take longer than `BUDGET_S` together."""
+def _least_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The fastest of `CALLS` calls, of fewer where they take longer than `BUDGET_S` together."""
     function()
     synchronize(device)
     begin, times = time.perf_counter(), list[float]()
-    while len(times) < calls:
+    while len(times) < CALLS:
         start = time.perf_counter()
         function()
         synchronize(device)

@@ -67,7 +67,7 @@ def test_the_limit_is_found_in_seconds_on_a_slow_processor_and_on_a_fast_one(
     monkeypatch.setattr(roofline, "synchronize", lambda device: None)
     monkeypatch.setattr(roofline, "READ_BYTES", 64)
     found = measure(torch.device(device), torch.float16)
-    assert processor.now < 2 * roofline.BUDGET_S
+    assert processor.now < 2.5 * roofline.BUDGET_S
     assert found.operations_per_s == pytest.approx(rate, rel=0.1)
 
 
