@@ -9,8 +9,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Called with the row's name, what is being done to it, and how much of the row is done (0 to 1).
 Progress = Callable[[str, str, float], None]
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -91,18 +94,13 @@ def run(
     """
     limits = _limits(config, rows, next(models[0].parameters()).device)
     for (num_models, batch_size, image_size), cell in cells(rows).items():
-        chosen, exact = models[:num_models], None
+        chosen = models[:num_models]
         _tidy()
         progress(f"{REFERENCE}, {num_models} models", "reference", 0.0)
         example = _inputs(views(image_size), config.inputs, num_models, batch_size)
         try:
             reference = _start(REFERENCE, chosen, example, torch.float32)
             cell = _with_weak_check_noted(cell, reference)
-            cell = [_with_roofline(row, limits, chosen, example) for row in cell]
-            if any(
-                STRATEGIES[row.strategy].rounds_apart for row in cell if row.strategy in STRATEGIES
-            ):
-                exact = _in_float64(chosen, example)
         except Exception as error:
             reason = _reason(error, REFERENCE, chosen, example, torch.float32)
             yield from (
@@ -110,6 +108,11 @@ def run(
                 for row in cell
             )
             continue
+        cell = [_with_roofline(row, limits, chosen, example) for row in cell]
+        exact = None
+        if any(map(_rounds_apart, cell)):
+            exact, notes = _optional("error to float64", partial(_in_float64, chosen, example))
+            cell = [replace(row, notes=row.notes + notes) for row in cell]
         for row in cell:
             yield _measure(row, reference, exact, chosen, example, config, progress)
 
@@ -230,31 +233,44 @@ def _time(
 
 def _limits(
     config: Config, rows: Sequence[Result], device: torch.device
-) -> dict[str, roofline.Limits]:
-    """The device's limits in each dtype that a row has; measured once, and only if asked for."""
+) -> dict[str, tuple[roofline.Limits | None, tuple[str, ...]]]:
+    """The device's limits in each dtype that a row has, with notes where they cannot be had.
+
+    Measured once, and only if asked for.
+    """
     if not config.roofline:
         return {}
-    dtypes = dict.fromkeys(row.dtype for row in rows)
-    return {dtype: roofline.measure(device, getattr(torch, dtype)) for dtype in dtypes}
+    return {
+        dtype: _optional("roofline", partial(roofline.measure, device, getattr(torch, dtype)))
+        for dtype in dict.fromkeys(row.dtype for row in rows)
+    }
 
 
 def _with_roofline(
     row: Result,
-    limits: dict[str, roofline.Limits],
+    limits: dict[str, tuple[roofline.Limits | None, tuple[str, ...]]],
     models: Sequence[nn.Module],
     example: Tensor,
 ) -> Result:
     if row.dtype not in limits:
         return row
-    needed = roofline.work(models[0], len(models), example, getattr(torch, row.dtype))
-    least_s, bound = needed.least_seconds(limits[row.dtype])
-    return replace(row, least_s=least_s, bound=bound)
+    own, notes = limits[row.dtype]
+    if own is None:
+        return replace(row, notes=row.notes + notes)
+    dtype = getattr(torch, row.dtype)
+    needed, notes = _optional(
+        "roofline", partial(roofline.work, models[0], len(models), example, dtype)
+    )
+    least_s, bound = needed.least_seconds(own) if needed else (None, None)
+    return replace(row, least_s=least_s, bound=bound, notes=row.notes + notes)
 
 
 def _with_weak_check_noted(rows: list[Result], reference: Started) -> list[Result]:
-    """Say so where the check could not tell the right input from a blank one."""
+    """Say so where the check could not tell some model's right input from a blank one."""
     blank = reference.forward(torch.zeros_like(reference.example))
-    if not check(blank, reference.logits, tolerance=10 * TOLERANCES[torch.float32]).problem:
+    limit = 10 * TOLERANCES[torch.float32]
+    pairs = zip(blank.split(1), reference.logits.split(1), strict=True)
+    if not all(check(*pair, tolerance=limit).problem for pair in pairs):
         note = "the check is weak: with these weights the logits hardly depend on the image"
         return [replace(row, notes=(note,)) for row in rows]
     return rows
@@ -270,6 +286,22 @@ def _in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:
                 for model, own in zip(models, inputs, strict=True)
             ]
         )
+
+
+def _rounds_apart(row: Result) -> bool:
+    return row.strategy in STRATEGIES and STRATEGIES[row.strategy].rounds_apart
+
+
+def _optional(figure: str, function: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
+    """What `function` gives; where it fails None and a note of one line, because a figure beside
+    the times must not cost the times."""
+    try:
+        return function(), ()
+    except Exception as error:
+        log.debug("no %s", figure, exc_info=True)
+        reason = "out of memory" if _is_out_of_memory(error) else _first_line(error)
+    _tidy()  # out of the handler, in which the error holds the frames that hold the memory
+    return None, (f"no {figure}: {reason}",)
 
 
 def _inputs(views: Tensor, inputs: str, num_models: int, batch_size: int) -> Tensor:
@@ -299,11 +331,15 @@ def _reason(
 ) -> str:
     """One line that says why a row failed; for a lack of memory, with how many models would fit."""
     if not _is_out_of_memory(error):
-        return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        return _first_line(error)
     error.__traceback__ = None  # it holds the frames that hold the memory
     fits = _fitting(name, models, example, dtype)
     advice = f"{fits} would fit" if fits else "not even 1 would fit"
     return f"out of memory with {len(models)} models; {advice} (tried by halving)"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,6 +7,10 @@ from torch import Tensor
 
 # Largest max_rel_error that counts as the same computation, by the strategy's dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+# What rounding may do to a logit whatever the image: so many units in the last place of the model's
+# largest logit, in float32 1.5e-5 of it. Images whose logits were made to cancel were off by 2.4e-6
+# at most, in ResNet-152 by Winograd's kernels.
+ROUNDING = 2**7
 
 
 @dataclass(frozen=True)
@@ -22,42 +26,55 @@ class Check:
 def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
     """Compare logits with the reference's, both `(N, B, classes)`, model by model by index.
 
-    max_rel_error is max abs(logits - reference) / max abs(reference) over all models. A class that
-    is not the reference's own counts as a disagreement, unless the reference itself holds the two
-    classes for equal to within the tolerance.
+    max_rel_error is the largest over the models of max abs(logits - reference) / max abs(reference)
+    of that model; above `tolerance` the model disagrees. An image whose own logits are small is
+    held to `tolerance` of its own largest logit, which is stricter, down to `ROUNDING` of the
+    model's: where large terms cancel, small logits keep rounding errors of the model's size, and
+    in 16 bits these are larger than any stricter limit. A class that is not the reference's own
+    counts as a disagreement, unless the reference holds the two classes for equal to within that
+    same limit.
     """
     if logits.shape != reference.shape:
         expected, found = tuple(reference.shape), tuple(logits.shape)
         return Check(None, None, None, f"expected logits of shape {expected}, found {found}")
+    rounding = ROUNDING * torch.finfo(logits.dtype).eps
     logits, reference = logits.cpu().double(), reference.cpu().double()
-    scale = reference.abs().max()
-    if not scale.isfinite():
+    of_images = reference.abs().amax(2)
+    if not of_images.isfinite().all():
         return Check(None, None, None, "the reference's own logits are not finite: bad weights?")
-    scale = scale.clamp_min(torch.finfo(reference.dtype).tiny)  # all logits 0: only 0 agrees
-    errors = (logits - reference).abs().flatten(1).amax(1) / scale
+    # All logits 0: only 0 agrees.
+    of_models = of_images.amax(1, keepdim=True).clamp_min(torch.finfo(reference.dtype).tiny)
+    limits = (tolerance * of_images).maximum(min(tolerance, rounding) * of_models)
+    errors = (logits - reference).abs().amax(2)
     found_top1, expected_top1 = logits.argmax(-1), reference.argmax(-1)
-    error, worst = (
-        (float("nan"), int(errors.isnan().nonzero()[0]))
-        if errors.isnan().any()
-        else (
-            float(errors.max()),
-            int(errors.argmax()),
-        )
-    )
-    margin = reference.amax(-1) - reference.gather(-1, found_top1.unsqueeze(-1)).squeeze(-1)
-    different = (margin / scale > tolerance).nonzero().tolist()
+    margins = reference.amax(-1) - reference.gather(-1, found_top1.unsqueeze(-1)).squeeze(-1)
+    relative = (errors / of_models).amax(1)
     problem = None
-    if not error <= tolerance:
-        problem = f"model {worst} is off by {error:.1e} of the largest logit, limit {tolerance:.0e}"
-    elif different:
-        model, image = different[0]
+    if not bool((errors <= limits).all()):
+        problem = _excess(relative, errors / of_models, limits / of_models, tolerance)
+    elif bool((margins > limits).any()):
+        model, image = (margins > limits).nonzero().tolist()[0]
         classes = (
             f"{found_top1[model, image]} where the reference has {expected_top1[model, image]}"
         )
         problem = f"model {model} predicts class {classes} for image {image}"
     return Check(
-        max_rel_error=error if error == error else None,
+        max_rel_error=None if relative.isnan().any() else float(relative.max()),
         top1=found_top1.tolist(),
         top1_agreement=float((found_top1 == expected_top1).double().mean()),
         problem=problem and f"outputs disagree: {problem}",
     )
+
+
+def _excess(models: Tensor, images: Tensor, limits: Tensor, tolerance: float) -> str:
+    """Which model is off, or where none is as a whole, which image of it.
+
+    Errors `(N,)` and `(N, B)` and limits `(N, B)`, all in parts of the model's largest logit.
+    """
+    model = int(models.nan_to_num(torch.inf).argmax())
+    if not models[model] <= tolerance:
+        off = f"{models[model]:.1e} of its largest logit"
+        return f"model {model} is off by {off}, limit {tolerance:.0e}"
+    model, image = divmod(int((images / limits).argmax()), images.shape[1])
+    off = f"{images[model, image]:.1e} of its largest logit for image {image}, whose own are small"
+    return f"model {model} is off by {off}, limit {limits[model, image]:.0e}"

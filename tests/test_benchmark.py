@@ -161,6 +161,65 @@ def test_the_roofline_is_measured_once_for_each_dtype(monkeypatch: pytest.Monkey
     assert [row.bound for row in rows] == ["compute"] * 3
 
 
+ERRORS = [
+    (
+        TypeError("Cannot convert a MPS Tensor to float64\nand more"),
+        "TypeError: Cannot convert a MPS",
+    ),
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+]
+
+
+def failing(error: Exception) -> Callable[..., object]:
+    def fail(*_: object) -> object:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(("error", "reason"), ERRORS)
+def test_a_pass_in_float64_that_fails_costs_its_own_figure_only(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(benchmark, "_in_float64", failing(error))
+    apart = Made(lambda models, _: lambda x: looping(models, x), rounds_apart=True)
+    monkeypatch.setitem(STRATEGIES, "made", apart)
+    for row in run(replace(QUICK, strategies=("loop", "made"))):
+        assert (row.status, row.error, row.error_float64) == ("ok", None, None)
+        assert len(row.times_s) == 8
+        (note,) = row.notes
+        assert note.startswith(f"no error to float64: {reason}")
+        assert "\n" not in note
+
+
+@pytest.mark.parametrize("function", ["measure", "work"])
+@pytest.mark.parametrize(("error", "reason"), ERRORS)
+def test_a_roofline_that_fails_costs_its_own_figure_only(
+    function: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(roofline, "measure", lambda *_: roofline.Limits(1e9, 1e9))
+    monkeypatch.setattr(roofline, function, failing(error))
+    for row in run(replace(QUICK, roofline=True)):
+        assert (row.status, row.error, row.least_s, row.bound) == ("ok", None, None, None)
+        assert len(row.times_s) == 8
+        (note,) = row.notes
+        assert note.startswith(f"no roofline: {reason}")
+        assert "\n" not in note
+
+
+def test_a_roofline_that_fails_in_one_dtype_stands_in_the_others(monkeypatch: pytest.MonkeyPatch):
+    def measure(device: torch.device, dtype: torch.dtype) -> roofline.Limits:
+        if dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return roofline.Limits(1e9, 1e9)
+
+    monkeypatch.setattr(roofline, "measure", measure)
+    rows = run(replace(QUICK, roofline=True, dtype=("float32", "bfloat16")))
+    assert [row.least_s is not None for row in rows] == [True, True, False, False]
+    assert [len(row.notes) for row in rows] == [0, 0, 1, 1]
+
+
 def test_a_strategy_that_cannot_run_here_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch):
     def refuse(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         raise UnavailableError("needs CUDA")
@@ -257,10 +316,11 @@ def test_a_strategy_that_compiles_again_in_later_calls_fails_with_that_reason(
     assert "recompil" in row.error.lower()
 
 
-def test_weights_that_ignore_the_image_make_the_check_weak_and_that_is_said():
+@pytest.mark.parametrize("blind", [[0, 1, 2], [1]])
+def test_weights_that_ignore_the_image_make_the_check_weak_and_that_is_said(blind: list[int]):
     models = tiny_models(3)
-    for model in models:
-        model.get_parameter("fc.weight").zero_()
+    for index in blind:
+        models[index].get_parameter("fc.weight").zero_()
     rows = started(QUICK, models, torch.randn(1, 3, 8, 8))
     assert all("the check is weak" in row.notes[0] for row in rows)
     assert all(row.notes == () for row in run(QUICK))

@@ -1,49 +1,28 @@
 """What people would use instead: OpenVINO, ONNX Runtime, JAX, from the same weights, on the CPU.
 
-Each is set up as its own documentation recommends, with all cores, in several settings; these are
-timed at build and the fastest is kept, because none of them is the fastest everywhere.
+Each is set up as its own documentation recommends, with all cores, in several settings, of which
+`trial` keeps the fastest, because none is the fastest everywhere. None of them phones home.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ensemble import stacking
 from ensemble.errors import UnavailableError
 from ensemble.folding import folded
+from ensemble.strategies import telemetry, trial
+from ensemble.strategies.trial import Array, Run
 
 if TYPE_CHECKING:
     from ensemble.strategies import Forward
-
-TRIAL_CALLS = 9  # of each setting, after two that are not timed; the median decides
-# A later setting must be faster than the plainer ones before it by so much. Those that keep many
-# threads ready win trials by a hair, and lose by half beside another library's threads.
-CLEARLY = 0.9
-
-Array = np.ndarray
-Run = Callable[[list[Array]], list[Array]]  # each model's batch -> each model's logits
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A forward with a note on the setting that it was found fastest in."""
-
-    forward: Forward
-    note: str
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.forward(x)
 
 
 def openvino(models: Sequence[nn.Module], example: Tensor) -> Forward:
@@ -55,7 +34,7 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Forward:
     hint = hints.get(example.dtype)
     if hint is None or (hint == "bf16" and "BF16" not in able):
         raise UnavailableError(f"OpenVINO does not compute in {example.dtype} on this CPU")
-    inputs = _arrays(example, len(models))
+    inputs = trial.arrays(example, len(models))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer that reads torch modules
         graphs = [
@@ -97,7 +76,7 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Forward:
         "one a core": one_a_core,
         "throughput hint": throughput,
     }
-    return _fastest(settings, example, len(models), trial=2 * cores)
+    return trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
 
 
 def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Forward:
@@ -107,7 +86,7 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Forward:
     if example.dtype != torch.float32:
         raise UnavailableError(f"ONNX Runtime's CPU kernels do not convolve in {example.dtype}")
     copies = folded(models)
-    inputs = _arrays(example, len(models))
+    inputs = trial.arrays(example, len(models))
     proto = _export(copies[0], torch.from_numpy(inputs[0]))
     graphs = []
     for copy in copies:
@@ -133,7 +112,7 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Forward:
         return lambda batches: list(pool.map(infer, ready, batches))
 
     settings = {"one after another": one_after_another, "one a core": one_a_core}
-    return _fastest(settings, example, len(models), trial=2 * cores)
+    return trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
 
 
 def jax(models: Sequence[nn.Module], example: Tensor) -> Forward:
@@ -143,40 +122,13 @@ def jax(models: Sequence[nn.Module], example: Tensor) -> Forward:
 
     loop, vmap = jax_resnet.forwards(folded(models), example)
     settings = {"jit of each model": lambda _: loop, "jit of vmap": lambda _: vmap}
-    return _fastest(settings, example, len(models), trial=len(models))
-
-
-def _fastest(
-    settings: Mapping[str, Callable[[int], Run]], example: Tensor, num_models: int, *, trial: int
-) -> Tuned:
-    """The forward of the setting that is fastest for the first `trial` models."""
-    batches = _arrays(example, num_models)
-    trial = min(trial, num_models)
-    medians = {}
-    for name, make in settings.items():
-        run, times = make(trial), []
-        for _ in range(2 + TRIAL_CALLS):
-            start = time.perf_counter()
-            run(batches[:trial])
-            times.append(time.perf_counter() - start)
-        medians[name] = statistics.median(times[2:])
-    best = next(iter(medians))
-    for name, seconds in medians.items():
-        if seconds < CLEARLY * medians[best]:
-            best = name
-    run = settings[best](num_models)
-
-    def forward(x: Tensor) -> Tensor:
-        logits = np.stack(run(_arrays(x, num_models)))
-        return torch.from_numpy(logits).to(example.dtype)
-
-    tried = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in medians.items())
-    return Tuned(forward, f"setting: {best} (tried with {trial} models: {tried})")
+    return trial.fastest(settings, example, len(models), trial=len(models))
 
 
 def _require(name: str, example: Tensor) -> Any:
     if example.device.type != "cpu":
         raise UnavailableError(f"{name} is set up for the CPU here, not for {example.device}")
+    telemetry.switch_off()
     try:
         return import_module(name)
     except ImportError as error:
@@ -188,12 +140,6 @@ def _require(name: str, example: Tensor) -> Any:
 def _in_float32(models: Sequence[nn.Module]) -> Sequence[nn.Module]:
     is_float32 = next(models[0].parameters()).dtype == torch.float32
     return models if is_float32 else stacking.cast(models, torch.float32)
-
-
-def _arrays(x: Tensor, num_models: int) -> list[Array]:
-    """Each model's batch in float32, numpy knowing no bfloat16; shared ones share their memory."""
-    x = x.float().contiguous()
-    return [own.numpy() for own in x] if x.dim() == 5 else [x.numpy()] * num_models
 
 
 def _infer(request: Any, batch: Array) -> Array:

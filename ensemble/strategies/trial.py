@@ -1,0 +1,165 @@
+"""Which setting of another runtime is the fastest here? Tried at build, and that one is kept."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensemble.timing import Clock, interleaved
+
+if TYPE_CHECKING:
+    from ensemble.strategies import Forward
+
+Array = np.ndarray
+Run = Callable[[list[Array]], list[Array]]  # each model's batch -> each model's logits
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to time: at most `rounds` rounds, and once `limit_s` are over no more than `least`.
+
+    A round is an untimed and a timed call of each setting.
+    """
+
+    rounds: int
+    least: int
+    limit_s: float
+
+
+# Each setting by itself, judged by its fastest call: whatever else the machine does only adds.
+SHORT = Effort(rounds=4, least=2, limit_s=1.0)
+CLOSE = 1.1  # those that are at most so much slower than the fastest are tried again,
+LONG = Effort(rounds=20, least=5, limit_s=2.5)  # in turns, judged by their medians.
+# Before each turn in which another had the last one. ONNX Runtime's threads keep a core busy for
+# 40 ms after a call, OpenMP's for 5 ms: that must not fall on whoever comes next.
+REST_S = 0.05
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A forward with a note on the setting that it was found fastest in."""
+
+    forward: Forward
+    note: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+def size(num_models: int, cores: int) -> int:
+    """With how many models to try: all, or where they are many, four or five a core.
+
+    What is left over when the models are dealt to the cores stays: it decides how long the last
+    core works alone.
+    """
+    return min(num_models, 4 * cores + num_models % cores)
+
+
+def fastest(
+    settings: Mapping[str, Callable[[int], Run]],
+    example: Tensor,
+    num_models: int,
+    *,
+    trial: int,
+    clock: Clock = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Tuned:
+    """The forward of the setting that is fastest for the first `trial` models.
+
+    Each setting is built, timed and released before the next is built, so that none waits for the
+    memory or the threads of another. Those that come out close are then held together and timed in
+    interleaved rounds, as the row will be, with a rest between, in which the threads of the others
+    fall asleep. A setting that raises is left out, with its reason.
+
+    Raises:
+        Exception: what the first setting raised, where all raise.
+    """
+    batches = arrays(example, num_models)[:trial]
+    timed = partial(_times, batches=batches, clock=clock, sleep=sleep)
+    seconds: dict[str, float] = {}
+    refused: dict[str, Exception] = {}
+    for name, make in settings.items():
+        try:
+            seconds[name] = min(timed([make(trial)], effort=SHORT)[0])
+        except Exception as error:
+            refused[name] = error.with_traceback(None)  # it holds the frames that hold the memory
+    if not seconds:
+        raise next(iter(refused.values()))
+    close = [name for name, own in seconds.items() if own <= CLOSE * min(seconds.values())]
+    runs: dict[str, Run] = {}
+    if len(close) > 1:
+        try:
+            runs = {name: settings[name](trial) for name in close}
+            times = zip(runs, timed(list(runs.values()), effort=LONG), strict=True)
+            seconds |= {name: statistics.median(own) for name, own in times}
+        except Exception as error:  # two together may need more memory than there is
+            refused["the longer trial"] = error.with_traceback(None)
+    best = min(close, key=seconds.__getitem__)
+    kept = runs.get(best) if trial == num_models else None
+    runs.clear()
+    run = kept or settings[best](num_models)
+
+    def forward(x: Tensor) -> Tensor:
+        logits = np.stack(run(arrays(x, num_models)))
+        return torch.from_numpy(logits).to(example.dtype)
+
+    return Tuned(forward, _note(best, trial, seconds, refused))
+
+
+def arrays(x: Tensor, num_models: int) -> list[Array]:
+    """Each model's batch in float32, numpy knowing no bfloat16; shared ones share their memory."""
+    x = x.float().contiguous()
+    return [own.numpy() for own in x] if x.dim() == 5 else [x.numpy()] * num_models
+
+
+def _times(
+    runs: Sequence[Run],
+    *,
+    effort: Effort,
+    batches: list[Array],
+    clock: Clock,
+    sleep: Callable[[float], None],
+) -> list[tuple[float, ...]]:
+    """The seconds of each timed call of each."""
+    begin, last = clock(), runs[0]
+    rounds: list[list[float]] = []
+
+    def call(run: Run) -> None:
+        nonlocal last
+        if run is not last:  # the first call of a turn, which `interleaved` does not time
+            sleep(REST_S)
+            last = run
+        run(batches)
+
+    for samples in interleaved(
+        [partial(call, run) for run in runs],
+        warmup=1,
+        min_rounds=effort.rounds,
+        min_seconds=0.0,
+        synchronize=lambda: None,
+        clock=clock,
+    ):
+        rounds.append([sample.seconds for sample in samples])
+        if len(rounds) >= effort.least and clock() - begin >= effort.limit_s:
+            break
+    return list(zip(*rounds, strict=True))
+
+
+def _note(
+    best: str, trial: int, seconds: Mapping[str, float], refused: Mapping[str, Exception]
+) -> str:
+    """One line."""
+    tried = ", ".join(f"{name} {own * 1e3:.1f} ms" for name, own in seconds.items())
+    failed = [
+        f"; {name} failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        for name, error in refused.items()
+    ]
+    return f"setting: {best} (tried with {trial} models: {tried}{''.join(failed)})"
