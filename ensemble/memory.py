@@ -8,7 +8,6 @@ import gc
 import mmap
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ except ImportError:  # Windows
 
 # Parameters of glibc's mallopt, from <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_NEVER = -1  # as a threshold of trimming; any other is an int, so at most 2 GiB
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -64,7 +64,7 @@ def retain_freed_memory() -> str | None:
     if platform.libc_ver()[0] != "glibc":
         return "mallopt is glibc's, and this Python does not run on glibc"
     mallopt = ctypes.CDLL(None).mallopt
-    if mallopt(_M_MMAP_MAX, 0) == 1 and mallopt(_M_TRIM_THRESHOLD, sys.maxsize >> 32) == 1:
+    if mallopt(_M_MMAP_MAX, 0) == 1 and mallopt(_M_TRIM_THRESHOLD, _NEVER) == 1:
         return None
     return "glibc's mallopt refused the settings"
 

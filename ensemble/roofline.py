@@ -14,7 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ensemble import stacking
 from ensemble.timing import synchronize
 
-CALLS = 15  # timed calls of each measurement, after two that are not; the fastest is the limit
+# Timed calls of each measurement, after one that is not; the fastest is the limit. Once BUDGET_S
+# are over, no more than LEAST_CALLS.
+CALLS, LEAST_CALLS = 15, 3
+BUDGET_S = 1.0
+SMALL_SIDE = 512
 MATRIX_SIDE = {"cpu": 2048}  # elsewhere LARGE_SIDE: a GPU wants more work to be busy
 LARGE_SIDE = 8192
 READ_BYTES = 512 * 2**20  # larger than any cache
@@ -43,13 +47,22 @@ class Work:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Limits:
-    """The rate of a square matrix product in `dtype`, and of reading memory, on `device`."""
-    side = MATRIX_SIDE.get(device.type, LARGE_SIDE)
-    matrix = torch.randn(side, side, device=device).to(dtype)
-    product_s = _least_seconds(lambda: matrix @ matrix, device)
+    """The rate of a square matrix product in `dtype`, and of reading memory, on `device`.
+
+    The matrix grows while products take less than half of `BUDGET_S`, the best rate is the limit:
+    where they are slow (float16 on a CPU that computes it one number at a time), those of a small
+    matrix are long enough to time.
+    """
+    side, largest = SMALL_SIDE, MATRIX_SIDE.get(device.type, LARGE_SIDE)
+    product_s = _least_seconds(_product(side, device, dtype), device)
+    rate = 2 * side**3 / product_s
+    while side < largest and 2**3 * product_s < BUDGET_S / 2:
+        side *= 2
+        product_s = _least_seconds(_product(side, device, dtype), device)
+        rate = max(rate, 2 * side**3 / product_s)
     read = torch.ones(READ_BYTES // 4, device=device)
     read_s = _least_seconds(read.sum, device)
-    return Limits(2 * side**3 / product_s, READ_BYTES / read_s)
+    return Limits(rate, READ_BYTES / read_s)
 
 
 def work(model: nn.Module, num_models: int, example: Tensor, dtype: torch.dtype) -> Work:
@@ -66,12 +79,21 @@ def work(model: nn.Module, num_models: int, example: Tensor, dtype: torch.dtype)
     return Work(float(num_models * counter.get_total_flops()), float(moved))
 
 
+def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    return lambda: matrix @ matrix
+
+
 def _least_seconds(function: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(2 + CALLS):
-        synchronize(device)
+    """The fastest of `CALLS` calls, of fewer where they take longer than `BUDGET_S` together."""
+    function()
+    synchronize(device)
+    begin, times = time.perf_counter(), list[float]()
+    while len(times) < CALLS:
         start = time.perf_counter()
         function()
         synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times[2:])
+        if len(times) >= LEAST_CALLS and time.perf_counter() - begin >= BUDGET_S:
+            break
+    return min(times)

@@ -81,6 +81,29 @@ def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: st
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+@pytest.mark.skipif((memory.available_bytes(CPU) or 0) < 4 * 2**30, reason="needs 4 GiB of memory")
+def test_more_than_two_gibibytes_are_retained_too():
+    program = (
+        "import ctypes\n"
+        "from ensemble import memory\n"
+        "c = ctypes.CDLL(None)\n"
+        "c.malloc.restype, size = ctypes.c_void_p, ctypes.c_size_t(2**31 + 2**28)\n"
+        "def fill():\n"
+        "    before, block = memory.page_faults(), ctypes.c_void_p(c.malloc(size))\n"
+        "    c.memset(block, 1, size)\n"
+        "    c.free(block)\n"
+        "    print(memory.page_faults() - before)\n"
+        "assert memory.retain_freed_memory() is None\n"
+        "fill()\n"
+        "fill()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    first, second = map(int, done.stdout.split())
+    assert first > 100
+    assert second < 0.01 * first, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 def test_retained_memory_is_not_faulted_in_again():
     program = (
         "import sys, torch\n"

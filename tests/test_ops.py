@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ensemble.ops import conv
-from ensemble.ops.cost import choose
 from ensemble.ops.operation import Geometry, Kind, Operation
 
 pytest.importorskip("numba")
 
 from ensemble.ops import kernels
+from ensemble.ops.kernels.run import team_size
 from ensemble.ops.program import Program
 from ensemble.ops.simd import HAS_PAIRS, PANEL, WIDTH
 
@@ -341,7 +341,7 @@ def test_a_program_gives_the_same_however_many_threads_share_the_models(
 def test_threads_share_what_is_left_in_teams_unless_many_would_idle(
     left: int, parts: int, size: int
 ):
-    assert kernels._team_size(left, parts) == size
+    assert team_size(left, parts) == size
 
 
 def geometry(channels: int, size: int, images: int = 1, stride: int = 1) -> Geometry:
@@ -361,7 +361,7 @@ def geometry(channels: int, size: int, images: int = 1, stride: int = 1) -> Geom
 
 def chosen(geometry: Geometry, direct: Kind = Kind.DIRECT) -> Kind:
     tiled = [kind for kind in (Kind.WINOGRAD_2, Kind.WINOGRAD_4) if kernels.can_run(kind, geometry)]
-    return choose(geometry, [direct, *tiled])
+    return kernels.choose(geometry, [direct, *tiled])
 
 
 def test_the_rule_takes_large_tiles_where_there_are_many_and_small_ones_where_weights_weigh():

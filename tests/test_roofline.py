@@ -1,7 +1,10 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torchvision
 
+from ensemble import roofline
 from ensemble.roofline import Limits, Work, measure, work
 
 
@@ -33,3 +36,50 @@ def test_the_limits_of_this_machine_are_between_a_toy_and_a_cluster(
     found = measure(torch.device("cpu"), torch.float32)
     assert 1e9 < found.operations_per_s < 1e15
     assert 1e8 < found.bytes_per_s < 1e13
+
+
+class Processor:
+    """A clock that products of a made-up processor move on; it reads memory in no time."""
+
+    def __init__(self, operations_per_s: float) -> None:
+        self.rate, self.now, self.sides = operations_per_s, 0.0, list[int]()
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6  # what asking takes: no call is free
+        return self.now
+
+    def product(self, side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+        def call() -> None:
+            self.now += 2 * side**3 / self.rate
+            self.sides.append(side)
+
+        return call
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("rate", [2e9, 2e10, 2e11, 2e12, 1e15])
+def test_the_limit_is_found_in_seconds_on_a_slow_processor_and_on_a_fast_one(
+    rate: float, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    processor = Processor(rate)
+    monkeypatch.setattr(roofline, "time", processor)
+    monkeypatch.setattr(roofline, "_product", processor.product)
+    monkeypatch.setattr(roofline, "synchronize", lambda device: None)
+    monkeypatch.setattr(roofline, "READ_BYTES", 64)
+    found = measure(torch.device(device), torch.float16)
+    assert processor.now < 2.5 * roofline.BUDGET_S
+    assert found.operations_per_s == pytest.approx(rate, rel=0.1)
+
+
+@pytest.mark.parametrize(("device", "side"), [("cpu", 2048), ("meta", 8192)])
+def test_a_processor_of_usual_speed_is_measured_with_the_largest_matrix(
+    device: str, side: int, monkeypatch: pytest.MonkeyPatch
+):
+    processor = Processor(1e11 if device == "cpu" else 1e13)
+    monkeypatch.setattr(roofline, "time", processor)
+    monkeypatch.setattr(roofline, "_product", processor.product)
+    monkeypatch.setattr(roofline, "synchronize", lambda device: None)
+    monkeypatch.setattr(roofline, "READ_BYTES", 64)
+    measure(torch.device(device), torch.float32)
+    assert processor.sides[-1] == side
+    assert processor.sides.count(side) > roofline.LEAST_CALLS

@@ -16,11 +16,10 @@ from torch.library import custom_op
 from torch.nn import functional
 
 from ensemble.ops import matmul
-from ensemble.ops.cost import choose
 from ensemble.ops.operation import Geometry, Kind, Operation
 
 try:
-    from ensemble.ops.kernels import can_run
+    from ensemble.ops.kernels import can_run, choose, empty_packed, pack
     from ensemble.ops.simd import PANEL
 except ImportError:  # without numba every operator takes torch's own rule
     PANEL = 0
@@ -31,19 +30,6 @@ except ImportError:  # without numba every operator takes torch's own rule
 
 # Those for float32 do 16-bit dtypes too, unpacked at both ends.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# G of F(2x2, 3x3) and of F(4x4, 3x3): Lavin and Gray, arXiv 1509.09308.
-_FILTER_TRANSFORMS = {
-    2: ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
-    4: (
-        (1 / 4, 0, 0),
-        (-1 / 6, -1 / 6, -1 / 6),
-        (-1 / 6, 1 / 6, -1 / 6),
-        (1 / 24, 1 / 12, 1 / 6),
-        (1 / 24, -1 / 12, 1 / 6),
-        (0, 0, 1),
-    ),
-}
 
 
 @custom_op("ensemble::conv2d", mutates_args=())
@@ -176,31 +162,13 @@ def _(info: Any, in_dims: tuple, *tensors: Any) -> tuple[Tensor, int]:
 
 @custom_op("ensemble::pack_weight", mutates_args=())
 def pack_weight(weight: Tensor, kind: int) -> Tensor:
-    """`(N, K, C, R, S)` -> the weights of N models as the kernel `kind` reads them.
-
-    Direct: `(N, K / PANEL, R * S * C, PANEL)`, in pairs of bfloat16 `(N, K / PANEL, R * S * C / 2,
-    PANEL, 2)`. Winograd: `(N, planes, K / PANEL, C, PANEL)`, transformed in float64.
-    """
-    packed, tile = _empty_packed(weight, kind), Kind(kind).tile
-    for own, target in zip(weight, packed, strict=True):
-        # A panel at a time: the largest part in float64 then stays small.
-        for panel, rows in enumerate(own.split(PANEL)):
-            factors = rows.permute(2, 3, 1, 0).flatten(0, 2)
-            if kind == Kind.DIRECT:
-                target[panel].copy_(factors)
-            elif kind == Kind.DIRECT_PAIRS:
-                even = functional.pad(factors, (0, 0, 0, len(factors) % 2))
-                target[panel].copy_(even.unflatten(0, (-1, 2)).mT)
-            else:
-                g = torch.tensor(_FILTER_TRANSFORMS[tile], dtype=torch.float64, device="cpu")
-                planes = g @ rows.double() @ g.mT
-                target[:, panel].copy_(planes.permute(2, 3, 1, 0).flatten(0, 1))
-    return packed
+    """`(N, K, C, R, S)` -> the weights of N models as the kernel `kind` reads them."""
+    return pack(weight, Kind(kind))
 
 
 @pack_weight.register_fake
 def _(weight: Tensor, kind: int) -> Tensor:
-    return _empty_packed(weight, kind)
+    return empty_packed(weight, Kind(kind))
 
 
 @custom_op("ensemble::packed_conv2d", mutates_args=())
@@ -430,15 +398,3 @@ def _head_geometry(x: Tensor, out_channels: int) -> Geometry:
 
 def _fake(x: Tensor, num_models: int, geometry: Geometry) -> Tensor:
     return x.new_empty(num_models, *geometry.out_shape).movedim(-1, -3)
-
-
-def _empty_packed(weight: Tensor, kind: int) -> Tensor:
-    num_models, out_channels, channels, height, width = weight.shape
-    panels, depth = out_channels // PANEL, height * width * channels
-    if kind == Kind.DIRECT_PAIRS:
-        pairs = -(-depth // 2)
-        return weight.new_empty(num_models, panels, pairs, PANEL, 2, dtype=torch.bfloat16)
-    if kind == Kind.DIRECT:
-        return weight.new_empty(num_models, panels, depth, PANEL, dtype=torch.float32)
-    planes = (Kind(kind).tile + 2) ** 2
-    return weight.new_empty(num_models, planes, panels, channels, PANEL, dtype=torch.float32)

@@ -60,7 +60,7 @@ class Program(nn.Module):
         self._steps = np.zeros(len(operations), kernels.STEP)
         for step, operation in zip(self._steps, operations, strict=True):
             _fill(step, operation, offsets)
-        scratch_bytes = max(kernels.scratch_bytes(step) for step in self._steps)
+        scratch_bytes = max(kernels.scratch_bytes(own.kind, own.geometry) for own in operations)
         # Cleared, so that no call is the first to touch them.
         self._memory = [
             [_new(size).zero_() for _ in range(threads)] for size in (arena_bytes, scratch_bytes)
@@ -170,16 +170,9 @@ def _in_shapes(operations: Sequence[Operation]) -> dict[int, tuple[int, ...]]:
 
 
 def _fill(step: np.void, operation: Operation, offsets: dict[int, int]) -> None:
-    geometry = operation.geometry
-    step["kind"], step["tile"] = operation.kind, operation.kind.tile
+    step["kind"], step["variant"] = operation.kind, kernels.KERNELS[operation.kind].variant
     step["relu"] = operation.relu
-    step["images"], step["channels"] = geometry.images, geometry.channels
-    step["height"], step["width"] = geometry.size
-    step["out_height"], step["out_width"] = geometry.out_size
-    step["out_channels"] = geometry.out_channels
-    for name in ("kernel", "stride", "padding", "dilation"):
-        short = "pad" if name == "padding" else name
-        step[f"{short}_y"], step[f"{short}_x"] = getattr(geometry, name)
+    kernels.fill_geometry(step, operation.geometry)
     for name in ("weight", "bias"):
         tensor = getattr(operation, name)
         if tensor is not None:

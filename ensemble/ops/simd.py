@@ -266,7 +266,7 @@ def multiply_rows(rows: int, *, pairs: bool = False) -> Any:
     @intrinsic
     def multiply(typing_context, a, b, c, c_stride, depth, start, other, flags, ahead):
         def generate(context, builder, signature, arguments):
-            _multiply_rows(builder, rows, pairs, *arguments)
+            _multiply_rows(builder, rows, pairs, arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), generate
@@ -277,76 +277,101 @@ def multiply_rows(rows: int, *, pairs: bool = False) -> Any:
 START_FROM_C, ADD_OTHER, RELU = 1, 2, 4
 
 
-def _multiply_rows(
-    builder: ir.IRBuilder,
-    rows: int,
-    pairs: bool,
-    a: ir.Value,
-    b: ir.Value,
-    c: ir.Value,
-    c_stride: ir.Value,
-    depth: ir.Value,
-    start: ir.Value,
-    other: ir.Value,
-    flags: ir.Value,
-    ahead: ir.Value,
-) -> None:
-    cells = [(row, column) for row in range(rows) for column in range(PANEL_VECTORS)]
-    sums = {cell: cgutils.alloca_once(builder, _VECTOR) for cell in cells}  # become registers
+class _Block:
+    """The code of one product: sums of `rows` rows of a panel, held in registers."""
 
-    arguments = [_BYTE.as_pointer(), *[ir.IntType(32)] * 3]
-    prefetch = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
-    )
+    def __init__(self, builder: ir.IRBuilder, rows: int, c_stride: ir.Value) -> None:
+        self.builder, self.rows, self.c_stride = builder, rows, c_stride
+        cells = [(row, column) for row in range(rows) for column in range(PANEL_VECTORS)]
+        self.sums = {cell: cgutils.alloca_once(builder, _VECTOR) for cell in cells}
 
-    def at(base: ir.Value, row: int, column: int) -> ir.Value:
-        offset = builder.mul(c_stride, ir.Constant(_INT, row))
-        offset = builder.add(offset, ir.Constant(_INT, column * VECTOR_BYTES))
-        return _pointer(builder, builder.add(base, offset))
+    def at(self, base: ir.Value, row: int, column: int) -> ir.Value:
+        """Where the vector of a row and column lies in what is laid out as c."""
+        offset = self.builder.mul(self.c_stride, _constant(row))
+        offset = self.builder.add(offset, _constant(column * VECTOR_BYTES))
+        return _pointer(self.builder, self.builder.add(base, offset))
 
-    def asked(flag: int) -> ir.Value:
-        return builder.trunc(builder.lshr(flags, ir.Constant(_INT, flag.bit_length() - 1)), _BIT)
+    def start(self, from_c: ir.Value, c: ir.Value, start: ir.Value) -> None:
+        """Sums begin as c, or as one panel for all rows."""
+        builder = self.builder
+        with builder.if_else(from_c) as (then, otherwise):
+            with then:
+                for cell, total in self.sums.items():
+                    builder.store(_load(builder, self.at(c, *cell)), total)
+            with otherwise:
+                for (_, column), total in self.sums.items():
+                    address = builder.add(start, _constant(column * VECTOR_BYTES))
+                    builder.store(_load(builder, _pointer(builder, address)), total)
 
-    with builder.if_else(asked(START_FROM_C)) as (then, otherwise):
-        with then:
-            for cell in cells:
-                builder.store(_load(builder, at(c, *cell)), sums[cell])
-        with otherwise:
-            for row, column in cells:
-                address = builder.add(start, ir.Constant(_INT, column * VECTOR_BYTES))
-                builder.store(_load(builder, _pointer(builder, address)), sums[row, column])
-    with cgutils.for_range(builder, depth, intp=_INT) as loop:
-        block = builder.udiv(loop.index, ir.Constant(_INT, WIDTH))
-        within = builder.urem(loop.index, ir.Constant(_INT, WIDTH))
-        position = builder.add(builder.mul(block, ir.Constant(_INT, rows * WIDTH)), within)
+    def multiply(self, a: ir.Value, panel: ir.Value, index: ir.Value, pairs: bool) -> None:
+        """Add the products of one factor of each row and one row of the panel."""
+        builder = self.builder
+        block = builder.udiv(index, _constant(WIDTH))
+        within = builder.urem(index, _constant(WIDTH))
+        position = builder.add(builder.mul(block, _constant(self.rows * WIDTH)), within)
         factors = builder.gep(_pointer(builder, a), [position])
-        panel = builder.gep(_pointer(builder, b), [builder.mul(loop.index, _constant(PANEL))])
-        for column in range(0, PANEL * FLOAT_BYTES, LINE_BYTES):
-            following = builder.bitcast(panel, _BYTE.as_pointer())
-            following = builder.gep(following, [builder.add(ahead, _constant(column))])
-            builder.call(prefetch, [following, _hint(0), _hint(2), _hint(1)])
         columns = [
             _load(builder, builder.gep(panel, [_constant(column * WIDTH)]))
             for column in range(PANEL_VECTORS)
         ]
-        for row in range(rows):
+        for row in range(self.rows):
             factor = builder.load(builder.gep(factors, [_constant(row * WIDTH)]))
             repeated = _splat(builder, factor)
             for column, values in enumerate(columns):
-                cell = sums[row, column]
-                builder.store(
-                    _multiply_add(builder, pairs, repeated, values, builder.load(cell)), cell
-                )
-    with builder.if_then(asked(ADD_OTHER)):
-        for cell in cells:
-            total = builder.fadd(builder.load(sums[cell]), _load(builder, at(other, *cell)))
-            builder.store(total, sums[cell])
-    with builder.if_then(asked(RELU)):
+                total = self.sums[row, column]
+                added = _multiply_add(builder, pairs, repeated, values, builder.load(total))
+                builder.store(added, total)
+
+    def add(self, other: ir.Value) -> None:
+        """Add what is laid out as c."""
+        for cell, total in self.sums.items():
+            values = _load(self.builder, self.at(other, *cell))
+            self.builder.store(self.builder.fadd(self.builder.load(total), values), total)
+
+    def relu(self) -> None:
+        """No sum below 0; a NaN stays."""
         zero = ir.Constant(_VECTOR, [ir.Constant(_FLOAT, 0.0)] * WIDTH)
-        for cell in cells:
-            builder.store(_maximum(builder, builder.load(sums[cell]), zero), sums[cell])
-    for cell in cells:
-        _store(builder, builder.load(sums[cell]), at(c, *cell))
+        for total in self.sums.values():
+            self.builder.store(_maximum(self.builder, self.builder.load(total), zero), total)
+
+    def finish(self, c: ir.Value) -> None:
+        """Write the sums."""
+        for cell, total in self.sums.items():
+            _store(self.builder, self.builder.load(total), self.at(c, *cell))
+
+
+def _multiply_rows(
+    builder: ir.IRBuilder, rows: int, pairs: bool, arguments: Sequence[ir.Value]
+) -> None:
+    a, b, c, c_stride, depth, start, other, flags, ahead = arguments
+
+    def asked(flag: int) -> ir.Value:
+        return builder.trunc(builder.lshr(flags, _constant(flag.bit_length() - 1)), _BIT)
+
+    block = _Block(builder, rows, c_stride)
+    block.start(asked(START_FROM_C), c, start)
+    with cgutils.for_range(builder, depth, intp=_INT) as loop:
+        row = builder.mul(loop.index, _constant(PANEL))
+        panel = builder.gep(_pointer(builder, b), [row])
+        _prefetch(builder, panel, ahead)
+        block.multiply(a, panel, loop.index, pairs)
+    with builder.if_then(asked(ADD_OTHER)):
+        block.add(other)
+    with builder.if_then(asked(RELU)):
+        block.relu()
+    block.finish(c)
+
+
+def _prefetch(builder: ir.IRBuilder, panel: ir.Value, ahead: ir.Value) -> None:
+    """Fetch the row of a panel that lies `ahead` bytes on into the second level of the cache."""
+    arguments = [_BYTE.as_pointer(), *[ir.IntType(32)] * 3]
+    prefetch = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
+    )
+    for column in range(0, PANEL * FLOAT_BYTES, LINE_BYTES):
+        following = builder.bitcast(panel, _BYTE.as_pointer())
+        following = builder.gep(following, [builder.add(ahead, _constant(column))])
+        builder.call(prefetch, [following, _hint(0), _hint(2), _hint(1)])
 
 
 def _multiply_add(

@@ -1,0 +1,292 @@
+# mypy: ignore-errors
+# numba finds the types of these functions, from the arguments of `run`.
+"""A convolution as matrix products of gathered rows and packed weights, in floats or pairs.
+
+The idea of gathering by blocks: Dukhan, The Indirect Convolution Algorithm, arXiv 1907.02129.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, multiply
+from ensemble.ops.operation import Geometry
+from ensemble.ops.simd import (
+    ADD_OTHER,
+    FLOAT_BYTES,
+    HAS_PAIRS,
+    MAX_ROWS,
+    PANEL,
+    RELU,
+    START_FROM_C,
+    VECTOR_BYTES,
+    WIDTH,
+    load,
+    load_float,
+    pair,
+    splat,
+    store,
+    store_float,
+)
+
+DEPTH = 1024  # of a product at a time: a panel of it and its rows fit a core's cache
+GROUP_BYTES = 256 * 1024  # rows that are gathered at a time
+FLOATS, PAIRS = 1, 2  # variants: how many numbers make a factor of the product
+
+
+def is_planar(geometry: Geometry) -> bool:
+    """Are the images read as `(B, C, H, W)`, not channels-last?"""
+    return geometry.channels % WIDTH != 0
+
+
+def _can_run(geometry: Geometry) -> bool:
+    # Of few channels a row of the kernel is read as one run.
+    gathered = not is_planar(geometry) or geometry.dilation[1] == 1
+    return gathered and geometry.out_channels % PANEL == 0
+
+
+def _can_run_pairs(geometry: Geometry) -> bool:
+    whole = is_planar(geometry) or geometry.channels % (2 * WIDTH) == 0
+    return HAS_PAIRS and whole and _can_run(geometry)
+
+
+def _cost(geometry: Geometry, at_once: int = FLOATS) -> float:
+    pixels = geometry.images * geometry.out_size[0] * geometry.out_size[1]
+    factors = geometry.kernel[0] * geometry.kernel[1] * geometry.channels * geometry.out_channels
+    return cost(products=pixels * factors // at_once, weight_bytes=4 * factors // at_once)
+
+
+def _cost_pairs(geometry: Geometry) -> float:
+    return _cost(geometry, PAIRS)
+
+
+def _scratch_bytes(geometry: Geometry) -> int:
+    total = geometry.kernel[0] * geometry.kernel[1] * geometry.channels + 2 * WIDTH
+    planar = is_planar(geometry)
+    longest = total if planar else min(total, DEPTH)
+    rows = max(GROUP_BYTES, MAX_ROWS * longest * FLOAT_BYTES)
+    height = geometry.size[0] + 2 * geometry.padding[0] + 1
+    width = geometry.size[1] + 2 * geometry.padding[1]
+    padded = geometry.images * height * width * geometry.channels * FLOAT_BYTES
+    return total * FLOAT_BYTES + rows + (padded if planar else 0) + 4 * VECTOR_BYTES
+
+
+def _empty(weight: Tensor) -> Tensor:
+    """`(N, K / PANEL, R * S * C, PANEL)`."""
+    num_models, out_channels, *rest = weight.shape
+    depth = rest[0] * rest[1] * rest[2]
+    return weight.new_empty(num_models, out_channels // PANEL, depth, PANEL, dtype=torch.float32)
+
+
+def _empty_pairs(weight: Tensor) -> Tensor:
+    """`(N, K / PANEL, R * S * C / 2, PANEL, 2)`, of an odd depth one more, with zeros."""
+    num_models, out_channels, *rest = weight.shape
+    pairs = -(-rest[0] * rest[1] * rest[2] // 2)
+    shape = (num_models, out_channels // PANEL, pairs, PANEL, 2)
+    return weight.new_empty(shape, dtype=torch.bfloat16)
+
+
+def _pack(weight: Tensor, target: Tensor) -> None:
+    for panel, rows in enumerate(weight.split(PANEL)):
+        target[panel].copy_(_factors(rows))
+
+
+def _pack_pairs(weight: Tensor, target: Tensor) -> None:
+    for panel, rows in enumerate(weight.split(PANEL)):
+        factors = _factors(rows)
+        even = functional.pad(factors, (0, 0, 0, len(factors) % 2))
+        target[panel].copy_(even.unflatten(0, (-1, 2)).mT)
+
+
+def _factors(rows: Tensor) -> Tensor:
+    """`(PANEL, C, R, S)` -> `(R * S * C, PANEL)`."""
+    return rows.permute(2, 3, 1, 0).flatten(0, 2)
+
+
+@jit
+def _as_it_is(low, high):
+    return low
+
+
+_pair = pair if HAS_PAIRS else _as_it_is
+
+
+@jit
+def _gather(step, x, a, first, rows, k, depth):
+    """Pack `depth` factors, from the k-th on, of `rows` output pixels, from the first on.
+
+    A factor is an input channel of a tap of the kernel, in the order (kernel_y, kernel_x, channel),
+    or a pair of them.
+    """
+    pairs = step.variant == PAIRS
+    at_once = 2 if pairs else 1
+    pixels = step.out_height * step.out_width
+    for row in range(rows):
+        image, pixel = divmod(first + row, pixels)
+        out_y, out_x = divmod(pixel, step.out_width)
+        block = 0
+        while block * WIDTH < depth:
+            tap, channel = divmod((k + block * WIDTH) * at_once, step.channels)
+            run = min((step.channels - channel) // (WIDTH * at_once), depth // WIDTH - block)
+            tap_y, tap_x = divmod(tap, step.kernel_x)
+            in_y = out_y * step.stride_y - step.pad_y + tap_y * step.dilation_y
+            in_x = out_x * step.stride_x - step.pad_x + tap_x * step.dilation_x
+            target = a + (block * rows + row) * VECTOR_BYTES
+            if 0 <= in_y < step.height and 0 <= in_x < step.width:
+                position = (image * step.height + in_y) * step.width + in_x
+                source = x + (position * step.channels + channel) * FLOAT_BYTES
+                for index in range(run):
+                    at = source + index * at_once * VECTOR_BYTES
+                    value = _pair(load(at), load(at + VECTOR_BYTES)) if pairs else load(at)
+                    store(target + index * rows * VECTOR_BYTES, value)
+            else:
+                for index in range(run):
+                    store(target + index * rows * VECTOR_BYTES, splat(np.float32(0)))
+            block += run
+
+
+@jit
+def _pad(step, x, padded):
+    """Copy planar images with their zero borders around them, for `_gather_narrow`."""
+    height, width = step.height + 2 * step.pad_y, step.width + 2 * step.pad_x
+    channels = step.channels
+    for line in range(step.images * height):
+        image, y = divmod(line, height)
+        target = padded + line * width * channels * FLOAT_BYTES
+        in_y = y - step.pad_y
+        for index in range(width * channels):
+            store_float(target + index * FLOAT_BYTES, np.float32(0))
+        if not 0 <= in_y < step.height:
+            continue
+        for channel in range(channels):
+            source = (
+                x + ((image * channels + channel) * step.height + in_y) * step.width * FLOAT_BYTES
+            )
+            first = target + (step.pad_x * channels + channel) * FLOAT_BYTES
+            for index in range(step.width):
+                value = load_float(source + index * FLOAT_BYTES)
+                store_float(first + index * channels * FLOAT_BYTES, value)
+
+
+@jit
+def _gather_narrow(step, padded, a, first, rows, line):
+    """`_gather` for few channels, whole depth: a row of the kernel is one run of memory.
+
+    Runs are copied in whole vectors, each next one over the surplus of the one before.
+    """
+    pairs = step.variant == PAIRS
+    height, width = step.height + 2 * step.pad_y, step.width + 2 * step.pad_x
+    run = step.kernel_x * step.channels
+    pixels = step.out_height * step.out_width
+    for row in range(rows):
+        image, pixel = divmod(first + row, pixels)
+        out_y, out_x = divmod(pixel, step.out_width)
+        for tap_y in range(step.kernel_y):
+            in_y = out_y * step.stride_y + tap_y * step.dilation_y
+            position = (image * height + in_y) * width + out_x * step.stride_x
+            source = padded + position * step.channels * FLOAT_BYTES
+            target = line + tap_y * run * FLOAT_BYTES
+            for index in range(ceil(run, WIDTH)):
+                store(target + index * VECTOR_BYTES, load(source + index * VECTOR_BYTES))
+        total = step.kernel_y * run
+        store_float(line + total * FLOAT_BYTES, np.float32(0))  # what makes an odd one a pair
+        for block in range(ceil(total, 2 * WIDTH if pairs else WIDTH)):
+            at = line + block * (2 * VECTOR_BYTES if pairs else VECTOR_BYTES)
+            value = _pair(load(at), load(at + VECTOR_BYTES)) if pairs else load(at)
+            store(a + (block * rows + row) * VECTOR_BYTES, value)
+
+
+@jit
+def _gather_rows(step, x, padded, line, rows_at, first, count, rows, k, depth):
+    """The factors from the k-th on of `count` output pixels, in blocks of `rows`."""
+    whole = ceil(depth, WIDTH) * VECTOR_BYTES
+    for row in range(0, count, rows):
+        own, target = min(rows, count - row), rows_at + row * whole
+        if padded != 0:
+            _gather_narrow(step, padded, target, first + row, own, line)
+        else:
+            _gather(step, x, target, first + row, own, k, depth)
+
+
+@jit
+def _multiply_rows(step, rows_at, factors, out, other, start, count, rows, depth, flags, ahead):
+    """Gathered rows times one panel of weights; `out` and `other` are the first pixel's."""
+    whole = ceil(depth, WIDTH) * VECTOR_BYTES
+    row_bytes = step.out_channels * FLOAT_BYTES
+    for row in range(0, count, rows):
+        own, place = min(rows, count - row), row * row_bytes
+        a = rows_at + row * whole
+        multiply(
+            step.variant == PAIRS,
+            own,
+            a,
+            factors,
+            out + place,
+            row_bytes,
+            depth,
+            start,
+            other + place,
+            flags,
+            ahead,
+        )
+
+
+@jit
+def _body(step, x, weight, bias, other, out, scratch, part, parts):
+    """Groups of pixels, for each the depth in pieces: gather once, then all panels of weights.
+
+    weight is `(out_channels / PANEL, depth, PANEL)`. A factor of the depth is a float, or a pair of
+    bfloat16, of the same size.
+    """
+    planar = step.channels % WIDTH != 0
+    total = step.kernel_y * step.kernel_x * step.channels
+    line_vectors = ceil(total, WIDTH) + 2
+    total = ceil(total, step.variant)
+    pixels = step.images * step.out_height * step.out_width
+    panels = step.out_channels // PANEL
+    longest = ceil(total, WIDTH) * WIDTH if planar else min(total, DEPTH)
+    group = max(1, GROUP_BYTES // (longest * FLOAT_BYTES) // MAX_ROWS) * MAX_ROWS
+    groups = ceil(pixels, group)
+    group = ceil(pixels, groups)
+    by_panels = groups < 4 * parts and panels >= parts
+    group_part, group_parts = (0, 1) if by_panels else (part, parts)
+    panel_part, panel_parts = (part, parts) if by_panels else (0, 1)
+    rows_at = scratch + line_vectors * VECTOR_BYTES
+    padded = rows_at + group * longest * FLOAT_BYTES if planar else 0
+    if planar:
+        _pad(step, x, padded)
+    for index in range(group_part, groups, group_parts):
+        first = index * group
+        count = min(group, pixels - first)
+        rows = ceil(count, ceil(count, MAX_ROWS))
+        for k in range(0, total, longest):
+            depth = min(longest, total - k)
+            _gather_rows(step, x, padded, scratch, rows_at, first, count, rows, k, depth)
+            flags = 0 if k == 0 else START_FROM_C
+            if k + depth == total:
+                flags += (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
+            for panel in range(panel_part, panels, panel_parts):
+                place = (first * step.out_channels + panel * PANEL) * FLOAT_BYTES
+                factors = weight + (panel * total + k) * PANEL * FLOAT_BYTES
+                start = bias + panel * PANEL * FLOAT_BYTES
+                ahead = panel_parts * total * PANEL * FLOAT_BYTES
+                _multiply_rows(
+                    step,
+                    rows_at,
+                    factors,
+                    out + place,
+                    other + place,
+                    start,
+                    count,
+                    rows,
+                    depth,
+                    flags,
+                    ahead,
+                )
+
+
+DIRECT = Kernel(_body, _can_run, _scratch_bytes, FLOATS, _empty, _pack, _cost)
+DIRECT_PAIRS = Kernel(
+    _body, _can_run_pairs, _scratch_bytes, PAIRS, _empty_pairs, _pack_pairs, _cost_pairs
+)

@@ -1,0 +1,100 @@
+"""What a kernel is made of, the table that its steps stand in, and what all kernels use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numba import njit
+
+from ensemble.ops.operation import Geometry
+from ensemble.ops.simd import HAS_PAIRS, MAX_ROWS, multiply_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# An operand is an address and the bytes from one model's to the next one's, or LOCAL.
+LOCAL = -1  # the stride of an operand that lies in the core's own arena
+OPERANDS = ("x", "weight", "bias", "other", "out")
+_GEOMETRY = (
+    *("images", "height", "width", "channels", "out_height", "out_width", "out_channels"),
+    *("kernel_y", "kernel_x", "stride_y", "stride_x", "pad_y", "pad_x"),
+    *("dilation_y", "dilation_x"),
+)
+STEP = np.dtype(
+    [(f"{name}{part}", np.int64) for name in OPERANDS for part in ("", "_stride")]
+    + [(name, np.int64) for name in ("kind", "variant", "relu", *_GEOMETRY)]
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a step for one model.
+
+    body is compiled by numba: `(step, x, weight, bias, other, out, scratch, part, parts)`, a row of
+    `STEP` and addresses, does the share `part` of `parts`. `variant` is for the body alone.
+    """
+
+    body: Any
+    can_run: Callable[[Geometry], bool]
+    scratch_bytes: Callable[[Geometry], int]  # an upper bound of what the body needs
+    variant: int = 0
+    # Of kernels with weights of `(N, K, C, R, S)`: the empty packed stack, and one model into it.
+    empty: Callable[[Tensor], Tensor] | None = None
+    pack: Callable[[Tensor, Tensor], None] | None = None
+    # In multiply-adds, of one model on one core, for `ensemble.ops.cost`.
+    cost: Callable[[Geometry], float] | None = None
+
+
+# Multiply-adds that a core does while it reads one byte of weights from memory (here 57 G a second
+# against 14 GB): a model's weights are read once a call, and no cache holds those of N models.
+PER_WEIGHT_BYTE = 4
+# Multiply-adds in whose time one float of a patch or of a tile's products is transformed.
+PER_TRANSFORMED = 6
+
+
+def cost(*, products: int, weight_bytes: int, transforms: int = 0) -> float:
+    """The time of one model's step on one core, in multiply-adds."""
+    return max(products, weight_bytes * PER_WEIGHT_BYTE) + transforms * PER_TRANSFORMED
+
+
+def jit(function: Any) -> Any:
+    """Compile by numba, without the interpreter's lock, with C's arithmetic."""
+    return njit(nogil=True, error_model="numpy")(function)
+
+
+def fill_geometry(step: np.void, geometry: Geometry) -> None:
+    """Write a geometry into a row of `STEP`."""
+    step["images"], step["channels"] = geometry.images, geometry.channels
+    step["height"], step["width"] = geometry.size
+    step["out_height"], step["out_width"] = geometry.out_size
+    step["out_channels"] = geometry.out_channels
+    for name in ("kernel", "stride", "padding", "dilation"):
+        short = "pad" if name == "padding" else name
+        step[f"{short}_y"], step[f"{short}_x"] = getattr(geometry, name)
+
+
+@jit
+def ceil(value, divisor):
+    """The least whole number that `divisor` times is at least `value`."""
+    return (value + divisor - 1) // divisor
+
+
+def _make_multiply() -> Any:
+    """`multiply(pairs, rows, ...)`: the product of floats or of pairs for that many rows, one
+    branch for each. Where the CPU knows no pairs, no step has any."""
+    arguments = "a, b, c, c_stride, depth, start, other, flags, ahead"
+    lines, scope = [f"def multiply(pairs, rows, {arguments}):"], {}
+    for pairs in (False, True) if HAS_PAIRS else (False,):
+        for rows in range(1, MAX_ROWS + 1):
+            name = f"product_{rows}_{pairs}"
+            scope[name] = multiply_rows(rows, pairs=pairs)
+            lines.append(f"    if pairs == {pairs} and rows == {rows}:")
+            lines.append(f"        return {name}({arguments})")
+    exec("\n".join(lines), scope)
+    return scope["multiply"]
+
+
+multiply = jit(_make_multiply())

@@ -1,0 +1,34 @@
+# mypy: ignore-errors
+# numba finds the types of these functions, from the arguments of `run`.
+"""Max pooling; a NaN in a window comes out, as it does of torch's."""
+
+import numpy as np
+
+from ensemble.ops.kernels.kernel import Kernel, jit
+from ensemble.ops.operation import Geometry
+from ensemble.ops.simd import FLOAT_BYTES, VECTOR_BYTES, WIDTH, load, maximum_or_nan, splat, store
+
+
+def _can_run(geometry: Geometry) -> bool:
+    return geometry.channels % WIDTH == 0 and geometry.dilation == (1, 1)
+
+
+@jit
+def _body(step, x, weight, bias, other, out, scratch, part, parts):
+    lowest = splat(np.float32(-np.inf))
+    row = step.channels * FLOAT_BYTES
+    for line in range(part, step.images * step.out_height, parts):
+        image, out_y = divmod(line, step.out_height)
+        for out_x in range(step.out_width):
+            target = out + (line * step.out_width + out_x) * row
+            y0, x0 = out_y * step.stride_y - step.pad_y, out_x * step.stride_x - step.pad_x
+            for channel in range(0, row, VECTOR_BYTES):
+                best = lowest
+                for y in range(max(y0, 0), min(y0 + step.kernel_y, step.height)):
+                    for x_ in range(max(x0, 0), min(x0 + step.kernel_x, step.width)):
+                        position = (image * step.height + y) * step.width + x_
+                        best = maximum_or_nan(load(x + position * row + channel), best)
+                store(target + channel, best)
+
+
+MAX_POOL = Kernel(_body, _can_run, lambda geometry: 0)

@@ -1,0 +1,133 @@
+# mypy: ignore-errors
+# numba finds the types of these functions, from the arguments of `run`.
+"""All models through all steps of a program, on all cores, with no Python in between.
+
+Each model goes through all its steps on one core, so that its activations stay in that core's
+cache; models left over when every core has had as many as the others are shared, step by step, by
+all cores.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from numba import njit
+
+from ensemble.ops.kernels.kernel import LOCAL, Kernel, jit
+from ensemble.ops.operation import Kind
+from ensemble.ops.simd import fetch_add, give_way, load_shared, relax
+
+SPINS = 512  # of some 40 cycles each, at a barrier before the core is offered to others
+
+# Integers that the threads of a call share: what is told to leave, how many models were begun, and
+# each team's arrivals at barriers.
+STOP, BEGUN, ARRIVALS = range(3)
+
+
+def _make_dispatch(kernels: Mapping[Kind, Kernel]) -> Any:
+    """`dispatch(step, ...)`: the body of the step's kernel, one branch for each."""
+    arguments = "step, x, weight, bias, other, out, scratch, part, parts"
+    lines, scope = [f"def dispatch({arguments}):"], {}
+    for kind, kernel in kernels.items():
+        scope[f"body_{kind.value}"] = kernel.body
+        lines.append(f"    if step.kind == {kind.value}:")
+        lines.append(f"        body_{kind.value}({arguments})")
+    exec("\n".join(lines), scope)
+    return scope["dispatch"]
+
+
+@jit
+def _address(base, stride, model, arena):
+    return arena + base if stride == LOCAL else base + stride * model
+
+
+def _make_execute(kernels: Mapping[Kind, Kernel]) -> Any:
+    dispatch = jit(_make_dispatch(kernels))
+
+    @jit
+    def execute(step, model, arena, scratch, part, parts):
+        """One step of one model, or the share of it that is `part` of `parts`."""
+        x = _address(step.x, step.x_stride, model, arena)
+        out = _address(step.out, step.out_stride, model, arena)
+        other = 0
+        if step.other != 0 or step.other_stride == LOCAL:
+            other = _address(step.other, step.other_stride, model, arena)
+        weight = step.weight + step.weight_stride * model
+        bias = step.bias + step.bias_stride * model
+        dispatch(step, x, weight, bias, other, out, scratch, part, parts)
+
+    return execute
+
+
+@jit
+def _wait(state, counter, arrivals):
+    """Arrive, and spin until all have: steps are shorter than it takes to wake a thread.
+
+    One that has no core of its own is let in after some microseconds. False where the call is over
+    because one of its parts will not come.
+    """
+    fetch_add(counter, 1)
+    spins = 0
+    while load_shared(counter) < arrivals:
+        if load_shared(state + 8 * STOP) != 0:
+            return False
+        spins += 1
+        if spins % SPINS == 0:
+            give_way()
+        else:
+            relax()
+    return True
+
+
+@jit
+def team_size(left, parts):
+    """Threads for each of `left` models, fewer than threads: all that there are, one model after
+    another, where teams for every model at once would leave a quarter of them idle."""
+    return parts // left if 4 * (parts % left) < parts else parts
+
+
+def make_run(kernels: Mapping[Kind, Kernel], sources: str) -> Any:
+    """`run`, compiled once and kept on disk as long as `sources` stay what they are.
+
+    numba by itself would only ask whether this file has changed; it does ask for what a function
+    closes over.
+    """
+    execute = _make_execute(kernels)
+
+    def run(steps, arenas, scratches, state, part, parts, num_models):
+        """Take models through all steps until none is left; called once by each of `parts` threads.
+
+        First each thread takes models by itself. When fewer are left than threads, threads share
+        them step by step, in teams that use the arena of their first member.
+
+        arenas, scratches: an address for each part. state: the address of `ARRIVALS + parts`
+        integers that are 0 when the first part starts. Once STOP is not 0 every part leaves early.
+        """
+        sources  # noqa: B018
+        alone = num_models // parts * parts
+        size = team_size(max(1, num_models - alone), parts)
+        team, arrivals = part // size, 0
+        model = fetch_add(state + 8 * BEGUN, 1)
+        together = model >= alone
+        if together:
+            model = alone + team
+        while model < num_models and load_shared(state + 8 * STOP) == 0:
+            for index in range(len(steps)):
+                arena, member, members = arenas[part], 0, 1
+                if together:
+                    arena, member, members = arenas[team * size], part % size, size
+                    arrivals += size
+                    if not _wait(state, state + 8 * (ARRIVALS + team), arrivals):
+                        return
+                execute(steps[index], model, arena, scratches[part], member, members)
+            if together:
+                model += parts // size
+            else:
+                model = fetch_add(state + 8 * BEGUN, 1)
+                if model >= alone:
+                    model, together = alone + team, True
+
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(run)
+    except RuntimeError:  # no folder that numba could write its cache to
+        return njit(**options)(run)
