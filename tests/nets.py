@@ -397,7 +397,7 @@ class TwiceHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = self.fc(torch.flatten(self.pool(x), 1)) + self.fc(x.amax((2, 3)))
-        return self.square(self.square(mean).relu())
+        return self.square(self.square(mean))
 
 
 class PooledTwiceHead(nn.Module):
