@@ -188,7 +188,9 @@ def load_models(config: Config, device: torch.device) -> tuple[list[nn.Module], 
     paths = config.model_path or ((str(default),) if default.exists() else None)
     if paths:
         print(f"Loading resnet model from {', '.join(paths)}")
-        models = weights.load_models(paths, arch=config.arch, device=device, num_models=count)
+        models = weights.load_models(
+            paths, arch=config.arch, device=device, num_models=count, say=print
+        )
         return models, ", ".join(paths)
     url = pretrained.published_url(config.arch)
     print(f"Loading resnet model from {url}")

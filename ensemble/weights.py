@@ -1,11 +1,13 @@
 """Checkpoint files -> eval-mode models, straight into one stack. Every error names its file."""
 
 import difflib
+import logging
 import os
 import re
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -19,7 +21,6 @@ from ensemble import files, memory, stacking
 from ensemble.errors import InputError
 
 _WRAPPERS = ("state_dict", "model")
-_REPLICA_PREFIX = "module."  # what nn.DataParallel and DistributedDataParallel put before each name
 _COUNTER = ".num_batches_tracked"  # absent before torch 0.4.1, of no use to a forward
 _OLD_NAMES = (  # torchvision's published files keep the names of their day
     (re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),  # DenseNet
@@ -29,6 +30,8 @@ _OLD_NAMES = (  # torchvision's published files keep the names of their day
 _REFUSED = re.compile(r"nsupported (?:global: )?GLOBAL ([\w.]+) w")  # torch.load's words
 
 State = dict[str, Tensor]
+
+log = logging.getLogger(__name__)
 
 
 def architectures() -> list[str]:
@@ -42,11 +45,13 @@ def load_models(
     arch: str,
     device: str | torch.device,
     num_models: int | None = None,
+    say: Callable[[str], None] = log.info,
 ) -> list[nn.Module]:
     """Eval-mode float32 models from checkpoint files, all slices of one stack on `device`.
 
     One file gives `num_models` independent copies (one where it is not given), K files give K
-    models. The number of classes is taken from the last layer.
+    models. The number of classes is taken from the last layer. A prefix that all names of a file
+    share is taken off (see `without_prefix`), and `say` is told of it in one line.
 
     Raises:
         InputError: a file that is not a usable checkpoint of `arch`, or K files for another N.
@@ -55,7 +60,11 @@ def load_models(
     if count < 1 or not paths or len(paths) not in (1, count):
         found = f"{len(paths)} files for {count} models"
         raise InputError(f"--model_path: expected one file, or one for each model, found {found}")
-    states = ((str(path), read_checkpoint(path)) for path in paths)
+    expected = stacking.named_tensors(build_skeleton(arch, None))
+    states = (
+        (str(path), _told(read_checkpoint(path), expected, source=str(path), say=say))
+        for path in paths
+    )
     copies = count if len(paths) == 1 else 1
     return _from_states(states, arch=arch, count=count, copies=copies, device=torch.device(device))
 
@@ -99,6 +108,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> State:
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise InputError(f"{path}: expected finite weights, found NaN or infinity in {name}")
     return state
+
+
+def without_prefix(state: State, expected: Collection[str]) -> tuple[State, str]:
+    """A state under the names that `expected` has most of, and the prefix that was taken off.
+
+    Training wraps a model and its names: `module.` (DataParallel), `_orig_mod.` (torch.compile),
+    `model.` (Lightning), `backbone.`, several of them one after another. Of the beginnings that all
+    names share as few parts go as give the most names of `expected`: where no names fit better for
+    it, none.
+    """
+    parts = zip(*(name.split(".")[:-1] for name in state), strict=False)
+    shared = [own[0] for own in takewhile(lambda own: len(set(own)) == 1, parts)]
+    prefixes = [".".join([*shared[:count], ""]) for count in range(len(shared) + 1)]
+    hits = [sum(name.removeprefix(own) in expected for name in state) for own in prefixes]
+    prefix = prefixes[hits.index(max(hits))]
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}, prefix
 
 
 def check_arch(arch: str) -> None:
@@ -175,6 +200,15 @@ def _from_states(
     return models
 
 
+def _told(
+    state: State, expected: Collection[str], *, source: str, say: Callable[[str], None]
+) -> State:
+    state, prefix = without_prefix(state, expected)
+    if prefix:
+        say(f"{source}: all {len(state)} names begin with {prefix!r}: loaded without it")
+    return state
+
+
 def _construct(arch: str, classes: int | None) -> nn.Module:
     options = {} if classes is None else {"num_classes": classes}
     with warnings.catch_warnings():
@@ -248,8 +282,6 @@ def _unwrap(content: object, path: Path) -> State:
         if value.layout != torch.strided or value.is_meta:
             found = f"{value.layout} on {value.device}"
             raise InputError(f"{path}: expected {name} to be a dense tensor, found {found}")
-    if all(name.startswith(_REPLICA_PREFIX) for name in content):
-        content = {name.removeprefix(_REPLICA_PREFIX): value for name, value in content.items()}
     return {_current_name(name): value for name, value in content.items()}
 
 

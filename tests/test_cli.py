@@ -202,6 +202,20 @@ def test_an_allocator_that_cannot_be_had_is_said_so(
     assert "retain cannot be had here: mallopt is glibc's" in message
 
 
+def test_a_prefix_that_is_taken_off_a_checkpoint_is_printed(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "lightning.ckpt"
+    state = {f"model.{name}": tensor for name, tensor in torch.load(checkpoint).items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"lr": 0.1}}, path)
+    config = parse(["--model_path", str(path)])
+    resnet_vmap.load_models(config, torch.device("cpu"))
+    assert capsys.readouterr().out == (
+        f"Loading resnet model from {path}\n"
+        f"{path}: all 122 names begin with 'model.': loaded without it\n"
+    )
+
+
 def test_a_bad_checkpoint_leaves_the_output_of_an_earlier_run_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -2,6 +2,7 @@ import argparse
 import os
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +104,81 @@ def test_a_wrapped_state_dict_is_unwrapped(
 ):
     path = saved(wrap(small_state), tmp_path / "wrapped.pth")
     assert_same_state(load_one(path), small_state)
+
+
+PREFIXES = ["backbone.", "net.", "model.", "_orig_mod.", "module.", "model._orig_mod.", "a.b.c.d."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_that_all_names_share_is_taken_off_and_said_in_one_line(
+    small_state: State, tmp_path: Path, prefix: str
+):
+    path = saved({prefix + name: t for name, t in small_state.items()}, tmp_path / "wrapped.pth")
+    said: list[str] = []
+    (model,) = weights.load_models([path], arch=SMALL, device="cpu", say=said.append)
+    assert_same_state(model, small_state)
+    count = len(small_state)
+    assert said == [f"{path}: all {count} names begin with {prefix!r}: loaded without it"]
+
+
+def test_nothing_is_said_of_names_as_they_should_be(small_state: State, tmp_path: Path):
+    said: list[str] = []
+    path = saved(small_state, tmp_path / "plain.pth")
+    weights.load_models([path], arch=SMALL, device="cpu", say=said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("arch", [SMALL, "resnet18", "densenet121", "squeezenet1_0", "vgg11"])
+@pytest.mark.parametrize("prefix", ["", "features.", "model.features.", "fc.", "layer1."])
+def test_only_what_is_not_the_architectures_own_is_taken_off(arch: str, prefix: str):
+    own = hollow(arch, classes=10)
+    state = {prefix + name: tensor for name, tensor in own.items()}
+    found, taken = weights.without_prefix(state, own)
+    assert (list(found), taken) == (list(own), prefix)
+
+
+def test_a_part_of_an_architecture_keeps_the_names_that_its_tensors_share():
+    own = hollow("vgg11", classes=10)
+    part = {name: tensor for name, tensor in own.items() if name.startswith("features.")}
+    assert weights.without_prefix(part, own) == (part, "")
+    assert weights.without_prefix({"model." + n: t for n, t in part.items()}, own)[1] == "model."
+    assert weights.without_prefix({"fc.bias": torch.ones(1)}, own)[1] == ""
+
+
+def test_a_lightning_checkpoint_loads(small_state: State, tmp_path: Path):
+    content = {
+        "epoch": 3,
+        "global_step": 400,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": OrderedDict((f"model.{name}", t) for name, t in small_state.items()),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 4}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': 'loss'}": {"best_model_score": torch.ones(())}},
+        "optimizer_states": [
+            {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []}
+        ],
+        "lr_schedulers": [{"base_lrs": [0.1], "last_epoch": 3}],
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"lr": 0.1, "arch": SMALL, "milestones": (1, 2), "seed": None},
+    }
+    assert_same_state(load_one(saved(content, tmp_path / "last.ckpt")), small_state)
+
+
+def test_tensors_beside_the_prefixed_ones_are_not_dropped(small_state: State, tmp_path: Path):
+    state = {f"model.{name}": tensor for name, tensor in small_state.items()}
+    path = saved({**state, "criterion.weight": torch.ones(10)}, tmp_path / "last.ckpt")
+    found = rf"with fc.bias, found {len(state) + 1} tensors, the first model.conv1.0.weight"
+    assert_refused(path, f"expected a {SMALL} {found}")
+    path = saved({**state, "model.criterion.weight": torch.ones(10)}, tmp_path / "last.ckpt")
+    assert_refused(path, f"expected a {SMALL}, found criterion.weight unexpected")
+
+
+def test_a_lightning_checkpoint_with_code_in_its_hyperparameters_is_refused(
+    small_state: State, tmp_path: Path
+):
+    content = {"state_dict": small_state, "hyper_parameters": {"hook": Attack(tmp_path / "made")}}
+    path = saved(content, tmp_path / "last.ckpt")
+    assert_refused(path, "expected a state dict of tensors, found a pickle that asks for")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
