@@ -8,6 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ensemble import stacking
 from ensemble.errors import UnavailableError
+from ensemble.tracing import replaceable_once, traced
 
 
 def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
@@ -18,20 +19,18 @@ def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
 
     Raises:
         UnavailableError: torch.fx cannot trace the models.
+        ValueError: models that `stacking.check_alike` refuses.
     """
-    pairs = _foldable(models[0])
-    template = stacking.skeleton(models[0])
-    for conv_name, norm_name in pairs:
-        conv = template.get_submodule(conv_name)
-        if conv.bias is None:
-            empty = torch.empty(conv.out_channels, dtype=conv.weight.dtype, device="meta")
-            conv.bias = nn.Parameter(empty, requires_grad=False)
-        _replace(template, norm_name, nn.Identity())
-    for name, tensor in stacking.named_tensors(template).items():
-        if tensor.dim() == 4:
-            stacking.set_tensor(
-                template, name, tensor.contiguous(memory_format=torch.channels_last)
-            )
+    stacking.check_alike(models)
+    pairs, template = _without_norms(models[0])
+    stacking.set_tensors(
+        template,
+        {
+            name: tensor.contiguous(memory_format=torch.channels_last)
+            for name, tensor in stacking.named_tensors(template).items()
+            if tensor.dim() == 4
+        },
+    )
     device = next(models[0].parameters()).device
     copies = stacking.allocate(template, len(models), device=device)
     for model, copy in zip(models, copies, strict=True):
@@ -45,12 +44,32 @@ def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
     return copies
 
 
-def traced(model: nn.Module) -> fx.GraphModule:
-    """`model` as a graph of its modules; raises UnavailableError where torch.fx cannot trace it."""
+def _without_norms(model: nn.Module) -> tuple[list[tuple[str, str]], nn.Module]:
+    """The convolutions and norms to fold, and the skeleton of `model` with these norms gone.
+
+    The model's own code runs on what is left. Where it would take another way than before, for it
+    looks at its modules (`isinstance(layer, nn.BatchNorm2d)`, `conv.bias is None`), none is folded.
+    """
+    graph = traced(stacking.skeleton(model)).graph
+    pairs, template = _foldable(model, graph), stacking.skeleton(model)
+    for conv_name, norm_name in pairs:
+        conv = template.get_submodule(conv_name)
+        if conv.bias is None:
+            empty = torch.empty(conv.out_channels, dtype=conv.weight.dtype, device="meta")
+            conv.bias = nn.Parameter(empty, requires_grad=False)
+        template.set_submodule(norm_name, nn.Identity().eval())
     try:
-        return fx.symbolic_trace(model)
-    except Exception as error:  # a tracer runs the model's own code, which may raise anything
-        raise UnavailableError(f"torch.fx cannot trace this model: {error}") from error
+        same = _listed(traced(template).graph) == _listed(graph)
+    except UnavailableError:
+        same = False
+    return (pairs, template) if same else ([], stacking.skeleton(model))
+
+
+def _listed(graph: fx.Graph) -> list[tuple[str, ...]]:
+    return [
+        (node.name, node.op, str(node.target), str(node.args), str(node.kwargs))
+        for node in graph.nodes
+    ]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -59,25 +78,31 @@ def channels_last(x: Tensor) -> Tensor:
     return images.view(x.shape) if x.dim() == 4 else images.unflatten(0, x.shape[:-3])
 
 
-def _foldable(model: nn.Module) -> list[tuple[str, str]]:
+def _foldable(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
     """The names of each convolution and the batch norm that alone reads its result."""
-    graph = traced(stacking.skeleton(model)).graph
-    modules = dict(model.named_modules())
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    once = [node.target for node in calls]
+    calls = replaceable_once(model, graph)
     pairs = []
-    for node in calls:
+    for name, node in calls.items():
         source = node.args[0]
+        assert isinstance(source, fx.Node)
+        conv = str(source.target)
         if (
-            isinstance(modules[node.target], nn.BatchNorm2d)
-            and isinstance(source, fx.Node)
-            and source.op == "call_module"
-            and isinstance(modules[str(source.target)], nn.Conv2d)
+            _has_statistics(model.get_submodule(name))
+            and source is calls.get(conv)
+            and type(model.get_submodule(conv)) is nn.Conv2d
             and len(source.users) == 1
-            and once.count(source.target) == once.count(node.target) == 1
         ):
-            pairs.append((str(source.target), str(node.target)))
+            pairs.append((conv, name))
     return pairs
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    """A batch norm whose result is a linear function of its input, the same for every batch."""
+    return (
+        type(module) is nn.BatchNorm2d
+        and module.running_mean is not None
+        and module.running_var is not None
+    )
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -88,8 +113,3 @@ def _fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     shift = other["bias"].double() if "bias" in other else None
     assert isinstance(norm, nn.BatchNorm2d)
     return fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, module)

@@ -6,14 +6,13 @@ at 3 to 4 s a model; here it costs milliseconds. The operators are those that In
 are private to torch, so `pack` asks whether they are there.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ensemble.errors import UnavailableError
-from ensemble.fusing import fuse, is_plain
+from ensemble.fusing import fuse
 
 
 class PackedConv2d(nn.Module):
@@ -59,43 +58,31 @@ def pack(model: nn.Module, example: Tensor) -> fx.GraphModule:
         UnavailableError: not the CPU, no oneDNN or not its operators, a dtype that it lacks, or a
             model that torch.fx cannot trace.
     """
-    _check(example)
-    sizes = _input_sizes(model, example)
+    reason = why_not(example.device.type, example.dtype)
+    if reason:
+        raise UnavailableError(reason)
     return fuse(
-        model, lambda name, conv, relu: PackedConv2d(conv, sizes[name], relu=relu), in_place=True
+        model,
+        example,
+        lambda conv, shape, relu: PackedConv2d(conv, shape, relu=relu),
+        in_place=True,
     )
 
 
-def _input_sizes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:
-    """The input size of each convolution that can be packed, from one run of the model."""
-    sizes: dict[str, torch.Size] = {}
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, arguments: sizes.update({name: arguments[0].shape})
-
-    hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in model.named_modules()
-        if is_plain(module)
-    ]
-    model(example)
-    for hook in hooks:
-        hook.remove()
-    return sizes
-
-
-def _check(example: Tensor) -> None:
-    if example.device.type != "cpu":
-        raise UnavailableError(f"packed weights are oneDNN's, for the CPU, not {example.device}")
+def why_not(device: str, dtype: torch.dtype) -> str:
+    """Why oneDNN's packed convolution cannot run on this machine; nothing where it can."""
+    if device != "cpu":
+        return f"packed weights are oneDNN's, for the CPU, not {device}"
     if not torch.backends.mkldnn.is_available():
-        raise UnavailableError("this torch was built without oneDNN")
+        return "this torch was built without oneDNN"
     if not hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight") or not hasattr(
         torch.ops.mkldnn, "_convolution_pointwise"
     ):
-        raise UnavailableError("this torch does not have oneDNN's packed convolution")
-    support = {
+        return "this torch does not have oneDNN's packed convolution"
+    supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    if example.dtype in support and not support[example.dtype]():
-        raise UnavailableError(f"oneDNN does not compute in {example.dtype} on this CPU")
+    if dtype != torch.float32 and (dtype not in supported or not supported[dtype]()):
+        return f"oneDNN does not compute in {dtype} on this CPU"
+    return ""

@@ -1,5 +1,6 @@
 import copy
 import re
+import types
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from ensemble import stacking
+from ensemble import folding, stacking
 from tests.checkpoints import SMALL, trained
 from tests.tiny import TinyNet, tiny_models
 
@@ -89,19 +90,18 @@ def test_allocated_models_take_the_dtype_and_counters_keep_theirs():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_foreign_models_are_moved_into_one_stack_with_their_values(
+def test_foreign_models_are_copied_into_one_stack_and_left_as_they_are(
     memory_format: torch.memory_format,
 ):
     models = [model.to(memory_format=memory_format) for model in tiny_models(3)]
-    expected = values(models)
+    expected, before = values(models), [addresses(model.state_dict()) for model in models]
     state = stacking.stacked_state(models)
     assert_values(state, expected)
-    state["fc.weight"][1] = 7
-    state["bn.running_mean"][2] = 8
-    assert (models[1].get_parameter("fc.weight") == 7).all()
-    assert (models[2].get_buffer("bn.running_mean") == 8).all()
-    assert torch.equal(models[0].get_parameter("fc.weight"), expected[0]["fc.weight"])
-    assert addresses(stacking.stacked_state(models)) == addresses(state)
+    assert [addresses(model.state_dict()) for model in models] == before
+    for tensor in state.values():
+        tensor.zero_()
+    for model, own in zip(models, expected, strict=True):
+        assert all(torch.equal(t, own[name]) for name, t in model.state_dict().items())
 
 
 def test_a_single_foreign_model_is_its_own_stack():
@@ -121,13 +121,57 @@ def test_allocated_models_in_another_order_are_stacked_in_that_order(order: slic
         assert all(torch.equal(t, own[name]) for name, t in model.state_dict().items())
 
 
-def test_models_of_two_stacks_are_moved_into_one():
+def test_models_of_two_stacks_are_copied_into_one():
     models = allocated(2) + allocated(2)
     models[3].get_parameter("fc.bias").fill_(9)
     expected = values(models)
     state = stacking.stacked_state(models)
     assert_values(state, expected)
-    assert addresses(stacking.stacked_state(models)) == addresses(state)
+    assert addresses(state).keys() == expected[0].keys()
+    assert not set(addresses(state).values()) & {
+        address for model in models for address in addresses(model.state_dict()).values()
+    }
+
+
+class Odd(nn.Module):
+    """Tensors whose memory is not what their shape says: tied, empty, expanded, of 0 dimensions."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.register_buffer("empty", torch.zeros(0, 3))
+        self.register_buffer("wide", torch.randn(4, 1, generator=generator).expand(4, 8))
+        self.register_buffer("turned", torch.randn(3, 5, generator=generator).T)
+        self.register_buffer("every_other", torch.randn(8, generator=generator)[::2])
+        self.register_buffer("counter", torch.tensor(seed))
+        self.register_buffer("flag", torch.tensor(seed % 2 == 0))
+        self.requires_grad_(False).eval()
+
+
+def test_tensors_of_unusual_memory_are_stacked_by_value():
+    models: list[nn.Module] = [Odd(seed) for seed in range(3)]
+    expected = [{n: t.clone() for n, t in stacking.named_tensors(m).items()} for m in models]
+    assert_values(stacking.stacked_state(models), expected)
+
+
+def test_overlapping_slices_are_stacked_by_value():
+    line = torch.arange(10.0)
+    for step, length in [(1, 4), (3, 3), (2, 1), (0, 4)]:
+        models: list[nn.Module] = []
+        for index in range(3):
+            model = nn.Module().eval()
+            model.register_buffer("part", line[index * step : index * step + length])
+            models.append(model)
+        state = stacking.stacked_state(models)
+        assert torch.equal(state["part"], torch.stack([m.get_buffer("part") for m in models]))
+
+
+def test_a_tied_tensor_stays_tied_in_allocated_models():
+    (model,) = stacking.allocate(Odd(0), 1, device=CPU)
+    assert model.get_parameter("a.weight") is model.get_parameter("b.weight")
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
 
 
 def test_models_that_need_gradients_can_be_stacked_and_still_need_them():
@@ -181,7 +225,7 @@ def with_another_device(model: nn.Module) -> None:
         (with_another_device, "torch.float32 on cpu, found (8, 3, 3, 3) torch.float32 on meta"),
     ],
 )
-def test_a_model_that_does_not_fit_is_named_and_nothing_is_moved(change, message: str):
+def test_a_model_that_does_not_fit_is_named(change, message: str):
     models = tiny_models(3)
     change(models[2])
     before = addresses(models[0].state_dict())
@@ -273,4 +317,54 @@ def test_models_that_differ_in_what_no_tensor_shows_are_refused():
     with pytest.raises(
         ValueError, match="model 1: expected the structure of model 0, found another"
     ):
+        stacking.stacked_state(models)
+
+
+def pass_by(module, arguments):
+    return None
+
+
+CHANGES = {
+    "scale": ("expected scale to be None, found 2.0", lambda m: setattr(m, "scale", 2.0)),
+    "of a part": ("expected bn.name to be", lambda m: setattr(m.bn, "name", "a")),
+    "a function": ("expected act to be", lambda m: setattr(m, "act", torch.tanh)),
+    "a lambda": ("expected act to be", lambda m: setattr(m, "act", lambda x: 2 * x)),
+    "a list": ("expected taps to be", lambda m: setattr(m, "taps", [1, 2])),
+    "a constant": ("expected table to be", lambda m: setattr(m, "table", torch.ones(2))),
+    "a hook": ("conv._forward_pre_hooks", lambda m: m.conv.register_forward_pre_hook(pass_by)),
+    "hidden": ("expected hidden to be", lambda m: setattr(m, "hidden", [nn.Linear(2, 2)])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("use", [stacking.stacked_state, folding.folded])
+def test_a_difference_that_neither_tensors_nor_repr_show_is_refused(change: str, use):
+    models = tiny_models(2)
+    for model in models:
+        vars(model).update(act=torch.relu, taps=[1], table=torch.zeros(2), hidden=[])
+    message, apply = CHANGES[change]
+    use(models)
+    apply(models[1])
+    with pytest.raises(ValueError, match=f"model 1: .*{re.escape(message)}"):
+        use(models)
+
+
+def test_attributes_that_do_the_same_are_no_difference():
+    models = tiny_models(3)
+    for model in models:
+        model.act = lambda x: x + 1  # type: ignore[assignment]
+        model.parts = [model.conv, model.fc]  # type: ignore[assignment]
+        model.table, model.limit = torch.arange(3), float("nan")  # type: ignore[assignment]
+        vars(model).update(config=types.SimpleNamespace(width=8, model=model))
+        model.get_submodule("bn").register_forward_pre_hook(pass_by)
+    stacking.check_alike(models)
+
+
+def test_tensors_tied_in_another_way_are_refused():
+    models: list[nn.Module] = []
+    for source in ("a", "b"):
+        model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abc"}).eval()
+        model["c"].weight = model[source].weight
+        models.append(model)
+    with pytest.raises(ValueError, match="model 1: expected the tensors of model 0, they differ"):
         stacking.stacked_state(models)

@@ -122,7 +122,7 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once():
     x = torch.randn(1, 3, 64, 64)
     copies = winograd.folded(models)
     state = stacking.stacked_state(copies)
-    operators = winograd.with_operators(stacking.skeleton(copies[0]))
+    operators = winograd.with_operators(copies[0], x)
     mapped = torch.vmap(stacking.stateless(operators), in_dims=(0, None))
     with torch.inference_mode():
         lowered = lower.lower(mapped, state, x, threads=2)

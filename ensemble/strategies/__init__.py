@@ -64,6 +64,13 @@ BEST = "best"  # stands for the one of them that is expected to be the fastest
 def build(name: str, models: Sequence[nn.Module], example: Tensor) -> Forward:
     """Build a strategy. Building and calling both run under `torch.inference_mode`.
 
+    What the models hold is never changed, and any number of ensembles may be built of the same
+    models, in any order. `loop` reads the models' own tensors, and so does `vmap` where these are
+    slices of one stack, as those of `load_models` and every run of them are: that takes no memory,
+    and a weight that is later changed in place is seen. Of models that lie apart `vmap` holds a
+    copy, and every other strategy holds its own form of the weights: changes are not seen, and the
+    models may be freed.
+
     Args:
         name: a key of `STRATEGIES`, or `BEST`.
         models: N eval-mode models of one class, on one device, in one dtype.
@@ -73,7 +80,8 @@ def build(name: str, models: Sequence[nn.Module], example: Tensor) -> Forward:
         forward: x like `example` -> logits `(N, B, classes)`.
 
     Raises:
-        ValueError: an unknown name, or an example that does not fit the models.
+        ValueError: an unknown name, an example that does not fit the models, or models that differ
+            in more than the values of their tensors (only `loop` and `packed_...` take them).
         UnavailableError: the strategy cannot run here.
     """
     import torch

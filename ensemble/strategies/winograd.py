@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ensemble.folding import folded
+from ensemble import stacking
+from ensemble.effects import effects
+from ensemble.folding import channels_last, folded
 from ensemble.fusing import fuse
 from ensemble.ops import conv, lower
-from ensemble.stacking import skeleton, stacked_state, stateless
+from ensemble.stacking import stacked_state, stateless
+from ensemble.tracing import is_images, replaceable, replaceable_once
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from ensemble.strategies import Forward
 
 
@@ -42,12 +43,13 @@ def compiled(models: Sequence[nn.Module], example: Tensor) -> Forward:
 
 def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lower.Lowered:
     """The vmapped forward of the folded models by the operators of `ensemble.ops`, lowered."""
-    copies = folded(models)
-    state, template = stacked_state(copies), skeleton(copies[0])
-    del copies  # the state is freed tensor by tensor, as it is packed
-    mapped = torch.vmap(
-        stateless(with_operators(template)), in_dims=(0, 0 if example.dim() == 5 else None)
+    per_model, copies = example.dim() == 5, folded(models)
+    graph = with_operators(copies[0], channels_last(example[0] if per_model else example))
+    state = _state_of(graph, stacked_state(copies), copies[0], len(copies))
+    mapped = torch.func.functionalize(
+        torch.vmap(stateless(graph), in_dims=(0, 0 if per_model else None))
     )
+    del copies, graph  # the state is freed tensor by tensor, as it is packed
     return lower.lower(mapped, state, example, threads=torch.get_num_threads())
 
 
@@ -92,28 +94,66 @@ class Head(nn.Module):
         return conv.head(x, self.weight, self.bias)
 
 
-def with_operators(template: nn.Module) -> fx.GraphModule:
-    """`template` by the operators of `ensemble.ops.conv`, its tensors under their own names."""
-    fused = fuse(template, lambda name, own, relu: Conv2d(own, relu=relu), in_place=False)
-    for name, module in list(fused.named_modules()):
-        if type(module) is nn.MaxPool2d and module.dilation == 1 and not module.ceil_mode:
+def with_operators(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """`model` by the operators of `ensemble.ops.conv`, its tensors under their own names.
+
+    example: `(B, C, H, W)`. What the operators do not fit, or is more than its call, stays.
+    """
+    fused = fuse(model, example, lambda own, _, relu: Conv2d(own, relu=relu), in_place=False)
+    for name, nodes in replaceable(fused, fused.graph).items():
+        module = fused.get_submodule(name)
+        if not all(is_images(node.args[0]) for node in nodes):
+            continue
+        if type(module) is nn.MaxPool2d and _has_operator(module):
             fused.set_submodule(name, MaxPool2d(module))
-        elif type(module) is nn.Linear:
-            _take_pooling(fused, name, module)
+    for name, node in replaceable_once(fused, fused.graph).items():
+        module = fused.get_submodule(name)
+        if type(module) is nn.Linear:
+            _take_pooling(fused, node, module)
+    fused.graph.lint()
     fused.recompile()
     return fused
 
 
-def _take_pooling(fused: fx.GraphModule, name: str, linear: nn.Linear) -> None:
+def _has_operator(pool: nn.MaxPool2d) -> bool:
+    plain = pool.dilation in (1, (1, 1)) and not pool.ceil_mode
+    return plain and not pool.return_indices
+
+
+def _take_pooling(fused: fx.GraphModule, node: fx.Node, linear: nn.Linear) -> None:
     """Where `linear` reads nothing but a flattened mean over all pixels, make them one."""
-    for node in fused.graph.find_nodes(op="call_module", target=name):
-        flat = node.args[0]
-        pool = flat.args[0] if flat.target is torch.flatten and flat.args[1:] == (1,) else None
-        if pool is None or pool.op != "call_module" or len(flat.users) + len(pool.users) > 2:
-            return
-        own = fused.get_submodule(pool.target)
-        if type(own) is nn.AdaptiveAvgPool2d and own.output_size in (1, (1, 1)):
-            node.args = (pool.args[0],)
-            fused.graph.erase_node(flat)
-            fused.graph.erase_node(pool)
-            fused.set_submodule(name, Head(linear))
+    flat = node.args[0]
+    assert isinstance(flat, fx.Node)
+    plain = flat.target is torch.flatten and flat.args[1:] == (1,) and not flat.kwargs
+    pool = flat.args[0] if plain else None
+    pools = replaceable(fused, fused.graph)
+    if not isinstance(pool, fx.Node) or pool not in pools.get(str(pool.target), ()):
+        return
+    own, images = fused.get_submodule(str(pool.target)), pool.args[0]
+    assert isinstance(images, fx.Node)
+    if (
+        type(own) is nn.AdaptiveAvgPool2d
+        and own.output_size in (1, (1, 1))
+        and is_images(images)
+        and len(flat.users) == len(pool.users) == 1
+        and effects(fused, fresh=node).may_run_at(pool, node, reading=images)
+    ):
+        node.args = (images,)
+        fused.graph.erase_node(flat)
+        fused.graph.erase_node(pool)
+        fused.set_submodule(str(node.target), Head(linear))
+
+
+def _state_of(
+    graph: nn.Module, state: dict[str, Tensor], model: nn.Module, num_models: int
+) -> dict[str, Tensor]:
+    """The stacked tensors that `graph`, made of `model`, has, by the names that it has them under.
+
+    It lacks those of modules that are never called, may have another of a tied tensor's names, and
+    has constants that are the same for all models.
+    """
+    names = stacking.first_names(model)
+    return {
+        name: state[names[name]] if name in names else torch.stack([tensor] * num_models)
+        for name, tensor in stacking.named_tensors(graph).items()
+    }
