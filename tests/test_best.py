@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import ensemble
 from ensemble import exports, sweep
 from ensemble.strategies import STRATEGIES, best
 from tests.test_strategies import independent
+from tests.tiny import TinyNet, tiny_models
 
 
 def models(arch: str, count: int = 2) -> list[nn.Module]:
@@ -25,8 +26,6 @@ def models(arch: str, count: int = 2) -> list[nn.Module]:
         ("resnet50", "cpu", "float32", "winograd_vmap"),
         ("resnext50_32x4d", "cpu", "float32", "packed_concurrent"),
         ("mobilenet_v2", "cpu", "float32", "packed_concurrent"),
-        ("resnet18", "cpu", "float16", "packed_concurrent"),
-        ("mobilenet_v2", "cpu", "bfloat16", "packed_concurrent"),
         ("resnet18", "cuda", "float32", "captured_matmul_vmap"),
         ("resnext50_32x4d", "cuda", "float32", "captured_concurrent_compiled"),
         ("resnet18", "cuda", "bfloat16", "captured_matmul_vmap"),
@@ -49,6 +48,39 @@ def test_with_many_models_in_half_precision_on_cuda_convolutions_side_by_side_ar
 def test_in_bfloat16_the_cpu_decides(pairs: bool, expected: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(best, "_multiplies_pairs_best", lambda: pairs)
     assert best.pick(models("resnet18"), "cpu", "bfloat16") == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("able", [True, False])
+def test_packed_weights_are_picked_only_where_onednn_computes_in_that_dtype(
+    dtype: str, able: bool, monkeypatch: pytest.MonkeyPatch
+):
+    for kind in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: able)
+    expected = "packed_concurrent" if able else "folded_loop"
+    assert best.pick(models("mobilenet_v2"), "cpu", dtype) == expected
+
+
+def test_without_onednn_what_needs_it_is_not_picked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert best.pick(models("mobilenet_v2"), "cpu", "float32") == "folded_loop"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_picked_runs_in_every_dtype(dtype: torch.dtype):
+    own = [model.to(dtype) for model in tiny_models(2)]
+    x = torch.randn(1, 3, 8, 8, dtype=dtype)
+    assert ensemble.build("best", own, x)(x).dtype == dtype
+
+
+def test_a_model_that_cannot_be_traced_is_run_by_the_loop():
+    class Branching(TinyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+    own: list[nn.Module] = [Branching().eval() for _ in range(2)]
+    x = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(ensemble.build("best", own, x)(x), independent(own, x))
 
 
 def test_without_numba_the_rule_does_not_pick_what_needs_it(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import functorch
 import pytest
@@ -14,10 +14,48 @@ from ensemble.strategies import STRATEGIES
 from ensemble.strategies.concurrent import shares
 from tests.tiny import TinyNet, tiny_models
 
-EAGER = ["loop", "vmap", "folded_loop", "folded_vmap", "concurrent"]
-EAGER += ["packed_loop", "packed_concurrent", "winograd_vmap"]
-COMPILED = ["compiled_loop", "compiled_vmap", "concurrent_compiled"]
-PEERS = {"openvino": "openvino", "onnxruntime": "onnxscript", "jax": "jax"}  # row: package
+SHAPES = {"shared": (2, 3, 8, 8), "per_model": (3, 2, 3, 8, 8)}
+PEERS = [name for name, strategy in STRATEGIES.items() if strategy.module == "peers"]
+QUIET = pytest.mark.filterwarnings("ignore")  # of other people's packages
+QUIETER_COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own parts
+
+
+def takes_seconds(name: str) -> bool:
+    return name in PEERS or "compiled" in name
+
+
+def from_registry(*, slow: bool) -> list[object]:
+    """Every strategy there is, to test; what compiles or tries settings is not in every test."""
+    return [
+        pytest.param(name, marks=QUIET if name in PEERS else QUIETER_COMPILER)
+        if takes_seconds(name)
+        else name
+        for name in STRATEGIES
+        if slow or not takes_seconds(name)
+    ]
+
+
+def resnets(arch: str, count: int) -> list[nn.Module]:
+    models: list[nn.Module] = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        models.append(torchvision.models.get_model(arch, num_classes=7).eval())
+    return models
+
+
+def built(name: str, models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """The strategy, compiled afresh; where it cannot run here the test is skipped, and says why."""
+    torch.compiler.reset()
+    try:
+        return ensemble.build(name, models, example)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    """Of any model, relative to its own largest logit."""
+    errors = (found - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))
+    return float(errors.max())
 
 
 def independent(models: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -27,73 +65,76 @@ def independent(models: Sequence[nn.Module], x: Tensor) -> Tensor:
         return torch.stack([model(own) for model, own in zip(models, inputs, strict=True)])
 
 
-@pytest.mark.parametrize("name", EAGER)
-@pytest.mark.parametrize("num_models", [1, 3])
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (None, 2, 3, 8, 8)], ids=["shared", "per_model"])
-def test_logits_are_those_of_each_model_by_itself(
-    name: str, num_models: int, shape: tuple[int | None, ...]
-):
-    models = tiny_models(num_models)
-    sizes = [num_models if size is None else size for size in shape]
-    example, x = torch.randn(2, *sizes, generator=torch.Generator().manual_seed(1))
-    expected = independent(models, x)
-    forward = ensemble.build(name, models, example)
-    torch.testing.assert_close(forward(x), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", from_registry(slow=True))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_each_model_by_itself(name: str, shape: str):
+    models = tiny_models(3)
+    example, x = torch.randn(2, *SHAPES[shape], generator=torch.Generator().manual_seed(1))
+    forward = built(name, models, example)
+    assert largest_error(forward(x), independent(models, x)) < 1e-5
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert largest_error(forward(example), independent(models, example)) < 1e-5
+
+
+@pytest.mark.parametrize("name", from_registry(slow=False))
+def test_one_model_alone_is_an_ensemble(name: str):
+    models, x = tiny_models(1), torch.randn(2, 3, 8, 8)
+    assert largest_error(built(name, models, x)(x), independent(models, x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*from_registry(slow=False), *(pytest.param(name, marks=QUIET) for name in PEERS)],
+)
+@pytest.mark.parametrize(("arch", "per_model"), [("resnet18", True), ("resnet50", False)])
+def test_resnets_give_the_logits_of_the_models_themselves(name: str, arch: str, per_model: bool):
+    models = resnets(arch, 2)
+    x = torch.randn((2, 1, 3, 32, 32) if per_model else (1, 3, 32, 32))
+    forward = built(name, models, x)
+    assert largest_error(forward(x), independent(models, x)) < 1e-5
+    if name in PEERS:
+        assert forward.note.startswith("setting: ")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
     ("name", "arch"),
     [
-        *((name, arch) for name in EAGER for arch in ("resnet18", "resnet50")),
         *(("vmap", arch) for arch in ("resnet34", "resnet101", "resnet152")),
         ("folded_vmap", "resnet152"),
     ],
 )
 def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(name: str, arch: str):
-    models: list[nn.Module] = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        models.append(torchvision.models.get_model(arch, num_classes=7).eval())
-    x = torch.randn(1, 3, 32, 32)
-    expected = independent(models, x)
-    found = ensemble.build(name, models, x)(x)
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    models, x = resnets(arch, 2), torch.randn(1, 3, 32, 32)
+    assert largest_error(ensemble.build(name, models, x)(x), independent(models, x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("name", from_registry(slow=False))
 def test_nothing_is_recorded_for_a_gradient(name: str):
-    forward = ensemble.build(name, tiny_models(2), torch.randn(1, 3, 8, 8))
-    assert forward(torch.randn(1, 3, 8, 8)).is_inference()
+    models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
+    for model in models:
+        model.requires_grad_(True)
+    assert not built(name, models, x)(x).requires_grad
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own parts
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (3, 2, 3, 8, 8)], ids=["shared", "per_model"])
-def test_compiled_logits_are_those_of_each_model_by_itself(name: str, shape: tuple[int, ...]):
-    torch.compiler.reset()
-    models = tiny_models(3)
-    example, x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-    expected = independent(models, x)
-    forward = ensemble.build(name, models, example)
-    torch.testing.assert_close(forward(x), expected, rtol=1e-5, atol=1e-5)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        torch.testing.assert_close(forward(x), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")  # of the packages, not of ours
-@pytest.mark.parametrize("name", PEERS)
-@pytest.mark.parametrize("per_model", [False, True])
-def test_logits_of_another_runtime_are_those_of_the_models_themselves(name: str, per_model: bool):
-    pytest.importorskip(PEERS[name], reason="pip install -r requirements-peers.txt")
-    models: list[nn.Module] = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        models.append(torchvision.models.resnet50(num_classes=7).eval())
-    x = torch.randn((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64))
-    expected = independent(models, x)
-    forward = ensemble.build(name, models, x)
-    assert float((forward(x) - expected).abs().max() / expected.abs().max()) < 1e-5
-    assert forward.note.startswith("setting: ")  # type: ignore[attr-defined]
+@pytest.mark.parametrize("name", from_registry(slow=True))
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_later_ensemble_of_the_same_models_leaves_the_first_as_it_was(name: str, apart: bool):
+    if takes_seconds(name) and not apart:
+        pytest.skip("the seconds are spent on models that lie apart")
+    models, x = tiny_models(3), torch.randn(2, 3, 8, 8)
+    if not apart:
+        slices = stacking.allocate(TinyNet(), 3, device=torch.device("cpu"))
+        for model, source in zip(slices, models, strict=True):
+            model.load_state_dict(source.state_dict())
+        models = slices
+    before = [{n: t.data_ptr() for n, t in model.state_dict().items()} for model in models]
+    orders = [[0, 1, 2]]
+    orders += [[2, 0]] if takes_seconds(name) else [[2, 1, 0], [1, 2], [1], [0, 2], [1, 1, 0]]
+    ensembles = [(order, built(name, [models[i] for i in order], x)) for order in orders]
+    for order, forward in ensembles:
+        expected = independent([models[index] for index in order], x)
+        assert largest_error(forward(x), expected) < 1e-5
+    assert [{n: t.data_ptr() for n, t in m.state_dict().items()} for m in models] == before
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -9,6 +9,11 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from ensemble.errors import UnavailableError
+from ensemble.packing import why_not
+from ensemble.stacking import skeleton
+from ensemble.tracing import traced
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -36,7 +41,11 @@ RULES = (
 
 
 def pick(models: Sequence[nn.Module], device: str, dtype: str) -> str:
-    """The name of the strategy that the table gives for these models."""
+    """The name of the strategy that the table gives for these models, of those that can run."""
+    try:
+        traced(skeleton(models[0]))
+    except UnavailableError:
+        return "loop"  # what all else is made of
     has_kernels = _has_kernels(models[0], device, dtype)
     for rule in RULES:
         asked = (rule.device, rule.dtype, rule.has_kernels)
@@ -44,7 +53,8 @@ def pick(models: Sequence[nn.Module], device: str, dtype: str) -> str:
             own is None or own == found
             for own, found in zip(asked, (device, dtype, has_kernels), strict=True)
         )
-        if fits and (rule.most_models is None or len(models) <= rule.most_models):
+        runs = rule.strategy != "packed_concurrent" or not why_not(device, getattr(torch, dtype))
+        if fits and runs and (rule.most_models is None or len(models) <= rule.most_models):
             return rule.strategy
     raise AssertionError("the last rule fits everything")
 

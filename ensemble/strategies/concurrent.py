@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from threading import Barrier, Lock
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ensemble.folding import channels_last, folded
+from ensemble.ops.workers import PerProcess
 from ensemble.strategies.compiled import compiled_models
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 # More streams than this do not help: each kernel of a ResNet wants a good part of the device.
 MAX_STREAMS = 16
+
+T = TypeVar("T")
+_SETTING = PerProcess(Lock)
 
 One = Callable[[Tensor], Tensor]  # a model: channels-last images (B, 3, H, W) -> logits
 
@@ -53,12 +58,9 @@ def side_by_side(models: Sequence[One], example: Tensor) -> Forward:
 def _over_cores(models: Sequence[One], example: Tensor) -> Forward:
     cores, per_model = torch.get_num_threads(), example.dim() == 5
     plan = shares(len(models), cores)
-    pools = {
-        threads: ThreadPoolExecutor(
-            cores // threads, initializer=torch.set_num_threads, initargs=(threads,)
-        )
-        for _, threads in plan
-    }
+    widths = sorted({threads for _, threads in plan})
+    pools = PerProcess(lambda: {threads: _pool(cores // threads, threads) for threads in widths})
+    pools()  # now, and not in the first call: threads take long to start
 
     def work(indices: list[int], x: Tensor) -> list[Tensor]:
         with torch.inference_mode():  # a thread starts without its caller's mode
@@ -67,14 +69,48 @@ def _over_cores(models: Sequence[One], example: Tensor) -> Forward:
     def forward(x: Tensor) -> Tensor:
         x = channels_last(x)
         logits: dict[int, Tensor] = {}
-        for threads in sorted(pools):  # the leftover models after the whole rounds, not among them
+        for threads in widths:  # the leftover models after the whole rounds, not among them
             parts = [indices for indices, own in plan if own == threads]
-            done = pools[threads].map(lambda indices: work(indices, x), parts)
+            done = pools()[threads].map(lambda indices: work(indices, x), parts)
             for indices, outputs in zip(parts, done, strict=True):
                 logits |= dict(zip(indices, outputs, strict=True))
         return torch.stack([logits[index] for index in range(len(models))])
 
     return forward
+
+
+def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Running workers that compute on so many threads each; no other thread's setting changes.
+
+    torch keeps a number for each thread, and one that threads to come begin with: setting the
+    first sets the second as well. So that one is put back, and nobody else may start a pool then.
+    """
+    with _SETTING():
+        for_new_threads = _in_new_thread(torch.get_num_threads)
+        started = Barrier(workers)
+
+        def start() -> None:
+            started.wait()  # each worker takes one: none is left to start in a call
+            torch.get_num_threads()  # a thread takes what it begins with here, or later: over ours
+            torch.set_num_threads(threads)
+
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="ensemble")
+        try:
+            for future in [pool.submit(start) for _ in range(workers)]:
+                future.result()
+        except BaseException:
+            started.abort()
+            pool.shutdown(wait=False)
+            raise
+        finally:
+            _in_new_thread(lambda: torch.set_num_threads(for_new_threads))
+    return pool
+
+
+def _in_new_thread(function: Callable[[], T]) -> T:
+    """What `function` gives in a thread that has no settings of its own yet."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 def _over_streams(models: Sequence[One], example: Tensor) -> Forward:
