@@ -11,7 +11,7 @@ from ensemble.errors import InputError, UnavailableError
 from ensemble.strategies import STRATEGIES, build
 
 if TYPE_CHECKING:
-    from ensemble.weights import load_models
+    from ensemble.models.weights import load_models
 
 __all__ = ["STRATEGIES", "InputError", "UnavailableError", "build", "load_models"]
 
@@ -19,7 +19,7 @@ __all__ = ["STRATEGIES", "InputError", "UnavailableError", "build", "load_models
 def __getattr__(name: str) -> object:
     """Import torch only when a name is used that needs it: the command's `--help` does not."""
     if name == "load_models":
-        from ensemble.weights import load_models
+        from ensemble.models.weights import load_models
 
         return load_models
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

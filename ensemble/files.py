@@ -1,6 +1,7 @@
-"""The first look at a file that the user named: what every kind of file can be wrong in."""
+"""Files that the user named: what one to be read can be wrong in, and how one is written whole."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from ensemble.errors import InputError
@@ -28,3 +29,22 @@ def first_bytes(path: str | os.PathLike[str], *, kind: str, count: int = 64) -> 
     if not head:
         raise InputError(f"{path}: expected {kind}, found an empty file")
     return head
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by a file of `content`: at any moment the old or the new is there whole."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

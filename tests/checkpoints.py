@@ -36,3 +36,20 @@ def hollow(arch: str, *, classes: int) -> dict[str, Tensor]:
     """A state dict with every name, shape and dtype of `arch`; one number a tensor is stored."""
     state = on_meta(arch, classes=classes).state_dict()
     return {name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in state.items()}
+
+
+def lively(arch: str, seed: int) -> nn.Module:
+    """A model whose batch norms have statistics and scales that differ from the identity's."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = torchvision.models.get_model(arch, weights=None, num_classes=7).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                for tensor in (module.weight, module.running_var):
+                    assert tensor is not None
+                    tensor.uniform_(0.5, 2, generator=generator)
+                for tensor in (module.bias, module.running_mean):
+                    assert tensor is not None
+                    tensor.normal_(0, 0.3, generator=generator)
+    return model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ensemble import timing
+from ensemble.machine import timing
 from tests.checkpoints import SMALL, trained
 
 

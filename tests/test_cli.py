@@ -13,14 +13,18 @@ import torch
 import torchvision
 
 import resnet_vmap
-from ensemble import exports, memory, pretrained
+from ensemble.machine import memory
+from ensemble.models import pretrained
 from ensemble.options import parse
+from ensemble.records import Case, Run
+from ensemble.report import exports, show
 from ensemble.strategies import STRATEGIES
+from tests.made import changed
 
 ROOT = Path(resnet_vmap.__file__).parent
 KITTEN = str(ROOT / "kitten.jpg")
 QUICK = ["--image_path", KITTEN, "--image_size", "32", "--warmup", "0"]
-QUICK += ["--min_pairs", "8", "--min_seconds", "0"]
+QUICK += ["--min_pairs", "8", "--min_seconds", "0", "--processes", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +60,9 @@ def test_the_lines_that_users_of_the_original_know_come_in_their_order(
         "Serving multiple models",
         r"Time taken for prediction without vmap: 0\.\d{6}",
         r"Time taken for prediction with vmap: 0\.\d{6}",
-        r"  loop +3 .* 1 \(reference\)",
-        r"  vmap +3 .* (\d\.\d\d \[|too noisy)",  # on a busy machine
-        "Verdict: vmap, 3 models on cpu: ",
+        "Fastest with 3 models: ",
+        r"\nloop +3 .* 1 \(reference\)",
+        r"\nvmap +3 .* (\d\.\d\d \[|too noisy)",  # on a busy machine
     ]
     places = [match.start() if (match := re.search(line, out)) else line for line in known]
     assert all(isinstance(place, int) for place in places), places
@@ -158,14 +162,15 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--max_minutes", "0"], "expected a number of minutes above 0"),
         (["--resume", "no/such.json"], "--resume: no/such.json: expected a result file"),
         (["--baseline", KITTEN], f"--baseline: {KITTEN}: "),
-        (["--from_json", KITTEN], f"--from_json: {KITTEN}: "),
+        (["--from_json", KITTEN], "--from_json: expected no --image_path beside it"),
+        (["--from_json", "a", "--threads", "2", "--roofline"], "no --image_path, --threads, --roo"),
         (["--export_json", "/proc/run.json"], "--export_json: expected to write in /proc"),
         (["--arch", "vit_b_16", "--image_size", "64"], "--image_size: vit_b_16 does not run at 64"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to"),
         (["--seed", str(2**63)], "argument --seed: expected a whole number from 0 to"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--strategies", "magic"], "argument --strategies: invalid choice: 'magic'"),
-        (["--model_path", "a", "b", "--num_models", "3"], "--num_models: expected 2, one a file"),
+        (["--model_path", "a", "b", "--num_models", "3"], "--num_models: expected 2, one per file"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--num", "3"], "unrecognized arguments: --num 3"),
         (["--device", "tpu"], "--device: expected a device that is available here (cpu"),
@@ -208,9 +213,9 @@ def test_a_prefix_that_is_taken_off_a_checkpoint_is_printed(
     path = tmp_path / "lightning.ckpt"
     state = {f"model.{name}": tensor for name, tensor in torch.load(checkpoint).items()}
     torch.save({"state_dict": state, "hyper_parameters": {"lr": 0.1}}, path)
-    config = parse(["--model_path", str(path)])
-    resnet_vmap.load_models(config, torch.device("cpu"))
-    assert capsys.readouterr().out == (
+    config = parse(["--model_path", str(path), "--image_path", KITTEN])
+    resnet_vmap.load(config)
+    assert capsys.readouterr().out.startswith(
         f"Loading resnet model from {path}\n"
         f"{path}: all 122 names begin with 'model.': loaded without it\n"
     )
@@ -238,22 +243,22 @@ def test_more_views_than_memory_holds_are_refused(
 def test_all_strategies_give_a_row_each_and_what_cannot_run_here_is_no_failure(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    cheap = {name: STRATEGIES[name] for name in ("loop", "folded_vmap", "captured_loop")}
-    monkeypatch.setattr(resnet_vmap, "STRATEGIES", cheap)
+    cheap = {name: STRATEGIES[name] for name in ("loop", "folded_vmap", "cudagraph_loop")}
+    monkeypatch.setattr("ensemble.report.show.STRATEGIES", cheap)
     monkeypatch.setattr("ensemble.options.STRATEGIES", cheap)
     assert resnet_vmap.main([*QUICK, "--model_path", checkpoint, "--strategies", "all"]) == 0
     out = capsys.readouterr().out
     for name in cheap:
-        assert re.search(rf"^  {name} +2 ", out, re.MULTILINE), out
-    assert "captured_loop, 2 models: unavailable: CUDA graphs need a CUDA device" in out
+        assert name in out
+    assert "Not available here: cudagraph_loop: CUDA graphs need a CUDA device" in out
 
 
 def test_a_strategy_that_was_named_and_cannot_run_here_ends_with_exit_code_1(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ):
-    argv = [*QUICK, "--model_path", checkpoint, "--strategies", "captured_loop"]
+    argv = [*QUICK, "--model_path", checkpoint, "--strategies", "cudagraph_loop"]
     assert resnet_vmap.main(argv) == 1
-    assert "captured_loop, 2 models: unavailable: " in capsys.readouterr().out
+    assert "Not available here: cudagraph_loop: " in capsys.readouterr().out
 
 
 def test_a_file_that_can_no_longer_be_written_costs_no_result(
@@ -265,11 +270,11 @@ def test_a_file_that_can_no_longer_be_written_costs_no_result(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ensemble.exports.write_atomically", full)
+    monkeypatch.setattr("ensemble.report.exports.write_atomically", full)
     argv = [*QUICK, "--model_path", checkpoint, "--export_json", str(tmp_path / "run.json")]
     assert resnet_vmap.main(argv) == 2
     captured = capsys.readouterr()
-    assert "Verdict: vmap, 2 models on cpu" in captured.out
+    assert "Fastest with 2 models" in captured.out
     assert captured.err.endswith("run.json cannot be written: No space left on device\n")
 
 
@@ -296,13 +301,13 @@ def test_a_reader_that_stops_reading_gets_no_traceback(checkpoint: str):
 def test_outputs_that_disagree_end_with_exit_code_1_and_without_a_speedup(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("ensemble.benchmark.TOLERANCES", {torch.float32: -1.0})
+    monkeypatch.setattr("ensemble.measure.row.TOLERANCES", {torch.float32: -1.0})
     argv = [*QUICK, "--model_path", checkpoint, "--strategies", "vmap"]
     assert resnet_vmap.main(argv) == 1
     out = capsys.readouterr().out
     assert "vmap, 2 models: failed: outputs disagree: model " in out
     assert "Time taken for prediction with vmap: not measured" in out
-    assert " times" not in out
+    assert " times as fast" not in out
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--num_models", "0"], ["--export_json", "/no/x"]])
@@ -321,6 +326,7 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: st
     target = tmp_path / "run.json"
     argv = ["--model_path", checkpoint, "--image_size", "32", "--export_json", str(target)]
     argv += ["--strategies", "loop", "vmap", "--min_seconds", "1", "--min_pairs", "100000"]
+    argv += ["--processes", "0"]
     program = (  # a shell's background job, as a gate may be, ignores SIGINT and hands that on
         "import signal, sys, resnet_vmap\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -336,7 +342,7 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: st
         try:
             assert process.stderr is not None
             for line in process.stderr:
-                if line.startswith("loop, 1 models: timing"):
+                if line.startswith("loop, 1 model: timing"):
                     break
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
@@ -345,7 +351,7 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: st
     assert process.returncode == 130
     assert "interrupted: 0 of 2 rows were measured" in err
     assert "Traceback" not in err
-    assert "Verdict: nothing was compared with the reference." in out
+    assert "Nothing was compared with the loop." in out
     assert not target.exists()
 
 
@@ -355,18 +361,19 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
     """With 150 MB of address space left, vmap over 8 models at batch 16 does not fit."""
     program = (
         "import resource, sys, torch, functorch, torchvision, resnet_vmap\n"
-        "from ensemble import benchmark\n"
-        "measured = benchmark._measure\n"
-        "def measure(row, *rest):\n"
-        "    if row.strategy == 'vmap':\n"
+        "from ensemble.measure import benchmark\n"
+        "measured = benchmark.measure\n"
+        "def measure(case, *rest, **options):\n"
+        "    if case.strategy == 'vmap':\n"
         "        now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (now + 150_000_000, -1))\n"
-        "    return measured(row, *rest)\n"
-        "benchmark._measure = measure\n"
+        "    return measured(case, *rest, **options)\n"
+        "benchmark.measure = measure\n"
         "sys.exit(resnet_vmap.main(sys.argv[1:]))"
     )
     argv = ["--model_path", checkpoint, "--num_models", "8", "--batch_size", "16"]
     argv += ["--image_size", "112", "--warmup", "0", "--min_pairs", "1", "--min_seconds", "0"]
+    argv += ["--processes", "0"]
     done = subprocess.run(
         [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
     )
@@ -378,8 +385,8 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
     assert "1 (reference)" in done.stdout
 
 
-def rows_of(path: Path) -> list[tuple]:
-    return [row.key for row in exports.read(str(path), flag="").results]
+def rows_of(path: Path) -> list[Case]:
+    return [row.case for row in exports.read(str(path), argument="").results]
 
 
 def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
@@ -391,13 +398,13 @@ def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
     argv += ["--max_minutes", "1e-6"]
     assert resnet_vmap.main([*argv, "--export_json", str(part)]) == 0
     captured = capsys.readouterr()
-    assert "1 of 8 rows were measured; not measured: vmap, 1 models, batch 1; " in captured.err
+    assert "1 of 8 rows were measured; not measured: vmap, 1 model, batch 1; " in captured.err
     assert rows_of(part) == rows_of(whole)[:1]
-    first = exports.read(str(part), flag="").results
+    first = exports.read(str(part), argument="").results
     assert resnet_vmap.main([*argv[:-2], "--resume", str(part)]) == 0
     assert "7 of 8 rows are missing" in capsys.readouterr().out
     assert rows_of(part) == rows_of(whole)
-    assert exports.read(str(part), flag="").results[:1] == first
+    assert exports.read(str(part), argument="").results[:1] == first
 
 
 @pytest.mark.parametrize(
@@ -428,13 +435,13 @@ def test_a_run_of_another_machine_version_or_setting_is_not_resumed(
     assert path.read_bytes() == before
 
 
-def with_steady_times(run: exports.Run, time_s: float = 0.9) -> exports.Run:
+def with_steady_times(run: Run, time_s: float = 0.9) -> Run:
     """The run with made-up times, whatever the machine made of the real ones."""
     rows = [
-        replace(
+        changed(
             row,
-            times_s=(1.0 if row.is_reference else time_s,) * 8,
-            reference_times_s=() if row.is_reference else (1.0,) * 8,
+            times_s=(1.0 if row.case.is_reference else time_s,) * 8,
+            reference_times_s=() if row.case.is_reference else (1.0,) * 8,
         )
         for row in run.results
     ]
@@ -457,7 +464,7 @@ def test_a_saved_run_is_shown_drawn_and_compared_without_torch(
         "40",
     ]
     assert resnet_vmap.main([*argv, "--export_json", str(path)]) == 0
-    run = with_steady_times(exports.read(str(path), flag=""))
+    run = with_steady_times(exports.read(str(path), argument=""))
     exports.save(run, {"json": str(path)})
     names = {form: tmp_path / f"again.{form}" for form in ("json", "csv", "md", "png")}
     argv = ["--from_json", str(path), "--baseline", str(path), "--fail_above", "5"]
@@ -472,7 +479,7 @@ def test_a_saved_run_is_shown_drawn_and_compared_without_torch(
         [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, check=True
     )
     capsys.readouterr()
-    resnet_vmap.show(parse(argv), run)
+    show.show(run, verbose=parse(argv).verbose)
     assert done.stdout.startswith(capsys.readouterr().out)
     assert "vmap, 2 models, batch 1, 40 px, float32: time in times of the reference 1.000" in (
         done.stdout
@@ -488,7 +495,7 @@ def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
     new, old = tmp_path / "new.json", tmp_path / "old.json"
     argv = [*QUICK, "--model_path", checkpoint, "--num_models", "1"]
     assert resnet_vmap.main([*argv, "--export_json", str(new)]) == 0
-    run = exports.read(str(new), flag="")
+    run = exports.read(str(new), argument="")
     for path, time_s in ((new, 0.9), (old, 0.1)):
         exports.save(with_steady_times(run, time_s), {"json": str(path)})
     argv = ["--from_json", str(new), "--baseline", str(old)]

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     forwards = [
         ensemble.build(name, nets.models(net, MODELS, torch.float32), xs[0])
         for net in NETS
-        for name in ("winograd_vmap", "packed_concurrent")
+        for name in ("lowered_vmap", "prepacked_concurrent")
     ]
     for forward in forwards:
         note = getattr(forward, "note", None)

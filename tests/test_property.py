@@ -29,7 +29,7 @@ from ensemble.strategies import STRATEGIES, best
 from tests import nets
 from tests.nets import Described, Net
 
-NETS = 40  # of the short profile
+NETS = 120  # of the short profile
 HANG_S = 120  # of one strategy's build and calls
 
 # Seconds a net: these are drawn now and then, and in the long profile only.

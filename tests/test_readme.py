@@ -1,51 +1,46 @@
-"""The README's figures are those of the stored result files."""
+"""The documentation is true: its figures are those of stored files, and what it names is there."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from ensemble import exports
-from ensemble.report import render_table
-from ensemble.verdict import render_verdict
+from ensemble.strategies import STRATEGIES
+from tests import results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-STORED = sorted((ROOT / "tests" / "data").glob("*.json"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/**/README.md"))]
 
 
-def test_the_table_of_every_strategy_is_the_one_that_its_file_gives():
-    run = exports.read(str(ROOT / "tests" / "data" / "float32_n4.json"), flag="")
-    assert render_table(run.results).rstrip("\n") in README
+def test_the_results_page_is_what_the_stored_files_say():
+    assert results.PAGE.read_text() == results.page()
 
 
-@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-def test_every_stored_file_is_shown_with_its_own_figures(path: Path):
-    run = exports.read(str(path), flag="")
-    if path.stem.endswith("sweep"):
-        assert path.with_suffix(".png").exists()
-        assert f"tests/data/{path.stem}.png" in README
-        said = render_verdict(run.results, run.environment).splitlines()
-        said = [line for line in said if line.startswith(("Fastest", "Break-even"))]
-        assert said
-        assert [line for line in said if line not in README] == []
-        return
-    shown = [
-        f"{row.speedup:.2f} [{row.speedup_interval[0]:.2f}, {row.speedup_interval[1]:.2f}]"
-        for row in run.results
-        if row.strategy in {"winograd_vmap", "packed_concurrent"}
-        and row.speedup_interval
-        and not row.inconclusive
-    ]
-    assert shown
-    assert [figure for figure in shown if figure not in README] == []
+def test_every_stored_run_has_its_figures_on_the_results_page():
+    shown = {*results.SETTINGS, "sweep", "cuda_sweep"}
+    assert {path.stem for path in results.DATA.glob("*.json")} == shown
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "tests/data/allocator").glob("*.json")), ids=lambda path: path.stem
-)
-def test_the_table_of_page_faults_is_that_of_its_files(path: Path):
-    results = exports.read(str(path), flag="").results
-    (vmap,) = (row for row in results if row.strategy == "vmap")
-    low, high = vmap.speedup_interval or (0, 0)
-    figure = f"{vmap.speedup:.2f} [{low:.2f}, {high:.2f}], {vmap.page_faults_per_call:,.0f} faults"
-    assert figure in README
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_page_is_short_and_every_file_that_it_links_to_is_there(path: Path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 150
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_file_that_the_readme_names_is_there():
+    named = set(re.findall(r"`((?:ensemble|tests|\.ci)/[\w./]+)`", README))
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_strategy_is_named_in_the_readme():
+    assert [name for name in STRATEGIES if f"`{name}`" not in README] == []
+
+
+def test_the_figures_of_the_first_screen_are_those_of_a_stored_run():
+    rows = {row.case.strategy: row for row in results.read("float32_n4").results}
+    for name in ("vmap", "lowered_vmap", "openvino"):
+        assert results.figure(rows[name]) in README

@@ -1,5 +1,7 @@
 """A tiny BatchNorm network and its ensembles: what a ResNet has, in a millisecond."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -30,3 +32,10 @@ def tiny_models(count: int) -> list[nn.Module]:
         model.bn.running_var.uniform_(0.5, 2, generator=generator)  # type: ignore[union-attr]
         models.append(model)
     return models
+
+
+def independent(models: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """What each model by itself makes of its own input, without any code of `ensemble`."""
+    inputs = x if x.dim() == 5 else [x] * len(models)
+    with torch.no_grad():
+        return torch.stack([model(own) for model, own in zip(models, inputs, strict=True)])

@@ -1,9 +1,9 @@
 """The registry: strategy name -> builder. Imports no torch, so that `--help` can list it.
 
-A builder is a plain function `(models, example) -> forward`. `example` is `(B, 3, H, W)` for shared
-inputs or `(N, B, 3, H, W)` for per-model inputs, on the models' device and in their dtype, and
-`forward(x)` gives logits `(N, B, classes)` for any x like the example. A builder that cannot work
-here raises `ensemble.errors.UnavailableError` with the reason.
+A builder is a plain function `(models, example) -> Built(forward, note)`. `example` is
+`(B, 3, H, W)` for shared inputs or `(N, B, 3, H, W)` for per-model inputs, on the models' device
+and in their dtype, and `forward(x)` gives logits `(N, B, classes)` for any x like the example. A
+builder that cannot work here raises `ensemble.errors.UnavailableError` with the reason.
 """
 
 from __future__ import annotations
@@ -13,49 +13,92 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
-    Forward = Callable[[Tensor], Tensor]
-    Builder = Callable[[Sequence[nn.Module], Tensor], Forward]
+    from ensemble.strategies.built import Builder, Built, Forward
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Where a builder lives, and what it does in a few words."""
+    """Where a builder lives; what it does, needs, and takes to start, in a few words."""
 
     module: str
     function: str
     summary: str
+    needs: str = ""
+    start: str = "at once"
     rounds_apart: bool = False  # fewer multiplications: compare its rounding with float64's
 
     def builder(self) -> Builder:
         return getattr(import_module(f"{__name__}.{self.module}"), self.function)
 
 
+_COMPILES = "compiles: up to a minute"
+_CONVERTS = "converts: seconds"
+_PEERS = "requirements-peers.txt, a CPU"
+
+# A name says how: [cudagraph_][compiled_|prepacked_|folded_|lowered_]loop, vmap or concurrent.
 STRATEGIES = {
-    "loop": Strategy("eager", "loop", "one eager forward a model, stacked: the reference"),
-    "vmap": Strategy("eager", "vmap", "one eager vmapped forward over the stacked state"),
+    "loop": Strategy("eager", "loop", "one eager forward per model: the reference"),
+    "vmap": Strategy("eager", "vmap", "functorch: one eager forward over the stacked state"),
     "folded_loop": Strategy("folded", "loop", "loop, batch norm folded, channels-last"),
     "folded_vmap": Strategy("folded", "vmap", "vmap, batch norm folded, channels-last"),
-    "compiled_loop": Strategy("compiled", "loop", "folded_loop through torch.compile"),
-    "compiled_vmap": Strategy("compiled", "vmap", "folded_vmap through torch.compile, one graph"),
-    "packed_loop": Strategy("packed", "loop", "folded_loop, weights packed once (CPU)"),
-    "packed_concurrent": Strategy("packed", "concurrent", "the same, one model a core"),
-    "winograd_vmap": Strategy("winograd", "vmap", "folded_vmap, kernels for N models", True),
-    "concurrent": Strategy("concurrent", "eager", "folded models, one a core or stream"),
-    "concurrent_compiled": Strategy("concurrent", "compiled", "the same, compiled"),
-    "captured_loop": Strategy("captured", "loop", "folded_loop as a CUDA graph"),
-    "captured_vmap": Strategy("captured", "vmap", "folded_vmap as a CUDA graph"),
-    "captured_compiled_loop": Strategy("captured", "compiled_loop", "compiled_loop as one"),
-    "captured_compiled_vmap": Strategy("captured", "compiled_vmap", "compiled_vmap as one"),
-    "captured_concurrent": Strategy("captured", "concurrent_eager", "concurrent as one"),
-    "captured_concurrent_compiled": Strategy("captured", "concurrent_compiled", "compiled too"),
-    "captured_matmul_vmap": Strategy("captured", "matmul_vmap", "vmap by matrix products as one"),
-    "openvino": Strategy("peers", "openvino", "OpenVINO, the fastest of its settings"),
-    "onnxruntime": Strategy("peers", "onnxruntime", "ONNX Runtime, the fastest of its settings"),
-    "jax": Strategy("peers", "jax", "JAX, jit, the faster of loop and vmap (ResNets only)"),
+    "compiled_loop": Strategy(
+        "compiled", "loop", "folded_loop through torch.compile", start=_COMPILES
+    ),
+    "compiled_vmap": Strategy(
+        "compiled", "vmap", "folded_vmap through torch.compile, one graph", start=_COMPILES
+    ),
+    "prepacked_loop": Strategy(
+        "prepacked", "loop", "folded_loop, weights in oneDNN's order, relu and sum fused", "a CPU"
+    ),
+    "prepacked_concurrent": Strategy(
+        "prepacked", "concurrent", "the same, one model per core", "a CPU"
+    ),
+    "lowered_vmap": Strategy(
+        "lowered",
+        "vmap",
+        "vmap by operators with kernels of their own for N models",
+        "numba for its kernels, a CPU",
+        "seconds; once 15 s to compile kernels",
+        rounds_apart=True,
+    ),
+    "concurrent": Strategy("concurrent", "eager", "folded models, one per core or stream"),
+    "compiled_concurrent": Strategy(
+        "concurrent", "compiled", "the same through torch.compile", start=_COMPILES
+    ),
+    "cudagraph_loop": Strategy("cudagraph", "loop", "folded_loop as one CUDA graph", "CUDA"),
+    "cudagraph_vmap": Strategy("cudagraph", "vmap", "folded_vmap as one CUDA graph", "CUDA"),
+    "cudagraph_concurrent": Strategy(
+        "cudagraph", "eager_concurrent", "concurrent: streams as branches of one graph", "CUDA"
+    ),
+    "cudagraph_compiled_loop": Strategy(
+        "cudagraph", "compiled_loop", "compiled_loop as one CUDA graph", "CUDA", _COMPILES
+    ),
+    "cudagraph_compiled_vmap": Strategy(
+        "cudagraph", "compiled_vmap", "compiled_vmap as one CUDA graph", "CUDA", _COMPILES
+    ),
+    "cudagraph_compiled_concurrent": Strategy(
+        "cudagraph", "compiled_concurrent", "the streams, compiled", "CUDA", _COMPILES
+    ),
+    "cudagraph_compiled_im2col_vmap": Strategy(
+        "cudagraph",
+        "compiled_im2col_vmap",
+        "vmap, convolutions as batched matrix products (im2col)",
+        "CUDA",
+        _COMPILES,
+    ),
+    "openvino": Strategy(
+        "peers", "openvino", "OpenVINO, the fastest of its settings", _PEERS, _CONVERTS
+    ),
+    "onnxruntime": Strategy(
+        "peers", "onnxruntime", "ONNX Runtime, the fastest of its settings", _PEERS, _CONVERTS
+    ),
+    "jax": Strategy(
+        "peers", "jax", "JAX, jit, the faster of loop and vmap", f"{_PEERS}, a ResNet", _COMPILES
+    ),
 }
 
 BEST = "best"  # stands for the one of them that is expected to be the fastest
@@ -81,10 +124,17 @@ def build(name: str, models: Sequence[nn.Module], example: Tensor) -> Forward:
 
     Raises:
         ValueError: an unknown name, an example that does not fit the models, or models that differ
-            in more than the values of their tensors (only `loop` and `packed_...` take them).
+            in more than the values of their tensors (only `loop` and `prepacked_...` take them).
         UnavailableError: the strategy cannot run here.
     """
+    return make(name, models, example).forward
+
+
+def make(name: str, models: Sequence[nn.Module], example: Tensor) -> Built:
+    """`build`, with the strategy's note on how it was built."""
     import torch
+
+    from ensemble.strategies.built import Built
 
     if name not in STRATEGIES and name != BEST:
         raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
@@ -94,8 +144,8 @@ def build(name: str, models: Sequence[nn.Module], example: Tensor) -> Forward:
 
         name = best.pick(models, example.device.type, str(example.dtype).removeprefix("torch."))
     with torch.inference_mode():
-        forward = STRATEGIES[name].builder()(models, example)
-    return torch.inference_mode()(forward)
+        built = STRATEGIES[name].builder()(models, example)
+    return Built(torch.inference_mode()(built.forward), built.note)
 
 
 def _check_example(models: Sequence[nn.Module], example: Tensor) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ensemble.errors import UnavailableError
-from ensemble.packing import why_not
-from ensemble.stacking import skeleton
-from ensemble.tracing import traced
+from ensemble.models.stacking import skeleton
+from ensemble.passes.packing import why_not
+from ensemble.passes.tracing import traced
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,16 @@ class Rule:
 # The first that fits is taken. Evidence: result files, of which a test asks that what a rule picks
 # is within 5 % of the fastest row for its N.
 RULES = (
-    Rule("winograd_vmap", "cpu", "float32", True, evidence="tests/data/float32_*.json"),
-    Rule("winograd_vmap", "cpu", "bfloat16", True, evidence="tests/data/bfloat16_*.json"),
-    Rule("packed_concurrent", "cpu", evidence="tests/data/bfloat16_*.json"),
-    Rule("captured_matmul_vmap", "cuda", "float32", True, evidence="tests/data/cuda_*.json"),
-    Rule("captured_matmul_vmap", "cuda", None, True, 4, evidence="tests/data/cuda_*.json"),
-    Rule("captured_concurrent_compiled", "cuda", evidence="tests/data/cuda_*.json"),
+    Rule("lowered_vmap", "cpu", "float32", True, evidence="tests/data/float32_*.json"),
+    Rule("lowered_vmap", "cpu", "bfloat16", True, evidence="tests/data/bfloat16_*.json"),
+    Rule("prepacked_concurrent", "cpu", evidence="tests/data/bfloat16_*.json"),
+    Rule(
+        "cudagraph_compiled_im2col_vmap", "cuda", "float32", True, evidence="tests/data/cuda_*.json"
+    ),
+    Rule(
+        "cudagraph_compiled_im2col_vmap", "cuda", None, True, 4, evidence="tests/data/cuda_*.json"
+    ),
+    Rule("cudagraph_compiled_concurrent", "cuda", evidence="tests/data/cuda_*.json"),
     Rule("folded_loop"),
 )
 
@@ -53,7 +57,7 @@ def pick(models: Sequence[nn.Module], device: str, dtype: str) -> str:
             own is None or own == found
             for own, found in zip(asked, (device, dtype, has_kernels), strict=True)
         )
-        runs = rule.strategy != "packed_concurrent" or not why_not(device, getattr(torch, dtype))
+        runs = rule.strategy != "prepacked_concurrent" or not why_not(device, getattr(torch, dtype))
         if fits and runs and (rule.most_models is None or len(models) <= rule.most_models):
             return rule.strategy
     raise AssertionError("the last rule fits everything")

@@ -9,31 +9,26 @@ Weights are inputs of the graphs and not frozen into them. Freezing compiles eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ensemble import stacking
-from ensemble.folding import channels_last, folded
-from ensemble.stacking import stacked_state
+from ensemble.models import stacking
+from ensemble.models.stacking import stacked_state
+from ensemble.passes.folding import channels_last, folded
 from ensemble.strategies import eager
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ensemble.strategies import Forward
+from ensemble.strategies.built import Built
 
 
-def loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def loop(models: Sequence[nn.Module], example: Tensor) -> Built:
     """One compiled forward, called for each folded model with that model's weights."""
-    forward = eager.loop(compiled_models(folded(models)), example)
-    return lambda x: forward(channels_last(x))
+    built = eager.loop(compiled_models(folded(models)), example)
+    return Built(lambda x: built.forward(channels_last(x)))
 
 
-def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     """The vmapped forward of the folded models as one graph; `torch.compile` is outermost.
 
     dynamo does not trace functorch's stateless module: `torch.func.functional_call` stands for it.
@@ -43,7 +38,7 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
         stacking.stateless(copies[0]), in_dims=(0, 0 if example.dim() == 5 else None)
     )
     compiled, state = torch.compile(mapped, fullgraph=True, dynamic=False), stacked_state(copies)
-    return lambda x: compiled(state, channels_last(x))
+    return Built(lambda x: compiled(state, channels_last(x)))
 
 
 def compiled_models(models: Sequence[nn.Module]) -> list[Callable[[Tensor], Tensor]]:

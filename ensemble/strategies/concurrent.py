@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Lock
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ensemble.folding import channels_last, folded
 from ensemble.ops.workers import PerProcess
+from ensemble.passes.folding import channels_last, folded
+from ensemble.strategies.built import Built, Forward
 from ensemble.strategies.compiled import compiled_models
-
-if TYPE_CHECKING:
-    from ensemble.strategies import Forward
 
 # More streams than this do not help: each kernel of a ResNet wants a good part of the device.
 MAX_STREAMS = 16
@@ -26,12 +24,12 @@ _SETTING = PerProcess(Lock)
 One = Callable[[Tensor], Tensor]  # a model: channels-last images (B, 3, H, W) -> logits
 
 
-def eager(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def eager(models: Sequence[nn.Module], example: Tensor) -> Built:
     """Folded models, eager, concurrently."""
     return side_by_side(folded(models), example)
 
 
-def compiled(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
     """Folded models through one compiled forward, concurrently."""
     return side_by_side(compiled_models(folded(models)), example)
 
@@ -48,11 +46,11 @@ def shares(num_models: int, cores: int) -> list[tuple[list[int], int]]:
     return plan + [([whole + index], max(1, cores // left)) for index in range(left)]
 
 
-def side_by_side(models: Sequence[One], example: Tensor) -> Forward:
+def side_by_side(models: Sequence[One], example: Tensor) -> Built:
     """A forward that runs all models on channels-last images, several at once."""
     if example.device.type == "cpu":
-        return _over_cores(models, example)
-    return _over_streams(models, example)
+        return Built(_over_cores(models, example))
+    return Built(_over_streams(models, example))
 
 
 def _over_cores(models: Sequence[One], example: Tensor) -> Forward:

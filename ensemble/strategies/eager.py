@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ensemble import stacking
+from ensemble.models import stacking
+from ensemble.strategies.built import Built
 
 try:
     import functorch
 except ImportError:  # a torch that has dropped it
     functorch = None
 
-if TYPE_CHECKING:
-    from ensemble.strategies import Forward
 
-
-def loop(models: Sequence[Callable[[Tensor], Tensor]], example: Tensor) -> Forward:
+def loop(models: Sequence[Callable[[Tensor], Tensor]], example: Tensor) -> Built:
     """One forward a model, one after another. Naive on purpose: this is the reference."""
     if example.dim() == 5:
-        return lambda x: torch.stack([model(own) for model, own in zip(models, x, strict=True)])
-    return lambda x: torch.stack([model(x) for model in models])
+        return Built(
+            lambda x: torch.stack([model(own) for model, own in zip(models, x, strict=True)])
+        )
+    return Built(lambda x: torch.stack([model(x) for model in models]))
 
 
-def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     """One forward of the stateless model, mapped over the stacked parameters and buffers."""
     state = stacking.stacked_state(models)
     stateless, parameter_names, buffer_names = stateless_model(models)
@@ -35,7 +34,7 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
     buffers = tuple(state[name] for name in buffer_names)
     in_dims = (0, 0, 0 if example.dim() == 5 else None)
     mapped = torch.vmap(stateless, in_dims=in_dims)
-    return lambda x: mapped(parameters, buffers, x)
+    return Built(lambda x: mapped(parameters, buffers, x))
 
 
 def stateless_model(

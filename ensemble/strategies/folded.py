@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ensemble.folding import channels_last, folded
+from ensemble.passes.folding import channels_last, folded
 from ensemble.strategies import eager
-
-if TYPE_CHECKING:
-    from ensemble.strategies import Forward
+from ensemble.strategies.built import Built
 
 
-def loop(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def loop(models: Sequence[nn.Module], example: Tensor) -> Built:
     """`eager.loop` over folded models."""
-    forward = eager.loop(folded(models), example)
-    return lambda x: forward(channels_last(x))
+    built = eager.loop(folded(models), example)
+    return Built(lambda x: built.forward(channels_last(x)))
 
 
-def vmap(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     """`eager.vmap` over folded models: grouped convolutions like channels-last best."""
-    forward = eager.vmap(folded(models), example)
-    return lambda x: forward(channels_last(x))
+    built = eager.vmap(folded(models), example)
+    return Built(lambda x: built.forward(channels_last(x)))

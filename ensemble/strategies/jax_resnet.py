@@ -11,8 +11,8 @@ from jax import lax
 from jax import numpy as jnp
 from torch import Tensor, nn
 
-from ensemble import stacking
 from ensemble.errors import UnavailableError
+from ensemble.models import stacking
 
 State = dict[str, jax.Array]
 Run = Callable[[list[np.ndarray]], list[np.ndarray]]
@@ -22,7 +22,7 @@ def forwards(models: Sequence[nn.Module], example: Tensor) -> tuple[Run, Run]:
     """A jitted forward called for each model, and one jitted vmap over the stacked models.
 
     Args:
-        models: ResNets without batch norm, as of `ensemble.folding.folded`.
+        models: ResNets without batch norm, as of `ensemble.passes.folding.folded`.
         example: `(B, 3, H, W)`, or `(N, B, 3, H, W)` for per-model inputs.
 
     Raises:

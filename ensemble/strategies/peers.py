@@ -10,22 +10,20 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ensemble import stacking
 from ensemble.errors import UnavailableError
-from ensemble.folding import folded
+from ensemble.models import stacking
+from ensemble.passes.folding import folded
 from ensemble.strategies import telemetry, trial
+from ensemble.strategies.built import Built
 from ensemble.strategies.trial import Array, Run
 
-if TYPE_CHECKING:
-    from ensemble.strategies import Forward
 
-
-def openvino(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
     """OpenVINO's CPU plugin, float32 or bfloat16 by its precision hint."""
     package = _require("openvino", example)
     core = package.Core()
@@ -79,7 +77,7 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Forward:
     return trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
 
 
-def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
     """ONNX Runtime's CPU provider, float32: exported once, then given each model's weights."""
     package, onnx = _require("onnxruntime", example), _require("onnx", example)
     _require("onnxscript", example)
@@ -115,7 +113,7 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Forward:
     return trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
 
 
-def jax(models: Sequence[nn.Module], example: Tensor) -> Forward:
+def jax(models: Sequence[nn.Module], example: Tensor) -> Built:
     """JAX's CPU backend; see `jax_resnet`."""
     _require("jax", example)
     from ensemble.strategies import jax_resnet

@@ -7,16 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble.timing import Clock, interleaved
-
-if TYPE_CHECKING:
-    from ensemble.strategies import Forward
+from ensemble.machine.timing import Clock, interleaved
+from ensemble.strategies.built import Built
 
 Array = np.ndarray
 Run = Callable[[list[Array]], list[Array]]  # each model's batch -> each model's logits
@@ -43,17 +40,6 @@ LONG = Effort(rounds=20, least=5, limit_s=2.5)  # in turns, judged by their medi
 REST_S = 0.05
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A forward with a note on the setting that it was found fastest in."""
-
-    forward: Forward
-    note: str
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.forward(x)
-
-
 def size(num_models: int, cores: int) -> int:
     """With how many models to try: all, or where they are many, four or five a core.
 
@@ -71,7 +57,7 @@ def fastest(
     trial: int,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> Tuned:
+) -> Built:
     """The forward of the setting that is fastest for the first `trial` models.
 
     Each setting is built, timed and released before the next is built, so that none waits for the
@@ -111,7 +97,7 @@ def fastest(
         logits = np.stack(run(arrays(x, num_models)))
         return torch.from_numpy(logits).to(example.dtype)
 
-    return Tuned(forward, _note(best, trial, seconds, refused))
+    return Built(forward, _note(best, trial, seconds, refused))
 
 
 def arrays(x: Tensor, num_models: int) -> list[Array]:

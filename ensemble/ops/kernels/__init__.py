@@ -1,18 +1,13 @@
-"""The kernels: one file each, with all that belongs to it. A new one is a file and a line here."""
+"""The kernels of programs: what each can run, costs and packs, and how all are run."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
-from ensemble.ops import operation, simd
-from ensemble.ops.kernels.direct import DIRECT, DIRECT_PAIRS, is_planar
-from ensemble.ops.kernels.head import HEAD
+from ensemble.ops.kernels.direct import is_planar
 from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry
-from ensemble.ops.kernels.pooling import MAX_POOL
-from ensemble.ops.kernels.run import ARRIVALS, STOP, make_run
-from ensemble.ops.kernels.winograd import WINOGRAD_2, WINOGRAD_4
+from ensemble.ops.kernels.registry import KERNELS
+from ensemble.ops.kernels.run import ARRIVALS, STOP, run
 from ensemble.ops.operation import Geometry, Kind
 
 __all__ = [
@@ -30,15 +25,6 @@ __all__ = [
     "run",
     "scratch_bytes",
 ]
-
-KERNELS = {
-    Kind.DIRECT: DIRECT,
-    Kind.DIRECT_PAIRS: DIRECT_PAIRS,
-    Kind.WINOGRAD_2: WINOGRAD_2,
-    Kind.WINOGRAD_4: WINOGRAD_4,
-    Kind.MAX_POOL: MAX_POOL,
-    Kind.HEAD: HEAD,
-}
 
 
 def can_run(kind: Kind, geometry: Geometry) -> bool:
@@ -77,10 +63,3 @@ def pack(weight: Tensor, kind: Kind) -> Tensor:
 def scratch_bytes(kind: Kind, geometry: Geometry) -> int:
     """What a step needs beside its operands, at most."""
     return KERNELS[kind].scratch_bytes(geometry)
-
-
-# Every file that the code comes from.
-_FILES = [Path(str(module.__file__)) for module in (simd, operation)]
-_FILES += sorted(Path(__file__).parent.glob("*.py"))
-_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
-run = make_run(KERNELS, _SOURCES)

@@ -7,13 +7,15 @@ cache; models left over when every core has had as many as the others are shared
 all cores.
 """
 
-from collections.abc import Mapping
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from numba import njit
 
-from ensemble.ops.kernels.kernel import LOCAL, Kernel, jit
-from ensemble.ops.operation import Kind
+from ensemble.ops import operation, simd
+from ensemble.ops.kernels.kernel import LOCAL, jit
+from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.simd import fetch_add, give_way, load_shared, relax
 
 SPINS = 512  # of some 40 cycles each, at a barrier before the core is offered to others
@@ -23,11 +25,11 @@ SPINS = 512  # of some 40 cycles each, at a barrier before the core is offered t
 STOP, BEGUN, ARRIVALS = range(3)
 
 
-def _make_dispatch(kernels: Mapping[Kind, Kernel]) -> Any:
+def _make_dispatch() -> Any:
     """`dispatch(step, ...)`: the body of the step's kernel, one branch for each."""
     arguments = "step, x, weight, bias, other, out, scratch, part, parts"
     lines, scope = [f"def dispatch({arguments}):"], {}
-    for kind, kernel in kernels.items():
+    for kind, kernel in KERNELS.items():
         scope[f"body_{kind.value}"] = kernel.body
         lines.append(f"    if step.kind == {kind.value}:")
         lines.append(f"        body_{kind.value}({arguments})")
@@ -40,22 +42,20 @@ def _address(base, stride, model, arena):
     return arena + base if stride == LOCAL else base + stride * model
 
 
-def _make_execute(kernels: Mapping[Kind, Kernel]) -> Any:
-    dispatch = jit(_make_dispatch(kernels))
+_dispatch = jit(_make_dispatch())
 
-    @jit
-    def execute(step, model, arena, scratch, part, parts):
-        """One step of one model, or the share of it that is `part` of `parts`."""
-        x = _address(step.x, step.x_stride, model, arena)
-        out = _address(step.out, step.out_stride, model, arena)
-        other = 0
-        if step.other != 0 or step.other_stride == LOCAL:
-            other = _address(step.other, step.other_stride, model, arena)
-        weight = step.weight + step.weight_stride * model
-        bias = step.bias + step.bias_stride * model
-        dispatch(step, x, weight, bias, other, out, scratch, part, parts)
 
-    return execute
+@jit
+def _execute(step, model, arena, scratch, part, parts):
+    """One step of one model, or the share of it that is `part` of `parts`."""
+    x = _address(step.x, step.x_stride, model, arena)
+    out = _address(step.out, step.out_stride, model, arena)
+    other = 0
+    if step.other != 0 or step.other_stride == LOCAL:
+        other = _address(step.other, step.other_stride, model, arena)
+    weight = step.weight + step.weight_stride * model
+    bias = step.bias + step.bias_stride * model
+    _dispatch(step, x, weight, bias, other, out, scratch, part, parts)
 
 
 @jit
@@ -85,13 +85,12 @@ def team_size(left, parts):
     return parts // left if 4 * (parts % left) < parts else parts
 
 
-def make_run(kernels: Mapping[Kind, Kernel], sources: str) -> Any:
+def _make_run(sources: str) -> Any:
     """`run`, compiled once and kept on disk as long as `sources` stay what they are.
 
     numba by itself would only ask whether this file has changed; it does ask for what a function
-    closes over.
+    closes over: a text alone, since a compiled function is another in each process.
     """
-    execute = _make_execute(kernels)
 
     def run(steps, arenas, scratches, state, part, parts, num_models):
         """Take models through all steps until none is left; called once by each of `parts` threads.
@@ -118,7 +117,7 @@ def make_run(kernels: Mapping[Kind, Kernel], sources: str) -> Any:
                     arrivals += size
                     if not _wait(state, state + 8 * (ARRIVALS + team), arrivals):
                         return
-                execute(steps[index], model, arena, scratches[part], member, members)
+                _execute(steps[index], model, arena, scratches[part], member, members)
             if together:
                 model += parts // size
             else:
@@ -131,3 +130,9 @@ def make_run(kernels: Mapping[Kind, Kernel], sources: str) -> Any:
         return njit(cache=True, **options)(run)
     except RuntimeError:  # no folder that numba could write its cache to
         return njit(**options)(run)
+
+
+# Every file that the code comes from.
+_FILES = [Path(str(module.__file__)) for module in (simd, operation)]
+_FILES += sorted(Path(__file__).parent.glob("*.py"))
+run = _make_run(hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest())

@@ -1,0 +1,102 @@
+"""Which device to run on, how its arithmetic is set, and what there is to record about it."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ensemble.errors import InputError
+from ensemble.machine import memory
+from ensemble.records import Environment
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`; for `auto` the accelerator if there is one, else the CPU.
+
+    Raises:
+        InputError: no such device here; the message says what there is.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    count = torch.accelerator.device_count() if accelerator else 0
+    available = ["cpu", *(f"{accelerator.type}:{index}" for index in range(count) if accelerator)]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or f"{device.type}:{device.index or 0}" not in [*available, "cpu:0"]:
+        raise InputError(
+            f"expected a device that is available here ({', '.join(available)}), found {name!r}",
+            argument="device",
+        )
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index or 0)
+    return device
+
+
+def configure(*, threads: int | None) -> None:
+    """Full float32 precision everywhere (no TF32), and as many CPU threads as asked for."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work queued on `device`; the CPU queues none. An unknown device raises."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def describe(
+    device: torch.device, *, allocator: str, weights: str, first_forward_s: float
+) -> Environment:
+    """The environment of the measurements that are about to be taken."""
+    return Environment(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        argv=tuple(sys.argv),
+        git_commit=_git_commit(),
+        platform=platform.platform(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=version("torchvision"),
+        device=str(device),
+        device_name=_device_name(device),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        tf32=torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        cudnn_benchmark=torch.backends.cudnn.benchmark,
+        allocator=allocator,
+        page_fault_s=memory.page_fault_seconds(),
+        weights=weights,
+        first_forward_s=first_forward_s,
+    )
+
+
+def _device_name(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        return module.get_device_name(device) if hasattr(module, "get_device_name") else None
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None)
+
+
+def _git_commit() -> str | None:
+    """The commit of this program, with a + where its files were changed since."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,119 @@
+"""A place of the grid made ready: models, images, and the reference that rows are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ensemble.measure import roofline
+from ensemble.measure.agreement import TOLERANCES, check
+from ensemble.measure.failure import optional, reason
+from ensemble.measure.start import Started, start, tidy
+from ensemble.models import stacking
+from ensemble.models.workload import Workload
+from ensemble.records import REFERENCE, Case, Result
+from ensemble.strategies import STRATEGIES
+
+Limits = dict[str, tuple[roofline.Limits | None, tuple[str, ...]]]  # by dtype, with notes
+
+WEAK = "the check is weak: with these weights the logits hardly depend on the image"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all rows of a cell share. `exact` holds the logits in float64, where a row asks."""
+
+    models: Sequence[nn.Module]
+    example: Tensor
+    reference: Started
+    exact: Tensor | None
+    notes: tuple[str, ...]
+
+
+def make_bench(
+    cases: Sequence[Case],
+    models: Sequence[nn.Module],
+    views: Callable[[int], Tensor],
+) -> Bench | str:
+    """The bench of a cell, or why its reference failed, in one line.
+
+    Args:
+        cases: rows of one cell.
+        models: float32 models on the device, at least N of them.
+        views: px -> `(count, 3, px, px)` float32 on the device.
+    """
+    case = cases[0]
+    chosen = models[: case.num_models]
+    example = make_example(views(case.image_size), case)
+    tidy()
+    try:
+        reference = start(REFERENCE, chosen, example, torch.float32)
+        notes: tuple[str, ...] = (WEAK,) if _is_weak(reference) else ()
+    except Exception as error:
+        why = reason(error, REFERENCE, chosen, example, torch.float32)
+        return f"the reference failed: {why}"
+    exact = None
+    if any(rounds_apart(own) for own in cases):
+        exact, more = optional("error to float64", partial(in_float64, chosen, example))
+        notes += more
+    return Bench(chosen, example, reference, exact, notes)
+
+
+def make_example(views: Tensor, case: Case) -> Tensor:
+    """`(B, 3, px, px)` for shared inputs, `(N, B, 3, px, px)` for per-model inputs."""
+    if case.inputs == "shared":
+        return views[: case.batch_size]
+    own = views[: case.num_models * case.batch_size]
+    return own.reshape(case.num_models, case.batch_size, *views.shape[1:])
+
+
+def measure_limits(dtypes: Sequence[str], device: torch.device) -> Limits:
+    """The device's limits in each dtype, with notes where they cannot be had."""
+    return {
+        dtype: optional("roofline", partial(roofline.measure, device, getattr(torch, dtype)))
+        for dtype in dict.fromkeys(dtypes)
+    }
+
+
+def with_roofline(row: Result, limits: Limits, workload: Workload) -> Result:
+    """The row with the least time that the device's limits allow, where those were measured."""
+    if row.case.dtype not in limits:
+        return row
+    own, notes = limits[row.case.dtype]
+    if own is None:
+        return replace(row, notes=row.notes + notes)
+    dtype = getattr(torch, row.case.dtype)
+    example = make_example(workload.views(row.case.image_size), row.case)
+    asked = partial(roofline.work, workload.models[0], row.case.num_models, example, dtype)
+    needed, notes = optional("roofline", asked)
+    least_s, bound = needed.least_seconds(own) if needed else (None, None)
+    return replace(row, least_s=least_s, bound=bound, notes=row.notes + notes)
+
+
+def rounds_apart(case: Case) -> bool:
+    """Does the strategy multiply less than the loop, so that its rounding is another?"""
+    return case.strategy in STRATEGIES and STRATEGIES[case.strategy].rounds_apart
+
+
+def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:
+    """The logits of the models in float64, one model after another."""
+    inputs = example if example.dim() == 5 else [example] * len(models)
+    with torch.inference_mode():
+        return torch.stack(
+            [
+                stacking.cast([model], torch.float64)[0](own.double())
+                for model, own in zip(models, inputs, strict=True)
+            ]
+        )
+
+
+def _is_weak(reference: Started) -> bool:
+    """Could the check not tell some model's right input from a blank one?"""
+    blank = reference.forward(torch.zeros_like(reference.example))
+    limit = 10 * TOLERANCES[torch.float32]
+    pairs = zip(blank.split(1), reference.logits.split(1), strict=True)
+    return not all(check(*pair, tolerance=limit).problem for pair in pairs)

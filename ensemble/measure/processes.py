@@ -1,0 +1,177 @@
+"""Workers: start them, follow what they say, tell how one died. One at a time measures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ensemble.machine import memory
+from ensemble.measure.row import Stage
+from ensemble.models.workload import Workload
+from ensemble.options import Config
+from ensemble.records import Case, Result
+from ensemble.report.exports import result_of
+
+ROOT = Path(__file__).parents[2]
+AT_ONCE = 2  # workers that are started together
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all workers of a run are told, beside their case."""
+
+    config: Config
+    shared: str  # the file of models and images
+    device: str
+    timeout_s: float
+
+
+@contextmanager
+def jobs(config: Config, workload: Workload) -> Iterator[Job]:
+    """The job of a run: models and images in one file, which all workers map."""
+    with tempfile.TemporaryDirectory(prefix="resnet_vmap_") as folder:
+        path = os.path.join(folder, "workload.pt")
+        workload.save_shared(path, config.image_size)
+        yield Job(config, path, str(workload.device), 60 * config.timeout_minutes)
+
+
+class Worker:
+    """A process that measures one case. However its use ends, it has ended too."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by __exit__
+        # In a session of its own: Ctrl-C reaches this process alone, which ends it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ensemble.measure.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        self._messages = _read(self._process)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _kill(self._process)
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(OSError):  # what was written is no longer read
+                if stream is not None:
+                    stream.close()
+
+    def wait(self) -> None:
+        """Until it has imported what it needs, or died: the first message."""
+        with contextlib.suppress(queue.Empty):
+            first = self._messages.get(timeout=self._job.timeout_s)
+            if not first:
+                self._messages.put(first)
+
+    def measure(self, case: Case, *, progress: Stage) -> tuple[Result, Result | None]:
+        """The row of a case, and the reference's half of its pairs where it has such.
+
+        A worker that dies, or says nothing for the job's `timeout_s`, is a failed row.
+        """
+        assert self._process.stdin is not None
+        task: dict[str, Any] = {"config": self._job.config.plain(), "case": asdict(case)}
+        task |= {"shared": self._job.shared, "device": self._job.device}
+        with contextlib.suppress(BrokenPipeError):  # it has died: the reason is asked below
+            self._process.stdin.write(json.dumps(task) + "\n")
+            self._process.stdin.flush()
+        while True:
+            try:
+                line = self._messages.get(timeout=self._job.timeout_s)
+            except queue.Empty:
+                _kill(self._process)
+                return self._failed(case, f"no answer in {self._job.timeout_s:.0f} s"), None
+            if not line:
+                return self._failed(case, _cause(self._process)), None
+            message = json.loads(line)
+            if "row" in message:
+                beside = message["reference"]
+                return result_of(message["row"]), beside and result_of(beside)
+            progress(message["stage"], message.get("done", 0.0))
+
+    def _failed(self, case: Case, cause: str) -> Result:
+        self._errors.seek(0)
+        said = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        last = f"; it said last: {said[-1]}" if said else ""
+        return Result(case, status="failed", error=f"{cause}{last}")
+
+
+def measure(
+    job: Job, cases: Iterator[Case], *, progress: Callable[[Case, str, float], None]
+) -> Iterator[tuple[Result, Result | None]]:
+    """Each case in a worker of its own, one after another.
+
+    Two at a time are started, because importing torch keeps one core busy for seconds; they then
+    wait, and measure one after the other.
+    """
+    while pair := tuple(islice(cases, AT_ONCE)):
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(Worker(job)) for _ in pair]
+            progress(pair[0], "start", 0.0)
+            for worker in workers:
+                worker.wait()
+            for worker, case in zip(workers, pair, strict=True):
+                with worker:
+                    yield worker.measure(case, progress=partial(progress, case))
+
+
+def _python_path() -> str:
+    """Where this package lies comes first: the worker runs the same code."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def _read(process: subprocess.Popen[str]) -> queue.SimpleQueue[str]:
+    """The lines that a worker says, as they come, and an empty one when it has ended."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed, because the worker was given up
+            for line in process.stdout:
+                lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _kill(worker: subprocess.Popen[str]) -> None:
+    """End a worker and all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+
+
+def _cause(worker: subprocess.Popen[str]) -> str:
+    """How a worker that said no row ended."""
+    _, status, usage = os.wait4(worker.pid, 0)
+    worker.returncode = code = os.waitstatus_to_exitcode(status)
+    held = 1024 * usage.ru_maxrss
+    if code >= 0:
+        return f"ended with exit code {code} and no row"
+    name = signal.Signals(-code).name
+    if -code != signal.SIGKILL:
+        return f"killed by signal {-code} ({name})"
+    total = memory.total_bytes()
+    of = f" of {total / 1e9:.0f}" if total else ""
+    return f"killed by signal {-code} (out of memory? {held / 1e9:.1f} GB{of} GB held at most)"

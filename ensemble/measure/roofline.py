@@ -1,0 +1,99 @@
+"""What the device could do at best: its measured limits, and the work that N models ask for.
+
+The roofline model: Williams, Waterman and Patterson, Communications of the ACM 52(4), 2009.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ensemble.machine.devices import synchronize
+from ensemble.models import stacking
+
+# Timed calls of each measurement, after one that is not; the fastest is the limit. Once BUDGET_S
+# are over, no more than LEAST_CALLS.
+CALLS, LEAST_CALLS = 15, 3
+BUDGET_S = 1.0
+SMALL_SIDE = 512
+MATRIX_SIDE = {"cpu": 2048}  # elsewhere LARGE_SIDE: a GPU wants more work to be busy
+LARGE_SIDE = 8192
+READ_BYTES = 512 * 2**20  # larger than any cache
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The device's own measured limits in one dtype."""
+
+    operations_per_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one forward of all models needs at least: operations, and bytes moved once."""
+
+    operations: float
+    bytes: float
+
+    def least_seconds(self, limits: Limits) -> tuple[float, str]:
+        """The least time that `limits` allow, and which of the two binds: compute or memory."""
+        compute = self.operations / limits.operations_per_s
+        memory = self.bytes / limits.bytes_per_s
+        return max((compute, "compute"), (memory, "memory"))
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Limits:
+    """The rate of a square matrix product in `dtype`, and of reading memory, on `device`.
+
+    The matrix grows while products take less than half of `BUDGET_S`, the best rate is the limit:
+    where they are slow (float16 on a CPU that computes it one number at a time), those of a small
+    matrix are long enough to time.
+    """
+    side, largest = SMALL_SIDE, MATRIX_SIDE.get(device.type, LARGE_SIDE)
+    product_s = _least_seconds(_product(side, device, dtype), device)
+    rate = 2 * side**3 / product_s
+    while side < largest and 2**3 * product_s < BUDGET_S / 2:
+        side *= 2
+        product_s = _least_seconds(_product(side, device, dtype), device)
+        rate = max(rate, 2 * side**3 / product_s)
+    read = torch.ones(READ_BYTES // 4, device=device)
+    read_s = _least_seconds(read.sum, device)
+    return Limits(rate, READ_BYTES / read_s)
+
+
+def work(model: nn.Module, num_models: int, example: Tensor, dtype: torch.dtype) -> Work:
+    """N forwards of `model` on inputs like `example`, counted by torch on the meta device.
+
+    A convolution counts as a direct one: 2 operations a multiply-add. Bytes are the least traffic:
+    all weights once, in `dtype`, and the input once.
+    """
+    one = example[0] if example.dim() == 5 else example
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stacking.skeleton(model)(one.to("meta"))
+    elements = sum(tensor.numel() for tensor in stacking.named_tensors(model).values())
+    moved = (num_models * elements + example.numel()) * dtype.itemsize
+    return Work(float(num_models * counter.get_total_flops()), float(moved))
+
+
+def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    return lambda: matrix @ matrix
+
+
+def _least_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The fastest of `CALLS` calls, of fewer where they take longer than `BUDGET_S` together."""
+    function()
+    synchronize(device)
+    begin, times = time.perf_counter(), list[float]()
+    while len(times) < CALLS:
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+        if len(times) >= LEAST_CALLS and time.perf_counter() - begin >= BUDGET_S:
+            break
+    return min(times)

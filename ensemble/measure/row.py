@@ -1,0 +1,141 @@
+"""One row: build -> check -> time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from ensemble.errors import UnavailableError
+from ensemble.machine import other_programs
+from ensemble.machine.devices import synchronize
+from ensemble.machine.timing import Sample, interleaved
+from ensemble.measure.agreement import TOLERANCES, check
+from ensemble.measure.bench import Bench
+from ensemble.measure.failure import reason
+from ensemble.measure.start import Started, start, tidy
+from ensemble.options import Config
+from ensemble.records import REFERENCE, Case, Process, Result
+from ensemble.statistics import median
+
+# Called with what is being done to a row, and how much of it is done (0 to 1).
+Stage = Callable[[str, float], None]
+
+log = logging.getLogger(__name__)
+
+
+def measure(case: Case, bench: Bench, config: Config, *, progress: Stage) -> Result:
+    """The row of a case, measured in this process; a failure is a row with its reason."""
+    tidy()
+    dtype = getattr(torch, case.dtype)
+    strategy = REFERENCE if case.is_self_check else case.strategy
+    row = Result(case, notes=bench.notes)
+    try:
+        progress("build and first call", 0.0)
+        started = bench.reference
+        if not case.is_reference:
+            started = start(strategy, bench.models, bench.example, dtype)
+        row = _checked(row, started, bench)
+        if row.error:
+            return row
+        process = _time(case, started, bench.reference, config, progress)
+        # Later calls may differ from the first: memory that was freed is only now overwritten.
+        last = check(started.call(), bench.reference.logits, tolerance=TOLERANCES[dtype])
+        if last.problem:
+            return _failed(row, f"after its timed calls, {last.problem}")
+        return replace(row, processes=(process,))
+    except UnavailableError as error:
+        return replace(row, status="unavailable", error=str(error))
+    except Exception as error:
+        log.debug("%s failed", case, exc_info=True)
+        return _failed(row, reason(error, strategy, bench.models, bench.example, dtype))
+
+
+def reference_row(row: Result, bench: Bench) -> Result | None:
+    """The row of the reference beside which `row` was timed; None where it has no pairs."""
+    if row.case.is_reference or row.status != "ok" or not row.reference_times_s:
+        return None
+    (process,) = row.processes
+    logits = bench.reference.logits
+    return Result(
+        replace(row.case, strategy=REFERENCE, dtype="float32"),
+        processes=(
+            replace(
+                _untimed(bench.reference),
+                times_s=process.reference_times_s,
+                page_faults_per_call=process.reference_page_faults_per_call,
+                others_cpu_share=process.others_cpu_share,
+            ),
+        ),
+        max_rel_error=0.0,
+        error_float64=None,
+        top1=logits.argmax(-1).tolist(),
+        top1_agreement=1.0,
+        notes=bench.notes,
+    )
+
+
+def _failed(row: Result, error: str) -> Result:
+    return replace(row, status="failed", error=error)
+
+
+def _checked(row: Result, started: Started, bench: Bench) -> Result:
+    """The row with how its logits compare with the reference's, failed where they do not agree."""
+    limit = TOLERANCES[started.example.dtype]
+    found = check(started.logits, bench.reference.logits, tolerance=limit)
+    exact = None if bench.exact is None else check(started.logits, bench.exact, tolerance=limit)
+    row = replace(
+        row,
+        processes=(_untimed(started),),
+        notes=row.notes + started.notes,
+        max_rel_error=found.max_rel_error,
+        error_float64=exact.max_rel_error if exact else None,
+        top1=found.top1,
+        top1_agreement=found.top1_agreement,
+    )
+    return _failed(row, found.problem) if found.problem else row
+
+
+def _untimed(started: Started) -> Process:
+    return Process(
+        times_s=(),
+        reference_times_s=(),
+        build_s=started.build_s,
+        first_call_s=started.first_call_s,
+        peak_memory_bytes=started.peak_memory_bytes,
+    )
+
+
+def _time(
+    case: Case, started: Started, reference: Started, config: Config, progress: Stage
+) -> Process:
+    """Time the strategy in pairs with the reference; the reference row by itself."""
+    functions = [reference.call] if case.is_reference else [reference.call, started.call]
+    rounds, begin, before = [], time.perf_counter(), other_programs.read()
+    for samples in interleaved(
+        functions,
+        warmup=config.warmup,
+        min_rounds=config.min_pairs,
+        min_seconds=config.min_seconds,
+        synchronize=lambda: synchronize(reference.example.device),
+    ):
+        rounds.append(samples)
+        waited = (time.perf_counter() - begin) / config.min_seconds if config.min_seconds else 1.0
+        progress("timing", min(1.0, waited, len(rounds) / config.min_pairs))
+    ours = [samples[-1] for samples in rounds]
+    paired = [] if case.is_reference else [samples[0] for samples in rounds]
+    return replace(
+        _untimed(started),
+        times_s=tuple(sample.seconds for sample in ours),
+        reference_times_s=tuple(sample.seconds for sample in paired),
+        page_faults_per_call=_page_faults(ours),
+        reference_page_faults_per_call=_page_faults(paired),
+        others_cpu_share=other_programs.share_of_others(before, other_programs.read()),
+    )
+
+
+def _page_faults(samples: Sequence[Sample]) -> float | None:
+    return median([sample.page_faults for sample in samples if sample.page_faults is not None])

@@ -1,0 +1,144 @@
+"""A run from its plan to its last row: what is resumed, what a budget leaves out, Ctrl-C."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
+
+from ensemble.errors import InputError
+from ensemble.measure import benchmark, processes, rounds
+from ensemble.measure.bench import measure_limits, with_roofline
+from ensemble.models.workload import Workload
+from ensemble.options import Config
+from ensemble.records import Case, Result, Run
+from ensemble.report.comparison import check_machine, differences
+from ensemble.report.words import case_name
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What was measured, what was not, and why not."""
+
+    run: Run
+    planned: int
+    left: tuple[Case, ...]
+    stopped: str  # empty where nothing stopped it
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped == INTERRUPTED
+
+
+def resume(config: Config, new: Run, earlier: Run | None) -> Run:
+    """A new run with what an earlier one has finished; failed rows are measured again.
+
+    Raises:
+        InputError: the earlier run comes from another machine, or was made with other settings.
+    """
+    if earlier is None:
+        return new
+    path = str(config.resume)
+    check_machine(new.environment, earlier.environment, argument="resume", path=path)
+    for difference in differences(new, earlier):
+        message = f"expected the settings of {path}, found {difference}"
+        raise InputError(message, argument="resume")
+    kept = tuple(row for row in earlier.results if row.status != "failed")
+    first = earlier.environment.first_forward_s  # of the process that the kept rows belong to
+    return replace(new, environment=replace(new.environment, first_forward_s=first), results=kept)
+
+
+def measure_all(
+    config: Config,
+    run: Run,
+    workload: Workload,
+    *,
+    save: Callable[[Run], None],
+    show_progress: Callable[[int], AbstractContextManager[benchmark.Progress]],
+    say: Callable[[str], None],
+) -> Session:
+    """Measure each case of the plan that `run` lacks, and save after each.
+
+    `show_progress` is given how many rows there are to come. Ctrl-C, or `--max_minutes`, ends it
+    with what is finished.
+    """
+    cases = benchmark.plan(config, workload.models, workload.device)
+    order = {case: index for index, case in enumerate(cases)}
+    missing = _missing(cases, run, config)
+    if config.resume:
+        say(f"Going on with {config.resume}: {len(missing)} of {len(cases)} rows are missing")
+    deadline = time.monotonic() + 60 * (config.max_minutes or float("inf"))
+    stopped = ""
+    measure = _in_processes if config.processes else _here
+    try:
+        with (
+            show_progress(len(missing) * rounds.first_rounds(config)) as update,
+            closing(measure(config, missing, run, workload, update)) as results,
+        ):
+            for result in results:
+                rows = {row.case: row for row in run.results} | {result.case: result}
+                ordered = sorted(rows.values(), key=lambda row: order.get(row.case, len(order)))
+                run = replace(run, results=tuple(ordered))
+                save(run)
+                if time.monotonic() > deadline:
+                    stopped = f"--max_minutes {config.max_minutes:g} are over"
+                    break
+    except KeyboardInterrupt:
+        stopped = INTERRUPTED
+    left = _missing(cases, run, config)
+    return Session(run, len(cases), left, stopped if stopped == INTERRUPTED or left else "")
+
+
+def _here(
+    config: Config,
+    cases: Sequence[Case],
+    run: Run,
+    workload: Workload,
+    progress: benchmark.Progress,
+) -> Generator[Result]:
+    """Each case in this process."""
+    yield from benchmark.run(config, cases, workload, progress=progress)
+
+
+def _in_processes(
+    config: Config,
+    cases: Sequence[Case],
+    run: Run,
+    workload: Workload,
+    progress: benchmark.Progress,
+) -> Generator[Result]:
+    """Each case in processes of its own; a row comes again after each of them."""
+    rows = {row.case: row for row in run.results}
+    dtypes = [case.dtype for case in cases] if config.roofline else []
+    limits = measure_limits(dtypes, workload.device)
+    with processes.jobs(rounds.in_each(config), workload) as job:
+
+        def tell(case: Case, stage: str, done: float) -> None:
+            number = len(rows[case].processes) + 1 if case in rows else 1
+            progress(f"{case_name(case)}, process {number}", stage, done)
+
+        def take(new: Result) -> Result:
+            row = rows.get(new.case)
+            found = with_roofline(new, limits, workload) if row is None else new
+            rows[new.case] = rounds.merged(row, found)
+            return rows[new.case]
+
+        def is_wanted(case: Case) -> bool:
+            return case in cases and rounds.wants_more(rows.get(case), config)
+
+        for several in rounds.rounds(cases, rows, config):
+            for new, beside in processes.measure(job, several, progress=tell):
+                if beside is not None and is_wanted(beside.case):
+                    yield take(beside)
+                yield take(new)
+
+
+def _missing(cases: Sequence[Case], run: Run, config: Config) -> tuple[Case, ...]:
+    """The cases without a row, or whose row is not yet sure."""
+    rows = {row.case: row for row in run.results}
+    if not config.processes:
+        return tuple(case for case in cases if case not in rows)
+    return tuple(case for case in cases if rounds.wants_more(rows.get(case), config))

@@ -1,0 +1,94 @@
+"""A strategy from its name to its steady state: build, first call, second call; what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ensemble import strategies
+from ensemble.machine import memory
+from ensemble.machine.devices import synchronize
+from ensemble.models import stacking
+
+if TYPE_CHECKING:
+    from ensemble.strategies import Forward
+
+
+@dataclass(frozen=True)
+class Started:
+    """A strategy after its build and first two calls."""
+
+    forward: Forward
+    example: Tensor
+    logits: Tensor
+    build_s: float
+    first_call_s: float
+    peak_memory_bytes: int | None
+    notes: tuple[str, ...]
+
+    def call(self) -> Tensor:
+        """The logits of the example, once more."""
+        return self.forward(self.example)
+
+
+def start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype) -> Started:
+    """Build a strategy and call it twice. Its peak memory counts its models and all it adds."""
+    device = example.device
+    before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
+    synchronize(device)
+    begin = time.perf_counter()
+    own_models = models if dtype == torch.float32 else stacking.cast(models, dtype)
+    own_example = example.to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of compilers, about their own tracing
+        built = strategies.make(name, own_models, own_example)
+        synchronize(device)
+        ready = time.perf_counter()
+        logits = built.forward(own_example)
+    synchronize(device)
+    called = time.perf_counter()
+    # What a second call warns of, or compiles again, the timed calls would too.
+    with warnings.catch_warnings(record=True) as caught, _no_recompilation():
+        warnings.simplefilter("always")
+        built.forward(own_example)
+        synchronize(device)
+    peak = memory.peak_bytes(device) if peak_known else None
+    shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
+    return Started(
+        forward=built.forward,
+        example=own_example,
+        logits=logits,
+        build_s=ready - begin,
+        first_call_s=called - ready,
+        peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
+        notes=_notes(built.note, caught),
+    )
+
+
+def tidy() -> None:
+    """Forget what was compiled before, and give its memory back."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    memory.release()
+
+
+def _no_recompilation() -> contextlib.AbstractContextManager[object]:
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("fail_on_recompile")
+    return contextlib.nullcontext()
+
+
+def _notes(note: str, caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    """The strategy's note, and each operation that vmap had no batching rule for."""
+    texts = dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)
+    return ((note,) if note else ()) + tuple(text for text in texts if "batching rule" in text)

@@ -1,0 +1,81 @@
+"""A worker process: this program started afresh, to measure one case, and to say one record.
+
+`python -m ensemble.measure.worker` imports what it needs and says that it is ready; it then reads a
+job from its standard input, a line of JSON, and writes messages to its standard output, a line of
+JSON each: stages while it works, then the row, and the reference's half of its pairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from dataclasses import fields
+from typing import IO, Any
+
+from ensemble.options import Config
+from ensemble.records import Case
+
+READY = "ready"
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def main() -> None:
+    """Measure the case of the job on standard input."""
+    messages = _own_output()
+    _end_with_parent()
+
+    def say(message: dict[str, Any]) -> None:
+        messages.write(json.dumps(message) + "\n")
+        messages.flush()
+
+    from ensemble.measure.bench import make_bench
+    from ensemble.measure.row import measure, reference_row
+    from ensemble.models import workload
+    from ensemble.records import Result
+    from ensemble.report.exports import row_of
+
+    say({"stage": READY})
+    line = sys.stdin.readline()
+    if not line:  # the parent has ended, or given up
+        return
+    job = json.loads(line)
+    config, case = config_of(job["config"]), Case(**job["case"])
+    own = workload.load_shared(job["shared"], config, device=job["device"])
+    bench = make_bench([case], own.models, own.views)
+    if isinstance(bench, str):
+        say({"row": row_of(Result(case, status="failed", error=bench)), "reference": None})
+        return
+    result = measure(
+        case, bench, config, progress=lambda stage, done: say({"stage": stage, "done": done})
+    )
+    beside = reference_row(result, bench)
+    say({"row": row_of(result), "reference": beside and row_of(beside)})
+
+
+def config_of(values: dict[str, Any]) -> Config:
+    """A configuration of its plain values, see `Config.plain`."""
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    names = {field.name for field in fields(Config)}
+    return Config(**{name: own for name, own in (values | tuples).items() if name in names})
+
+
+def _own_output() -> IO[str]:
+    """Standard output for messages alone: what else prints there goes to standard error."""
+    sys.stdout.flush()
+    messages = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return messages
+
+
+def _end_with_parent() -> None:
+    """Be killed when the parent ends, however that ends; Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""torchvision's published ImageNet weights: their address, their file name, their download."""
+
+import contextlib
+import re
+import socket
+from collections.abc import Iterator
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+
+from ensemble.errors import InputError, first_line
+from ensemble.models.weights import State, read_checkpoint
+
+DOWNLOAD_TIMEOUT_S = 10.0
+_HASH = re.compile(r"-([0-9a-f]{8,})\.")  # in file names, the beginning of the content's SHA-256
+
+
+def published_url(arch: str) -> str:
+    """The address of torchvision's ImageNet weights for `arch`; it ends in the file's name."""
+    enum = torchvision.models.get_model_weights(arch)
+    return getattr(enum, "IMAGENET1K_V1", enum.DEFAULT).url
+
+
+def published_name(arch: str) -> str:
+    """The file name of torchvision's ImageNet weights for `arch`, `resnet18-f37072fd.pth` say."""
+    return Path(urlparse(published_url(arch)).path).name
+
+
+def download(arch: str) -> State:
+    """torchvision's ImageNet weights for `arch`, from its cache or its server, the hash checked.
+
+    Raises:
+        URLError: the server cannot be reached within `DOWNLOAD_TIMEOUT_S`, or does not have it.
+        InputError: what came, or what lies in the cache, is not the file that was expected.
+    """
+    url = published_url(arch)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / published_name(arch)
+    if not cached.exists():
+        _fetch(url, cached)
+    return read_checkpoint(cached)
+
+
+def _fetch(url: str, target: Path) -> None:
+    digits = _HASH.search(target.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+            torch.hub.download_url_to_file(url, str(target), digits[1] if digits else None)
+    except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
+        raise URLError(getattr(error, "reason", None) or str(error)) from error
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    except RuntimeError as error:  # another hash
+        raise InputError(f"{url}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """torch.hub opens its addresses without a timeout of its own, so set the process's default."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

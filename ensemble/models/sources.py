@@ -1,0 +1,57 @@
+"""Where the models of a run come from: files, torchvision's published weights, or chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import nn
+
+from ensemble.models import pretrained, weights
+
+
+def load(
+    paths: Sequence[str] | None,
+    *,
+    arch: str,
+    num_models: int,
+    device: torch.device,
+    seed: int,
+    say: Callable[[str], None],
+) -> tuple[list[nn.Module], str]:
+    """N eval-mode float32 models in one stack, and where their weights come from in a few words.
+
+    Without files: the published file where it lies in the working folder, else its download, else
+    random weights, which `say` is told of.
+
+    Raises:
+        InputError: no such architecture, or files that are not usable.
+    """
+    weights.check_arch(arch)
+    default = Path(pretrained.published_name(arch))
+    paths = paths or ((str(default),) if default.exists() else None)
+    if paths:
+        source = ", ".join(paths)
+        say(f"Loading resnet model from {source}")
+        models = weights.load_models(
+            paths, arch=arch, device=device, num_models=num_models, say=say
+        )
+        return models, source
+    url = pretrained.published_url(arch)
+    say(f"Loading resnet model from {url}")
+    try:
+        state = pretrained.download(arch)
+    except URLError as error:
+        seeds = f"{seed} to {seed + num_models - 1}" if num_models > 1 else str(seed)
+        say(
+            f"No {default} here and no download ({error.reason}): using random weights,"
+            f" seeds {seeds}; the predicted class is meaningless, the timings are not."
+        )
+        drawn = weights.random_models(num_models, arch=arch, device=device, seed=seed)
+        return drawn, f"random, seeds {seeds}"
+    models = weights.models_from_state(
+        state, arch=arch, source=url, num_models=num_models, device=device
+    )
+    return models, url

@@ -1,0 +1,111 @@
+"""What a run serves: N models and their images on one device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ensemble.errors import InputError
+from ensemble.machine import devices, memory
+from ensemble.models import images, sources, stacking
+from ensemble.models.images import Views
+from ensemble.models.stacking import stacked_state
+from ensemble.options import Config
+from ensemble.records import Environment
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Float32 models on the device, as many as the largest N, and the images that they see."""
+
+    device: torch.device
+    models: Sequence[nn.Module]
+    weights: str  # where they come from, in a few words
+    views: Callable[[int], Tensor]  # px -> (count, 3, px, px), float32 on the device
+
+    def save_shared(self, path: str, image_sizes: Sequence[int]) -> None:
+        """Write models and images to a file that other processes map: see `load_shared`."""
+        content = {
+            "skeleton": stacking.skeleton(self.models[0]),
+            "state": {name: own.cpu() for name, own in stacked_state(self.models).items()},
+            "views": {px: self.views(px).cpu() for px in image_sizes},
+        }
+        torch.save(content, path)
+
+    def device_name(self, config: Config) -> str:
+        """Where it runs, in words."""
+        chosen = "the CPU" if self.device.type == "cpu" else f"{self.device}, the accelerator here"
+        return chosen + (" (--device auto)" if config.device == "auto" else "")
+
+    def describe(self, config: Config, *, first_forward_s: float) -> Environment:
+        """The environment of the measurements that are about to be taken."""
+        return devices.describe(
+            self.device,
+            allocator=config.allocator,
+            weights=self.weights,
+            first_forward_s=first_forward_s,
+        )
+
+
+def load(config: Config, *, say: Callable[[str], None]) -> Workload:
+    """The workload of a configuration; `say` is told what is loaded.
+
+    Raises:
+        InputError: no such device or setting here, bad files, or more than memory holds.
+    """
+    device = prepare(config, device=config.device)
+    per_model = max(config.num_models) if config.inputs == "per_model" else 1
+    views = Views(
+        images.read_image(config.image_path),
+        max(config.batch_size) * per_model,
+        seed=config.seed,
+        device=device,
+    )
+    first = views(config.image_size[0])
+    models, weights = sources.load(
+        config.model_path,
+        arch=config.arch,
+        num_models=max(config.num_models),
+        device=device,
+        seed=config.seed,
+        say=say,
+    )
+    say(f"Loading image from {config.image_path}")
+    say(f"Converted image to shape {first[:1].shape}")
+    if config.verbose:
+        say(str(models[0]))
+    return Workload(device, models, weights, views)
+
+
+def load_shared(path: str, config: Config, *, device: str) -> Workload:
+    """The workload that another process wrote by `save_shared`, of the same configuration.
+
+    Its file is mapped: on a CPU the models are pages of the system's cache, read once for all
+    processes, and are there before anything is timed.
+    """
+    own = prepare(config, device=device)
+    content = torch.load(path, mmap=True, weights_only=False, map_location="cpu")
+    state: Mapping[str, Tensor] = {name: t.to(own) for name, t in content["state"].items()}
+    views: Mapping[int, Tensor] = {px: images.to(own) for px, images in content["views"].items()}
+    memory.touch([*state.values(), *views.values()])
+    models = stacking.from_stack(content["skeleton"], state)
+    return Workload(own, models, "another process", views.__getitem__)
+
+
+def prepare(config: Config, *, device: str) -> torch.device:
+    """Set this process up as the configuration asks; the device called `device`.
+
+    Raises:
+        InputError: no such device or setting here.
+    """
+    logging.basicConfig()
+    logging.getLogger("ensemble").setLevel(logging.DEBUG if config.verbose else logging.WARNING)
+    refused = memory.retain_freed_memory() if config.allocator == "retain" else None
+    if refused:
+        raise InputError(f"retain cannot be had here: {refused}", argument="allocator")
+    devices.configure(threads=config.threads)
+    return devices.select_device(device)

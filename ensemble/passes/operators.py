@@ -1,0 +1,118 @@
+"""A model by the operators of `ensemble.ops.conv`, whose vmap rules choose kernels for N models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from ensemble.models import stacking
+from ensemble.ops import conv
+from ensemble.passes.effects import effects
+from ensemble.passes.fusing import fuse
+from ensemble.passes.tracing import is_images, replaceable, replaceable_once
+
+
+class Conv2d(nn.Module):
+    """`conv`, what is added to it and its relu, as the operator `ensemble::conv2d`."""
+
+    def __init__(self, original: nn.Conv2d, *, relu: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = original.weight, original.bias
+        self.options = (
+            list(original.stride),
+            list(original.padding),
+            list(original.dilation),
+            original.groups,
+            relu,
+        )
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return conv.conv2d(x, self.weight, self.bias, other, *self.options)
+
+
+class MaxPool2d(nn.Module):
+    """`original` as the operator `ensemble::max_pool2d`."""
+
+    def __init__(self, original: nn.MaxPool2d) -> None:
+        super().__init__()
+        options = (original.kernel_size, original.stride, original.padding)
+        self.options = tuple([own, own] if isinstance(own, int) else list(own) for own in options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv.max_pool2d(x, *self.options)
+
+
+class Head(nn.Module):
+    """Average pooling to one pixel and the linear layer after it, as `ensemble::head`."""
+
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = original.weight, original.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv.head(x, self.weight, self.bias)
+
+
+def with_operators(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """`model` by the operators of `ensemble.ops.conv`, its tensors under their own names.
+
+    example: `(B, C, H, W)`. What the operators do not fit, or is more than its call, stays.
+    """
+    fused = fuse(model, example, lambda own, _, relu: Conv2d(own, relu=relu), in_place=False)
+    for name, nodes in replaceable(fused, fused.graph).items():
+        module = fused.get_submodule(name)
+        if not all(is_images(node.args[0]) for node in nodes):
+            continue
+        if type(module) is nn.MaxPool2d and _has_operator(module):
+            fused.set_submodule(name, MaxPool2d(module))
+    for name, node in replaceable_once(fused, fused.graph).items():
+        module = fused.get_submodule(name)
+        if type(module) is nn.Linear:
+            _take_pooling(fused, node, module)
+    fused.graph.lint()
+    fused.recompile()
+    return fused
+
+
+def _has_operator(pool: nn.MaxPool2d) -> bool:
+    plain = pool.dilation in (1, (1, 1)) and not pool.ceil_mode
+    return plain and not pool.return_indices
+
+
+def _take_pooling(fused: fx.GraphModule, node: fx.Node, linear: nn.Linear) -> None:
+    """Where `linear` reads nothing but a flattened mean over all pixels, make them one."""
+    flat = node.args[0]
+    assert isinstance(flat, fx.Node)
+    plain = flat.target is torch.flatten and flat.args[1:] == (1,) and not flat.kwargs
+    pool = flat.args[0] if plain else None
+    pools = replaceable(fused, fused.graph)
+    if not isinstance(pool, fx.Node) or pool not in pools.get(str(pool.target), ()):
+        return
+    own, images = fused.get_submodule(str(pool.target)), pool.args[0]
+    assert isinstance(images, fx.Node)
+    if (
+        type(own) is nn.AdaptiveAvgPool2d
+        and own.output_size in (1, (1, 1))
+        and is_images(images)
+        and len(flat.users) == len(pool.users) == 1
+        and effects(fused, fresh=node).may_run_at(pool, node, reading=images)
+    ):
+        node.args = (images,)
+        fused.graph.erase_node(flat)
+        fused.graph.erase_node(pool)
+        fused.set_submodule(str(node.target), Head(linear))
+
+
+def state_of(
+    graph: nn.Module, state: dict[str, Tensor], model: nn.Module, num_models: int
+) -> dict[str, Tensor]:
+    """The stacked tensors that `graph`, made of `model`, has, by the names that it has them under.
+
+    It lacks those of modules that are never called, may have another of a tied tensor's names, and
+    has constants that are the same for all models.
+    """
+    names = stacking.first_names(model)
+    return {
+        name: state[names[name]] if name in names else torch.stack([tensor] * num_models)
+        for name, tensor in stacking.named_tensors(graph).items()
+    }

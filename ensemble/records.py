@@ -1,0 +1,254 @@
+"""What a run asks for and leaves behind: frozen records. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ensemble.statistics import (
+    TOO_NOISY,
+    bootstrap_interval,
+    half_width,
+    interval_of_processes,
+    iqr,
+    median,
+)
+
+REFERENCE = "loop"  # in float32
+SELF_CHECK = "self_check"  # the reference against itself: the noise floor of this program
+# Share of the CPU that other programs may take before a row is warned of.
+BUSY = 0.05
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what the numbers were taken. Unknown is None."""
+
+    date: str
+    argv: tuple[str, ...]
+    git_commit: str | None
+    platform: str
+    python: str
+    torch: str
+    torchvision: str
+    device: str
+    device_name: str | None
+    cpu_capability: str
+    cores: int | None
+    threads: int
+    tf32: bool
+    cudnn_benchmark: bool
+    allocator: str
+    page_fault_s: float | None
+    weights: str
+    first_forward_s: float  # of one model, the very first forward of the process
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row measures: one strategy in one place of the grid."""
+
+    strategy: str
+    num_models: int
+    batch_size: int
+    image_size: int
+    dtype: str
+    inputs: str
+
+    @property
+    def cell(self) -> tuple[int, int, int]:
+        """Where in the grid: (N, batch, px). Its rows share models, images and reference."""
+        return self.num_models, self.batch_size, self.image_size
+
+    @property
+    def line(self) -> tuple[str, str, int, int]:
+        """The case without its N, (strategy, dtype, batch, px): one line of a picture."""
+        return self.strategy, self.dtype, self.batch_size, self.image_size
+
+    @property
+    def is_reference(self) -> bool:
+        return self.strategy == REFERENCE and self.dtype == "float32"
+
+    @property
+    def is_self_check(self) -> bool:
+        return self.strategy == SELF_CHECK
+
+
+@dataclass(frozen=True)
+class Process:
+    """What one fresh start of the program measured of a case. Unknown is None.
+
+    `times_s` and `reference_times_s` are pairs, in their order; the reference's own row has none.
+    """
+
+    times_s: tuple[float, ...]
+    reference_times_s: tuple[float, ...]
+    build_s: float | None = None
+    first_call_s: float | None = None
+    peak_memory_bytes: int | None = None
+    page_faults_per_call: float | None = None
+    reference_page_faults_per_call: float | None = None
+    others_cpu_share: float | None = None
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Reference time / strategy time of each pair."""
+        pairs = zip(self.reference_times_s, self.times_s, strict=False)
+        return tuple(reference / own for reference, own in pairs)
+
+    @cached_property
+    def speedup(self) -> float | None:
+        """The median of the ratios."""
+        return median(self.ratios)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case with what came of it. Raw times are stored, statistics derived from them.
+
+    `status` is `ok`, `failed` (it broke, or its outputs disagree) or `unavailable` (it cannot run
+    on this machine); `error` says why where it is not `ok`.
+    """
+
+    case: Case
+    status: str = "ok"
+    error: str | None = None
+    processes: tuple[Process, ...] = ()
+    max_rel_error: float | None = None
+    error_float64: float | None = None  # as max_rel_error, against the models in float64
+    top1: list[list[int]] | None = None
+    top1_agreement: float | None = None
+    least_s: float | None = None  # the least time that the device's measured limits allow
+    bound: str | None = None  # which limit that is: compute or memory
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def times_s(self) -> tuple[float, ...]:
+        return tuple(time for process in self.processes for time in process.times_s)
+
+    @cached_property
+    def reference_times_s(self) -> tuple[float, ...]:
+        return tuple(time for process in self.processes for time in process.reference_times_s)
+
+    @property
+    def build_s(self) -> float | None:
+        return self._median_of("build_s")
+
+    @property
+    def first_call_s(self) -> float | None:
+        return self._median_of("first_call_s")
+
+    @property
+    def start_s(self) -> float | None:
+        """What a strategy takes before its steady state: build and first call."""
+        both = self.build_s, self.first_call_s
+        return None if both[0] is None or both[1] is None else both[0] + both[1]
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        return max(self._known("peak_memory_bytes"), default=None)
+
+    @property
+    def page_faults_per_call(self) -> float | None:
+        return self._median_of("page_faults_per_call")
+
+    @property
+    def reference_page_faults_per_call(self) -> float | None:
+        return self._median_of("reference_page_faults_per_call")
+
+    @property
+    def others_cpu_share(self) -> float | None:
+        return self._median_of("others_cpu_share")
+
+    @cached_property
+    def median_s(self) -> float | None:
+        return median(self.times_s)
+
+    @cached_property
+    def reference_median_s(self) -> float | None:
+        return median(self.reference_times_s)
+
+    @cached_property
+    def iqr_s(self) -> float | None:
+        return iqr(self.times_s)
+
+    @cached_property
+    def speedup(self) -> float | None:
+        """Reference time / strategy time: the median of the processes' medians over their pairs.
+
+        1 for the reference.
+        """
+        if self.case.is_reference and self.times_s:
+            return 1.0
+        return median(self.process_speedups) if self.status == "ok" else None
+
+    @cached_property
+    def speedup_interval(self) -> tuple[float, float] | None:
+        """Of several processes, what the next ones would say; of one, of its pairs alone."""
+        if self.status != "ok":
+            return None
+        if len(self.process_speedups) == 1:
+            return bootstrap_interval(self.processes[0].ratios)
+        return interval_of_processes(self.process_speedups)
+
+    @cached_property
+    def process_speedups(self) -> tuple[float, ...]:
+        """The speedup that each process found."""
+        found = (process.speedup for process in self.processes)
+        return tuple(own for own in found if own is not None)
+
+    @cached_property
+    def within_processes(self) -> float | None:
+        """How sure a process is of itself: the half width of its own interval, the median."""
+        intervals = (bootstrap_interval(process.ratios) for process in self.processes)
+        return median([half_width(own) for own in intervals if own is not None])
+
+    @cached_property
+    def between_processes(self) -> float | None:
+        """How far the processes lie apart: half their range, as a share of its middle."""
+        speedups = self.process_speedups
+        return half_width((min(speedups), max(speedups))) if len(speedups) > 1 else None
+
+    @property
+    def roofline_share(self) -> float | None:
+        """How much of the device's own measured limit this row reaches."""
+        return self.least_s / self.median_s if self.least_s and self.median_s else None
+
+    @cached_property
+    def noise(self) -> float | None:
+        """The largest inter-quartile range / median of times, of strategy and reference, that any
+        process had."""
+        spreads = [
+            spread / middle
+            for process in self.processes
+            for times in (process.times_s, process.reference_times_s)
+            if (spread := iqr(times)) is not None and (middle := median(times))
+        ]
+        return max(spreads, default=None)
+
+    @property
+    def inconclusive(self) -> str | None:
+        """Why the speedup cannot be claimed, or None where it can (or where there is none)."""
+        if self.speedup is None or self.case.is_reference:
+            return None
+        if self.speedup_interval is None:
+            return "too few pairs"
+        if len(self.process_speedups) > 1:
+            return None  # what is noisy is wide
+        return "too noisy" if self.noise is not None and self.noise > TOO_NOISY else None
+
+    def _known(self, field: str) -> list[Any]:
+        values = [getattr(process, field) for process in self.processes]
+        return [value for value in values if value is not None]
+
+    def _median_of(self, field: str) -> float | None:
+        return median(self._known(field))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its file holds it. The configuration stays plain: it is shown and compared."""
+
+    environment: Environment
+    config: Mapping[str, Any]
+    results: tuple[Result, ...]

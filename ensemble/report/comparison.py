@@ -1,0 +1,163 @@
+"""A run beside an earlier one, row by row: is a strategy surely slower than it was? No torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from ensemble.errors import InputError
+from ensemble.records import Environment, Process, Result, Run
+from ensemble.report.words import case_name
+from ensemble.statistics import (
+    CONFIDENCE,
+    MIN_PAIRS_FOR_INTERVAL,
+    interval_of_processes,
+    percentile_interval,
+    resampled_medians,
+)
+
+# What makes a machine: figures of two that differ here are never set beside each other.
+MACHINE = ("platform", "device", "device_name", "cpu_capability", "cores")
+# What a run can be made with: a difference is said.
+SETTINGS = (
+    "python torch torchvision threads tf32 cudnn_benchmark allocator weights".split()  # noqa: SIM905
+)
+# As above, of the configuration.
+OPTIONS = ("arch", "warmup", "min_seconds", "min_pairs", "seed")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row against its old self. `ratio` is new time / old time: above 1 it is slower.
+
+    A strategy's time counts in times of the reference beside it, so that a machine that is slower
+    today is not a strategy that is; the reference's own in seconds.
+    """
+
+    row: Result
+    ratio: float | None
+    interval: tuple[float, float] | None
+
+    def surely_slower(self, percent: float) -> bool:
+        """Is the whole interval above `percent` more? The reference alone is never judged."""
+        limit = 1 + percent / 100
+        return (
+            not self.row.case.is_reference
+            and self.interval is not None
+            and self.interval[0] > limit
+        )
+
+
+def compare(new: Run, old: Run) -> list[Comparison]:
+    """Every row of `new` that `old` has too, and that was timed in both."""
+    before = {row.case: row for row in old.results}
+    pairs = [(row, before[row.case]) for row in new.results if row.case in before]
+    return [_compare(row, other) for row, other in pairs if row.times_s and other.times_s]
+
+
+def check_machine(here: Environment, other: Environment, *, argument: str, path: str) -> None:
+    """Raise InputError unless a file comes from this machine."""
+    for name in MACHINE:
+        ours, theirs = getattr(here, name), getattr(other, name)
+        if ours != theirs:
+            raise InputError(
+                f"expected a file of this machine, found another in {path}: {name} {theirs},"
+                f" here {ours}",
+                argument=argument,
+            )
+
+
+def differences(new: Run, old: Run) -> list[str]:
+    """What the two runs were made with differently: `"torch: 2.14.1, was 2.13.0"`."""
+    pairs = [
+        (name, getattr(new.environment, name), getattr(old.environment, name)) for name in SETTINGS
+    ]
+    pairs += [(name, new.config.get(name), old.config.get(name)) for name in OPTIONS]
+    return [f"{name}: {ours}, was {theirs}" for name, ours, theirs in pairs if ours != theirs]
+
+
+def ratio_interval_of_processes(
+    new: Sequence[float], old: Sequence[float]
+) -> tuple[float, float] | None:
+    """The `CONFIDENCE` interval of the ratio of what many processes of either run would say.
+
+    One value for each process. Both are independent: on the logarithms the half widths of their own
+    intervals (`statistics.interval_of_processes`) add as errors do, by squares. None where either
+    has fewer than two processes.
+    """
+    intervals = interval_of_processes(new), interval_of_processes(old)
+    if intervals[0] is None or intervals[1] is None:
+        return None
+    halves = [np.log(high / low) / 2 for low, high in intervals]  # type: ignore[misc]
+    middle = float(np.median(new) / np.median(old))
+    spread = float(np.exp(np.hypot(*halves)))
+    return middle / spread, middle * spread
+
+
+def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, float] | None:
+    """The same of two runs of one process each, by their calls: they say nothing of others.
+
+    A percentile bootstrap of median(new) / median(old), each sample by itself. Source: Efron and
+    Tibshirani, An Introduction to the Bootstrap (1993), chapters 8.3 (two samples) and 13
+    (percentiles). None where either has fewer than `MIN_PAIRS_FOR_INTERVAL` values.
+    """
+    if min(len(new), len(old)) < MIN_PAIRS_FOR_INTERVAL:
+        return None
+    generator = np.random.default_rng(0)
+    above, below = (resampled_medians(values, generator) for values in (new, old))
+    return percentile_interval(above / below)
+
+
+def render(comparisons: Sequence[Comparison], new: Run, old: Run) -> str:
+    """What to print of a comparison: a line a row, and what differs between the runs."""
+    lines = [f"Baseline of {old.environment.date}, commit {old.environment.git_commit}:"]
+    lines += [f"  differs in {difference}" for difference in differences(new, old)]
+    lines += [f"  {_sentence(comparison)}" for comparison in comparisons]
+    missing = {row.case for row in new.results} - {own.row.case for own in comparisons}
+    if missing:
+        names = ", ".join(
+            f"{case.strategy} N={case.num_models}" for case in sorted(missing, key=str)
+        )
+        lines.append(f"  without times in both runs, not compared: {names}")
+    return "\n".join(lines) + "\n"
+
+
+def _compare(row: Result, old: Result) -> Comparison:
+    several = min(len(row.processes), len(old.processes)) > 1
+    if several:
+        medians, before = _medians(row), _medians(old)
+        interval = ratio_interval_of_processes(medians, before)
+    else:
+        medians, before = _times(row.processes[0]), _times(old.processes[0])
+        interval = ratio_interval(medians, before)
+    return Comparison(row, float(np.median(medians) / np.median(before)), interval)
+
+
+def _medians(row: Result) -> list[float]:
+    """The median of each process that timed something."""
+    return [float(np.median(_times(own))) for own in row.processes if own.times_s]
+
+
+def _times(process: Process) -> list[float]:
+    """In seconds for a row without pairs, else in times of the reference of the same pair."""
+    pairs = zip(process.times_s, process.reference_times_s, strict=False)
+    return [own / other for own, other in pairs] or list(process.times_s)
+
+
+def _sentence(comparison: Comparison) -> str:
+    row, interval = comparison.row, comparison.interval
+    name = case_name(row.case, ("batch", "px", "dtype"))
+    measure = "time" if row.case.is_reference else "time in times of the reference"
+    if interval is None:
+        return f"{name}: {measure} {comparison.ratio:.3f} of what it was, too few pairs to be sure"
+    low, high = interval
+    verdict = "no sure difference"
+    if low > 1 or high < 1:
+        verdict = "surely slower" if low > 1 else "surely faster"
+    return (
+        f"{name}: {measure} {comparison.ratio:.3f} of what it was, {CONFIDENCE:.0%} interval"
+        f" {low:.3f} to {high:.3f}: {verdict}"
+    )
+
+
+assert set(MACHINE) | set(SETTINGS) <= {field.name for field in fields(Environment)}

@@ -1,0 +1,51 @@
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere. Imports no torch."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Update = Callable[[str, str, float], None]
+
+
+@contextmanager
+def show_progress(rows: int) -> Iterator[Update]:
+    """Give a function `(what, stage, share of the stage done)` that shows how far a run is."""
+    show = _bar if sys.stderr.isatty() else _lines
+    with show(rows) as update:
+        yield update
+
+
+@contextmanager
+def _bar(rows: int) -> Iterator[Update]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    started: list[str] = []
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=rows)
+
+        def update(what: str, stage: str, done: float) -> None:
+            if what not in started:
+                started.append(what)
+                bar.update(task, total=max(rows, len(started)))
+            share = 0.1 + 0.9 * done if stage == "timing" else 0.0
+            description = f"{what}: {stage}"
+            bar.update(task, description=description, completed=len(started) - 1 + share)
+
+        yield update
+
+
+@contextmanager
+def _lines(rows: int) -> Iterator[Update]:
+    last = ""
+
+    def update(what: str, stage: str, done: float) -> None:
+        nonlocal last
+        line = f"{what}: {stage}"
+        if line != last:
+            print(line, file=sys.stderr, flush=True)
+            last = line
+
+    yield update

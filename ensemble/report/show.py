@@ -1,0 +1,110 @@
+"""A run on the terminal and in files: the answer, the table, what there is to know beside it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ensemble.errors import InputError
+from ensemble.options import Config, grid_path
+from ensemble.records import Case, Environment, Run
+from ensemble.report import comparison, exports
+from ensemble.report.table import render_strategies, render_table
+from ensemble.report.verdict import render_answer, render_remarks
+from ensemble.report.words import case_name, time_lines, varying_fields
+from ensemble.strategies import STRATEGIES
+
+
+def show(run: Run, *, verbose: bool) -> None:
+    """Print the two lines that users of the original know, the answer, the table and remarks."""
+    for line in time_lines(run.results):
+        print(line)
+    print(render_answer(run.results))
+    print(render_table(run.results, verbose=verbose, colour=_may_colour()))
+    print(render_remarks(run.results, run.environment, verbose=verbose), end="")
+    if verbose:
+        varying = varying_fields([row.case for row in run.results])
+        for row in run.results:
+            print(f"{case_name(row.case, varying)}, times in s: {row.times_s}")
+
+
+def show_left(stopped: str, left: Sequence[Case], planned: int) -> None:
+    """Say on stderr what was not measured, and why."""
+    if stopped and left:
+        names = "; ".join(case_name(case, varying_fields(left)) for case in left)
+        measured = f"{planned - len(left)} of {planned} rows were measured"
+        print(f"{stopped}: {measured}; not measured: {names}", file=sys.stderr)
+
+
+def list_strategies() -> None:
+    """Print what strategies there are."""
+    print(render_strategies(STRATEGIES), end="")
+
+
+def compare(run: Run, baseline: Run | None, fail_above: float | None) -> bool:
+    """Print a run beside its baseline; is a strategy surely slower than is allowed?"""
+    if baseline is None:
+        return False
+    compared = comparison.compare(run, baseline)
+    print(comparison.render(compared, run, baseline), end="")
+    return fail_above is not None and any(own.surely_slower(fail_above) for own in compared)
+
+
+def check_baseline(config: Config, environment: Environment, baseline: Run | None) -> None:
+    """Raise InputError unless a baseline comes from the machine of the run."""
+    if baseline is not None:
+        path = str(config.baseline)
+        comparison.check_machine(environment, baseline.environment, argument="baseline", path=path)
+
+
+def has_failed(config: Config, run: Run) -> bool:
+    """Did a row fail, or can a strategy that was named not run here?"""
+    asked_for_all = set(config.strategies) == set(STRATEGIES)
+    bad = {"failed"} if asked_for_all or config.from_json else {"failed", "unavailable"}
+    return any(row.status in bad for row in run.results)
+
+
+class Files:
+    """The files that were asked for, written whole after each row and at the end.
+
+    One that cannot be written costs no result: it is said after these are shown.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._problem = config, ""
+
+    def save(self, run: Run) -> None:
+        """Write the run in each format that has a path, unless an earlier try has failed."""
+        self._try({f"export_{form}": form for form in exports.FORMATS}, run)
+
+    def finish(self, run: Run) -> None:
+        """Write everything, pictures too; nothing of a run without rows."""
+        if run.results:
+            self.save(run)
+            self._try({"plot": ""}, run)
+
+    def check(self) -> None:
+        """Raise InputError where a file could not be written."""
+        if self._problem:
+            raise InputError(self._problem)
+
+    def _try(self, forms: dict[str, str], run: Run) -> None:
+        for name, form in forms.items():
+            path = getattr(self._config, name)
+            if path is None or self._problem:
+                continue
+            try:
+                if form:
+                    exports.save(run, {form: path})
+                else:
+                    from ensemble.report import pictures
+
+                    pictures.save(run.results, Path(path), grid_path(path))
+            except OSError as error:
+                self._problem = f"{path} cannot be written: {error.strerror or error}"
+
+
+def _may_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -1,0 +1,78 @@
+"""Cases, times and counts in words; each said in one way everywhere. No torch."""
+
+from collections.abc import Collection, Sequence
+
+from ensemble.records import Case, Result
+from ensemble.report.sweep import cells
+
+
+def count(number: int, noun: str) -> str:
+    """`1 model`, `2 models`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def varying_fields(cases: Sequence[Case]) -> dict[str, str]:
+    """Headers and fields of what is not the same in all cases, beside N."""
+    fields = {"batch": "batch_size", "px": "image_size", "dtype": "dtype"}
+    return {
+        header: field
+        for header, field in fields.items()
+        if len({getattr(case, field) for case in cases}) > 1
+    }
+
+
+def case_name(case: Case, varying: Collection[str] = ()) -> str:
+    """A case in words: its strategy, N, and what of batch, px and dtype varies in the run."""
+    return f"{case.strategy}, {place_name(case, varying)}"
+
+
+def place_name(case: Case, varying: Collection[str] = ()) -> str:
+    """Where a case stands, without its strategy."""
+    parts = [text for header, text in _place(case).items() if header in varying]
+    return ", ".join([count(case.num_models, "model"), *parts])
+
+
+def title(cases: Sequence[Case]) -> str:
+    """What all cases share, above their table."""
+    if not cases:
+        return "no results"
+    case, varying = cases[0], varying_fields(cases)
+    parts = [text for header, text in _place(case).items() if header not in varying]
+    inputs = f"{case.inputs.replace('_', '-')} inputs"
+    return f"{', '.join([inputs, *parts])}; medians; speedup over the float32 loop"
+
+
+def time_lines(results: Sequence[Result]) -> list[str]:
+    """The two lines that users of the original know, for each cell: medians in seconds.
+
+    Both come from the pairs of the row `vmap`, so that they belong together.
+    """
+    lines = []
+    grid = cells([row for row in results if row.case.dtype == "float32"])
+    varying = varying_fields([row.case for row in results]).keys() - {"dtype"}
+    for rows in grid.values() or [[]]:
+        suffix = f" ({place_name(rows[0].case, varying)})" if len(grid) > 1 else ""
+        vmapped = next((row for row in rows if row.case.strategy == "vmap"), None)
+        looped = next((row for row in rows if row.case.is_reference), None)
+        without = looped.median_s if looped else None
+        if vmapped and vmapped.reference_median_s:
+            without = vmapped.reference_median_s
+        with_vmap = vmapped.median_s if vmapped else None
+        lines += [
+            f"Time taken for prediction without vmap: {_seconds(without)}{suffix}",
+            f"Time taken for prediction with vmap: {_seconds(with_vmap)}{suffix}",
+        ]
+    return lines
+
+
+def _place(case: Case) -> dict[str, str]:
+    """What may vary beside N, in words, by the headers of `varying_fields`."""
+    return {
+        "batch": f"batch {case.batch_size}",
+        "px": f"{case.image_size} px",
+        "dtype": case.dtype,
+    }
+
+
+def _seconds(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.6f}"

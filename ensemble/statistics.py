@@ -1,0 +1,108 @@
+"""What may be said of times: medians, spreads, intervals, and from where on they are noise."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+# Of a 95 % interval for a median from n values, no interval is known below n = 6: not even the
+# whole range of 5 values holds the median that often (1 - 2 / 2**5 < 0.95 < 1 - 2 / 2**6).
+MIN_PAIRS_FOR_INTERVAL = 6
+# Thresholds on the inter-quartile range over the median, as in torch.utils.benchmark.
+NOISY, TOO_NOISY = 0.10, 0.25
+
+
+def median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if len(values) else None
+
+
+def iqr(values: Sequence[float]) -> float | None:
+    """Inter-quartile range, linear interpolation; unknown for fewer than two values."""
+    if len(values) < 2:
+        return None
+    low, high = np.percentile(values, (25, 75))
+    return float(high - low)
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The `CONFIDENCE` percentile bootstrap interval of the median; None below 8 values.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Values are
+    resampled with a fixed seed, so that one result file always gives one interval.
+    """
+    if len(values) < MIN_PAIRS_FOR_INTERVAL:
+        return None
+    return percentile_interval(resampled_medians(values, np.random.default_rng(0)))
+
+
+def resampled_medians(values: Sequence[float], generator: np.random.Generator) -> np.ndarray:
+    """The medians of `RESAMPLES` samples with replacement, each as large as `values`."""
+    picks = generator.integers(len(values), size=(RESAMPLES, len(values)))
+    return np.median(np.asarray(values)[picks], axis=1)
+
+
+def percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The middle `CONFIDENCE` of resampled statistics."""
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(resampled, (tail, 100 - tail))
+    return float(low), float(high)
+
+
+# The 97.5 % quantile of Student's t for 1 to 10 degrees of freedom, from any table of it.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_NORMAL = 1.960  # and for infinitely many
+# Two modes: medians that lie apart by more than this share, and by more than so many times what
+# they spread on either side.
+APART, TIMES_SPREAD = 0.10, 2.0
+
+
+def interval_of_processes(medians: Sequence[float]) -> tuple[float, float] | None:
+    """The `CONFIDENCE` interval of what a further process would say, in the middle of many.
+
+    One value above 0 for each process, the median of its pairs: this is the level at which runs
+    differ, and what varies within a process is in it. The wider of two, on the logarithms:
+    Student's interval of the mean (Kalibera and Jones, Rigorous Benchmarking in Reasonable Time,
+    ISMM 2013, section 6), right where processes scatter evenly; and the range of all processes,
+    which holds the median of any distribution in 1 - 2 / 2**n of runs, also of one with two modes,
+    where Student's does not. None for fewer than two.
+    """
+    if len(medians) < 2:
+        return None
+    logs = np.log(medians)
+    freedom = len(logs) - 1
+    quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else _student(freedom)
+    half = quantile * float(logs.std(ddof=1)) / len(logs) ** 0.5
+    middle = float(logs.mean())
+    low, high = min(middle - half, float(logs.min())), max(middle + half, float(logs.max()))
+    return float(np.exp(low)), float(np.exp(high))
+
+
+def half_width(interval: tuple[float, float]) -> float:
+    """Half of an interval, as a share of its middle."""
+    return (interval[1] - interval[0]) / (interval[1] + interval[0])
+
+
+def modes(medians: Sequence[float]) -> list[list[int]]:
+    """The indices of the processes of each mode, the larger group first: one group, or two.
+
+    Two where the largest gap between neighbours is above `APART` and above `TIMES_SPREAD` times
+    what the values on either side of it spread. At least three processes can show that.
+    """
+    order = sorted(range(len(medians)), key=medians.__getitem__)
+    if len(order) < 3:
+        return [order]
+    logs = [float(np.log(medians[index])) for index in order]
+    gaps = [after - before for before, after in pairwise(logs)]
+    at = max(range(len(gaps)), key=gaps.__getitem__) + 1
+    spread = max(logs[at - 1] - logs[0], logs[-1] - logs[at])
+    if gaps[at - 1] <= max(float(np.log1p(APART)), TIMES_SPREAD * spread):
+        return [order]
+    return sorted([order[:at], order[at:]], key=len, reverse=True)
+
+
+def _student(freedom: int) -> float:
+    """The quantile for many degrees of freedom: Cornish and Fisher's expansion, two terms."""
+    z = _NORMAL
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

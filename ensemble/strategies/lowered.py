@@ -1,0 +1,48 @@
+"""The vmapped forward with operators of its own, lowered to what depends on the images.
+
+The model is written once, by the operators of `ensemble.ops`; `torch.vmap` maps it over the stacked
+state, and their vmap rules choose kernels for N models. The traced forward then loses all that the
+state alone decides, and what is left runs as programs of kernels where there are such.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ensemble.models.stacking import stacked_state, stateless
+from ensemble.ops import lower
+from ensemble.passes.folding import channels_last, folded
+from ensemble.passes.operators import state_of, with_operators
+from ensemble.strategies.built import Built
+
+
+def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
+    """One vmapped forward over the stacked state, lowered to what depends on the image."""
+    lowered = lower_vmap(models, example)
+    kinds = Counter(operation.kind.label for operation in lowered.operations)
+    counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
+    note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
+    return Built(lambda x: lowered.forward(x.contiguous()), "; ".join((note, *lowered.refused)))
+
+
+def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
+    """The same through `torch.compile`: for where the operators are made of torch's own."""
+    forward = torch.compile(lower_vmap(models, example).forward, fullgraph=True, dynamic=False)
+    return Built(lambda x: forward(x.contiguous()))
+
+
+def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lower.Lowered:
+    """The vmapped forward of the folded models by the operators of `ensemble.ops`, lowered."""
+    per_model, copies = example.dim() == 5, folded(models)
+    graph = with_operators(copies[0], channels_last(example[0] if per_model else example))
+    state = state_of(graph, stacked_state(copies), copies[0], len(copies))
+    mapped = torch.func.functionalize(
+        torch.vmap(stateless(graph), in_dims=(0, 0 if per_model else None))
+    )
+    del copies, graph  # the state is freed tensor by tensor, as it is packed
+    # A trace holds for inputs that lie in memory as its example does.
+    return lower.lower(mapped, state, example.contiguous(), threads=torch.get_num_threads())

@@ -1,0 +1,35 @@
+"""Which device is chosen, and what is recorded of it."""
+
+import os
+
+import pytest
+import torch
+
+from ensemble.machine import devices
+
+
+def test_auto_takes_the_accelerator_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
+    assert devices.select_device("auto") == cuda
+
+
+def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPatch):
+    cuda = torch.device("cuda")
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    assert devices.select_device("cuda:1") == torch.device("cuda:1")
+    assert chosen == [1]
+    with pytest.raises(ValueError, match=r"\(cpu, cuda:0, cuda:1\), found 'cuda:2'"):
+        devices.select_device("cuda:2")
+
+
+def test_float32_means_float32():
+    devices.configure(threads=None)
+    environment = devices.describe(
+        torch.device("cpu"), allocator="system", weights="none", first_forward_s=0.1
+    )
+    assert environment.tf32 is False
+    assert environment.cores == os.cpu_count()

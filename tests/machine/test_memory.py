@@ -1,0 +1,130 @@
+"""Memory, page faults and the allocator, on pages straight from the kernel."""
+
+import mmap
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from ensemble.machine import memory
+
+ROOT = Path(memory.__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "ten.pth"
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
+    return str(path)
+
+
+def test_a_page_fault_costs_more_than_nothing_and_less_than_a_millisecond():
+    assert 1e-8 < (memory.page_fault_seconds() or 0) < 1e-3
+
+
+def touch_fresh_pages(count: int) -> None:
+    """Touch pages straight from the kernel: the heap might hold some that were touched before."""
+    with mmap.mmap(-1, count * mmap.PAGESIZE) as fresh:
+        for offset in range(0, len(fresh), mmap.PAGESIZE):
+            fresh[offset] = 1
+
+
+def test_touching_fresh_pages_is_counted():
+    before = memory.page_faults() or 0
+    touch_fresh_pages(10_000)
+    assert (memory.page_faults() or 0) - before >= 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a process's peak")
+def test_the_peak_is_that_since_the_last_reset():
+    touch_fresh_pages(200_000_000 // mmap.PAGESIZE)  # freed at once
+    assert memory.reset_peak(CPU)
+    start = memory.peak_bytes(CPU) or 0
+    touch_fresh_pages(100_000_000 // mmap.PAGESIZE)
+    assert 95_000_000 < (memory.peak_bytes(CPU) or 0) - start < 110_000_000
+
+
+def test_what_cannot_be_read_is_unknown_and_not_zero(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "none" / "none")
+    monkeypatch.setattr(memory, "resource", None)
+    assert memory.used_bytes(CPU) is None
+    assert memory.peak_bytes(CPU) is None
+    assert memory.page_faults() is None
+    assert memory.page_fault_seconds() is None
+    assert not memory.reset_peak(CPU)
+
+
+def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: str):
+    """Issue 2: N models plus their stack cost the weights once, at most 1.05 times."""
+    program = (
+        "import resource, sys, torch\n"
+        "from ensemble.machine import memory\n"
+        "from ensemble.models import stacking, weights\n"
+        "from ensemble.strategies import eager\n"
+        "cpu = torch.device('cpu')\n"
+        "weights.load_models([sys.argv[1]], arch='resnet18', device=cpu)\n"
+        "before = memory.used_bytes(cpu)\n"
+        "models = weights.load_models([sys.argv[1]], arch='resnet18', device=cpu, num_models=16)\n"
+        "state = stacking.stacked_state(models)\n"
+        "eager.stateless_model(models)\n"
+        "print((memory.used_bytes(cpu) - before) / (16 * stacking.weight_bytes(models[0])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, checkpoint], cwd=ROOT, capture_output=True, text=True
+    )
+    assert 0.95 < float(done.stdout) < 1.05, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+@pytest.mark.skipif((memory.available_bytes(CPU) or 0) < 4 * 2**30, reason="needs 4 GiB of memory")
+def test_more_than_two_gibibytes_are_retained_too():
+    program = (
+        "import ctypes\n"
+        "from ensemble.machine import memory\n"
+        "c = ctypes.CDLL(None)\n"
+        "c.malloc.restype, size = ctypes.c_void_p, ctypes.c_size_t(2**31 + 2**28)\n"
+        "def fill():\n"
+        "    before, block = memory.page_faults(), ctypes.c_void_p(c.malloc(size))\n"
+        "    c.memset(block, 1, size)\n"
+        "    c.free(block)\n"
+        "    print(memory.page_faults() - before)\n"
+        "assert memory.retain_freed_memory() is None\n"
+        "fill()\n"
+        "fill()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    first, second = map(int, done.stdout.split())
+    assert first > 100
+    assert second < 0.01 * first, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_retained_memory_is_not_faulted_in_again():
+    program = (
+        "import sys, torch\n"
+        "from ensemble.machine import memory\n"
+        "if sys.argv[1] == 'retain': assert memory.retain_freed_memory() is None\n"
+        "for _ in range(30): torch.ones(50_000_000)\n"
+        "before = memory.page_faults()\n"
+        "torch.ones(50_000_000)\n"
+        "print(memory.page_faults() - before)"
+    )
+    faults = {
+        allocator: int(
+            subprocess.run(
+                [sys.executable, "-c", program, allocator], cwd=ROOT, capture_output=True
+            ).stdout
+        )
+        for allocator in ("system", "retain")
+    }
+    pages = 200_000_000 // resource.getpagesize()
+    assert faults["system"] > 0.5 * pages
+    assert faults["retain"] < 0.01 * pages

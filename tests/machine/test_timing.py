@@ -1,0 +1,182 @@
+"""Interleaved rounds on a fake clock."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from ensemble.machine import timing
+from ensemble.machine.devices import synchronize
+from ensemble.machine.timing import SETTLE_S, Sample, interleaved, time_call
+
+
+class FakeClock:
+    """A clock that only moves when something takes time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def nothing() -> None:
+    pass
+
+
+def no_faults() -> int:
+    return 0
+
+
+def test_the_work_that_a_device_still_does_after_the_call_returns_is_timed():
+    clock, queued = FakeClock(), [0.0]
+
+    def launch() -> None:
+        clock.spend(0.25)  # the host's part
+        queued[0] += 2.0  # the device's part, which only a synchronisation waits for
+
+    def wait() -> None:
+        clock.spend(queued[0])
+        queued[0] = 0.0
+
+    assert time_call(launch, synchronize=wait, clock=clock).seconds == 2.25
+
+
+def test_the_work_that_was_queued_before_the_call_is_not_timed():
+    clock, queued = FakeClock(), [5.0]
+
+    def wait() -> None:
+        clock.spend(queued[0])
+        queued[0] = 0.0
+
+    sample = time_call(lambda: clock.spend(1.0), synchronize=wait, clock=clock)
+    assert sample.seconds == 1.0
+
+
+def test_page_faults_are_counted_for_the_call_alone():
+    faults = iter([100, 140])
+    sample = time_call(
+        nothing, synchronize=nothing, clock=FakeClock(), page_faults=lambda: next(faults)
+    )
+    assert sample == Sample(0.0, 40)
+
+
+def test_page_faults_that_a_platform_does_not_count_are_unknown():
+    sample = time_call(nothing, synchronize=nothing, page_faults=lambda: None)
+    assert sample.page_faults is None
+
+
+def rounds_of(
+    functions: Sequence[Callable[[], object]],
+    clock: FakeClock,
+    *,
+    min_rounds: int,
+    min_seconds: float = 0,
+    warmup: int = 0,
+) -> list[tuple[Sample, ...]]:
+    return list(
+        interleaved(
+            functions,
+            warmup=warmup,
+            min_rounds=min_rounds,
+            min_seconds=min_seconds,
+            synchronize=nothing,
+            clock=clock,
+            page_faults=no_faults,
+        )
+    )
+
+
+def record(
+    *, warmup: int, min_rounds: int, min_seconds: float
+) -> tuple[str, list[tuple[Sample, ...]]]:
+    clock, calls = FakeClock(), []
+
+    def work(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock.spend(seconds)
+
+    timed = rounds_of(
+        [lambda: work("a", 0.125), lambda: work("b", 0.0625)],
+        clock,
+        warmup=warmup,
+        min_rounds=min_rounds,
+        min_seconds=min_seconds,
+    )
+    return "".join(calls), timed
+
+
+def test_each_function_warms_up_apart_and_rounds_come_in_both_orders():
+    calls, timed = record(warmup=2, min_rounds=50, min_seconds=0)
+    assert calls[:4] == "aabb"
+    rounds = [calls[start : start + 4] for start in range(4, len(calls), 4)]
+    assert set(rounds) == {"aabb", "bbaa"}
+    assert 10 < rounds.count("aabb") < 40
+    assert timed == [(Sample(0.125, 0), Sample(0.0625, 0))] * 50
+
+
+def test_what_another_function_leaves_behind_falls_on_an_untimed_call(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(timing, "SETTLE_S", SETTLE_S)
+    clock, last = FakeClock(), [""]
+
+    def work(name: str) -> None:  # the first two calls after the other function are slow
+        last.append(name)
+        clock.spend(0.005 if last[-3:] == [name] * 3 else 0.008)
+
+    rounds = rounds_of([lambda: work("a"), lambda: work("b")], clock, min_rounds=10)
+    assert [[round(own.seconds, 6) for own in pair] for pair in rounds] == [[0.005, 0.005]] * 10
+
+
+def test_a_function_that_takes_long_rests_before_its_call_instead_of_being_called_twice():
+    clock, calls = FakeClock(), list[str]()
+    rests: list[float] = []
+
+    def work(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock.spend(seconds)
+
+    functions = [lambda: work("a", 2 * timing.LONG_S), lambda: work("b", 0.125)]
+    timed = list(
+        interleaved(
+            functions,
+            warmup=0,
+            min_rounds=10,
+            min_seconds=0,
+            synchronize=nothing,
+            clock=clock,
+            sleep=rests.append,
+            page_faults=no_faults,
+        )
+    )
+    assert len(timed) == 10
+    assert rests == [timing.SETTLE_S] * 9  # how long it takes is known from the first call
+    assert (calls.count("a"), calls.count("b")) == (11, 20)
+
+
+def test_timing_goes_on_until_both_the_rounds_and_the_seconds_are_reached():
+    assert len(record(warmup=0, min_rounds=4, min_seconds=0.125)[1]) == 4
+    assert len(record(warmup=0, min_rounds=1, min_seconds=0.875)[1]) == 3  # of 0.375 s
+
+
+def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike():
+    clock, slowness = FakeClock(), [1.0]
+
+    def work() -> None:
+        clock.spend(slowness[0])
+        slowness[0] *= 1.01
+
+    rounds = rounds_of([work, work], clock, min_rounds=100)
+    ratios = [first.seconds / second.seconds for first, second in rounds]
+    assert all(ratio == pytest.approx(1, abs=0.0202) for ratio in ratios)
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.004)
+
+
+def test_synchronizing_a_device_that_is_not_here_is_an_error():
+    synchronize(torch.device("cpu"))
+    with pytest.raises((RuntimeError, ValueError)):
+        synchronize(torch.device("meta"))

@@ -1,0 +1,287 @@
+"""Workers: rows in processes of their own, and what one that dies costs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import resnet_vmap
+from ensemble.measure import processes, rounds, session
+from ensemble.measure.processes import Job
+from ensemble.models.workload import Workload
+from ensemble.options import Config
+from ensemble.records import Case, Process, Result, Run
+from ensemble.report import exports
+from tests.made import CASE, CONFIG, ENVIRONMENT, ROW, changed
+from tests.measure import strategies_that_die
+from tests.tiny import tiny_models
+
+ROOT = Path(resnet_vmap.__file__).parent
+QUICK = replace(
+    CONFIG,
+    num_models=(3,),
+    image_size=(8,),
+    warmup=1,
+    min_pairs=6,
+    min_seconds=0.0,
+    threads=1,
+    processes=3,
+    timeout_minutes=1.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def dying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The registry of this process, and of every worker, has the strategies that die."""
+    code = "from tests.measure.strategies_that_die import install; install()\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    before = dict(strategies_that_die.strategies.STRATEGIES)
+    strategies_that_die.install()
+    yield
+    strategies_that_die.strategies.STRATEGIES.clear()
+    strategies_that_die.strategies.STRATEGIES.update(before)
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    views = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Workload(torch.device("cpu"), tiny_models(3), "made up", {8: views}.__getitem__)
+
+
+def case(strategy: str, **changes: object) -> Case:
+    return replace(CASE, strategy=strategy, num_models=3, image_size=8, **changes)  # type: ignore[arg-type]
+
+
+def measured(
+    config: Config, workload: Workload, *names: str
+) -> tuple[dict[str, Result], dict[str, Result | None]]:
+    """Rows of these strategies, a worker each, and the reference's halves."""
+    rows, halves = {}, {}
+    with processes.jobs(config, workload) as job:
+        cases = [case(name) for name in names]
+        for row, beside in processes.measure(job, iter(cases), progress=lambda *_: None):
+            rows[row.case.strategy], halves[row.case.strategy] = row, beside
+    return rows, halves
+
+
+def test_a_worker_measures_what_this_process_would(workload: Workload):
+    rows, halves = measured(QUICK, workload, "vmap", "chatter")
+    for name in ("vmap", "chatter"):
+        (process,) = rows[name].processes
+        assert rows[name].status == "ok"
+        assert len(process.times_s) == len(process.reference_times_s) == 6
+        assert (rows[name].max_rel_error or 0.0) < 1e-5
+        beside = halves[name]
+        assert beside is not None
+        assert beside.case == case("loop")
+        assert beside.times_s == process.reference_times_s
+    models, views = workload.models, workload.views(8)
+    expected = [model(views[:1]).argmax(1).tolist() for model in models]
+    assert rows["vmap"].top1 == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        (
+            "kill",
+            r"killed by signal 9 \(out of memory\? \d\.\d GB of \d+ GB held at most\); it said",
+        ),
+        ("crash", r"killed by signal 11 \(SIGSEGV\)"),
+        ("leave", "ended with exit code 3 and no row"),
+    ],
+)
+def test_a_worker_that_dies_costs_its_own_row(name: str, error: str, workload: Workload):
+    rows, _ = measured(QUICK, workload, name, "vmap")
+    assert rows[name].status == "failed"
+    assert rows["vmap"].status == "ok"
+    with pytest.raises(AssertionError, match=error):
+        raise AssertionError(rows[name].error)
+    if name == "kill":
+        assert str(rows[name].error).endswith("it said last: about to go")
+
+
+def test_a_worker_that_says_nothing_is_given_up(workload: Workload):
+    begin = time.monotonic()
+    rows, _ = measured(replace(QUICK, timeout_minutes=0.15), workload, "hang", "vmap")
+    assert (rows["hang"].status, rows["hang"].error) == ("failed", "no answer in 9 s")
+    assert rows["vmap"].status == "ok"
+    assert time.monotonic() - begin < 60
+
+
+def test_a_worker_that_allocates_until_it_is_killed_costs_its_own_row(
+    workload: Workload, tmp_path: Path
+):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, -1))\n"
+    file = tmp_path / "sitecustomize.py"
+    file.write_text(limit + file.read_text())
+    rows, _ = measured(QUICK, workload, "hoard", "vmap")
+    assert str(rows["hoard"].error).startswith("killed by signal 9 (out of memory? ")
+    assert rows["vmap"].status == "ok"
+
+
+def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_path: Path):
+    from ensemble.models import workload as loading
+
+    path = str(tmp_path / "shared.pt")
+    workload.save_shared(path, (8,))
+    own = loading.load_shared(path, QUICK, device="cpu")
+    for model, other in zip(workload.models, own.models, strict=True):
+        for (name, tensor), found in zip(
+            model.state_dict().items(), other.state_dict().values(), strict=True
+        ):
+            assert torch.equal(tensor, found), name
+    assert path in Path("/proc/self/maps").read_text()
+    assert torch.equal(own.views(8), workload.views(8))
+
+
+def run_rounds(
+    speedups: dict[str, list[float]], config: Config, *, failing: str = ""
+) -> dict[str, int]:
+    """How many processes each strategy gets, where its processes find these speedups."""
+    cases = [case(name) for name in ("loop", *speedups)]
+    rows: dict[Case, Result] = {}
+    for several in rounds.rounds(cases, rows, config):
+        for own in several:
+            before = rows.get(own)
+            number = len(before.processes) if before else 0
+            if own.strategy == failing:
+                new = Result(own, status="failed", error="broke")
+            else:
+                ratio = 1.0 if own.is_reference else speedups[own.strategy][number]
+                reference = () if own.is_reference else (0.1,) * 8
+                new = Result(own, processes=(Process((0.1 / ratio,) * 8, reference),))
+            rows[own] = rounds.merged(before, new)
+    counts = {own.strategy: len(row.processes) for own, row in rows.items()}
+    return counts if not speedups or failing else {name: counts[name] for name in speedups}
+
+
+def test_more_than_three_processes_are_for_rows_that_are_still_unsure():
+    config = replace(QUICK, processes=6, precision=5.0)
+    steady, wild = [1.50, 1.51, 1.50] * 2, [1.0, 1.3, 0.8, 1.1, 1.2, 0.9]
+    assert run_rounds({"vmap": steady, "folded_vmap": wild}, config) == {
+        "vmap": 3,
+        "folded_vmap": 6,
+    }
+    assert run_rounds({"vmap": wild}, replace(config, processes=2)) == {"vmap": 2}
+    assert run_rounds({"vmap": wild}, replace(config, processes=1)) == {"vmap": 1}
+    assert run_rounds({"vmap": wild}, replace(config, precision=500.0)) == {"vmap": 3}
+
+
+def test_a_row_that_failed_gets_no_more_and_the_reference_then_runs_by_itself():
+    found = run_rounds({"vmap": [1.0] * 6}, replace(QUICK, processes=5), failing="vmap")
+    assert found == {"vmap": 0, "loop": 1}
+    assert run_rounds({}, replace(QUICK, processes=5)) == {"loop": 3}
+
+
+def test_the_processes_of_a_row_are_spread_over_the_run():
+    cases = [case(name) for name in ("loop", "vmap", "folded_vmap")]
+    first = next(rounds.rounds(cases, {}, replace(QUICK, processes=5)))
+    assert [own.strategy for own in first] == ["vmap", "folded_vmap"] * 3
+
+
+def test_what_the_processes_of_a_row_share_is_asked_of_them_together():
+    each = rounds.in_each(replace(QUICK, processes=5, min_pairs=20, min_seconds=2.0))
+    assert (each.min_pairs, each.min_seconds) == (7, pytest.approx(2 / 3))
+    one = rounds.in_each(replace(QUICK, processes=1, min_pairs=20, min_seconds=2.0))
+    assert (one.min_pairs, one.min_seconds) == (20, 2.0)
+
+
+def test_a_process_that_fails_fails_its_row_and_says_which_it_was():
+    second = Result(ROW.case, status="failed", error="broke", max_rel_error=0.5)
+    found = rounds.merged(changed(ROW, max_rel_error=0.1), second)
+    assert (found.status, found.error) == ("failed", "in process 2: broke")
+    assert found.max_rel_error == 0.5
+    assert found.processes == ROW.processes
+
+
+def test_notes_that_differ_in_their_figures_alone_are_kept_once():
+    one = changed(ROW, notes=("setting: a (tried: a 1 ms)", "same"))
+    two = changed(ROW, notes=("setting: a (tried: a 2 ms)", "setting: b (tried)", "same"))
+    assert rounds.merged(one, two).notes == (
+        "setting: a (tried: a 1 ms)",
+        "same",
+        "setting: b (tried)",
+    )
+
+
+def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Workload):
+    config = replace(QUICK, strategies=("loop", "vmap", "kill"), min_pairs=18)
+    saved: list[Run] = []
+    from ensemble.report.progress import show_progress
+
+    done = session.measure_all(
+        config,
+        Run(ENVIRONMENT, config.plain(), ()),
+        workload,
+        save=saved.append,
+        show_progress=show_progress,
+        say=lambda _: None,
+    )
+    rows = {row.case.strategy: row for row in done.run.results}
+    assert list(rows) == ["loop", "vmap", "kill"]
+    assert len(rows["vmap"].processes) == 3
+    assert [len(process.times_s) for process in rows["vmap"].processes] == [6, 6, 6]
+    assert rows["loop"].times_s[:6] == rows["vmap"].processes[0].reference_times_s
+    assert rows["loop"].speedup == 1.0
+    assert rows["kill"].status == "failed"
+    assert rows["vmap"].speedup_interval is not None
+    assert len(saved) >= 5
+    again = exports.from_json(exports.to_json(done.run))
+    assert again == done.run
+
+
+def test_ctrl_c_ends_all_workers_within_a_second_and_keeps_what_is_finished(tmp_path: Path):
+    code = (
+        "import signal, sys, resnet_vmap\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.exit(resnet_vmap.main(sys.argv[1:]))"
+    )
+    target = tmp_path / "run.json"
+    argv = ["--image_size", "32", "--strategies", "vmap", "hang", "--export_json", str(target)]
+    argv += ["--min_pairs", "6", "--min_seconds", "0", "--image_path", str(ROOT / "kitten.jpg")]
+    environment = os.environ | {"TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
+    environment["https_proxy"] = "http://127.0.0.1:9"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("hang, 2 models, process 1: build"):
+                    break
+            process.send_signal(signal.SIGINT)
+            begin = time.monotonic()
+            _, err = process.communicate(timeout=30)
+            took = time.monotonic() - begin
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert took < 2.0
+    assert "interrupted: " in err
+    (row,) = exports.read(str(target), argument="").results
+    assert (row.case.strategy, row.status) == ("vmap", "ok")
+    left = subprocess.run(
+        ["pgrep", "-f", "ensemble.measure.worker"], capture_output=True, text=True
+    )
+    assert left.stdout == ""
+
+
+def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload):
+    with processes.jobs(QUICK, workload) as job:
+        assert isinstance(job, Job)
+        assert Path(job.shared).exists()
+    assert not Path(job.shared).exists()

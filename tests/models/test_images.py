@@ -1,0 +1,302 @@
+"""Image files, preprocessing and augmented views."""
+
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+from torchvision.transforms._presets import ImageClassification
+
+from ensemble.errors import InputError
+from ensemble.machine import memory
+from ensemble.models import images
+
+EXIF_ORIENTATION = 0x0112
+
+
+def gradient() -> Image.Image:
+    """A 48 x 32 RGB image, different in every pixel, row and channel."""
+    y, x = np.mgrid[0:32, 0:48].astype(np.uint8)
+    return Image.fromarray(np.stack([5 * x, 7 * y, 2 * x + 3 * y], axis=2).astype(np.uint8))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def saved(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def read(path: Path) -> np.ndarray:
+    return pixels(images.read_image(path))
+
+
+# The tensor
+
+
+@pytest.mark.parametrize("size", [64, 224, 720])
+def test_the_tensor_is_that_of_torchvisions_preset(kitten: Path, size: int):
+    preset = ImageClassification(crop_size=size, resize_size=round(size * 256 / 224))
+    with Image.open(kitten) as image:
+        expected = preset(image.convert("RGB"))
+    found = images.preprocess(images.read_image(kitten), image_size=size)
+    assert found.shape == (3, size, size)
+    assert torch.equal(found, expected)
+
+
+def test_white_and_black_are_normalised_with_the_statistics_of_imagenet():
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for colour, value in (("white", 1.0), ("black", 0.0)):
+        found = images.preprocess(Image.new("RGB", (40, 30), colour), image_size=16)
+        expected = ((value - mean) / deviation)[:, None, None].expand(3, 16, 16)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_sliver_that_would_fill_the_memory_when_resized_is_refused():
+    sliver = Image.new("RGB", (1, 60_000))
+    message = "image_size: expected at most 100,000,000 pixels .* an image of 1 x 60000"
+    with pytest.raises(InputError, match=message):
+        images.preprocess(sliver, image_size=224)
+
+
+def test_a_size_that_would_fill_the_memory_is_refused_for_any_image():
+    with pytest.raises(InputError, match=r"shorter side to 114286, found an image of 451 x 300"):
+        images.preprocess(Image.new("RGB", (451, 300)), image_size=100_000)
+
+
+# Every kind of image
+
+
+def test_a_rotated_photograph_is_read_upright(tmp_path: Path):
+    upright = gradient()
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6  # to be turned clockwise by 90 degrees to be upright
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    path = saved(lying, tmp_path / "rotated.png", exif=exif)
+    assert np.array_equal(read(path), pixels(upright))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P"])
+def test_grey_images_have_three_equal_channels(tmp_path: Path, mode: str):
+    grey = gradient().convert("L")
+    if mode == "1":
+        grey = grey.point(lambda value: 255 * (value > 100))
+    path = saved(grey.convert(mode, dither=Image.Dither.NONE), tmp_path / "grey.png")
+    with Image.open(path) as image:
+        assert image.mode == mode
+    assert np.array_equal(read(path), np.stack([np.asarray(grey)] * 3, axis=2))
+
+
+def test_an_alpha_channel_is_dropped_and_the_colours_stay(tmp_path: Path):
+    image = gradient()
+    image.putalpha(image.getchannel("R"))
+    path = saved(image, tmp_path / "alpha.png")
+    assert np.array_equal(read(path), pixels(gradient()))
+
+
+def test_a_cmyk_image_has_the_colours_of_its_inks(tmp_path: Path):
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    found = read(saved(cyan, tmp_path / "cmyk.tif"))
+    assert np.array_equal(
+        found, np.broadcast_to(np.array([0, 255, 255], dtype=np.uint8), (16, 16, 3))
+    )
+
+
+@pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128, 255])])
+def test_a_palette_image_has_the_colours_of_its_palette(
+    tmp_path: Path, transparency: int | bytes | None
+):
+    palette = [255, 0, 0, 0, 255, 0, 1, 2, 3]
+    image = Image.fromarray(np.arange(9, dtype=np.uint8).reshape(3, 3) % 3).convert("P")
+    image.putpalette(palette)
+    options = {} if transparency is None else {"transparency": transparency}
+    path = saved(image, tmp_path / "palette.png", **options)
+    with Image.open(path) as reopened:
+        assert (reopened.mode, "transparency" in reopened.info) == ("P", bool(options))
+    expected = np.array(palette, dtype=np.uint8).reshape(3, 3)[np.arange(9).reshape(3, 3) % 3]
+    assert np.array_equal(read(path), expected)
+
+
+def test_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    path = saved(Image.fromarray(grey.astype(np.uint16) * 257), tmp_path / "deep.png")
+    with Image.open(path) as image:
+        assert image.mode == "I;16"
+    assert np.array_equal(read(path), np.stack([grey] * 3, axis=2))
+
+
+def test_big_endian_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path):
+    grey = np.arange(256, dtype=np.uint8)
+    content = (grey.astype(">u2") * np.uint16(257)).astype(">u2").tobytes()
+    tags = [(256, 16), (257, 16), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16)]
+    tags += [(279, len(content))]
+    directory = b"".join(struct.pack(">HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    head = struct.pack(">2sHI", b"MM", 42, 8 + len(content))
+    path = tmp_path / "big.tif"
+    path.write_bytes(head + content + struct.pack(">H", len(tags)) + directory + bytes(4))
+    with Image.open(path) as image:
+        assert image.mode == "I;16B"
+    assert np.array_equal(read(path), np.stack([grey.reshape(16, 16)] * 3, axis=2))
+
+
+@pytest.mark.skipif(not features.check("webp"), reason="needs a Pillow with WebP")
+def test_a_lossless_webp_has_its_pixels(tmp_path: Path):
+    path = saved(gradient(), tmp_path / "image.webp", lossless=True)
+    assert np.array_equal(read(path), pixels(gradient()))
+
+
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    path = saved(first, tmp_path / "frames.gif", save_all=True, append_images=[second])
+    assert np.array_equal(read(path), pixels(first))
+
+
+# What is refused
+
+
+def assert_refused(path: Path, message: str) -> None:
+    """The message begins with the file's name, and `message` is a pattern for what follows."""
+    with pytest.raises(InputError, match="^" + re.escape(f"{path}: ") + message):
+        images.read_image(path)
+
+
+def test_an_image_that_is_not_there_is_named(tmp_path: Path):
+    assert_refused(tmp_path / "absent.jpg", "expected an image file, found nothing there")
+
+
+def test_a_folder_is_no_image(tmp_path: Path):
+    assert_refused(tmp_path, "expected an image file, found a directory")
+
+
+def test_a_name_that_the_file_system_refuses_is_bad_input(tmp_path: Path):
+    path = tmp_path / ("a" * 300)
+    assert_refused(
+        path, "expected an image file, found one that cannot be read: File name too long"
+    )
+
+
+def test_an_empty_file_is_no_image(tmp_path: Path):
+    path = tmp_path / "empty.jpg"
+    path.touch()
+    assert_refused(path, "expected an image file, found an empty file")
+
+
+def test_text_is_no_image(tmp_path: Path):
+    path = tmp_path / "text.jpg"
+    path.write_text("not an image\n" * 99)
+    assert_refused(path, "expected an image file, found another kind of file")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp"])
+def test_a_truncated_image_is_not_read_half(tmp_path: Path, suffix: str):
+    noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()
+    path = saved(Image.fromarray(noise), tmp_path / f"truncated.{suffix}")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 4])
+    assert_refused(path, "expected a whole image file, found a damaged one")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow with AVIF")
+def test_an_image_whose_decoder_gives_up_is_damaged(tmp_path: Path):
+    path = saved(gradient(), tmp_path / "damaged.avif")
+    content = path.read_bytes()
+    start = content.index(b"mdat") + 4
+    path.write_bytes(content[:start] + bytes(len(content) - start))
+    assert_refused(path, "expected a whole image file, found a damaged one")
+
+
+@pytest.mark.parametrize("most", [48 * 32 - 1, 48 * 32 // 2 - 1], ids=["warning", "error"])
+def test_a_decompression_bomb_is_refused_where_pillow_warns_and_where_it_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+):
+    path = saved(gradient(), tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    assert_refused(path, rf"expected at most {most} pixels, found a decompression bomb \(.*1536")
+
+
+def test_floating_pixels_without_a_known_range_are_refused(tmp_path: Path):
+    path = saved(Image.new("F", (8, 8), 0.5), tmp_path / "floating.tif")
+    assert_refused(path, "expected a whole image file, .*pixels are floating")
+
+
+# Views
+
+
+@pytest.fixture(scope="module")
+def image(kitten: Path) -> Image.Image:
+    return images.read_image(kitten)
+
+
+def test_the_first_view_is_the_plain_image_and_all_views_differ(image: Image.Image):
+    batch = images.views(image, 4, image_size=32, seed=0)
+    assert torch.equal(batch[0], images.preprocess(image, image_size=32))
+    apart = [(batch[i] - batch[j]).abs().mean() for i in range(4) for j in range(i)]
+    assert min(apart) > 0.05
+
+
+def test_a_larger_batch_begins_with_the_smaller_one(image: Image.Image):
+    small = images.views(image, 2, image_size=32, seed=3)
+    assert torch.equal(images.views(image, 4, image_size=32, seed=3)[:2], small)
+
+
+def test_another_seed_gives_other_views_of_the_same_plain_image(image: Image.Image):
+    batch = images.views(image, 2, image_size=32, seed=0)
+    other = images.views(image, 2, image_size=32, seed=100)
+    assert torch.equal(batch[0], other[0])
+    assert not torch.allclose(batch[1], other[1])
+
+
+def test_views_leave_the_global_random_state_alone(
+    image: Image.Image, monkeypatch: pytest.MonkeyPatch
+):
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    images.views(image, 2, image_size=32, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+
+
+def test_more_views_than_memory_holds_are_refused_before_they_are_made(
+    image: Image.Image, monkeypatch: pytest.MonkeyPatch
+):
+    each = 3 * 32 * 32 * 4
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * each)
+    assert len(images.views(image, 2, image_size=32, seed=0)) == 2
+    with pytest.raises(InputError, match=r"batch_size: 3 images of 32 px .* at most 2 fit"):
+        images.views(image, 3, image_size=32, seed=0)
+
+
+def test_views_of_a_panorama_take_no_more_pixels_than_the_model_sees(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sizes: list[tuple[int, int]] = []
+    plain = images.preprocess
+
+    def spy(image: Image.Image, *, image_size: int) -> torch.Tensor:
+        sizes.append(image.size)
+        return plain(image, image_size=image_size)
+
+    monkeypatch.setattr(images, "preprocess", spy)
+    images.views(Image.new("RGB", (3000, 30)), 2, image_size=28, seed=0)
+    assert sizes == [(3000, 30), (32, 32)]
+
+
+# Labels
+
+
+def test_class_281_of_1000_is_the_tabby():
+    names = images.labels(1000)
+    assert names is not None
+    assert (len(names), names[0], names[281]) == (1000, "tench", "tabby")
+
+
+@pytest.mark.parametrize("classes", [10, 999, 1001])
+def test_other_numbers_of_classes_have_no_names(classes: int):
+    assert images.labels(classes) is None

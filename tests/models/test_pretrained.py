@@ -1,0 +1,199 @@
+"""Published weights: their address, download and hash, from a local server."""
+
+import hashlib
+import io
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import Tensor
+
+from ensemble.errors import InputError
+from ensemble.models import pretrained, weights
+
+Serve = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """An empty torch hub cache: the folder that downloads come to lie in."""
+    before = torch.hub._hub_dir
+    torch.hub.set_dir(tmp_path / "hub")
+    yield tmp_path / "hub" / "checkpoints"
+    torch.hub._hub_dir = before
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Serve a body at an address of this machine and make it the published one."""
+    servers: list[HTTPServer] = []
+
+    def start(body: bytes, *, digits: str | None = None, status: int = 200) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        digits = digits or hashlib.sha256(body).hexdigest()[:8]
+        url = f"http://127.0.0.1:{server.server_port}/models/net-{digits}.pth"
+        monkeypatch.setattr(pretrained, "published_url", lambda arch: url)
+        return url
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A bare listening socket at the published address; what it says is up to the test."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/net-01234567.pth"
+        monkeypatch.setattr(pretrained, "published_url", lambda arch: url)
+        yield server
+
+
+def checkpoint() -> tuple[dict[str, Tensor], bytes]:
+    state = {"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.tensor([7.0, 8.0])}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return state, buffer.getvalue()
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_published_file_of_resnet18_has_its_known_name_and_address():
+    assert pretrained.published_name("resnet18") == "resnet18-f37072fd.pth"
+    expected = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+    assert pretrained.published_url("resnet18") == expected
+
+
+def test_every_architecture_has_a_published_file_with_a_hash_in_its_name():
+    names = {arch: pretrained.published_name(arch) for arch in weights.architectures()}
+    pattern = r".+-[0-9a-f]{8,}\.pth"
+    assert [arch for arch, name in names.items() if not re.fullmatch(pattern, name)] == []
+
+
+def test_a_download_gives_the_state_dict_and_is_kept(serve: Serve, cache: Path):
+    state, body = checkpoint()
+    url = serve(body)
+    assert_same(pretrained.download("resnet18"), state)
+    assert (cache / url.rpartition("/")[2]).read_bytes() == body
+
+
+def test_a_file_in_the_cache_is_not_downloaded_again(serve: Serve, cache: Path):
+    state, body = checkpoint()
+    digits = hashlib.sha256(body).hexdigest()[:8]
+    serve(body)
+    pretrained.download("resnet18")
+    serve(b"gone", digits=digits, status=404)
+    assert_same(pretrained.download("resnet18"), state)
+
+
+def test_a_download_with_another_hash_is_bad_input_and_leaves_no_file(serve: Serve, cache: Path):
+    url = serve(checkpoint()[1], digits="00000000")
+    message = re.escape(f'{url}: invalid hash value (expected "00000000", got')
+    with pytest.raises(InputError, match=message):
+        pretrained.download("resnet18")
+    assert list(cache.iterdir()) == []
+
+
+def test_an_html_page_instead_of_the_file_is_bad_input_and_leaves_no_file(
+    serve: Serve, cache: Path
+):
+    url = serve(b"<html>Log in to this network</html>", digits="f37072fd")
+    with pytest.raises(InputError, match=re.escape(f"{url}: invalid hash value")):
+        pretrained.download("resnet18")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>Log in to this network</html>", "found an HTML page"),
+        (checkpoint()[1][:500], "found a truncated or damaged file"),
+        (b"", "found an empty file"),
+    ],
+)
+def test_a_damaged_file_in_the_cache_is_named(
+    serve: Serve, cache: Path, content: bytes, message: str
+):
+    url = serve(checkpoint()[1])
+    cached = cache / url.rpartition("/")[2]
+    cache.mkdir(parents=True)
+    cached.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(f"{cached}: ") + f".*{message}"):
+        pretrained.download("resnet18")
+
+
+def test_a_server_without_the_file_cannot_be_reached(serve: Serve, cache: Path):
+    serve(b"not here", status=404)
+    with pytest.raises(URLError, match="Not Found"):
+        pretrained.download("resnet18")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_port_that_nobody_listens_on_cannot_be_reached(listener: socket.socket):
+    listener.close()
+    with pytest.raises(URLError, match="Connection refused"):
+        pretrained.download("resnet18")
+
+
+def test_a_server_that_never_answers_times_out(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pretrained, "DOWNLOAD_TIMEOUT_S", 0.1)
+    with pytest.raises(URLError, match="timed out"):
+        pretrained.download("resnet18")
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
+def test_a_server_that_does_not_speak_http_cannot_be_reached(
+    listener: socket.socket, answer: bytes
+):
+    def respond() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(answer)
+
+    thread = threading.Thread(target=respond)
+    thread.start()
+    with pytest.raises(URLError, match=r"closed connection without response|SSH-2\.0"):
+        pretrained.download("resnet18")
+    thread.join()
+
+
+def test_a_cache_that_cannot_be_written_is_named(serve: Serve, cache: Path):
+    serve(checkpoint()[1])
+    cache.parent.write_text("a file where the folder should be")
+    with pytest.raises(InputError, match=re.escape(f"{cache}/net-") + ".*: cannot be written: "):
+        pretrained.download("resnet18")
+
+
+def test_the_timeout_of_other_sockets_is_as_it_was_after_a_download(serve: Serve):
+    before = socket.getdefaulttimeout()
+    serve(checkpoint()[1])
+    pretrained.download("resnet18")
+    assert socket.getdefaulttimeout() == before
+    serve(b"", status=500)
+    with pytest.raises(URLError):
+        pretrained.download("resnet18")
+    assert socket.getdefaulttimeout() == before

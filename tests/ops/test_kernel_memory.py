@@ -1,0 +1,164 @@
+"""Kernels at every vector width write and read their own memory alone."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from ensemble.ops.operation import Geometry, Kind, Operation
+
+pytest.importorskip("numba")
+
+from ensemble.ops import conv, kernels, program
+from ensemble.ops.simd import PANEL, WIDTH
+
+GUARD = 256  # bytes before and after each buffer
+NAN = 0xFF  # four of them are a float that is no number: what is read beyond shows in the result
+
+
+@pytest.fixture
+def check_guards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """All buffers of programs between guards; call it to ask whether they are as they were."""
+    buffers: list[Tensor] = []
+
+    def guarded(size: int) -> Tensor:
+        memory = torch.full((size + 2 * GUARD + 64,), NAN, dtype=torch.uint8)
+        start = GUARD + -memory.data_ptr() % 64
+        memory[start : start + size] = 0
+        buffers.append(memory[:start])
+        buffers.append(memory[start + size :])
+        return memory[start : start + size]
+
+    def check() -> None:
+        assert buffers
+        assert all(bool((guard == NAN).all()) for guard in buffers)
+
+    monkeypatch.setattr(program, "_new", guarded)
+    return check
+
+
+def inside_guards(values: Tensor) -> Tensor:
+    """A copy whose memory lies between numbers that are none."""
+    memory = torch.full((values.numel() + 2 * GUARD,), float("nan"))
+    inner = memory[GUARD : GUARD + values.numel()].view(values.shape)
+    return inner.copy_(values)
+
+
+def cases() -> list[tuple[Kind, Geometry]]:
+    """Every kernel of convolutions with every shape here that it can run."""
+    channels = (1, 3, WIDTH, WIDTH + 1, 2 * WIDTH, 80 * WIDTH)
+    kernel_sizes, sizes = ((1, 1), (3, 3), (7, 2)), ((1, 1), (2, 3), (13, 9))
+    geometries = [
+        Geometry(
+            2,
+            count,
+            (height, width),
+            PANEL,
+            (height + 2 * (rows // 2) - rows + 1, width + 2 * (columns // 2) - columns + 1),
+            (rows, columns),
+            (1, 1),
+            (rows // 2, columns // 2),
+            (1, 1),
+        )
+        for count, (rows, columns), (height, width) in product(channels, kernel_sizes, sizes)
+    ]
+    convolutions = [kind for kind in Kind if kind not in (Kind.MAX_POOL, Kind.HEAD)]
+    pairs = product(convolutions, geometries)
+    return [(kind, geometry) for kind, geometry in pairs if kernels.can_run(kind, geometry)]
+
+
+@pytest.mark.parametrize(("kind", "geometry"), cases())
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_convolution_stays_in_its_memory(
+    kind: Kind, geometry: Geometry, threads: int, check_guards: Callable[[], None]
+):
+    channels, kernel, pad = geometry.channels, geometry.kernel, geometry.padding
+    weight = torch.randn(2, PANEL, channels, *kernel) / (channels * kernel[0] * kernel[1]) ** 0.5
+    packed = inside_guards(conv.pack_weight(weight, kind).float()).to(
+        torch.bfloat16 if kind == Kind.DIRECT_PAIRS else torch.float32
+    )
+    step = Operation(kind, geometry, 0, 1, 2, packed, inside_guards(torch.zeros(2, PANEL)))
+    run = program.Program(
+        [step], inputs=[0, 2], outputs=[1], num_models=2, threads=threads, dtype=torch.float32
+    )
+    x, other = (
+        torch.randn(2, 2, channels, *geometry.size),
+        torch.randn(2, 2, PANEL, *geometry.out_size),
+    )
+    (found,) = run(x, other)
+    check_guards()
+    expected = torch.stack(
+        [torch.nn.functional.conv2d(*own, padding=pad) for own in zip(x, weight, strict=True)]
+    )
+    limit = 1e-4 if kind != Kind.DIRECT_PAIRS else 3e-2
+    assert float((found - expected - other).abs().max() / expected.abs().max()) < limit
+
+
+def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None]):
+    """Three convolutions, of which the last adds the first's result, pooling and a head."""
+    plain = Geometry(1, PANEL, (9, 7), PANEL, (9, 7), (3, 3), (1, 1), (1, 1), (1, 1))
+    pooled = Geometry(1, PANEL, (9, 7), PANEL, (5, 4), (3, 3), (2, 2), (1, 1), (1, 1))
+    top = Geometry(1, PANEL, (5, 4), 5, (1, 1), (5, 4), (1, 1), (0, 0), (1, 1))
+    weights = torch.randn(3, 2, PANEL, PANEL, 3, 3) / PANEL
+    last, bias = torch.randn(2, PANEL, PANEL) / PANEL, torch.zeros(2, PANEL)
+    kinds = (Kind.DIRECT, Kind.WINOGRAD_4, Kind.WINOGRAD_2)
+    packed = [conv.pack_weight(w, kind) for w, kind in zip(weights, kinds, strict=True)]
+    steps = [
+        Operation(kinds[0], plain, 0, 1, None, packed[0], bias, True),
+        Operation(kinds[1], plain, 1, 2, None, packed[1], bias, True),
+        Operation(kinds[2], plain, 2, 3, 1, packed[2], bias, True),
+        Operation(Kind.MAX_POOL, pooled, 3, 4),
+        Operation(Kind.HEAD, top, 4, 5, None, conv.pack_weight(last[..., None, None], 1), bias),
+    ]
+    run = program.Program(
+        steps, inputs=[0], outputs=[5], num_models=2, threads=2, dtype=torch.float32
+    )
+    x = torch.randn(1, PANEL, 9, 7)
+    (found,) = run(x)
+    check_guards()
+    conv2d = torch.nn.functional.conv2d
+    for model in range(2):
+        one = conv2d(x, weights[0, model], padding=1).relu()
+        two = conv2d(one, weights[1, model], padding=1).relu()
+        three = (conv2d(two, weights[2, model], padding=1) + one).relu()
+        means = torch.nn.functional.max_pool2d(three, 3, 2, 1).mean((2, 3))
+        torch.testing.assert_close(found[model], (means @ last[model].T)[:, :5])
+
+
+def test_a_further_process_finds_the_kernels_compiled():
+    """They take 15 s and more; what a function closes over must not make it another each time."""
+    code = (
+        "import torch\n"
+        "from ensemble.ops import conv, kernels\n"
+        "from ensemble.ops.simd import WIDTH\n"
+        "conv.packed_max_pool2d(torch.zeros(1, 1, WIDTH, 4, 4), [2, 2], [2, 2], [0, 0])\n"
+        "print(sum(kernels.run.stats.cache_hits.values()))"
+    )
+    for _ in range(2):  # whoever comes first may compile them
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+    assert found.stdout == "1\n"
+
+
+WIDTHS = {4: ("nehalem", "+sse4.2"), 8: ("haswell", "+sse4.2,+avx,+avx2,+fma")}
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="features of x86")
+@pytest.mark.parametrize("width", [width for width in WIDTHS if width < WIDTH])
+def test_the_kernels_hold_at_narrower_vectors_too(width: int):
+    """The tests of the kernels, in a process that is told which features to compile for."""
+    name, features = WIDTHS[width]
+    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    code = "from ensemble.ops import simd; print(simd.WIDTH)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert found.stdout == f"{width}\n", found.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    tests = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert tests.returncode == 0, tests.stdout[-3000:]

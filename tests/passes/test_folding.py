@@ -1,0 +1,69 @@
+"""Batch norm folded away computes the same."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ensemble.errors import UnavailableError
+from ensemble.models import stacking
+from ensemble.passes import folding
+from tests.checkpoints import lively
+from tests.tiny import tiny_models
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arch", "left"),
+    [("resnet18", 0), ("resnet50", 0), ("mobilenet_v2", 0), ("vgg11_bn", 0), ("densenet121", 62)],
+)
+def test_a_folded_model_computes_the_same_with_the_norms_gone(arch: str, left: int):
+    models = [lively(arch, seed) for seed in range(2)]
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = [model.double()(x.double()) for model in models]
+        found = folding.folded([model.float() for model in models])
+        for own, reference in zip(found, expected, strict=True):
+            assert norms(own) == left
+            error = (own(folding.channels_last(x)).double() - reference).abs().max()
+            assert float(error / reference.abs().max()) < 2e-5
+
+
+def test_the_models_that_are_folded_stay_as_they_were():
+    models = tiny_models(2)
+    before = [model.get_parameter("conv.weight").clone() for model in models]
+    folding.folded(models)
+    for model, weight in zip(models, before, strict=True):
+        assert torch.equal(model.get_parameter("conv.weight"), weight)
+        assert norms(model) == 1
+
+
+def test_folded_models_are_slices_of_one_channels_last_stack():
+    models = folding.folded(tiny_models(3))
+    stack = stacking.stacked_state(models)["conv.weight"]
+    own = models[1].get_parameter("conv.weight")
+    assert stack[1].data_ptr() == own.data_ptr()
+    assert own.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 2, 3, 4, 5)])
+def test_channels_last_changes_the_memory_and_not_the_values(shape: tuple[int, ...]):
+    x = torch.randn(shape)
+    found = folding.channels_last(x)
+    assert torch.equal(found, x)
+    assert found.stride()[-3:] == (1, 15, 3)
+
+
+def test_a_model_that_cannot_be_traced_is_said_so():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) if x.sum() > 0 else x
+
+    with pytest.raises(UnavailableError, match=r"torch\.fx cannot trace this model: "):
+        folding.folded([Branching().eval()])

@@ -1,0 +1,508 @@
+"""Nets that tempt a pass: what every strategy makes of them is what the models themselves make."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ensemble
+from ensemble.errors import UnavailableError
+from ensemble.passes import packing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHANNELS = 32
+REWRITING = ["vmap", "folded_loop", "prepacked_loop", "lowered_vmap"]
+# fx records `z += y` as a new tensor, in which no other name of z shares.
+REFUSED = {("sum_into_what_is_read_again", name) for name in REWRITING[2:]}
+CASES: dict[str, type["Net"]] = {}
+
+
+class Net(nn.Module):
+    """Convolutions of CHANNELS to CHANNELS, norms, and more; a subclass has its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, CHANNELS, 3, padding=1)
+        self.a, self.b, self.c = (nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(3))
+        self.bare = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False)
+        self.norm, self.other_norm = nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS)
+        self.act = nn.ReLU(inplace=True)
+        self.pool, self.mean = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(CHANNELS, 5)
+        self.same = nn.Identity()
+        self.prepare()
+
+    def prepare(self) -> None:
+        """What a case changes about its modules."""
+
+    def body(self, x: Tensor) -> Tensor:
+        """x: `(B, CHANNELS, 8, 8)`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.first(x))
+
+
+def case(body: Callable[[Any, Tensor], Tensor]) -> None:
+    """A net with this body."""
+    CASES[body.__name__] = type(body.__name__, (Net,), {"body": body})
+
+
+def prepared(prepare: Callable[[Any], None]) -> Callable[..., None]:
+    """The same, for a net that is changed so first."""
+
+    def decorate(body: Callable[[Any, Tensor], Tensor]) -> None:
+        CASES[body.__name__] = type(body.__name__, (Net,), {"body": body, "prepare": prepare})
+
+    return decorate
+
+
+def models_of(net: type[nn.Module], count: int) -> list[nn.Module]:
+    models: list[nn.Module] = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # weight_norm is deprecated, and still in use
+            model = net().requires_grad_(False).eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                assert module.running_var is not None
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                if module.affine:
+                    module.bias.normal_()
+        models.append(model)
+    return models
+
+
+def independent(models: Sequence[nn.Module], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.stack([model(x.clone()) for model in models])
+
+
+# Sums
+
+
+@case
+def sum_with_a_factor(self, x):
+    return torch.add(self.a(x), self.b(x), alpha=2)
+
+
+@case
+def sum_with_factor_one(self, x):
+    return torch.add(self.a(x), self.b(x), alpha=1)
+
+
+@case
+def sum_with_itself(self, x):
+    y = self.a(x)
+    return y + y
+
+
+@case
+def sum_with_a_number(self, x):
+    return (self.a(x) + 1).relu() + torch.add(self.b(x), 2)
+
+
+@case
+def sum_with_its_own_input(self, x):
+    x = self.a(x)
+    return self.b(x) + x
+
+
+@case
+def sum_with_what_a_view_reads_later(self, x):
+    y = self.a(x)
+    flat = y.flatten(1)
+    return (self.b(x) + y).flatten(1) + 3 * flat
+
+
+@case
+def sum_with_a_part_that_is_read_later(self, x):
+    y = self.a(x)
+    parts = y.chunk(2, 1)
+    return torch.cat([self.b(x) + y, parts[1]], 1)
+
+
+@case
+def sum_with_what_an_inplace_relu_gave_on(self, x):
+    y = self.a(x)
+    z = self.act(y)
+    return (self.b(x) + y) * z
+
+
+@case
+def sum_with_what_is_returned_too(self, x):
+    y = self.a(x)
+    return torch.cat([self.b(x) + y, y], 1)
+
+
+@case
+def sum_of_one_pixel_and_all(self, x):
+    return self.a(x) + self.mean(self.b(x)) + functional.max_pool2d(self.c(x), 8)
+
+
+@case
+def sum_of_all_and_one_pixel(self, x):
+    return self.a(functional.max_pool2d(x, 8)) + self.b(x)
+
+
+@case
+def sum_of_a_pooled_one_pixel(self, x):
+    return self.a(x) + nn.functional.max_pool2d(self.pool(self.b(x)), 4)
+
+
+@case
+def sum_in_another_dtype(self, x):
+    return self.a(x) + self.b(x).double()
+
+
+@case
+def sum_with_what_the_input_of_another_was(self, x):
+    y = self.a(x)
+    z = self.b(x)
+    late = self.c(y)
+    return late + (z + y)
+
+
+@case
+def sum_after_its_input_was_changed(self, x):
+    y = self.a(x)
+    self.act(x)
+    return y + self.b(x)
+
+
+@case
+def sum_after_its_input_was_changed_by_a_method(self, x):
+    y = self.a(x)
+    x.mul_(2)
+    return y + self.b(x)
+
+
+@case
+def sum_into_what_is_read_again(self, x):
+    y = z = self.a(x)
+    z += self.b(x)
+    return y * 2
+
+
+@case
+def sum_with_a_shape(self, x):
+    return self.a(x) + x.shape[1]
+
+
+@case
+def sum_into_a_tuple(self, x):
+    halves = self.a(x).chunk(2, 1) + self.b(x).chunk(2, 1)
+    return torch.cat(halves, 1)
+
+
+# Changes in place that nothing reads
+
+
+@case
+def relu_as_a_statement(self, x):
+    y = self.a(x)
+    self.act(y)
+    return y
+
+
+@case
+def method_as_a_statement(self, x):
+    y = self.a(x)
+    y.clamp_(-0.1, 0.1)
+    return y
+
+
+# Modules with more or fewer calls, results and readers than one
+
+
+@prepared(lambda self: setattr(self, "pool", nn.MaxPool2d(2, return_indices=True)))
+def pool_with_indices(self, x):
+    values, indices = self.pool(self.a(x))
+    return values + indices
+
+
+@case
+def pool_called_twice(self, x):
+    return self.pool(self.a(self.pool(self.b(x))))
+
+
+@case
+def linear_called_twice(self, x):
+    return self.fc(torch.flatten(self.mean(self.a(x)), 1)) + self.fc(x.mean((2, 3)))
+
+
+@case
+def linear_after_a_changed_map(self, x):
+    y = self.a(x)
+    pooled = self.mean(y)
+    y.zero_()
+    return self.fc(torch.flatten(pooled, 1)) + y.mean()
+
+
+@case
+def pooling_read_twice(self, x):
+    pooled = self.mean(self.a(x))
+    return self.fc(torch.flatten(pooled, 1)) + pooled.mean()
+
+
+@case
+def convolution_called_twice(self, x):
+    return self.a(self.norm(self.a(x))) + self.b(x)
+
+
+@case
+def norm_called_twice(self, x):
+    return self.norm(self.a(x)) + self.norm(self.b(x))
+
+
+@case
+def nothing_called(self, x):
+    return x.relu()
+
+
+@case
+def weight_read_beside(self, x):
+    return self.norm(self.a(x)) + self.a.weight.sum()
+
+
+@case
+def statistics_read_beside(self, x):
+    return self.norm(self.a(x)) + self.norm.running_mean.sum()
+
+
+@case
+def bias_looked_at(self, x):
+    y = self.norm(self.bare(x))
+    return y if self.bare.bias is None else -y
+
+
+@case
+def modules_looked_at(self, x):
+    for layer in (self.a, self.norm, self.act):
+        x = layer(x)
+        if isinstance(layer, nn.BatchNorm2d):
+            x = x + 1
+    return x
+
+
+@case
+def norm_setting_read(self, x):
+    return self.norm(self.a(x)) + self.norm.eps
+
+
+@case
+def called_by_name(self, x):
+    return self.act(input=self.norm(input=self.a(input=x))) + self.same(input=self.b(x))
+
+
+@case
+def one_image_at_a_time(self, x):
+    return torch.stack([self.a(x[0]), self.b(x[1]) + self.c(x[1])])
+
+
+@case
+def switched_dropout(self, x):
+    return functional.dropout(self.a(x), 0.5, training=self.training)
+
+
+# Tied tensors, hooks, classes of their own
+
+
+def tie(self) -> None:
+    self.b.weight = self.a.weight
+
+
+@prepared(tie)
+def tied_weights(self, x):
+    return self.norm(self.a(x)) + self.b(x)
+
+
+def tie_to_a_module_that_is_not_called(self) -> None:
+    self.a.weight = self.c.weight
+    self.aaa = self.c
+
+
+@prepared(tie_to_a_module_that_is_not_called)
+def tied_to_what_is_not_called(self, x):
+    return self.norm(self.a(x))
+
+
+@prepared(lambda self: setattr(self, "again", self.norm))
+def norm_with_two_names(self, x):
+    return self.again(self.a(x))
+
+
+@prepared(lambda self: setattr(self, "again", nn.BatchNorm2d(CHANNELS, affine=False)))
+def norm_without_scale(self, x):
+    return self.again(self.a(x))
+
+
+def without_statistics(self) -> None:
+    self.norm = nn.BatchNorm2d(CHANNELS, track_running_stats=False)
+
+
+@prepared(without_statistics)
+def norm_of_the_batch(self, x):
+    return self.norm(self.a(x))
+
+
+def hook_each(self) -> None:
+    self.a.register_forward_hook(double_result)
+    self.norm.register_forward_pre_hook(double_input)
+    self.act.register_forward_hook(double_result)
+    self.same.register_forward_hook(double_result)
+    self.pool.register_forward_hook(double_result)
+
+
+def double_result(module, arguments, result):
+    return 2 * result
+
+
+def double_input(module, arguments):
+    return (2 * arguments[0],)
+
+
+@prepared(hook_each)
+def hooks(self, x):
+    return self.pool(self.act(self.norm(self.a(x)) + self.same(self.b(x))))
+
+
+@prepared(lambda self: self.norm.register_forward_hook(double_result))
+def hook_of_a_norm(self, x):
+    return self.norm(self.a(x))
+
+
+@prepared(lambda self: nn.utils.weight_norm(self.a))
+def weight_norm_by_hook(self, x):
+    return self.norm(self.a(x)) + self.b(x)
+
+
+@prepared(lambda self: nn.utils.spectral_norm(self.a))
+def spectral_norm_by_hook(self, x):
+    return self.norm(self.a(x)) + self.b(x)
+
+
+@prepared(lambda self: nn.utils.parametrizations.weight_norm(self.a))
+def weight_norm_by_parametrization(self, x):
+    return self.norm(self.a(x)) + self.b(x)
+
+
+class DoubledConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class DoubledPool(nn.MaxPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@prepared(lambda self: setattr(self, "a", DoubledConv(CHANNELS, CHANNELS, 1)))
+def convolution_of_its_own_class(self, x):
+    return self.norm(self.a(x)) + self.b(x)
+
+
+@prepared(lambda self: setattr(self, "pool", DoubledPool(2)))
+def pool_of_its_own_class(self, x):
+    return self.norm(self.pool(self.a(x)))
+
+
+def override(self) -> None:
+    self.a.forward = torch.neg
+    self.norm.forward = torch.neg
+
+
+@prepared(override)
+def forwards_of_their_own(self, x):
+    return self.norm(self.a(x)) + self.norm(self.b(x))
+
+
+# Tensors of the net itself
+
+
+@prepared(lambda self: self.register_buffer("place", torch.randn(CHANNELS, 1, 1)))
+def buffer_added(self, x):
+    return self.a(x) + self.place
+
+
+@prepared(lambda self: setattr(self, "place", nn.Parameter(torch.randn(1, CHANNELS, 8, 8))))
+def parameter_added(self, x):
+    return self.a(x) + self.place
+
+
+@prepared(lambda self: setattr(self, "place", torch.arange(float(CHANNELS))[:, None, None]))
+def constant_added(self, x):
+    return self.a(x) + self.place + torch.full((1,), 2.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.parametrize("strategy", REWRITING)
+@pytest.mark.parametrize("name", CASES)
+def test_a_net_that_tempts_a_pass_computes_what_the_models_compute(name: str, strategy: str):
+    models, x = models_of(CASES[name], 3), torch.randn(2, 3, 8, 8)
+    expected = independent(models, x)
+    if (name, strategy) in REFUSED:
+        with pytest.raises(UnavailableError, match=r"torch\.fx cannot trace this model: "):
+            ensemble.build(strategy, models, x)
+        return
+    forward = ensemble.build(strategy, models, x)
+    for _ in range(2):
+        torch.testing.assert_close(forward(x.clone()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_of_its_own_class_is_not_folded():
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * nn.functional.batch_norm(x, self.running_mean, self.running_var)
+
+    class Own(Net):
+        def prepare(self) -> None:
+            self.norm = Doubled(CHANNELS)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.norm(self.a(x))
+
+    models, x = models_of(Own, 2), torch.randn(2, 3, 8, 8)
+    for name in REWRITING:
+        found = ensemble.build(name, models, x)(x)
+        torch.testing.assert_close(found, independent(models, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["prepacked_loop", "lowered_vmap"])
+def test_a_model_that_asks_whether_its_input_is_a_tensor_is_refused_by_what_runs_its_trace(
+    name: str,
+):
+    class Asking(Net):
+        def body(self, x: Tensor) -> Tensor:
+            return self.a(x) if isinstance(x, Tensor) else self.b(x)
+
+    models, x = models_of(Asking, 2), torch.randn(2, 3, 8, 8)
+    with pytest.raises(UnavailableError, match="its trace gives another result than the model"):
+        ensemble.build(name, models, x)
+
+
+@pytest.mark.parametrize("name", ["prepacked_loop", "lowered_vmap"])
+def test_a_model_with_hooks_of_its_own_is_refused_by_what_runs_its_trace(name: str):
+    class Plain(Net):
+        def body(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    models, x = models_of(Plain, 2), torch.randn(2, 3, 8, 8)
+    for model in models:
+        model.register_forward_hook(double_result)
+    with pytest.raises(UnavailableError, match="it has hooks, or a call of its own, around for"):
+        ensemble.build(name, models, x)
+
+
+def test_tracing_leaves_the_model_as_it_was():
+    (model,) = models_of(CASES["constant_added"], 1)
+    before = dict(vars(model))
+    packing.pack(model, torch.randn(2, 3, 8, 8))
+    assert vars(model) == before

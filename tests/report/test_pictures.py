@@ -1,0 +1,97 @@
+"""What the pictures draw, by value."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+
+from ensemble.records import Result
+from ensemble.report import pictures
+from tests.made import LOOP, at, changed, curve
+
+LOOPS = [changed(LOOP, num_models=n) for n in (1, 2, 4)]
+ROWS = [*LOOPS, *curve(0.8, 1.2, 1.6), *(changed(r, strategy="jax") for r in curve(0.5, 0.5, 0.4))]
+
+
+def near(value: float) -> Any:
+    return pytest.approx(value)
+
+
+def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    drawn: list[Any] = list(axes.get_lines())
+    return {
+        str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()]
+        for line in drawn
+        if not str(line.get_label()).startswith("_")
+    }
+
+
+def test_times_stand_above_and_speedups_below_with_the_values_of_the_results():
+    above, below = pictures.draw(ROWS).axes
+    assert lines(above)["loop (reference)"] == [(1, near(100)), (2, near(100)), (4, near(100))]
+    assert [x for x, _ in lines(above)["vmap"]] == [1, 2, 4]
+    assert [y for _, y in lines(above)["vmap"]] == pytest.approx([125, 100 / 1.2, 62.5])
+    assert [y for _, y in lines(below)["vmap"]] == pytest.approx([0.8, 1.2, 1.6])
+    assert [y for _, y in lines(below)["jax"]] == pytest.approx([0.5, 0.5, 0.4])
+    assert above.get_ylabel() == "time per call (ms)"
+    assert below.get_xlabel() == "number of models"
+    assert (below.get_xscale(), below.get_yscale(), above.get_yscale()) == ("log", "log", "log")
+    assert list(below.get_xticks()) == [1, 2, 4]
+    drawn: list[Any] = list(below.get_lines())
+    assert any(list(line.get_ydata()) == [1, 1] for line in drawn)
+
+
+def test_every_line_has_its_own_label_at_its_end_and_no_two_meet():
+    above, _ = pictures.draw(ROWS).axes
+    placed = {text.get_text(): text.xy[1] for text in above.texts}  # type: ignore[attr-defined]
+    assert set(placed) == {"loop (reference)", "vmap", "jax"}
+    heights = sorted(placed.values())
+    gaps = [b - a for a, b in pairwise(heights)]
+    assert min(gaps) >= pictures.LABEL_GAP - 1e-6
+    assert above.get_legend() is None
+
+
+def test_lines_differ_without_their_colours():
+    names = [changed(at(2, 1.0), strategy=f"s{index}") for index in range(9)]
+    _, below = pictures.draw([LOOP, *names]).axes
+    looks = {
+        (line.get_marker(), line.get_linestyle())
+        for line in below.get_lines()
+        if str(line.get_label()).startswith("s")
+    }
+    assert len(looks) == 9
+
+
+def test_what_may_not_be_claimed_is_not_drawn_as_a_speedup():
+    noisy = changed(at(2, 2.0), times_s=(0.03, 0.06) * 10)
+    failed = changed(at(4, 2.0), status="failed", error="broke")
+    _, below = pictures.draw([*LOOPS, at(1, 1.5), noisy, failed]).axes
+    assert lines(below)["vmap"] == [(1, near(1.5))]
+
+
+def test_a_grid_has_a_column_a_size_and_a_heat_map_of_the_fastest():
+    small = [changed(row, image_size=64) for row in ROWS]
+    assert len(pictures.draw([*ROWS, *small]).axes) == 4
+    axes = pictures.draw_grid([*ROWS, *small]).axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["1.00\nloop", "1.20\nvmap", "1.60\nvmap"] * 2
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "batch 1, 64 px",
+        "batch 1, 224 px",
+    ]
+
+
+@pytest.mark.parametrize("rows", [[], [LOOP], ROWS[:1], [changed(LOOP, times_s=())]])
+def test_a_run_with_next_to_nothing_is_drawn_too(rows: list[Result], tmp_path: Path):
+    pictures.save(rows, tmp_path / "p.png", tmp_path / "p_grid.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "p_grid.png").exists()
+
+
+def test_the_same_results_give_the_same_svg(tmp_path: Path):
+    for name in ("a.svg", "b.svg"):
+        pictures.save(ROWS, tmp_path / name, tmp_path / "grid.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

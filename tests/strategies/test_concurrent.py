@@ -1,0 +1,134 @@
+"""Threads of `concurrent`: what they leave as it was, and what a forked process does without."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import ensemble
+from ensemble.strategies import concurrent
+from tests.tiny import independent, tiny_models
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["concurrent", "prepacked_concurrent"]
+
+
+def settings() -> tuple[int, int]:
+    """The threads of torch here, and in a thread that has just begun."""
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return torch.get_num_threads(), seen[0]
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_models", [1, 3, 4])
+def test_build_and_call_leave_the_settings_of_torch_as_they_were(name: str, num_models: int):
+    x = torch.randn(1, 3, 8, 8)
+    assert settings() == (3, 3)
+    forward = ensemble.build(name, tiny_models(num_models), x)
+    assert settings() == (3, 3)
+    forward(x)
+    assert settings() == (3, 3)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(("num_models", "threads"), [(1, [3]), (3, [1] * 3), (4, [1, 1, 1, 3])])
+def test_each_worker_computes_on_the_threads_that_the_plan_gives_it(
+    num_models: int, threads: list[int]
+):
+    def one(x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(torch.get_num_threads())
+
+    forward = concurrent.side_by_side([one] * num_models, torch.randn(1, 3, 8, 8)).forward
+    for _ in range(2):
+        assert forward(torch.randn(1, 3, 8, 8)).tolist() == threads
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_thread_with_a_setting_of_its_own_changes_nothing_for_others():
+    x = torch.randn(1, 3, 8, 8)
+    begun, may_end, seen = threading.Event(), threading.Event(), []
+
+    def set_own() -> None:
+        torch.get_num_threads()  # torch gives a new thread its number now, and not later
+        torch.set_num_threads(2)
+        begun.set()
+        may_end.wait()
+        ensemble.build("concurrent", tiny_models(4), x)
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=set_own)
+    thread.start()
+    begun.wait()
+    torch.set_num_threads(3)
+    may_end.set()
+    thread.join()
+    assert (seen, settings()) == ([2], (3, 3))
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_build_that_fails_leaves_the_settings_of_torch_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Failing(ThreadPoolExecutor):
+        submitted = 0
+
+        def submit(self, *arguments, **options):  # as where the system has no more threads
+            Failing.submitted += self._max_workers > 1
+            if Failing.submitted == 2:
+                raise RuntimeError("can't start new thread")
+            return super().submit(*arguments, **options)
+
+    monkeypatch.setattr(concurrent, "ThreadPoolExecutor", Failing)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        ensemble.build("concurrent", tiny_models(3), torch.randn(1, 3, 8, 8))
+    assert settings() == (3, 3)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_models", [2, 5])
+def test_calls_from_several_threads_do_not_mix(name: str, num_models: int):
+    models, images = tiny_models(num_models), torch.randn(30, 2, 3, 8, 8).unbind()
+    forward = ensemble.build(name, models, images[0])
+    with ThreadPoolExecutor(3) as pool:
+        for found, x in zip(pool.map(forward, images), images, strict=True):
+            torch.testing.assert_close(found, independent(models, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_a_process_that_is_forked_after_a_call_can_call_too(name: str, num_models: int):
+    program = """
+import os, sys, torch, ensemble
+from tests.tiny import tiny_models
+torch.set_num_threads(2)
+x = torch.randn(2, 3, 8, 8)
+forward = ensemble.build(sys.argv[1], tiny_models(int(sys.argv[2])), x)
+expected = forward(x)
+child = os.fork()
+if not child:
+    torch.set_num_threads(1)  # the OpenMP threads of this one are not inherited either
+    os._exit(0 if torch.allclose(forward(x), expected, rtol=1e-5, atol=1e-5) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    command = [sys.executable, "-c", program, name, str(num_models)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,195 @@
+"""The strategy `lowered_vmap`: its accuracy, what it holds, and what it falls back to."""
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ensemble
+from ensemble import strategies
+from ensemble.models import stacking
+from ensemble.ops import lower
+from ensemble.passes.folding import folded
+from ensemble.passes.operators import with_operators
+from ensemble.strategies import lowered
+from tests.checkpoints import lively
+
+pytest.importorskip("numba")
+
+LIMIT = 2e-5  # of the largest logit, against float64
+
+
+def in_float64(models: Sequence[nn.Module], x: Tensor) -> Tensor:
+    inputs = x.double() if x.dim() == 5 else [x.double()] * len(models)
+    with torch.no_grad():
+        return torch.stack(
+            [copy.deepcopy(model).double()(own) for model, own in zip(models, inputs, strict=True)]
+        )
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_error_against_float64_is_small_for_any_weights(seed: int):
+    models = [lively("resnet18", 10 * seed + index) for index in range(2)]
+    x = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(seed))
+    found = ensemble.build("lowered_vmap", models, x)(x)
+    assert error(found, in_float64(models, x)) < LIMIT
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_badly_scaled_weights_keep_the_error_small(seed: int):
+    """Batch norm scales spread over four orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    models = [lively("resnet18", seed + index) for index in range(2)]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                spread = torch.rand(len(module.weight), generator=generator) * 4 - 2
+                module.weight.data.copy_(10**spread)
+    x = torch.randn(1, 3, 96, 96, generator=generator)
+    exact = in_float64(models, x)
+    found = ensemble.build("lowered_vmap", models, x)(x)
+    assert error(found, exact) < LIMIT
+
+
+class Cancelling(nn.Module):
+    """A convolution whose large products nearly cancel: Winograd's own trap."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        nn.init.constant_(self.first.bias, 1000.0)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.second.weight -= self.second.weight.mean(1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)).mean((2, 3))
+
+
+def test_a_layer_where_winograd_errs_is_computed_directly_and_named():
+    torch.manual_seed(0)
+    models = [Cancelling().eval().requires_grad_(False) for _ in range(2)]
+    x = torch.randn(1, 3, 16, 16)
+    built = strategies.make("lowered_vmap", models, x)
+    forward, note = built.forward, built.note
+    assert note.startswith("kernels: 2 direct; second.weight: direct, for Winograd F(4x4) differs")
+    expected = torch.stack([model(x) for model in models])
+    assert error(forward(x), in_float64(models, x)) < 5 * error(expected, in_float64(models, x))
+
+
+def test_an_image_without_contrast_does_not_hide_that_winograd_errs():
+    torch.manual_seed(0)
+    models = [Cancelling().eval().requires_grad_(False)]
+    built = strategies.make("lowered_vmap", models, torch.zeros(1, 3, 16, 16))
+    assert "second.weight: direct" in built.note
+
+
+class Constants(nn.Module):
+    """What does not depend on x, in every place of a convolution but its own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos, self.channel = nn.Parameter(torch.randn(32, 8, 8)), nn.Parameter(torch.randn(32))
+        self.seed = nn.Parameter(torch.randn(1, 32, 8, 8))
+        self.a, self.b = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.c, self.d = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.a(x) + self.pos).relu()
+        x = self.b(x) + self.channel[:, None, None]
+        return torch.relu(self.c(self.seed) + x).add(self.d(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("num_models", [1, 2])
+def test_constants_are_summands_and_inputs_as_they_are_in_the_model(images: int, num_models: int):
+    torch.manual_seed(0)
+    models = [Constants().eval().requires_grad_(False) for _ in range(num_models)]
+    x, example = torch.randn(2, images, 3, 8, 8)
+    built = strategies.make("lowered_vmap", models, example)
+    assert "direct" in built.note
+    assert error(built.forward(x), in_float64(models, x)) < LIMIT
+
+
+def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once():
+    models = [lively("resnet18", index) for index in range(2)]
+    x = torch.randn(1, 3, 64, 64)
+    copies = folded(models)
+    state = stacking.stacked_state(copies)
+    operators = with_operators(copies[0], x)
+    mapped = torch.vmap(stacking.stateless(operators), in_dims=(0, None))
+    with torch.inference_mode():
+        found = lower.lower(mapped, state, x, threads=2)
+    assert not state
+    called = [node.op for node in found.forward.graph.nodes]
+    assert called == ["placeholder", "call_module", "call_function", "output"]
+    assert len(found.operations) == 20 + 2
+    assert not list(found.forward.buffers())
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")  # as_strided_, of a channels-last mean
+@pytest.mark.parametrize(
+    "arch", ["resnext50_32x4d", "wide_resnet50_2", "vgg11_bn", "mobilenet_v2", "densenet121"]
+)
+def test_other_architectures_take_plain_rules_where_there_is_no_kernel(arch: str):
+    models = [lively(arch, index) for index in range(2)]
+    x = torch.randn(2, 3, 64, 64)
+    found = ensemble.build("lowered_vmap", models, x)(x)
+    assert error(found, in_float64(models, x)) < LIMIT
+
+
+@pytest.mark.parametrize("num_models", [1, 2, 3, 5])
+def test_calls_from_several_threads_do_not_mix(num_models: int):
+    models = [lively("resnet18", index) for index in range(num_models)]
+    images = [torch.randn(1, 3, 64, 64) for _ in range(6)]
+    forward = ensemble.build("lowered_vmap", models, images[0])
+    expected = [forward(x) for x in images]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(forward, images))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(1, 3, 32, 32),
+        torch.zeros(2, 3, 64, 64),
+        torch.zeros(3, 1, 3, 64, 64),
+        torch.zeros(1, 3, 64, 64, dtype=torch.float64),
+        torch.zeros(3, 64, 64),
+    ],
+)
+def test_an_input_unlike_the_example_is_refused_and_not_read(x: Tensor):
+    models = [lively("resnet18", index) for index in range(2)]
+    forward = ensemble.build("lowered_vmap", models, torch.randn(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"expected an input of shape \(1, 3, 64, 64\), or \(2, 1"):
+        forward(x)
+
+
+@pytest.mark.parametrize("per_model", [False, True])
+def test_the_cuda_path_is_batched_matrix_products_under_fake_tensors(
+    per_model: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
+    with FakeTensorMode(), torch.device("cuda"):
+        template = torchvision.models.resnet18(num_classes=7).eval()
+        models = stacking.allocate(template, 3, device=torch.device("cuda"))
+        x = torch.empty((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64))
+        built = strategies.make("lowered_vmap", models, x)
+        logits = built.forward(x)
+        graph = lowered.lower_vmap(models, x).forward
+    assert (logits.device.type, logits.shape) == ("cuda", (3, 2, 7))
+    assert "none" in built.note
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert sum(name.startswith("aten.bmm") for name in names) >= 20
+    assert not [name for name in names if "conv" in name]

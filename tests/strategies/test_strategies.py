@@ -1,0 +1,257 @@
+"""Every strategy of the registry gives the logits of the models themselves."""
+
+from collections.abc import Sequence
+
+import functorch
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ensemble
+from ensemble import strategies
+from ensemble.errors import UnavailableError
+from ensemble.machine import devices
+from ensemble.models import stacking
+from ensemble.strategies import STRATEGIES
+from ensemble.strategies.built import Built
+from ensemble.strategies.concurrent import shares
+from tests.tiny import TinyNet, independent, tiny_models
+
+SHAPES = {"shared": (2, 3, 8, 8), "per_model": (3, 2, 3, 8, 8)}
+PEERS = [name for name, strategy in STRATEGIES.items() if strategy.module == "peers"]
+QUIET = pytest.mark.filterwarnings("ignore")  # of other people's packages
+QUIETER_COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own parts
+
+
+def takes_seconds(name: str) -> bool:
+    return name in PEERS or "compiled" in name
+
+
+def from_registry(*, slow: bool) -> list[object]:
+    """Every strategy there is, to test; what compiles or tries settings is not in every test."""
+    return [
+        pytest.param(name, marks=QUIET if name in PEERS else QUIETER_COMPILER)
+        if takes_seconds(name)
+        else name
+        for name in STRATEGIES
+        if slow or not takes_seconds(name)
+    ]
+
+
+def resnets(arch: str, count: int) -> list[nn.Module]:
+    models: list[nn.Module] = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        models.append(torchvision.models.get_model(arch, num_classes=7).eval())
+    return models
+
+
+def built(name: str, models: Sequence[nn.Module], example: Tensor) -> Built:
+    """The strategy, compiled afresh; where it cannot run here the test is skipped, and says why."""
+    torch.compiler.reset()
+    try:
+        return strategies.make(name, models, example)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    """Of any model, relative to its own largest logit."""
+    errors = (found - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))
+    return float(errors.max())
+
+
+@pytest.mark.parametrize("name", from_registry(slow=True))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_each_model_by_itself(name: str, shape: str):
+    models = tiny_models(3)
+    example, x = torch.randn(2, *SHAPES[shape], generator=torch.Generator().manual_seed(1))
+    forward = built(name, models, example).forward
+    assert largest_error(forward(x), independent(models, x)) < 1e-5
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert largest_error(forward(example), independent(models, example)) < 1e-5
+
+
+@pytest.mark.parametrize("name", from_registry(slow=False))
+def test_one_model_alone_is_an_ensemble(name: str):
+    models, x = tiny_models(1), torch.randn(2, 3, 8, 8)
+    assert largest_error(built(name, models, x).forward(x), independent(models, x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*from_registry(slow=False), *(pytest.param(name, marks=QUIET) for name in PEERS)],
+)
+@pytest.mark.parametrize(("arch", "per_model"), [("resnet18", True), ("resnet50", False)])
+def test_resnets_give_the_logits_of_the_models_themselves(name: str, arch: str, per_model: bool):
+    models = resnets(arch, 2)
+    x = torch.randn((2, 1, 3, 32, 32) if per_model else (1, 3, 32, 32))
+    own = built(name, models, x)
+    assert largest_error(own.forward(x), independent(models, x)) < 1e-5
+    if name in PEERS:
+        assert own.note.startswith("setting: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        *(("vmap", arch) for arch in ("resnet34", "resnet101", "resnet152")),
+        ("folded_vmap", "resnet152"),
+    ],
+)
+def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(name: str, arch: str):
+    models, x = resnets(arch, 2), torch.randn(1, 3, 32, 32)
+    assert largest_error(ensemble.build(name, models, x)(x), independent(models, x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", from_registry(slow=False))
+def test_nothing_is_recorded_for_a_gradient(name: str):
+    models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
+    for model in models:
+        model.requires_grad_(True)
+    assert not built(name, models, x).forward(x).requires_grad
+
+
+@pytest.mark.parametrize("name", from_registry(slow=True))
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_later_ensemble_of_the_same_models_leaves_the_first_as_it_was(name: str, apart: bool):
+    if takes_seconds(name) and not apart:
+        pytest.skip("the seconds are spent on models that lie apart")
+    models, x = tiny_models(3), torch.randn(2, 3, 8, 8)
+    if not apart:
+        slices = stacking.allocate(TinyNet(), 3, device=torch.device("cpu"))
+        for model, source in zip(slices, models, strict=True):
+            model.load_state_dict(source.state_dict())
+        models = slices
+    before = [{n: t.data_ptr() for n, t in model.state_dict().items()} for model in models]
+    orders = [[0, 1, 2]]
+    orders += [[2, 0]] if takes_seconds(name) else [[2, 1, 0], [1, 2], [1], [0, 2], [1, 1, 0]]
+    ensembles = [(order, built(name, [models[i] for i in order], x).forward) for order in orders]
+    for order, forward in ensembles:
+        expected = independent([models[index] for index in order], x)
+        assert largest_error(forward(x), expected) < 1e-5
+    assert [{n: t.data_ptr() for n, t in m.state_dict().items()} for m in models] == before
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_runtime_that_is_not_installed_says_how_to_install_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    def missing(package: str) -> None:
+        raise ImportError(package)
+
+    monkeypatch.setattr("ensemble.strategies.peers.import_module", missing)
+    with pytest.raises(UnavailableError, match=r"is not installed: pip install -r requirements-p"):
+        ensemble.build(name, tiny_models(1), torch.randn(1, 3, 8, 8))
+
+
+def test_jax_takes_resnets_only():
+    pytest.importorskip("jax", reason="pip install -r requirements-peers.txt")
+    with pytest.raises(UnavailableError, match="JAX runs the ResNet family here, not TinyNet"):
+        ensemble.build("jax", tiny_models(1), torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name.startswith("cudagraph")])
+def test_cuda_graphs_elsewhere_are_unavailable_with_the_reason(name: str):
+    with pytest.raises(UnavailableError, match="CUDA graphs need a CUDA device, this is cpu"):
+        ensemble.build(name, tiny_models(1), torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("num_models", "cores", "plan"),
+    [
+        (4, 2, [([0, 2], 1), ([1, 3], 1)]),
+        (3, 2, [([0], 1), ([1], 1), ([2], 2)]),
+        (1, 2, [([0], 2)]),
+        (2, 8, [([0], 4), ([1], 4)]),
+        (7, 4, [([0], 1), ([1], 1), ([2], 1), ([3], 1), ([4], 1), ([5], 1), ([6], 1)]),
+        (3, 1, [([0, 1, 2], 1)]),
+    ],
+)
+def test_models_are_spread_so_that_no_core_waits_for_long(
+    num_models: int, cores: int, plan: list[tuple[list[int], int]]
+):
+    assert shares(num_models, cores) == plan
+
+
+def test_vmap_runs_on_the_models_own_memory():
+    models = stacking.allocate(TinyNet(), 2, device=torch.device("cpu"))
+    for model, source in zip(models, tiny_models(2), strict=True):
+        model.load_state_dict(source.state_dict())
+    x = torch.randn(1, 3, 8, 8)
+    forward = ensemble.build("vmap", models, x)
+    models[1].fc.bias.fill_(100.0)  # type: ignore[union-attr, operator]
+    assert bool((forward(x)[1] > 50).all())
+    assert bool((forward(x)[0] < 50).all())
+
+
+def test_vmap_without_combine_state_for_ensemble_gives_the_same(monkeypatch: pytest.MonkeyPatch):
+    models, x = tiny_models(3), torch.randn(2, 3, 8, 8)
+    expected = ensemble.build("vmap", models, x)(x)
+    monkeypatch.delattr(functorch, "combine_state_for_ensemble")
+    torch.testing.assert_close(ensemble.build("vmap", models, x)(x), expected, rtol=0, atol=0)
+
+
+def test_an_unknown_strategy_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match=r"expected a strategy out of loop, vmap.*found 'magic'"):
+        ensemble.build("magic", tiny_models(1), torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.zeros(3, 8, 8), r"expected an example of shape \(B, 3, H, W\).*found \(3, 8, 8\)"),
+        (torch.zeros(3, 1, 3, 8, 8), r"or \(2, B, 3, H, W\), found \(3, 1, 3, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 8).half(), "expected an example in torch.float32 on cpu"),
+    ],
+)
+def test_an_example_that_does_not_fit_the_models_is_refused(example: Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        ensemble.build("loop", tiny_models(2), example)
+
+
+def test_models_in_train_mode_are_refused():
+    models = tiny_models(2)
+    models[1].train()
+    with pytest.raises(ValueError, match="expected models in eval mode, found train mode"):
+        ensemble.build("vmap", models, torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")  # as_strided_, of a channels-last mean
+@pytest.mark.parametrize("name", ["loop", "vmap", "folded_loop", "folded_vmap"])
+@pytest.mark.parametrize("per_model", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
+    name: str, per_model: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
+    with FakeTensorMode(), torch.device("cuda"):
+        template = torchvision.models.resnet18(num_classes=7).eval()
+        models = stacking.allocate(template, 3, device=torch.device("cuda"), dtype=dtype)
+        x = torch.empty((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64), dtype=dtype)
+        logits = ensemble.build(name, models, x)(x)
+    assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", dtype, (3, 2, 7))
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.filterwarnings("ignore:.*TensorFloat32")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_the_logits_on_cuda_are_those_of_the_cpu_at_every_call(name: str):
+    devices.configure(threads=None)  # no TF32
+    torch.manual_seed(0)
+    models = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(3)]
+    x = torch.randn(2, 3, 64, 64)
+    expected = independent(models, x)
+    try:
+        forward = ensemble.build(name, [model.cuda() for model in models], x.cuda())
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    for _ in range(3):
+        torch.testing.assert_close(forward(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+        with torch.inference_mode():  # whatever was freed is overwritten
+            torch.full((2**26,), float("nan"), device="cuda")
+            _ = [torch.full((2**18,), float("nan"), device="cuda") for _ in range(400)]

@@ -1,0 +1,176 @@
+"""Which setting of another runtime is the fastest, on a fake clock."""
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ensemble.strategies import trial
+from ensemble.strategies.built import Built
+from ensemble.strategies.trial import Array, Run
+
+EXAMPLE = torch.ones(1, 3, 4, 4)
+
+
+class Machine:
+    """A clock that fake settings and sleeps move on; its calls take `load` times as long."""
+
+    def __init__(self, load: Callable[[int], float] = lambda call: 1.0) -> None:
+        self.now, self.calls, self.load = 0.0, 0, load
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def setting(self, seconds: float, label: float = 0.0) -> Callable[[int], Run]:
+        """A setting whose call takes `seconds`; its logits are `label`, one of each model."""
+
+        def make(count: int) -> Run:
+            def run(batches: list[Array]) -> list[Array]:
+                assert len(batches) == count
+                self.now += seconds * self.load(self.calls)
+                self.calls += 1
+                return [batch[:, 0, 0, :1] * label for batch in batches]
+
+            return run
+
+        return make
+
+    def fastest(
+        self,
+        settings: dict[str, Callable[[int], Run]],
+        num_models: int = 2,
+        tried: int | None = None,
+    ) -> Built:
+        return trial.fastest(
+            settings,
+            EXAMPLE,
+            num_models,
+            trial=tried or num_models,
+            clock=self.clock,
+            sleep=self.sleep,
+        )
+
+
+def broken(count: int) -> Run:
+    raise RuntimeError("no such device\nand more")
+
+
+@pytest.mark.parametrize("order", [("slow", "fast"), ("fast", "slow")])
+def test_the_fastest_setting_wins_by_three_percent_whichever_comes_first(order: tuple[str, ...]):
+    machine = Machine()
+    settings = {"slow": machine.setting(0.0515), "fast": machine.setting(0.0500)}
+    found = machine.fastest({name: settings[name] for name in order})
+    assert found.note.startswith("setting: fast (tried with 2 models: ")
+
+
+def test_a_machine_that_is_busy_during_one_short_trial_does_not_decide():
+    def load(call: int) -> float:  # the short trial of the first setting is 6 percent too slow
+        return 1.06 if call < 9 else 1.0
+
+    machine = Machine(load)
+    found = machine.fastest({"fast": machine.setting(0.0500), "slow": machine.setting(0.0515)})
+    assert found.note.startswith("setting: fast (")
+
+
+def test_single_slow_calls_do_not_decide():
+    machine = Machine(lambda call: 3.0 if call % 5 == 0 else 1.0)
+    found = machine.fastest({"slow": machine.setting(0.0515), "fast": machine.setting(0.0500)})
+    assert found.note.startswith("setting: fast (")
+
+
+def test_settings_that_are_far_apart_cost_no_longer_trial():
+    machine = Machine()
+    machine.fastest({"fast": machine.setting(0.05), "slow": machine.setting(0.08)})
+    assert machine.calls == 2 * (1 + 2 * trial.SHORT.rounds)
+
+
+@pytest.mark.parametrize("call_s", [1e-4, 0.016, 0.07, 1.0])
+def test_a_trial_takes_seconds_whatever_a_call_takes(call_s: float):
+    machine = Machine()
+    machine.fastest({name: machine.setting(call_s) for name in ("a", "b", "c")})
+    calls = 3 * (2 * (trial.SHORT.least + trial.LONG.least) + 2)  # made even where each is long
+    rests = 3 * (1 + trial.LONG.rounds) * trial.REST_S
+    limits = 3 * trial.SHORT.limit_s + trial.LONG.limit_s
+    assert machine.now < limits + rests + calls * call_s
+
+
+def test_a_setting_that_raises_is_left_out_with_its_reason_and_the_others_are_tried():
+    machine = Machine()
+    found = machine.fastest({"first": broken, "second": machine.setting(0.05, label=7.0)})
+    assert found.note == (
+        "setting: second (tried with 2 models: second 50.0 ms; first failed: no such device)"
+    )
+    assert found.forward(EXAMPLE).tolist() == [[[7.0]], [[7.0]]]
+
+
+def test_a_call_that_raises_leaves_its_setting_out():
+    def make(count: int) -> Run:
+        def run(batches: list[Array]) -> list[Array]:
+            raise MemoryError
+
+        return run
+
+    machine = Machine()
+    found = machine.fastest({"first": make, "second": machine.setting(0.05)})
+    assert found.note.endswith("second 50.0 ms; first failed: MemoryError)")
+
+
+def test_where_all_settings_raise_the_error_is_the_first_ones():
+    def other(count: int) -> Run:
+        raise ValueError("another")
+
+    with pytest.raises(RuntimeError, match="no such device"):
+        Machine().fastest({"first": broken, "second": other})
+
+
+def test_where_two_settings_together_need_too_much_the_short_trial_decides():
+    machine, alive = Machine(), weakref.WeakSet[Run]()
+
+    def scarce(seconds: float) -> Callable[[int], Run]:
+        def make(count: int) -> Run:
+            if alive:
+                raise MemoryError("no room")
+            alive.add(run := machine.setting(seconds)(count))
+            return run
+
+        return make
+
+    found = machine.fastest({"slow": scarce(0.0515), "fast": scarce(0.05)})
+    assert found.note.startswith("setting: fast (")
+    assert found.note.endswith("; the longer trial failed: no room)")
+
+
+def test_the_setting_is_built_for_all_models_where_fewer_were_tried():
+    machine = Machine()
+    found = machine.fastest({"only": machine.setting(0.05, label=2.0)}, num_models=5, tried=3)
+    assert found.forward(EXAMPLE).shape == (5, 1, 1)
+    assert "tried with 3 models" in found.note
+
+
+def test_what_was_tried_and_lost_is_released():
+    machine, alive = Machine(), weakref.WeakSet[Run]()
+
+    def noted(seconds: float) -> Callable[[int], Run]:
+        def make(count: int) -> Run:
+            alive.add(run := machine.setting(seconds)(count))
+            return run
+
+        return make
+
+    found = machine.fastest({"fast": noted(0.05), "slow": noted(0.051), "slowest": noted(0.09)})
+    assert len(alive) == 1
+    assert found.forward(EXAMPLE).shape == (2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_models", "cores", "tried"), [(1, 2, 1), (8, 2, 8), (16, 2, 8), (17, 2, 9), (5, 64, 5)]
+)
+def test_all_models_are_tried_or_some_that_leave_as_many_over(
+    num_models: int, cores: int, tried: int
+):
+    assert trial.size(num_models, cores) == tried
+    assert tried == num_models or (num_models - tried) % cores == 0

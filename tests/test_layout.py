@@ -1,0 +1,81 @@
+"""The folders are the architecture: what each wing may import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ensemble
+
+ROOT = Path(ensemble.__file__).parent
+
+# From the ground up: a wing imports those before it, and itself.
+GROUND = ("errors", "statistics", "records", "files")
+WINGS: tuple[str, ...] = (
+    *GROUND,
+    "ops",
+    "machine",
+    "strategies/__init__",
+    "options",
+    "report",
+    "models",
+    "passes",
+)
+WINGS = (*WINGS, "strategies", "measure")
+FREE_OF_TORCH = (*GROUND, "strategies/__init__", "options", "report")
+
+
+def wing(module: str) -> str:
+    """The wing of `ensemble.x.y`: a folder, or a module on the ground floor."""
+    parts = module.split(".")[1:]
+    if parts == ["strategies"]:
+        return "strategies/__init__"  # the registry: names, and no code of theirs
+    return parts[0] if parts else ""
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of `ensemble` that a file names, also those within its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if (ROOT.parent / name.replace(".", "/")).is_dir()}
+            modules |= {
+                name
+                for name in names
+                if (ROOT.parent / name.replace(".", "/")).with_suffix(".py").exists()
+            }
+            found |= modules or {node.module}
+    return {name for name in found if name.startswith("ensemble.")}
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def place(path: Path) -> str:
+    module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+    return wing(module.removesuffix(".__init__"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_imports_from_a_wing_above_its_own(path: Path):
+    allowed = WINGS[: WINGS.index(place(path)) + 1]
+    if place(path) == "strategies/__init__":  # a registry imports its builders when they are asked
+        allowed = (*allowed, "strategies")
+    assert {wing(name) for name in imported(path)} - set(allowed) == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_records_options_and_reports_know_no_torch(path: Path):
+    if place(path) not in FREE_OF_TORCH:
+        return
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import)]
+    assert not {"torch", "torchvision"} & {alias.name for node in top for alias in node.names}
+
+
+def test_every_file_of_tests_says_what_it_holds():
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        if path.name != "__init__.py":
+            assert ast.get_docstring(ast.parse(path.read_text())), path
