@@ -32,7 +32,8 @@ class Strategy:
     rounds_apart: bool = False  # fewer multiplications: compare its rounding with float64's
 
     def builder(self) -> Builder:
-        return getattr(import_module(f"{__name__}.{self.module}"), self.function)
+        found: Builder = getattr(import_module(f"{__name__}.{self.module}"), self.function)
+        return found
 
 
 _COMPILES = "compiles: up to a minute"
