@@ -323,6 +323,21 @@ def test_help_and_usage_errors_answer_without_importing_torch(argv: list[str]) -
     assert done.returncode == 0
 
 
+def test_help_is_a_screen_and_a_half_and_says_each_default_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 75
+    assert "(default: loop vmap)" in out
+    assert "(default: 0)" in out
+    assert not re.search(
+        r"default: None|default: False|default: \[|\(default[^()]*\) \(default", out
+    )
+
+
 def test_interrupted_the_program_keeps_and_shows_what_is_finished(
     checkpoint: str, tmp_path: Path
 ) -> None:
