@@ -288,7 +288,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     parser = make_parser()
     options = vars(parser.parse_args(argv))
     if options["from_json"]:
-        _check_beside_from_json(parser, options)
+        _check_beside_from_json(_typed(parser, argv))
     paths = options["model_path"]
     if options["num_models"] is None:
         options["num_models"] = [len(paths) if paths and len(paths) > 1 else DEFAULT_NUM_MODELS]
@@ -320,9 +320,15 @@ def default_image() -> Path:
     return beside if beside.exists() else Path(sys.prefix) / "share" / "resnet-vmap" / DEFAULT_IMAGE
 
 
-def _check_beside_from_json(parser: Parser, options: dict[str, Any]) -> None:
-    given = [name for name, value in options.items() if value != parser.get_default(name)]
-    without_effect = [f"--{name}" for name in given if name not in BESIDE_FROM_JSON]
+def _typed(parser: Parser, argv: Sequence[str] | None) -> list[str]:
+    """The flags of a command line, those too that were given their default value."""
+    untouched = argparse.Namespace(**dict.fromkeys(field.name for field in fields(Config)))
+    found = vars(parser.parse_args(argv, untouched))  # a default is put only where nothing is
+    return [name for name, value in found.items() if value is not None]
+
+
+def _check_beside_from_json(typed: Sequence[str]) -> None:
+    without_effect = [f"--{name}" for name in typed if name not in BESIDE_FROM_JSON]
     if without_effect:
         raise InputError(
             f"expected no {', '.join(without_effect)} beside it: it shows a run that was made",

@@ -165,6 +165,8 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--baseline", KITTEN], f"--baseline: {KITTEN}: "),
         (["--from_json", KITTEN], "--from_json: expected no --image_path beside it"),
         (["--from_json", "a", "--threads", "2", "--roofline"], "no --image_path, --threads, --roo"),
+        (["--from_json", "a", "--precision", "5"], "no --image_path, --precision beside it"),
+        (["--from_json", "a", "--dtype", "float32"], "no --image_path, --dtype beside it"),
         (["--export_json", "/proc/run.json"], "--export_json: expected to write in /proc"),
         (["--arch", "vit_b_16", "--image_size", "64"], "--image_size: vit_b_16 does not run at 64"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to"),
