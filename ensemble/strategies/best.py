@@ -23,7 +23,6 @@ CANDIDATES = {
         "prepacked_concurrent",
         "concurrent",
         "prepacked_loop",
-        "folded_loop",
         "folded_vmap",
     ),
     "cuda": (

@@ -81,7 +81,8 @@ def fastest(
             _challenge(contest, name, make, example, check, clock)
         except Exception as error:
             contest.out[name] = error.with_traceback(None)  # it holds the frames that hold memory
-        release()  # what lost, before the next one is built
+        if contest.build_s.keys() - {contest.name} or contest.out:
+            release()  # what lost, before the next one is built
     if contest.built is None:
         raise next(iter(contest.out.values()))
     return contest
