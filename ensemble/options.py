@@ -177,8 +177,8 @@ class Config:
     )
     tune_seconds: float = flag(
         MEASURE,
-        f"begin no further candidate of {BEST} after so long; raise it, and --timeout_minutes, where"
-        " each one compiles",
+        f"begin no further candidate of {BEST} after so long; raise it, and --timeout_minutes,"
+        " where each one compiles",
         type=seconds,
         default=TUNE_SECONDS,
         metavar="S",
