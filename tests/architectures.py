@@ -1,8 +1,7 @@
 """Is `best` the fastest of our own rows, on every family of torchvision's classifiers?
 
-`python -m tests.architectures` measures what tests/data/architectures.json lacks, a process for
-each architecture, saves after each case, and writes the page tests/data/architectures.md: 40 cases,
-a quarter of an hour of a quiet machine with 2 cores. `--only NAME ...` measures these alone.
+`python -m tests.architectures` measures what tests/data/architectures/cases.jsonl lacks, a process
+for each architecture, saves after each case, and writes the page beside it: 40 cases, a quarter of an hour of a quiet machine with 2 cores. `--only NAME ...` measures these alone.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-DATA = Path(__file__).parent / "data"
-FILE, PAGE = DATA / "architectures.json", DATA / "architectures.md"
+DATA = Path(__file__).parent / "data" / "architectures"
+FILE, PAGE = DATA / "cases.jsonl", DATA / "README.md"
 
 ARCHITECTURES = (
     *("alexnet", "vgg11_bn", "squeezenet1_1", "googlenet", "densenet121"),
@@ -85,6 +84,7 @@ def read() -> dict[tuple[str, int, int], Case]:
 
 def add(case: Case) -> None:
     """A case is a line."""
+    DATA.mkdir(exist_ok=True)
     with FILE.open("a") as file:
         file.write(json.dumps(asdict(case)) + "\n")
 
@@ -113,7 +113,7 @@ def page(cases: Sequence[Case]) -> str:
         f"`best` was within {1 - CLOSE:.0%} of the fastest of our own rows in {close} of"
         f" {len(cases)} cases, and behind the loop in {behind}. A cell: what it picked, its speed"
         " in times of the loop, and in brackets in times of the fastest other row. Made by"
-        " `python -m tests.architectures`; raw times: [architectures.json](architectures.json).",
+        " `python -m tests.architectures`; raw times: [cases.jsonl](cases.jsonl).",
         "",
         f"| float32, batch 1 | {header} |",
         "| --- |" + " --- |" * len(columns),

@@ -1,8 +1,8 @@
 """How `lowered_vmap` would run on more cores than there are here: a simulation of its schedule.
 
 `python -m tests.schedule --measure` times, on one core of this machine, the share of every step
-that a thread of a team of each size has, and writes tests/data/schedule.json; without it the page
-of figures is printed from that file. What is simulated is `ensemble.ops.kernels.run`: how models
+that a thread of a team of each size has, and writes tests/data/schedule/steps.json; without it the
+page of figures is printed from that file. What is simulated is `ensemble.ops.kernels.run`: how models
 are dealt to cores, which of them are shared, and the barrier after each shared step. What is left
 out: that cores share memory and caches, so the times are those of a machine whose memory is as
 fast for each core as it is here for one.
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-FILE = Path(__file__).parent / "data" / "schedule.json"
+FILE = Path(__file__).parent / "data" / "schedule" / "steps.json"
 NETS = (("resnet18", 224), ("resnet18", 64), ("resnet50", 224))
 MODELS, REPEATS = 4, 3  # more than one, so that no weights are left in a cache from the last time
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
