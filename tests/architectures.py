@@ -1,7 +1,8 @@
 """Is `best` the fastest of our own rows, on every family of torchvision's classifiers?
 
 `python -m tests.architectures` measures what tests/data/architectures/cases.jsonl lacks, a process
-for each architecture, saves after each case, and writes the page beside it: 40 cases, a quarter of an hour of a quiet machine with 2 cores. `--only NAME ...` measures these alone.
+for each architecture, saves after each case, and writes the page beside it: 40 cases, a quarter of
+an hour of a quiet machine with 2 cores. `--only NAME ...` measures these alone.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 `python -m tests.schedule --measure` times, on one core of this machine, the share of every step
 that a thread of a team of each size has, and writes tests/data/schedule/steps.json; without it the
-page of figures is printed from that file. What is simulated is `ensemble.ops.kernels.run`: how models
-are dealt to cores, which of them are shared, and the barrier after each shared step. What is left
-out: that cores share memory and caches, so the times are those of a machine whose memory is as
+page of figures is printed from that file. What is simulated is `ensemble.ops.kernels.run`: how
+models are dealt to cores, which of them are shared, and the barrier after each shared step. What is
+left out: that cores share memory and caches, so the times are those of a machine whose memory is as
 fast for each core as it is here for one.
 """
 
@@ -152,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--measure", action="store_true", help="time the shares on this machine")
     if parser.parse_args(argv).measure:
         nets = [measure(*own) for own in NETS]
-        content = {"made_with": "python -m tests.schedule --measure"}
-        content |= {"nets": [asdict(own) for own in nets]}
+        content: dict[str, Any] = {"made_with": "python -m tests.schedule --measure"}
+        content["nets"] = [asdict(own) for own in nets]
         FILE.write_text(json.dumps(content, indent=1) + "\n")
     from ensemble.ops.kernels.run import team_size
 
