@@ -36,7 +36,7 @@ HANG_S = 120  # of one strategy's build and calls
 SLOW = [
     name
     for name, own in STRATEGIES.items()
-    if own.module == "peers" or "compiled" in name or name == BEST
+    if own.module == "peers" or "compiled" in name or own.tunes
 ]
 QUICK = [name for name in STRATEGIES if name not in SLOW]
 
