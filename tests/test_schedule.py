@@ -10,7 +10,7 @@ NETS = schedule.read()
 EVEN = Measured("made up", 224, 0, {size: 1.0 / size for size in range(1, 65)})  # shared for free
 
 
-def test_whole_rounds_are_dealt_and_what_is_left_is_shared_in_rounds_of_teams():
+def test_whole_rounds_are_dealt_and_what_is_left_is_shared_in_rounds_of_teams() -> None:
     assert schedule.simulate(EVEN, 6, 2, lambda left, cores: cores) == 3.0
     assert schedule.simulate(EVEN, 5, 2, lambda left, cores: 2) == 2.5
     assert schedule.simulate(EVEN, 4, 6, lambda left, cores: 2) == 1.0  # three teams: two rounds
@@ -22,12 +22,14 @@ def test_whole_rounds_are_dealt_and_what_is_left_is_shared_in_rounds_of_teams():
 )
 def test_a_team_is_of_the_size_by_which_the_models_left_take_the_least_time(
     left: int, cores: int, size: int
-):
+) -> None:
     assert team_size(left, cores) == size
 
 
 @pytest.mark.parametrize("net", NETS, ids=lambda net: f"{net.arch}, {net.px} px")
-def test_up_to_64_cores_no_other_dealing_of_models_to_equal_teams_is_much_faster(net: Measured):
+def test_up_to_64_cores_no_other_dealing_of_models_to_equal_teams_is_much_faster(
+    net: Measured,
+) -> None:
     ratios = {
         (count, cores): schedule.simulate(net, count, cores, team_size.py_func)
         / schedule.least(net, count, cores)

@@ -94,7 +94,9 @@ def tidy() -> None:
 
 def _no_recompilation() -> contextlib.AbstractContextManager[object]:
     if "torch._dynamo" in sys.modules:
-        return torch.compiler.set_stance("fail_on_recompile")
+        stance: contextlib.AbstractContextManager[object]
+        stance = torch.compiler.set_stance("fail_on_recompile")
+        return stance
     return contextlib.nullcontext()
 
 

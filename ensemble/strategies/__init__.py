@@ -38,7 +38,7 @@ class Strategy:
     tunes: bool = False  # at build, for as long as it is told
 
     def builder(self, *, tune_seconds: float = TUNE_SECONDS) -> Builder:
-        own = getattr(import_module(f"{__name__}.{self.module}"), self.function)
+        own: Builder = getattr(import_module(f"{__name__}.{self.module}"), self.function)
         return partial(own, tune_seconds=tune_seconds) if self.tunes else own
 
 

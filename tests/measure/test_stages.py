@@ -16,9 +16,9 @@ def stages_of(strategy: str) -> list[str]:
 
 
 @pytest.mark.parametrize("strategy", ["lowered_vmap", "best"])
-def test_kernels_that_are_compiled_are_told_as_what_they_are(strategy: str):
+def test_kernels_that_are_compiled_are_told_as_what_they_are(strategy: str) -> None:
     assert stages_of(strategy) == [COMPILING, BUILDING]
 
 
-def test_a_strategy_without_kernels_has_nothing_to_tell():
+def test_a_strategy_without_kernels_has_nothing_to_tell() -> None:
     assert stages_of("vmap") == []

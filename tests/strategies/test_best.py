@@ -55,14 +55,16 @@ def sleeping(seconds: float, off: float = 0.0) -> Builder:
 
 
 @pytest.mark.parametrize("names", [*best.CANDIDATES.values(), best.ELSEWHERE])
-def test_every_candidate_is_a_strategy_of_ours_and_the_loop_is_the_first(names: tuple[str, ...]):
+def test_every_candidate_is_a_strategy_of_ours_and_the_loop_is_the_first(
+    names: tuple[str, ...],
+) -> None:
     assert set(names) <= set(STRATEGIES) - {"best", *PEERS}
     assert names[0] == "loop"
     assert len(set(names)) == len(names) <= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_what_is_picked_runs_in_every_dtype(dtype: torch.dtype):
+def test_what_is_picked_runs_in_every_dtype(dtype: torch.dtype) -> None:
     own = [model.to(dtype) for model in tiny_models(2)]
     x = torch.randn(1, 3, 8, 8, dtype=dtype)
     assert ensemble.build("best", own, x)(x).dtype == dtype
@@ -70,7 +72,7 @@ def test_what_is_picked_runs_in_every_dtype(dtype: torch.dtype):
 
 def test_the_fastest_is_kept_and_the_note_says_what_was_tried(
     candidates: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     candidates(slow=sleeping(0.05), fast=sleeping(0.01))
     monkeypatch.setitem(best.CANDIDATES, "cpu", ("slow", "fast"))  # a loop of milliseconds wins
     own, x = tiny_models(2), torch.randn(1, 3, 8, 8)
@@ -83,14 +85,14 @@ def test_the_fastest_is_kept_and_the_note_says_what_was_tried(
     torch.testing.assert_close(built.forward(x), independent(own, x))
 
 
-def test_where_nothing_is_faster_it_is_the_loop(candidates: Callable[..., None]):
+def test_where_nothing_is_faster_it_is_the_loop(candidates: Callable[..., None]) -> None:
     candidates(slow=sleeping(0.01))
     built = strategies.make("best", tiny_models(2), torch.randn(1, 3, 8, 8))
     assert built.choice is not None
     assert built.choice.name == "loop"
 
 
-def test_a_fast_one_that_is_wrong_is_out_with_the_reason(candidates: Callable[..., None]):
+def test_a_fast_one_that_is_wrong_is_out_with_the_reason(candidates: Callable[..., None]) -> None:
     def wrong(models: Sequence[nn.Module], example: Tensor) -> Built:
         return Built(lambda x: torch.zeros(len(models), len(x), 5))
 
@@ -103,7 +105,7 @@ def test_a_fast_one_that_is_wrong_is_out_with_the_reason(candidates: Callable[..
         assert "wrong: outputs disagree: model 0 is off by 1.0e+00" in built.choice.note
 
 
-def test_a_lack_of_memory_costs_the_candidate_alone(candidates: Callable[..., None]):
+def test_a_lack_of_memory_costs_the_candidate_alone(candidates: Callable[..., None]) -> None:
     def greedy(models: Sequence[nn.Module], example: Tensor) -> Built:
         raise torch.OutOfMemoryError("no room for 1 TB")
 
@@ -113,7 +115,7 @@ def test_a_lack_of_memory_costs_the_candidate_alone(candidates: Callable[..., No
     assert built.choice.note == "picked loop (tried: greedy: no room for 1 TB)"
 
 
-def test_a_model_that_cannot_be_traced_is_run_by_the_loop():
+def test_a_model_that_cannot_be_traced_is_run_by_the_loop() -> None:
     class Branching(TinyNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if x.sum() > 0 else super().forward(-x)
@@ -127,7 +129,7 @@ def test_a_model_that_cannot_be_traced_is_run_by_the_loop():
     torch.testing.assert_close(built.forward(x), independent(own, x))
 
 
-def test_models_that_differ_are_run_by_the_loop_or_one_after_another():
+def test_models_that_differ_are_run_by_the_loop_or_one_after_another() -> None:
     own: list[nn.Module] = [*tiny_models(1), torchvision.models.squeezenet1_1(num_classes=5).eval()]
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(
@@ -135,7 +137,7 @@ def test_models_that_differ_are_run_by_the_loop_or_one_after_another():
     )
 
 
-def test_best_is_what_users_take_home():
+def test_best_is_what_users_take_home() -> None:
     torch.manual_seed(0)
     own = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(2)]
     built = strategies.make("best", own, torch.zeros(1, 3, 64, 64))

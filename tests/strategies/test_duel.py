@@ -67,7 +67,7 @@ def real_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("order", [("slow", "fast"), ("fast", "slow")])
-def test_the_fastest_wins_by_three_percent_whichever_comes_first(order: tuple[str, ...]):
+def test_the_fastest_wins_by_three_percent_whichever_comes_first(order: tuple[str, ...]) -> None:
     machine = Machine()
     own = {"slow": machine.candidate(0.0515), "fast": machine.candidate(0.05)}
     found = machine.fastest({name: own[name] for name in order})
@@ -75,26 +75,26 @@ def test_the_fastest_wins_by_three_percent_whichever_comes_first(order: tuple[st
     assert found.times_s == pytest.approx({"slow": 0.0515, "fast": 0.05})
 
 
-def test_of_equals_the_first_stays():
+def test_of_equals_the_first_stays() -> None:
     machine = Machine()
     found = machine.fastest({name: machine.candidate(0.05) for name in ("a", "b", "c")})
     assert found.name == "a"
     assert found.tried == "a 50 ms, b 50 ms, c 50 ms"
 
 
-def test_a_machine_that_slows_down_meanwhile_hits_both_alike():
+def test_a_machine_that_slows_down_meanwhile_hits_both_alike() -> None:
     machine = Machine(lambda call: 1.0 + call / 20)
     own = {"slow": machine.candidate(0.055), "fast": machine.candidate(0.05)}
     assert machine.fastest(own).name == "fast"
 
 
-def test_a_single_slow_call_does_not_decide():
+def test_a_single_slow_call_does_not_decide() -> None:
     machine = Machine(lambda call: 3.0 if call % 7 == 0 else 1.0)
     own = {"slow": machine.candidate(0.055), "fast": machine.candidate(0.05)}
     assert machine.fastest(own).name == "fast"
 
 
-def test_one_that_is_clearly_behind_costs_two_pairs_and_a_close_one_a_second():
+def test_one_that_is_clearly_behind_costs_two_pairs_and_a_close_one_a_second() -> None:
     clear, close = Machine(), Machine()
     clear.fastest({"fast": clear.candidate(0.05), "slow": clear.candidate(0.08)})
     assert clear.calls == 2 + 2 * 2 * 2  # a check of each; an untimed and a timed call of each
@@ -103,13 +103,13 @@ def test_one_that_is_clearly_behind_costs_two_pairs_and_a_close_one_a_second():
 
 
 @pytest.mark.parametrize("call_s", [1e-3, 0.016, 0.07])
-def test_a_duel_takes_about_a_third_of_a_second(call_s: float):
+def test_a_duel_takes_about_a_third_of_a_second(call_s: float) -> None:
     machine = Machine()
     machine.fastest({"a": machine.candidate(call_s), "b": machine.candidate(1.2 * call_s)})
     assert machine.now < 0.33 + (2 * 2 * duel.LEAST + 2) * 1.2 * call_s
 
 
-def test_candidates_that_raise_or_disagree_are_out_with_their_reason():
+def test_candidates_that_raise_or_disagree_are_out_with_their_reason() -> None:
     machine = Machine()
     own = {"first": broken, "wrong": machine.candidate(0.01, label=2.0)}
     found = machine.fastest({**own, "third": machine.candidate(0.05), "last": broken})
@@ -117,12 +117,12 @@ def test_candidates_that_raise_or_disagree_are_out_with_their_reason():
     assert found.tried == ("first: no such device; wrong: outputs disagree; last: no such device")
 
 
-def test_where_all_raise_the_error_is_the_first_ones():
+def test_where_all_raise_the_error_is_the_first_ones() -> None:
     with pytest.raises(RuntimeError, match="no such device"):
         Machine().fastest({"first": broken, "second": Machine().candidate(0.1, label=0.0)})
 
 
-def test_never_more_than_two_are_held_and_in_the_end_one():
+def test_never_more_than_two_are_held_and_in_the_end_one() -> None:
     machine = Machine()
     times = (0.05, 0.04, 0.06, 0.03, 0.031)
     found = machine.fastest({str(own): machine.candidate(own) for own in times})
@@ -131,7 +131,7 @@ def test_never_more_than_two_are_held_and_in_the_end_one():
     assert len(machine.alive) == 1
 
 
-def test_when_time_is_over_no_further_one_is_begun():
+def test_when_time_is_over_no_further_one_is_begun() -> None:
     machine = Machine()
     own = {name: machine.candidate(0.05, build_s=5.0) for name in ("a", "b", "c")}
     found = machine.fastest(own, seconds=8.0)
@@ -139,7 +139,7 @@ def test_when_time_is_over_no_further_one_is_begun():
     assert found.tried.endswith("; c: not tried after 8 s (--tune_seconds)")
 
 
-def test_where_memory_is_short_no_further_one_is_begun(monkeypatch: pytest.MonkeyPatch):
+def test_where_memory_is_short_no_further_one_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duel, "available_bytes", lambda device: 10**9)
     machine = Machine()
     own = {name: machine.candidate(0.05) for name in ("a", "b")}
@@ -148,5 +148,5 @@ def test_where_memory_is_short_no_further_one_is_begun(monkeypatch: pytest.Monke
     assert found.tried == "b: not tried: may take 2.0 GB, 1.0 GB are left"
 
 
-def test_chunks_are_all_models_and_their_halves():
+def test_chunks_are_all_models_and_their_halves() -> None:
     assert [chunked.sizes(count) for count in (1, 2, 6)] == [[1], [2, 1], [6, 3, 2, 1]]
