@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -38,7 +38,9 @@ class Strategy:
     tunes: bool = False  # at build, for as long as it is told
 
     def builder(self, *, tune_seconds: float = TUNE_SECONDS) -> Builder:
-        own: Builder = getattr(import_module(f"{__name__}.{self.module}"), self.function)
+        own: Callable[..., Built] = getattr(
+            import_module(f"{__name__}.{self.module}"), self.function
+        )
         return partial(own, tune_seconds=tune_seconds) if self.tunes else own
 
 
