@@ -46,7 +46,7 @@ def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bo
         table.add_column(column.header, justify="right", no_wrap=True)
     for row in shown:
         cells = (column.cell(row) for column in columns)
-        table.add_row(row.case.strategy, *cells, style=STYLES.get(_kind(row), ""))
+        table.add_row(row.name, *cells, style=STYLES.get(_kind(row), ""))
     text = io.StringIO()
     Console(
         file=text,

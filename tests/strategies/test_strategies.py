@@ -15,7 +15,7 @@ from ensemble import strategies
 from ensemble.errors import UnavailableError
 from ensemble.machine import devices
 from ensemble.models import stacking
-from ensemble.strategies import STRATEGIES
+from ensemble.strategies import BEST, STRATEGIES
 from ensemble.strategies.built import Built
 from ensemble.strategies.concurrent import shares
 from tests.checkpoints import lively
@@ -28,7 +28,7 @@ QUIETER_COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # o
 
 
 def takes_seconds(name: str) -> bool:
-    return name in PEERS or "compiled" in name
+    return name in PEERS or "compiled" in name or name == BEST
 
 
 def from_registry(*, slow: bool) -> list[object]:
