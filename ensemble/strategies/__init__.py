@@ -44,9 +44,9 @@ class Strategy:
         return partial(own, tune_seconds=tune_seconds) if self.tunes else own
 
 
-_COMPILES = "compiles: up to a minute"
-_CONVERTS = "converts: seconds"
-_PEERS = "requirements-peers.txt, a CPU"
+_COMPILES = "up to 1 min"
+_CONVERTS = "seconds"
+_PEERS = "CPU, peers"  # requirements-peers.txt
 
 # A name says how: [cudagraph_][compiled_|prepacked_|folded_|lowered_]loop, vmap or concurrent.
 STRATEGIES = {
@@ -64,17 +64,17 @@ STRATEGIES = {
         "compiled", "vmap", "folded_vmap through torch.compile, one graph", start=_COMPILES
     ),
     "prepacked_loop": Strategy(
-        "prepacked", "loop", "folded_loop, weights in oneDNN's order, relu and sum fused", "a CPU"
+        "prepacked", "loop", "folded_loop, weights in oneDNN's order, relu and sum fused", "CPU"
     ),
     "prepacked_concurrent": Strategy(
-        "prepacked", "concurrent", "the same, one model per core", "a CPU"
+        "prepacked", "concurrent", "the same, one model per core", "CPU"
     ),
     "lowered_vmap": Strategy(
         "lowered",
         "vmap",
         "vmap by operators with kernels of their own for N models",
-        "numba for its kernels, a CPU",
-        "seconds; once 15 s to compile kernels",
+        "CPU, numba",
+        "seconds; once 15 s",
         rounds_apart=True,
         has_kernels=True,
     ),
@@ -110,7 +110,7 @@ STRATEGIES = {
         "peers", "onnxruntime", "ONNX Runtime, the fastest of its settings", _PEERS, _CONVERTS
     ),
     "jax": Strategy(
-        "peers", "jax", "JAX, jit, the faster of loop and vmap", f"{_PEERS}, a ResNet", _COMPILES
+        "peers", "jax", "JAX, jit, the faster of loop and vmap; ResNets", _PEERS, _COMPILES
     ),
     BEST: Strategy(
         "best",
