@@ -62,7 +62,7 @@ def test_each_kernel_computes_a_3x3_convolution_at_any_size(
     weight, bias = randn(2, out_channels, channels, 3, 3, seed=1) / 9, randn(2, out_channels)
     other = randn(2, images, out_channels, *size, seed=2) if added else None
     packed = conv.pack_weight(weight, kind)
-    found = conv.packed_conv2d(x, packed, bias, other, kind, [3, 3], ONE, ONE, ONE, added)
+    found = conv.packed_conv2d(x, packed, bias, other, kind, [3, 3], ONE, ONE, ONE, 1, added)
     assert error(found, exact(x, weight, bias, other, added, ONE, ONE, ONE)) < 1e-5
 
 
@@ -90,7 +90,7 @@ def test_the_direct_kernel_takes_every_geometry(
     weight, bias = randn(3, PANEL, channels, *kernel, seed=1) / 9, randn(3, PANEL)
     packed = conv.pack_weight(weight, Kind.DIRECT)
     options = stride, padding, dilation
-    found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, kernel, *options, False)
+    found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, kernel, *options, 1, False)
     assert error(found, exact(x, weight, bias, None, False, *options)) < 1e-5
 
 
@@ -109,7 +109,7 @@ def test_a_nan_in_the_input_comes_out_as_nan_through_relu():
     x, weight = torch.full((1, 1, WIDTH, 4, 4), torch.nan), randn(1, PANEL, WIDTH, 3, 3)
     for kind in (Kind.DIRECT, Kind.WINOGRAD_4):
         packed = conv.pack_weight(weight, kind)
-        options = ([3, 3], ONE, ONE, ONE, True)
+        options = ([3, 3], ONE, ONE, ONE, 1, True)
         found = conv.packed_conv2d(x, packed, torch.zeros(1, PANEL), None, kind, *options)
         assert bool(found.isnan().all())
 
@@ -147,6 +147,7 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(classes
                 [2, 2],
                 ONE,
                 ONE,
+                1,
                 False,
             ),
         ),
@@ -229,7 +230,7 @@ def test_a_bias_is_read_by_its_strides():
     x, weight = randn(1, WIDTH, 6, 6), randn(2, PANEL, WIDTH, 3, 3) / 9
     bias = randn(PANEL, 2).T
     packed = conv.pack_weight(weight, Kind.DIRECT)
-    options = ([3, 3], ONE, ONE, ONE, False)
+    options = ([3, 3], ONE, ONE, ONE, 1, False)
     found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, *options)
     assert error(found, exact(x, weight, bias, None, False, ONE, ONE, ONE)) < 1e-5
 
@@ -240,7 +241,7 @@ def test_buffers_are_of_the_kernels_own_dtype_whatever_is_torchs_default(dtype: 
     torch.set_default_dtype(dtype)
     try:
         packed = conv.pack_weight(weight, Kind.WINOGRAD_4)
-        options = ([3, 3], ONE, ONE, ONE, False)
+        options = ([3, 3], ONE, ONE, ONE, 1, False)
         found = conv.packed_conv2d(x, packed, bias, None, Kind.WINOGRAD_4, *options)
         pooled = conv.packed_max_pool2d(found, [2, 2], [2, 2], [0, 0])
     finally:
@@ -394,6 +395,6 @@ def test_a_direct_convolution_in_pairs_is_that_of_the_rounded_numbers(
     bias = randn(2, PANEL, seed=2).bfloat16()
     options = [stride, stride], [kernel[0] // 2, kernel[1] // 2], ONE
     packed = conv.pack_weight(weight, Kind.DIRECT_PAIRS)
-    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_PAIRS, kernel, *options, True)
+    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_PAIRS, kernel, *options, 1, True)
     assert found.dtype == torch.bfloat16
     assert error(found, exact(x, weight, bias, other, True, *options)) < 2**-8

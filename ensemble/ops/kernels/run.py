@@ -13,7 +13,7 @@ from typing import Any
 
 from numba import njit
 
-from ensemble.ops import operation, simd
+from ensemble.ops import operation, products, simd, taps
 from ensemble.ops.kernels.kernel import LOCAL, jit
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.simd import fetch_add, give_way, load_shared, relax
@@ -133,6 +133,6 @@ def _make_run(sources: str) -> Any:
 
 
 # Every file that the code comes from.
-_FILES = [Path(str(module.__file__)) for module in (simd, operation)]
+_FILES = [Path(str(module.__file__)) for module in (simd, products, taps, operation)]
 _FILES += sorted(Path(__file__).parent.glob("*.py"))
 run = _make_run(hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest())

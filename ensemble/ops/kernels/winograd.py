@@ -46,7 +46,8 @@ _FILTER_TRANSFORMS = {
 
 def _can_run(geometry: Geometry) -> bool:
     whole = geometry.channels % WIDTH == 0 and geometry.out_channels % PANEL == 0
-    return whole and geometry.kernel == (3, 3) and geometry.stride == geometry.dilation == (1, 1)
+    plain = geometry.stride == geometry.dilation == (1, 1) and geometry.groups == 1
+    return whole and plain and geometry.kernel == (3, 3)
 
 
 def _cost(tile: int, geometry: Geometry) -> float:
