@@ -1,4 +1,4 @@
-"""The inner loops of matrix products, as LLVM's code: sums stay in registers until they are done."""
+"""The inner loops of matrix products, as LLVM's code: sums stay in registers till they are done."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -65,7 +65,9 @@ def multiply_into_two(rows: int) -> Any:
     """
 
     @intrinsic
-    def multiply(typing_context, a, b, depth, ahead, b1, s1, c1, t1, o1, f1, b2, s2, c2, t2, o2, f2):
+    def multiply(
+        typing_context, a, b, depth, ahead, b1, s1, c1, t1, o1, f1, b2, s2, c2, t2, o2, f2
+    ):
         def generate(context, builder, signature, arguments):
             _multiply_into_two(builder, rows, arguments)
             return context.get_dummy_value()

@@ -240,7 +240,7 @@ def give_way(typing_context):
 
 @intrinsic
 def stand_alone(typing_context):
-    """Keep the function that calls this whole: LLVM would copy its code to wherever it is called."""
+    """Keep the function that calls this whole: LLVM would copy its code to where it is called."""
 
     def generate(context, builder, signature, arguments):
         builder.function.attributes.add("noinline")

@@ -27,7 +27,8 @@ from ensemble.ops.simd import (
 )
 from ensemble.ops.taps import multiply_taps
 
-STRIP_BYTES = 128 * 1024  # of padded input at a time
+STRIP_BYTES = 256 * 1024  # of padded input at a time
+PLANES = 4  # vectors of channels that are copied at a time, where groups are not wider
 # Pixels whose sums are in registers; what else is there is weights and inputs.
 SIZES = tuple(size for size in (14, 7, 4, 1) if size <= REGISTERS // 2 - 2)
 # Groups that lie side by side in a vector, by channels; wider ones fill whole vectors.
@@ -52,7 +53,7 @@ def _cost(geometry: Geometry) -> float:
 
 
 def _scratch_bytes(geometry: Geometry) -> int:
-    planes = max(1, geometry.channels // geometry.groups // WIDTH)
+    planes = max(PLANES, geometry.channels // geometry.groups // WIDTH)
     line = geometry.size[1] + 2 * geometry.padding[1] + geometry.stride[1]
     reach = (geometry.kernel[0] - 1) * geometry.dilation[0] + 1
     least = planes * line * reach * VECTOR_BYTES  # for one line of outputs
@@ -101,28 +102,40 @@ def _pixels_at_once(width):
 
 
 @jit
+def _blocks_at_once(blocks, planes):
+    """How many blocks of planes are copied together: divides `blocks`."""
+    count = 1
+    while blocks % (2 * count) == 0 and 2 * count * planes <= PLANES:
+        count *= 2
+    return count
+
+
+@jit
 def _copy_strip(step, image, channel, planes, first_y, lines, phase_width, strip):
     """`lines` lines of some channels, from first_y (which may lie above the image) on.
 
-    Of each vector of channels, in each line the columns 0, stride, 2 stride, ... then 1, 1 +
-    stride, ...: those that neighbours read at a tap are neighbours.
+    Of each vector of channels, a plane; in each line the columns 0, stride, 2 stride, ... then 1,
+    1 + stride, ...: those that neighbours read at a tap are neighbours. Vectors that lie side by
+    side in the image are read one after another.
     """
     pixel_bytes = step.channels * FLOAT_BYTES
-    zero = splat(np.float32(0))
+    plane_bytes = lines * phase_width * step.stride_x * VECTOR_BYTES
+    own = image + channel * FLOAT_BYTES
     target = strip
-    for plane in range(planes):
-        own = image + (channel + plane * WIDTH) * FLOAT_BYTES
-        for y in range(first_y, first_y + lines):
-            source = own + y * step.width * pixel_bytes
-            inside = 0 <= y < step.height
-            for phase in range(step.stride_x):
-                for column in range(phase_width):
-                    in_x = column * step.stride_x + phase - step.pad_x
-                    value = zero
-                    if inside and 0 <= in_x < step.width:
-                        value = load(source + in_x * pixel_bytes)
-                    store(target, value)
-                    target += VECTOR_BYTES
+    for y in range(first_y, first_y + lines):
+        source = own + y * step.width * pixel_bytes
+        inside = 0 <= y < step.height
+        for phase in range(step.stride_x):
+            for column in range(phase_width):
+                in_x = column * step.stride_x + phase - step.pad_x
+                if inside and 0 <= in_x < step.width:
+                    at = source + in_x * pixel_bytes
+                    for plane in range(planes):
+                        store(target + plane * plane_bytes, load(at + plane * VECTOR_BYTES))
+                else:
+                    for plane in range(planes):
+                        store(target + plane * plane_bytes, splat(np.float32(0)))
+                target += VECTOR_BYTES
 
 
 @jit
@@ -172,13 +185,15 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
     weight is `(out_channels / WIDTH, taps, channels of a group, WIDTH)`.
     """
     share = step.channels // step.groups
-    planes = max(1, share // WIDTH)
-    blocks = step.channels // (planes * WIDTH)
+    planes = max(1, share // WIDTH)  # that a vector of outputs reads
+    at_once = planes * _blocks_at_once(step.channels // (planes * WIDTH), planes)
+    blocks = step.channels // (at_once * WIDTH)
     vectors = step.out_channels // WIDTH // blocks
+    own_vectors = vectors * planes // at_once  # that read the same planes
     phase_width = ceil(step.width + 2 * step.pad_x, step.stride_x)
     line_bytes = phase_width * step.stride_x * VECTOR_BYTES
     reach = (step.kernel_y - 1) * step.dilation_y + 1
-    most = (STRIP_BYTES // (planes * line_bytes) - reach) // step.stride_y + 1
+    most = (STRIP_BYTES // (at_once * line_bytes) - reach) // step.stride_y + 1
     strips = ceil(step.out_height, max(1, min(most, step.out_height)))
     rows = ceil(step.out_height, strips)
     lines = (rows - 1) * step.stride_y + reach
@@ -191,18 +206,19 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
         place, block = divmod(index, blocks)
         image, strip = divmod(place, strips)
         y0 = min(strip * rows, step.out_height - rows)
-        first_y, channel = y0 * step.stride_y - step.pad_y, block * planes * WIDTH
+        first_y, channel = y0 * step.stride_y - step.pad_y, block * at_once * WIDTH
         own = x + image * image_bytes
-        _copy_strip(step, own, channel, planes, first_y, lines, phase_width, scratch)
+        _copy_strip(step, own, channel, at_once, first_y, lines, phase_width, scratch)
         for vector in range(block * vectors, (block + 1) * vectors):
             pixel = (image * step.out_height + y0) * step.out_width
             at = (pixel * step.out_channels + vector * WIDTH) * FLOAT_BYTES
             added = other + at if other != 0 else 0
             factors = weight + vector * taps * min(share, WIDTH) * VECTOR_BYTES
             start = bias + vector * VECTOR_BYTES
+            plane = (vector - block * vectors) // own_vectors * planes
             _convolve_strip(
                 step,
-                scratch,
+                scratch + plane * lines * line_bytes,
                 line_bytes,
                 offsets,
                 taps,

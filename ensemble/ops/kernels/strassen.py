@@ -31,7 +31,9 @@ from ensemble.ops.simd import (
 OPERANDS = 7  # of pixels, and of weights: one for each product
 GROUP_BYTES = 256 * 1024  # of operands of pixels that are made at a time
 # Rows of a product: halves of a unit may overlap, so that not every number needs its own code.
-ROWS = tuple(sorted({1, 2, MAX_ROWS // 3, MAX_ROWS // 2, 3 * MAX_ROWS // 4, MAX_ROWS - 1, MAX_ROWS}))
+ROWS = tuple(
+    sorted({1, 2, MAX_ROWS // 3, MAX_ROWS // 2, 3 * MAX_ROWS // 4, MAX_ROWS - 1, MAX_ROWS})
+)
 QUARTER = MAX_ROWS * PANEL * FLOAT_BYTES  # bytes of a quarter of a unit's result
 PANEL_BYTES = PANEL * FLOAT_BYTES
 # Floats moved, to make an operand of pixels or to add a product, in the time of a multiply-add.
@@ -136,7 +138,9 @@ def _add_up(step, x, first, count, rows, operands):
 
 
 @jit
-def _multiply_unit(product, rows, a, b, depth, tile, bias, out, other, down, row_bytes, relu):
+def _multiply_unit(
+    product, rows, a, b, depth, ahead, tile, bias, out, other, down, row_bytes, relu
+):
     """One of the seven products, added to its quarters: in `tile`, or at last in `out`.
 
     down: bytes from a pixel of the upper half of the result to that of the lower. A quarter begins
@@ -148,7 +152,7 @@ def _multiply_unit(product, rows, a, b, depth, tile, bias, out, other, down, row
     other2 = other + right if other != 0 else 0
     other_below = other + down if other != 0 else 0
     other2_below = other2 + down if other != 0 else 0
-    p, r, s, ahead = PANEL_BYTES, row_bytes, SUBTRACT, depth * PANEL_BYTES
+    p, r, s = PANEL_BYTES, row_bytes, SUBTRACT
     if product == 0:
         _multiply(rows, a, b, depth, ahead, bias, 0, c11, p, 0, 0, bias2, 0, c22, p, 0, 0)
     elif product == 1:
@@ -171,8 +175,14 @@ def _multiply_unit(product, rows, a, b, depth, tile, bias, out, other, down, row
 
 
 @jit
-def _multiply_group(step, operands, unit_bytes, tiles, factors, bias, out, other, first, end, unit):
-    """All pixels of a group times a pair of panels: each operand of weights is read once."""
+def _multiply_group(
+    step, operands, unit_bytes, tiles, factors, bias, out, other, first, end, unit, following
+):
+    """All pixels of a group times a pair of panels: each operand of weights is read once.
+
+    What will be read next is fetched meanwhile: the next weights, or the pixels from `following` on
+    (0: none), in two products of a unit as much as it reads.
+    """
     half, row_bytes = step.channels // 2, step.out_channels * FLOAT_BYTES
     relu = RELU if step.relu else 0
     for product in range(OPERANDS):
@@ -185,12 +195,16 @@ def _multiply_group(step, operands, unit_bytes, tiles, factors, bias, out, other
             place, down = start * row_bytes, (count - rows) * row_bytes
             added = other + place if other != 0 else 0
             tile = tiles + index * 4 * QUARTER
+            ahead = half * PANEL_BYTES
+            if following != 0 and product < 2:
+                ahead = following + (2 * index + product) * ahead - b
             _multiply_unit(
                 product,
                 rows,
                 a,
                 b,
                 half,
+                ahead,
                 tile,
                 bias,
                 out + place,
@@ -228,6 +242,7 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
             count = min(unit, end - start)
             own = operands + (start - first) // unit * unit_bytes
             _add_up(step, x, start, count, _half(count), own)
+        following = x + end * step.channels * FLOAT_BYTES
         for pair in range(pair_part, pairs, pair_parts):
             right = 2 * pair * PANEL_BYTES
             _multiply_group(
@@ -242,6 +257,7 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
                 first,
                 end,
                 unit,
+                following if pair == pair_part and end < pixels else 0,
             )
 
 
