@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ensemble.ops import kernels
 from ensemble.ops.operation import Kind, Operation
+from ensemble.ops.pages import in_large_pages
 from ensemble.ops.simd import FLOAT_BYTES
 from ensemble.ops.team import run_together
 from ensemble.ops.workers import PerProcess
@@ -63,7 +64,7 @@ class Program(nn.Module):
         scratch_bytes = max(kernels.scratch_bytes(own.kind, own.geometry) for own in operations)
         # Cleared, so that no call is the first to touch them.
         self._memory = [
-            [_new(size).zero_() for _ in range(threads)] for size in (arena_bytes, scratch_bytes)
+            [in_large_pages(_new(size)).zero_() for _ in range(threads)] for size in (arena_bytes, scratch_bytes)
         ]
         self._arenas, self._scratches = (
             np.array([memory.data_ptr() for memory in own], np.int64) for own in self._memory

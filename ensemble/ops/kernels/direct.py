@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, multiply
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply
 from ensemble.ops.operation import Geometry
 from ensemble.ops.products import ADD_OTHER, RELU, START_FROM_C
 from ensemble.ops.simd import (
@@ -207,7 +207,7 @@ def _gather_rows(step, x, padded, line, rows_at, first, count, rows, k, depth):
             _gather(step, x, target, first + row, own, k, depth)
 
 
-@jit
+@jit_within
 def _multiply_rows(step, rows_at, factors, out, other, start, count, rows, depth, flags, ahead):
     """Gathered rows times one panel of weights; `out` and `other` are the first pixel's."""
     whole = ceil(depth, WIDTH) * VECTOR_BYTES

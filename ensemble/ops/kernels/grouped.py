@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within
 from ensemble.ops.operation import Geometry
 from ensemble.ops.products import ADD_OTHER, RELU
 from ensemble.ops.simd import (
@@ -150,7 +150,7 @@ def _find_taps(step, planes, lines, phase_width, offsets):
             offsets[tap * planes + plane] = at + plane * lines * line_bytes
 
 
-@jit
+@jit_within
 def _convolve_strip(step, strip, line_bytes, offsets, taps, factors, start, other, out, rows):
     """One vector of outputs of some rows; out and other are those of the first pixel."""
     share = step.channels // step.groups

@@ -66,6 +66,12 @@ def jit(function: Any) -> Any:
     return njit(nogil=True, error_model="numpy")(function)
 
 
+def jit_within(function: Any) -> Any:
+    """`jit` as part of whoever calls it: LLVM optimises a function again for each caller above it,
+    with all that it calls, so that what only hands on to large code costs most of the time."""
+    return njit(nogil=True, error_model="numpy", inline="always")(function)
+
+
 def fill_geometry(step: np.void, geometry: Geometry) -> None:
     """Write a geometry into a row of `STEP`."""
     step["images"], step["channels"] = geometry.images, geometry.channels

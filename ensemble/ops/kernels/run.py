@@ -14,7 +14,7 @@ from typing import Any
 from numba import njit
 
 from ensemble.ops import operation, products, simd, taps
-from ensemble.ops.kernels.kernel import LOCAL, jit
+from ensemble.ops.kernels.kernel import LOCAL, jit, jit_within
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.simd import fetch_add, give_way, load_shared, relax
 
@@ -42,10 +42,10 @@ def _address(base, stride, model, arena):
     return arena + base if stride == LOCAL else base + stride * model
 
 
-_dispatch = jit(_make_dispatch())
+_dispatch = jit_within(_make_dispatch())
 
 
-@jit
+@jit_within
 def _execute(step, model, arena, scratch, part, parts):
     """One step of one model, or the share of it that is `part` of `parts`."""
     x = _address(step.x, step.x_stride, model, arena)

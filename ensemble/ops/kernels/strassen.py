@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within
 from ensemble.ops.operation import Geometry
 from ensemble.ops.products import RELU, SUBTRACT, multiply_into_two
 from ensemble.ops.simd import (
@@ -137,7 +137,7 @@ def _add_up(step, x, first, count, rows, operands):
             target += rows * VECTOR_BYTES
 
 
-@jit
+@jit_within
 def _multiply_unit(
     product, rows, a, b, depth, ahead, tile, bias, out, other, down, row_bytes, relu
 ):
@@ -174,7 +174,7 @@ def _multiply_unit(
         _multiply(rows, a, b, depth, ahead, c22, p, last, r, other2_below, relu, 0, 0, 0, 0, 0, 0)
 
 
-@jit
+@jit_within
 def _multiply_group(
     step, operands, unit_bytes, tiles, factors, bias, out, other, first, end, unit, following
 ):

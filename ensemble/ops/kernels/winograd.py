@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, multiply
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply
 from ensemble.ops.operation import Geometry
 from ensemble.ops.simd import (
     FLOAT_BYTES,
@@ -265,7 +265,7 @@ def _transform_inputs(step, x, inputs, plane, first, count, rows, zeros, work):
             _input_tile_2(pixels, step.channels, target, line, plane, work)
 
 
-@jit
+@jit_within
 def _multiply_planes(step, inputs, plane_in, weight, products, plane_out, row_out, zeros, count):
     """One matrix product a plane."""
     planes, panels = (step.variant + 2) ** 2, step.out_channels // PANEL
