@@ -376,6 +376,59 @@ def test_the_rule_takes_large_tiles_where_there_are_many_and_small_ones_where_we
     assert chosen(geometry(64, 56, stride=2)) == Kind.DIRECT
 
 
+def test_the_rule_takes_strassens_products_for_1x1_where_they_are_large_enough():
+    def rule(channels: int, out_channels: int, size: int) -> Kind:
+        plain = Geometry(
+            *(1, channels, (size, size), out_channels, (size, size)),
+            *((1, 1), (1, 1), (0, 0), (1, 1)),
+        )
+        return kernels.choose(plain, [Kind.DIRECT, Kind.STRASSEN])
+
+    assert rule(256, 256, 56) == rule(1024, 512, 14) == rule(2048, 1024, 7) == Kind.STRASSEN
+    assert rule(64, 64, 56) == Kind.DIRECT
+    assert rule(2048, 1024, 1) == Kind.DIRECT  # 7/4 of the weights would have to be read
+
+
+@pytest.mark.parametrize("channels", [2 * WIDTH, 64 * WIDTH])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (7, 7), (15, 28)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_seven_products_of_halves_are_a_1x1_convolution(
+    channels: int, size: tuple[int, int], stride: int
+):
+    x = randn(2, 2, channels, *size)
+    weight, bias = randn(2, 4 * PANEL, channels, 1, 1, seed=1) / channels**0.5, randn(2, 4 * PANEL)
+    options = [stride, stride], [0, 0], ONE
+    expected = exact(x, weight, bias, None, False, *options)
+    other = randn(*expected.shape, seed=2)
+    packed = conv.pack_weight(weight, Kind.STRASSEN)
+    found = conv.packed_conv2d(x, packed, bias, other, Kind.STRASSEN, ONE, *options, 1, True)
+    assert error(found, (expected + other).relu()) < 2e-6
+
+
+@pytest.mark.parametrize("share", [share for share in (1, 2, 4, 8, 16, 32) if PANEL % share == 0])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [([3, 3], ONE, ONE, ONE), ([3, 3], [2, 2], ONE, ONE), ([5, 2], [1, 2], [2, 3], [1, 2])],
+)
+@pytest.mark.parametrize("size", [(3, 5), (29, 30)])
+def test_the_grouped_kernel_takes_every_geometry(
+    share: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    size: tuple[int, int],
+):
+    x, bias = randn(2, 2, 2 * PANEL, *size), randn(2, 2 * PANEL)
+    weight = randn(2, 2 * PANEL, share, *kernel, seed=1) / 9
+    options = stride, padding, dilation, 2 * PANEL // share
+    expected = exact(x, weight, bias, None, False, *options)
+    other = randn(*expected.shape, seed=2)
+    packed = conv.pack_weight(weight, Kind.GROUPED)
+    found = conv.packed_conv2d(x, packed, bias, other, Kind.GROUPED, kernel, *options, True)
+    assert error(found, (expected + other).relu()) < 1e-6
+
+
 def test_in_pairs_of_bfloat16_only_much_larger_savings_are_worth_winograd():
     pairs = Kind.DIRECT_PAIRS
     assert chosen(geometry(64, 56), pairs) == Kind.WINOGRAD_4
