@@ -2,24 +2,31 @@
 
 The weights of N models are read once a call, a page after the other. In pages of 4 kB the processor
 looks each of them up, and fetches nothing ahead beyond it. Linux gives pages of 2 MB to who asks
-for them (`madvise`; by itself it gives them where it is set to `always`).
+for them (`madvise`; by itself it gives them where it is set to `always`), and only for memory that
+nobody has used yet: so it comes from the system, not from the allocator.
 """
 
-import ctypes
 import mmap
 
+import torch
 from torch import Tensor
 
 PAGE_BYTES = 2 * 1024 * 1024
 
 
-def in_large_pages(memory: Tensor) -> Tensor:
-    """`memory`, not written to yet, with large pages asked for where whole ones lie in it."""
+def in_large_pages(size: int) -> Tensor:
+    """So many bytes, uint8, that begin at a large page where there is a whole one of them.
+
+    Their content is not defined. Where the system knows no large pages they lie in small ones.
+    """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    start = -(-memory.data_ptr() // PAGE_BYTES) * PAGE_BYTES
-    end = (memory.data_ptr() + memory.nbytes) // PAGE_BYTES * PAGE_BYTES
-    if advice is not None and end > start:
-        # A refusal, of a system without them, changes nothing.
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
-    return memory
+    if advice is None or size < PAGE_BYTES:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    memory = mmap.mmap(-1, size + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(advice)
+    except OSError:  # a kernel without them
+        pass
+    values = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory`
+    start = -values.data_ptr() % PAGE_BYTES
+    return values[start : start + size]

@@ -40,6 +40,7 @@ def check_guards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         assert all(bool((guard == NAN).all()) for guard in buffers)
 
     monkeypatch.setattr(program, "_new", guarded)
+    monkeypatch.setattr(program, "_kept", guarded)
     return check
 
 

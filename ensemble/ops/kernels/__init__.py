@@ -54,7 +54,8 @@ def empty_packed(weight: Tensor, kind: Kind) -> Tensor:
 
 def pack(weight: Tensor, kind: Kind) -> Tensor:
     """The weights of N models, `(N, K, C, R, S)`, as the kernel reads them."""
-    packed, fill = in_large_pages(empty_packed(weight, kind)), KERNELS[kind].pack
+    like, fill = empty_packed(weight, kind), KERNELS[kind].pack
+    packed = in_large_pages(like.nbytes).view(like.dtype).view(like.shape)
     assert fill is not None, kind
     for own, target in zip(weight, packed, strict=True):
         fill(own, target)
