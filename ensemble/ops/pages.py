@@ -7,6 +7,7 @@ nobody has used yet: so it comes from the system, not from the allocator.
 """
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -23,10 +24,8 @@ def in_large_pages(size: int) -> Tensor:
     if advice is None or size < PAGE_BYTES:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     memory = mmap.mmap(-1, size + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with suppress(OSError):  # of a kernel without them
         memory.madvise(advice)
-    except OSError:  # a kernel without them
-        pass
     values = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory`
     start = -values.data_ptr() % PAGE_BYTES
     return values[start : start + size]

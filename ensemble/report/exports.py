@@ -11,13 +11,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ensemble.errors import InputError
 from ensemble.files import first_bytes, write_atomically
 from ensemble.records import Case, Environment, Process, Result, Run
 from ensemble.report.table import render_table
 from ensemble.report.verdict import render_answer, render_remarks
+
+Record = TypeVar("Record", Case, Environment, Process, Result)
 
 SCHEMA, READ_SCHEMAS = 2, (1, 2)
 DETAILS = "```json\n"  # begins the data in a Markdown file
@@ -204,9 +206,9 @@ def result_of(row: Mapping[str, Any]) -> Result:
     return _record(Result, {**row, **values})
 
 
-def _record(kind: type, values: Mapping[str, Any]) -> Any:
+def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
     """A frozen record of plain values; lists become tuples where the field is one."""
-    known = {}
+    known: dict[str, Any] = {}
     for field in fields(kind):
         if field.name not in values and field.default is MISSING:
             raise KeyError(field.name)
