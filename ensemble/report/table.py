@@ -44,7 +44,8 @@ def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bo
     sequences, for a terminal.
     """
     shown = [row for row in results if verbose or row.status != "unavailable"]
-    columns, left_out = _columns(results, verbose=verbose), []
+    columns = _columns(results, verbose=verbose)
+    left_out: list[str] = []
     if not verbose:
         columns, left_out = _fitting(columns, shown)
     lines = _lines(columns, shown, colour=colour)
