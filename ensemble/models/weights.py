@@ -229,7 +229,8 @@ def _allocate(template: nn.Module, num_models: int, device: torch.device) -> lis
     if free is not None and each * num_models > free:
         raise InputError(
             f"the weights of {words.count(num_models, 'model')} need"
-            f" {each * num_models / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}: at most {free // each} fit",
+            f" {each * num_models / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}:"
+            f" at most {free // each} fit",
             argument="num_models",
         )
     return stacking.allocate(template, num_models, device=device)
