@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ensemble.errors import InputError
-from ensemble.strategies import BEST, STRATEGIES
+from ensemble.strategies import BEST, STRATEGIES, TUNE_SECONDS
 
 Number = TypeVar("Number", int, float)
 DEFAULT_NUM_MODELS = 2
@@ -125,11 +125,10 @@ class Config:
     )
     strategies: tuple[str, ...] = flag(
         RUN,
-        f"names of --list_strategies; {BEST}: the loop and the one expected to be fastest here;"
-        f" {ALL}: every one",
-        choices=(*STRATEGIES, BEST, ALL),
+        f"names of --list_strategies; {BEST}: the fastest here, found by trying; {ALL}: every one",
+        choices=(*STRATEGIES, ALL),
         nargs="+",
-        default=["loop", "vmap"],
+        default=["loop", "vmap", BEST],
         metavar="NAME",
     )
     threads: int | None = flag(
@@ -179,6 +178,14 @@ class Config:
         type=percent,
         default=5.0,
         metavar="PERCENT",
+    )
+    tune_seconds: float = flag(
+        MEASURE,
+        f"begin no further candidate of {BEST} after so long; raise it, and --timeout_minutes,"
+        " where each one compiles",
+        type=seconds,
+        default=TUNE_SECONDS,
+        metavar="S",
     )
     timeout_minutes: float = flag(
         MEASURE,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.machine import memory
-from ensemble.measure.row import Stage
+from ensemble.measure.stages import Stage
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Result
@@ -88,7 +88,9 @@ class Worker:
         if not first:
             self._messages.put(first)
 
-    def measure(self, case: Case, *, progress: Stage) -> tuple[Result, Result | None]:
+    def measure(
+        self, case: Case, *, picked: str | None, progress: Stage
+    ) -> tuple[Result, Result | None]:
         """The row of a case, and the reference's half of its pairs where it has such.
 
         A worker that dies, or says nothing for the job's `timeout_s`, is a failed row.
@@ -97,7 +99,7 @@ class Worker:
             return self._given_up(case), None
         assert self._process.stdin is not None
         task: dict[str, Any] = {"config": self._job.config.plain(), "case": asdict(case)}
-        task |= {"shared": self._job.shared, "device": self._job.device}
+        task |= {"shared": self._job.shared, "device": self._job.device, "picked": picked}
         with contextlib.suppress(BrokenPipeError):  # it has died: the reason is asked below
             self._process.stdin.write(json.dumps(task) + "\n")
             self._process.stdin.flush()
@@ -126,12 +128,16 @@ class Worker:
 
 
 def measure(
-    job: Job, cases: Iterator[Case], *, progress: Callable[[Case, str, float], None]
+    job: Job,
+    cases: Iterator[Case],
+    *,
+    picked: Callable[[Case], str | None],
+    progress: Callable[[Case, str, float], None],
 ) -> Iterator[tuple[Result, Result | None]]:
     """Each case in a worker of its own, one after another.
 
     Two at a time are started, because importing torch keeps one core busy for seconds; they then
-    wait, and measure one after the other.
+    wait, and measure one after the other. `picked` is asked what an earlier one chose for the case.
     """
     while pair := tuple(islice(cases, AT_ONCE)):
         with contextlib.ExitStack() as stack:
@@ -141,7 +147,9 @@ def measure(
                 worker.wait()
             for worker, case in zip(workers, pair, strict=True):
                 with worker:
-                    yield worker.measure(case, progress=partial(progress, case))
+                    yield worker.measure(
+                        case, picked=picked(case), progress=partial(progress, case)
+                    )
 
 
 def _python_path() -> str:

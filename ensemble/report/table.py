@@ -44,9 +44,8 @@ def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bo
     sequences, for a terminal.
     """
     shown = [row for row in results if verbose or row.status != "unavailable"]
-    columns, left_out = _columns(results, verbose=verbose), []
-    if not verbose:
-        columns, left_out = _fitting(columns, shown)
+    every = _columns(results, verbose=verbose)
+    columns, left_out = (every, list[str]()) if verbose else _fitting(every, shown)
     lines = _lines(columns, shown, colour=colour)
     if left_out:
         lines.append(f"Left out for width: {', '.join(left_out)}; --verbose shows all.")
@@ -74,7 +73,7 @@ def _lines(columns: Sequence[Column], rows: Sequence[Result], *, colour: bool = 
         table.add_column(column.header, justify="right", no_wrap=True)
     for row in rows:
         cells = (column.cell(row) for column in columns)
-        table.add_row(row.case.strategy, *cells, style=STYLES.get(_kind(row), ""))
+        table.add_row(row.name, *cells, style=STYLES.get(_kind(row), ""))
     return _drawn(table, WIDEST, colour=colour)
 
 

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ensemble
 import resnet_vmap
 from ensemble.measure import processes, rounds, session
 from ensemble.measure.processes import Job
@@ -20,7 +23,7 @@ from ensemble.options import Config
 from ensemble.records import Case, Process, Result, Run
 from ensemble.report import exports
 from ensemble.report.progress import show_progress
-from ensemble.strategies import STRATEGIES
+from ensemble.strategies import STRATEGIES, best
 from tests.made import CASE, CONFIG, ENVIRONMENT, ROW, changed
 from tests.measure import strategies_that_die
 from tests.tiny import tiny_models
@@ -69,7 +72,9 @@ def measured(
     rows, halves = {}, {}
     with processes.jobs(config, workload) as job:
         cases = [case(name) for name in names]
-        for row, beside in processes.measure(job, iter(cases), progress=lambda *_: None):
+        for row, beside in processes.measure(
+            job, iter(cases), picked=lambda _: None, progress=lambda *_: None
+        ):
             rows[row.case.strategy], halves[row.case.strategy] = row, beside
     return rows, halves
 
@@ -143,6 +148,27 @@ def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_pa
             assert torch.equal(tensor, found), name
     assert path in Path("/proc/self/maps").read_text()
     assert torch.equal(own.views(8), workload.views(8))
+
+
+def test_a_worker_has_its_models_and_images_on_the_accelerator(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under fake tensors, which need no GPU: what is mapped on the CPU goes to the device."""
+    from ensemble.machine import devices
+    from ensemble.measure import bench
+    from ensemble.models import workload as loading
+
+    path, cuda = str(tmp_path / "shared.pt"), torch.device("cuda")
+    workload.save_shared(path, (8,))
+    monkeypatch.setattr(devices, "select_device", lambda name: torch.device(name))
+    # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
+    with FakeTensorMode():
+        own = loading.load_shared(path, QUICK, device="cuda")
+        example = bench.make_example(own.views(8), case("vmap", inputs="per_model"))
+        logits = ensemble.build("vmap", own.models, example)(example)
+    assert {tensor.device.type for model in own.models for tensor in model.buffers()} == {"cuda"}
+    assert (logits.device.type, logits.shape, own.device) == ("cuda", (3, 1, 5), cuda)
 
 
 def test_a_worker_that_never_starts_is_given_up_after_one_time_limit(
@@ -246,6 +272,26 @@ def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Worklo
     assert rows["kill"].status == "failed"
     assert rows["vmap"].speedup_interval is not None
     assert len(saved) == 4  # after each worker
+    again = exports.from_json(exports.to_json(done.run))
+    assert again == done.run
+
+
+def test_what_the_first_process_of_best_picks_the_others_run_too(workload: Workload) -> None:
+    config = replace(QUICK, strategies=("best",), min_pairs=18)
+    done = session.measure_all(
+        config,
+        Run(ENVIRONMENT, config.plain(), ()),
+        workload,
+        save=lambda _: None,
+        show_progress=lambda _: nullcontext(lambda *_: None),
+        say=lambda _: None,
+    )
+    (row,) = done.run.results
+    assert row.status == "ok", row.error
+    assert row.picked in best.CANDIDATES["cpu"]
+    assert [own.tune_s is not None for own in row.processes] == [True, False, False]
+    assert sum(note.startswith("picked ") for note in row.notes) == 1
+    assert (row.build_s or 0) > (row.processes[0].tune_s or 0) > 0
     again = exports.from_json(exports.to_json(done.run))
     assert again == done.run
 

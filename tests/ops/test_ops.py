@@ -14,7 +14,6 @@ from ensemble.ops.operation import Geometry, Kind, Operation
 pytest.importorskip("numba")
 
 from ensemble.ops import kernels
-from ensemble.ops.kernels.run import team_size
 from ensemble.ops.program import Program
 from ensemble.ops.simd import HAS_PAIRS, PANEL, WIDTH
 
@@ -304,7 +303,7 @@ def test_without_numba_every_convolution_takes_torchs_own_rule(
 
 
 @pytest.mark.parametrize("num_models", [1, 2, 3, 5])
-@pytest.mark.parametrize("threads", [1, 2, 3, 6])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_a_program_gives_the_same_however_many_threads_share_the_models(
     num_models: int, threads: int
 ) -> None:
@@ -346,16 +345,6 @@ def test_a_program_gives_the_same_however_many_threads_share_the_models(
         found = program(x)
         assert error(found[0], two) < 1e-5
         assert error(found[1], three + b[:, None, :classes]) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("left", "parts", "size"),
-    [(1, 2, 2), (4, 64, 16), (3, 64, 21), (5, 6, 1), (3, 4, 4), (2, 3, 3)],
-)
-def test_threads_share_what_is_left_in_teams_unless_many_would_idle(
-    left: int, parts: int, size: int
-) -> None:
-    assert team_size(left, parts) == size
 
 
 def geometry(channels: int, size: int, images: int = 1, stride: int = 1) -> Geometry:

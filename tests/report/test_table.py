@@ -278,3 +278,9 @@ def test_two_modes_are_told_with_what_tells_them_apart_and_no_winner_is_named() 
 def test_what_lies_between_processes_is_told_where_it_is_more_than_within_them() -> None:
     text = said(LOOP, of_processes((1.0, 0), (1.1, 0), (1.2, 0), (1.3, 0), (1.4, 0)))
     assert "vmap, 4 models: a process is sure to 0% of itself, processes lie 17% apart" in text
+
+
+def test_what_best_picked_stands_in_its_row_and_in_the_answer() -> None:
+    best = changed(VMAP, strategy="best", picked="lowered_vmap")
+    assert "Fastest with 4 models: best (lowered_vmap), 2.00 times as fast" in said(LOOP, best)
+    assert "\nbest (lowered_vmap)  4  " in render_table([LOOP, best])
