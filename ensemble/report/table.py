@@ -44,9 +44,8 @@ def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bo
     sequences, for a terminal.
     """
     shown = [row for row in results if verbose or row.status != "unavailable"]
-    columns, left_out = _columns(results, verbose=verbose), []
-    if not verbose:
-        columns, left_out = _fitting(columns, shown)
+    every = _columns(results, verbose=verbose)
+    columns, left_out = (every, list[str]()) if verbose else _fitting(every, shown)
     lines = _lines(columns, shown, colour=colour)
     if left_out:
         lines.append(f"Left out for width: {', '.join(left_out)}; --verbose shows all.")

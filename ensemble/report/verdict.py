@@ -67,7 +67,7 @@ def _fastest(rows: Sequence[Result], references: Sequence[Result], varying: Coll
 
 
 def _times(row: Result) -> str:
-    """`2.96 times as fast as the loop (99% interval 2.89 to 3.12, 20 pairs)`, or why not."""
+    """`2.96 times as fast as the loop (95% interval 2.89 to 3.12)`, or why not."""
     interval = row.speedup_interval
     if row.inconclusive or interval is None or row.speedup is None:
         return f"cannot be told ({row.inconclusive or row.status})"
