@@ -334,7 +334,7 @@ def test_help_is_a_screen_and_a_half_and_says_each_default_once(
         parse(["--help"])
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 75
-    assert "(default: loop vmap)" in out
+    assert "(default: loop vmap best)" in out
     assert "(default: 0)" in out
     assert not re.search(
         r"default: None|default: False|default: \[|\(default[^()]*\) \(default", out

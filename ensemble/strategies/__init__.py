@@ -116,7 +116,7 @@ STRATEGIES = {
         "best",
         "fastest",
         "the fastest of those above that are quick to build here, found by trying them",
-        start="seconds; on CUDA up to --tune_seconds and a compilation",
+        start="seconds; on CUDA 1 min or more",
         rounds_apart=True,
         has_kernels=True,
         tunes=True,

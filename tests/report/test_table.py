@@ -13,7 +13,8 @@ from ensemble.report.words import time_lines
 from ensemble.strategies import STRATEGIES
 from tests.made import ENVIRONMENT, LOOP, UNAVAILABLE, VMAP, changed
 
-STORED = sorted((Path(__file__).parents[1] / "data").rglob("*.json"))
+DATA = Path(__file__).parents[1] / "data"
+STORED = sorted([*DATA.glob("*.json"), *DATA.glob("allocator/*.json")])
 
 
 def said(*rows: Result) -> str:
