@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torchvision
@@ -49,7 +49,7 @@ def lively(arch: str, seed: int) -> nn.Module:
     return copy.deepcopy(model)  # a test may change it
 
 
-@cache
+@lru_cache(maxsize=4)
 def _drawn(arch: str, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

@@ -144,10 +144,10 @@ def _run_once(
 
 
 def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
-    """Run a Winograd convolution, in smaller tiles or directly where it errs; say why it does."""
+    """Run a convolution that saves multiplications, another way where it errs; say why it does."""
     chosen: Any
     x, _, bias, other, chosen, kernel, *options = node.args
-    if not Kind(chosen).tile:
+    if not Kind(chosen).attempts:
         return ""
     weight, dtype = values[_node(packing.args[0])].float(), values[_node(x)].dtype
     inputs: list[Any] = [
@@ -156,15 +156,15 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
     exact = _one_by_one(weight, *inputs, *options)
     largest = exact.abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(exact.dtype).tiny)
     problems, kind = [], Kind.DIRECT
-    for tiled in sorted({Kind(chosen), Kind.WINOGRAD_2}, reverse=True):
-        packed = conv.pack_weight(weight, tiled)
-        found = conv.packed_conv2d(inputs[0], packed, *inputs[1:], tiled, kernel, *options)
+    for attempt in Kind(chosen).attempts:
+        packed = conv.pack_weight(weight, attempt)
+        found = conv.packed_conv2d(inputs[0], packed, *inputs[1:], attempt, kernel, *options)
         error = float(((found - exact).abs().amax((1, 2, 3, 4)) / largest).max())
         if error <= LARGEST_ERROR:
             values[packing], values[node] = packed, found.to(dtype)
-            kind = tiled
+            kind = attempt
             break
-        problems.append(f"{tiled.label} differs by {error:.0e}")
+        problems.append(f"{attempt.label} differs by {error:.0e}")
     packing.args = (packing.args[0], kind)
     node.args = (*node.args[:4], kind, *node.args[5:])
     return f"{kind.label}, for {' and '.join(problems)}" if problems else ""
@@ -178,6 +178,7 @@ def _one_by_one(
     stride: Any,
     padding: Any,
     dilation: Any,
+    groups: int,
     relu: bool,
 ) -> Tensor:
     """The same by torch's own convolution, model after model."""
@@ -185,7 +186,7 @@ def _one_by_one(
     others = [None] * len(weight) if other is None else other
     return torch.stack(
         [
-            conv.plain_conv2d(stride, padding, dilation, 1, relu, *own)
+            conv.plain_conv2d(stride, padding, dilation, groups, relu, *own)
             for own in zip(images, weight, bias, others, strict=True)
         ]
     )

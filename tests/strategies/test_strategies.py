@@ -1,7 +1,7 @@
 """Every strategy of the registry gives the logits of the models themselves."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import functorch
 import pytest
@@ -42,7 +42,7 @@ def from_registry(*, slow: bool) -> list[object]:
     ]
 
 
-@cache
+@lru_cache(maxsize=1)
 def resnets(arch: str) -> list[nn.Module]:
     """Two, which tests read and leave as they are."""
     return [lively(arch, seed).requires_grad_(False) for seed in range(2)]

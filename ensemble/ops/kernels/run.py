@@ -13,8 +13,8 @@ from typing import Any
 
 from numba import njit
 
-from ensemble.ops import operation, simd
-from ensemble.ops.kernels.kernel import LOCAL, ceil, jit
+from ensemble.ops import operation, products, simd, taps
+from ensemble.ops.kernels.kernel import LOCAL, ceil, jit, jit_within
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.simd import fetch_add, give_way, load_shared, relax
 
@@ -42,10 +42,10 @@ def _address(base, stride, model, arena):
     return arena + base if stride == LOCAL else base + stride * model
 
 
-_dispatch = jit(_make_dispatch())
+_dispatch = jit_within(_make_dispatch())
 
 
-@jit
+@jit_within
 def _execute(step, model, arena, scratch, part, parts):
     """One step of one model, or the share of it that is `part` of `parts`."""
     x = _address(step.x, step.x_stride, model, arena)
@@ -146,6 +146,6 @@ def _make_run(sources: str) -> Any:
 
 
 # Every file that the code comes from.
-_FILES = [Path(str(module.__file__)) for module in (simd, operation)]
+_FILES = [Path(str(module.__file__)) for module in (simd, products, taps, operation)]
 _FILES += sorted(Path(__file__).parent.glob("*.py"))
 run = _make_run(hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest())
