@@ -103,44 +103,57 @@ def _writes(module: fx.GraphModule) -> list[str]:
 def _run_once(
     module: fx.GraphModule, values: Values, layers: dict[fx.Node, str]
 ) -> tuple[set[fx.Node], list[str]]:
-    """Run the graph, refusing Winograd where it errs; leave in `values` what x does not reach.
+    """Run the graph, refusing kernels where they err; leave in `values` what x does not reach.
 
-    Returns the nodes that x reaches, and the layers where Winograd was refused, with the reason.
-    A value is dropped once its last reader has run; what x reaches reads constants at every call.
+    Returns the nodes that x reaches, and the layers where a kernel was refused, with the reason.
     """
-    x = module.graph.find_nodes(op="placeholder")[-1]
-    reached, refused = {x}, []
+    reached, refused = _reached(module.graph), []
     readers = {node: len(node.users) for node in module.graph.nodes}
-
-    def run(node: fx.Node) -> None:
-        if node not in values:
-            arguments, options = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*arguments, **options)  # type: ignore[operator]
-        for source in node.all_input_nodes:
-            readers[source] -= source in reached or node not in reached
-            if not readers[source]:
-                del values[source]
-
     for node in module.graph.nodes:
         if node in values or node.op == "output":
             continue
-        if any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
         if node.op == "get_attr":
             values[node] = getattr(module, str(node.target))
         elif node.target is _CONV2D:
-            packing = node.args[1]
-            assert isinstance(packing, fx.Node)
+            packing = _node(node.args[1])
             problem = _make_accurate(node, packing, values)
             if problem:
                 refused.append(f"{layers.get(_node(packing.args[0]), node.name)}: {problem}")
-            run(packing)
-            run(node)
+            _run_node(packing, values, readers, reached)
+            _run_node(node, values, readers, reached)
         elif node.target is not _PACK or next(iter(node.users)).target is not _CONV2D:
-            run(node)  # but the packing of a convolution runs when that does
+            # but the packing of a convolution runs when that does
+            _run_node(node, values, readers, reached)
     for node in reached & values.keys():
         del values[node]
     return reached, refused
+
+
+def _reached(graph: fx.Graph) -> set[fx.Node]:
+    """The input of a call, and all nodes that depend on it."""
+    found = {graph.find_nodes(op="placeholder")[-1]}
+    for node in graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _run_node(
+    node: fx.Node, values: Values, readers: dict[fx.Node, int], reached: set[fx.Node]
+) -> None:
+    """Compute a node, unless that is done, and drop each value that it was the last to read.
+
+    A constant that a node which x reaches reads is not dropped: every call will read it.
+    """
+    if node not in values:
+        arguments, options = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        values[node] = node.target(*arguments, **options)  # type: ignore[operator]
+    for source in node.all_input_nodes:
+        if node in reached and source not in reached:
+            continue
+        readers[source] -= 1
+        if not readers[source]:
+            del values[source]
 
 
 def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
