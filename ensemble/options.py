@@ -8,12 +8,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ensemble.errors import InputError
-from ensemble.strategies import BEST, STRATEGIES
+from ensemble.strategies import BEST, HYBRIDS, STRATEGIES
 
 Number = TypeVar("Number", int, float)
 DEFAULT_NUM_MODELS = 2
@@ -60,7 +61,15 @@ minutes = _within(1e-9, inf, float, "a number of minutes above 0")
 seconds = _within(0, inf, float, "a number of seconds of at least 0")
 percent = _within(0, inf, float, "a number of percent of at least 0")
 
+rate = _within(1e-9, inf, float, "a number of requests per second above 0")
+milliseconds = _within(0, inf, float, "a number of milliseconds of at least 0")
+bound = _within(1e-9, inf, float, "a number of milliseconds above 0")
+percentile = _within(50, 99.9001, float, "a percentile from 50 to 99.9")
+batch = _within(1, 1025, int, "a whole number from 1 to 1024")
+skewness = _within(0, 10.0001, float, "a number from 0 to 10")
+
 SERVE, RUN, MEASURE, SHOW = "what to serve", "how to run", "how to measure", "what to show"
+LOAD = "under load"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +133,7 @@ class Config:
         RUN,
         f"names of --list_strategies; {BEST}: the loop and the one expected to be the fastest here;"
         f" {ALL}: every one",
-        choices=(*STRATEGIES, BEST, ALL),
+        choices=(*STRATEGIES, *HYBRIDS, BEST, ALL),
         nargs="+",
         default=["loop", "vmap"],
         metavar="NAME",
@@ -198,12 +207,62 @@ class Config:
         "go on with the run of an --export_json file: measure only what it lacks",
         metavar="PATH",
     )
+    scenario: str | None = flag(
+        LOAD,
+        "how many requests per second, at which latency, by MLPerf's LoadGen: single_stream, one"
+        " after another; offline, all at once; server, at random times",
+        choices=("single_stream", "offline", "server"),
+    )
+    target_qps: float | None = flag(
+        LOAD,
+        "server: requests per second (default: the most that keep the bound, searched)",
+        type=rate,
+        metavar="R",
+    )
+    latency_percentile: float = flag(
+        LOAD,
+        "server: so many percent of the requests keep the bound",
+        type=percentile,
+        default=99.0,
+        metavar="P",
+    )
+    latency_bound_ms: float | None = flag(
+        LOAD,
+        "server: the bound, from arrival to answer (default: 4 times what the loop takes for one)",
+        type=bound,
+        metavar="MS",
+    )
+    max_batch: int = flag(
+        LOAD,
+        "requests that are computed together, at most; of each model for per_model inputs",
+        type=batch,
+        default=4,
+        metavar="B",
+    )
+    max_wait_ms: float = flag(
+        LOAD,
+        "let the oldest request wait so long for company",
+        type=milliseconds,
+        default=0.0,
+        metavar="MS",
+    )
+    skew: float = flag(
+        LOAD,
+        "per_model: requests per model by Zipf's law, 1, 2**-S, 3**-S; 0: all alike",
+        type=skewness,
+        default=0.0,
+        metavar="S",
+    )
+    load_log: str | None = flag(
+        LOAD, "keep LoadGen's own summary and detail logs in this folder", metavar="DIR"
+    )
     export_json: str | None = flag(SHOW, "write everything, after each row", metavar="PATH")
     export_csv: str | None = flag(SHOW, "the same as a table for a spreadsheet", metavar="PATH")
     export_markdown: str | None = flag(SHOW, "the same as a page to read", metavar="PATH")
     plot: str | None = flag(
         SHOW,
-        "draw time and speedup against N, .png or .svg; of a grid, a heat map too",
+        "draw time and speedup against N, .png or .svg; of a grid, a heat map too; under load,"
+        " latency against the offered rate",
         metavar="PATH",
     )
     from_json: str | None = flag(
@@ -271,6 +330,8 @@ def parse(argv: Sequence[str] | None) -> Config:
     options = vars(parser.parse_args(argv))
     if options["from_json"]:
         _check_beside_from_json(parser, options)
+    else:
+        _check_load(parser, options)
     paths = options["model_path"]
     if options["num_models"] is None:
         options["num_models"] = [len(paths) if paths and len(paths) > 1 else DEFAULT_NUM_MODELS]
@@ -310,6 +371,37 @@ def _check_beside_from_json(parser: Parser, options: dict[str, Any]) -> None:
             f"expected no {', '.join(without_effect)} beside it: it shows a run that was made",
             argument="from_json",
         )
+
+
+# Under load these mean nothing: a request is one image, and nothing is timed in pairs.
+NOT_UNDER_LOAD = ("batch_size", "roofline", "self_check", "baseline", "fail_above")
+
+
+def _check_load(parser: Parser, options: dict[str, Any]) -> None:
+    """Raise InputError for flags of load without a scenario, or that do not go with it."""
+    load = {own.name for own in fields(Config) if own.metadata["group"] == LOAD}
+    given = {name for name, value in options.items() if value != parser.get_default(name)}
+    scenario, asked = options["scenario"], set(options["strategies"])
+    if scenario is None:
+        for name in sorted(load & given):
+            raise InputError("expected --scenario with it, found none", argument=name)
+        for name in sorted(asked & set(HYBRIDS)):
+            raise InputError(f"{name}: expected --scenario, found none", argument="strategies")
+        return
+    of_server = {"target_qps", "latency_percentile", "latency_bound_ms"}
+    for name in sorted(given & of_server if scenario != "server" else ()):
+        raise InputError(f"expected --scenario server with it, found {scenario}", argument=name)
+    for name in sorted(given & set(NOT_UNDER_LOAD)):
+        raise InputError("expected no --scenario beside it, found one", argument=name)
+    if options["inputs"] != "per_model":
+        if "skew" in given:
+            raise InputError("expected --inputs per_model with it, found shared", argument="skew")
+        for name in sorted(asked & set(HYBRIDS)):
+            message = f"{name}: expected --inputs per_model, found shared"
+            raise InputError(message, argument="strategies")
+    if find_spec("mlperf_loadgen") is None:
+        message = "expected the package mlcommons-loadgen (requirements-peers.txt), found none"
+        raise InputError(message, argument="scenario")
 
 
 def check_paths(config: Config) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, product
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from ensemble.measure.bench import make_bench, measure_limits, with_roofline
-from ensemble.measure.row import measure
+from ensemble.measure import row
+from ensemble.measure.bench import Bench, make_bench, measure_limits, with_roofline
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import REFERENCE, SELF_CHECK, Case, Result
@@ -19,6 +20,14 @@ from ensemble.strategies import BEST, best
 
 # Called with what is measured in words, what is being done to it, and how much of that is done.
 Progress = Callable[[str, str, float], None]
+
+
+class Measure(Protocol):
+    """Makes a row of a case."""
+
+    def __call__(
+        self, case: Case, bench: Bench, config: Config, *, progress: row.Stage
+    ) -> Result: ...
 
 
 def plan(config: Config, models: Sequence[nn.Module], device: torch.device) -> list[Case]:
@@ -40,6 +49,7 @@ def run(
     workload: Workload,
     *,
     progress: Progress,
+    measure: Measure = row.measure,
 ) -> Iterator[Result]:
     """Measure cases of `plan`; a failure costs its own row only.
 
@@ -59,8 +69,8 @@ def run(
             if isinstance(bench, str):
                 yield Result(case, status="failed", error=bench)
                 continue
-            row = measure(case, bench, config, progress=partial(progress, case_name(case)))
-            yield with_roofline(row, limits, workload)
+            found = measure(case, bench, config, progress=partial(progress, case_name(case)))
+            yield with_roofline(found, limits, workload)
 
 
 def _names(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 from ensemble.errors import InputError
 from ensemble.measure import benchmark, processes, rounds
@@ -59,10 +60,12 @@ def measure_all(
     save: Callable[[Run], None],
     show_progress: Callable[[int], AbstractContextManager[benchmark.Progress]],
     say: Callable[[str], None],
+    row: str = processes.ROW,
 ) -> Session:
     """Measure each case of the plan that `run` lacks, and save after each.
 
-    `show_progress` is given how many rows there are to come. Ctrl-C, or `--max_minutes`, ends it
+    `row` names the module whose `measure` makes a row of a case, `show_progress` is given how many
+    rows there are to come. Ctrl-C, or `--max_minutes`, ends it
     with what is finished.
     """
     cases = benchmark.plan(config, workload.models, workload.device)
@@ -76,7 +79,7 @@ def measure_all(
     try:
         with (
             show_progress(len(missing) * rounds.first_rounds(config)) as update,
-            closing(measure(config, missing, run, workload, update)) as results,
+            closing(measure(config, missing, run, workload, update, row)) as results,
         ):
             for result in results:
                 rows = {row.case: row for row in run.results} | {result.case: result}
@@ -98,9 +101,11 @@ def _here(
     run: Run,
     workload: Workload,
     progress: benchmark.Progress,
+    row: str,
 ) -> Generator[Result]:
     """Each case in this process."""
-    yield from benchmark.run(config, cases, workload, progress=progress)
+    own: benchmark.Measure = import_module(row).measure
+    yield from benchmark.run(config, cases, workload, progress=progress, measure=own)
 
 
 def _in_processes(
@@ -109,28 +114,31 @@ def _in_processes(
     run: Run,
     workload: Workload,
     progress: benchmark.Progress,
+    row: str,
 ) -> Generator[Result]:
     """Each case in processes of its own; a row comes again after each of them."""
     rows = {row.case: row for row in run.results}
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
-    with processes.jobs(rounds.in_each(config), workload) as job:
+    with processes.jobs(rounds.in_each(config), workload, row=row) as job:
+
+        def number(case: Case) -> int:
+            return len(rows[case].processes) if case in rows else 0
 
         def tell(case: Case, stage: str, done: float) -> None:
-            number = len(rows[case].processes) + 1 if case in rows else 1
-            progress(f"{case_name(case)}, process {number}", stage, done)
+            progress(f"{case_name(case)}, process {number(case) + 1}", stage, done)
 
         def take(new: Result) -> Result:
-            row = rows.get(new.case)
-            found = with_roofline(new, limits, workload) if row is None else new
-            rows[new.case] = rounds.merged(row, found)
+            before = rows.get(new.case)
+            found = with_roofline(new, limits, workload) if before is None else new
+            rows[new.case] = rounds.merged(before, found)
             return rows[new.case]
 
         def is_wanted(case: Case) -> bool:
             return case in cases and rounds.wants_more(rows.get(case), config)
 
         for several in rounds.rounds(cases, rows, config):
-            for new, beside in processes.measure(job, several, progress=tell):
+            for new, beside in processes.measure(job, several, progress=tell, number=number):
                 if beside is not None and is_wanted(beside.case):
                     yield take(beside)
                 yield take(new)

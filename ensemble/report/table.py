@@ -10,7 +10,7 @@ from rich.table import Table
 from ensemble.records import Case, Result
 from ensemble.report.words import case_name, title, varying_fields
 from ensemble.statistics import CONFIDENCE
-from ensemble.strategies import Strategy
+from ensemble.strategies import Hybrid, Strategy
 
 UNKNOWN = ""
 WIDEST = 1000  # of a table, in characters: no cell is ever cut
@@ -39,7 +39,12 @@ def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bo
     by escape sequences, for a terminal.
     """
     shown = [row for row in results if verbose or row.status != "unavailable"]
-    columns = _columns(results, verbose=verbose)
+    lines = grid(shown, _columns(results, verbose=verbose), colour=colour)
+    return "\n".join([title([row.case for row in results]), *lines, *remarks(results)]) + "\n"
+
+
+def grid(shown: Sequence[Result], columns: Sequence[Column], *, colour: bool = False) -> list[str]:
+    """The lines of a table, a row a result."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold" if colour else "")
     table.add_column("\nstrategy", no_wrap=True)
     for column in columns:
@@ -55,11 +60,10 @@ def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bo
         force_terminal=colour,
         color_system="standard" if colour else None,
     ).print(table)
-    lines = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
-    return "\n".join([title([row.case for row in results]), *lines, *remarks(results)]) + "\n"
+    return [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
 
 
-def render_strategies(strategies: Mapping[str, Strategy]) -> str:
+def render_strategies(strategies: Mapping[str, Strategy | Hybrid]) -> str:
     """What each strategy is, needs and costs, by name."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for header in ("strategy", "what it is", "needs", "start"):
@@ -110,15 +114,23 @@ def _kind(row: Result) -> str:
 
 
 def _columns(results: Sequence[Result], *, verbose: bool) -> list[Column]:
+    every = [*place_columns(results), *COLUMNS]
+    return [*every, *VERBOSE_COLUMNS] if verbose else that_say_something(every, results)
+
+
+def place_columns(results: Sequence[Result]) -> list[Column]:
+    """N, and what else is not the same in all rows."""
     varying = varying_fields([row.case for row in results])
     place = [
         Column(f"\n{header}", lambda row, field=field: str(getattr(row.case, field)))  # type: ignore[misc]
         for header, field in varying.items()
     ]
-    every = [Column("\nN", lambda row: str(row.case.num_models)), *place, *COLUMNS]
-    if verbose:
-        return [*every, *VERBOSE_COLUMNS]
-    return [column for column in every if column.always or _says_something(column, results)]
+    return [Column("\nN", lambda row: str(row.case.num_models)), *place]
+
+
+def that_say_something(columns: Sequence[Column], results: Sequence[Result]) -> list[Column]:
+    """The columns without those that are silent in every row."""
+    return [column for column in columns if column.always or _says_something(column, results)]
 
 
 def _says_something(column: Column, results: Sequence[Result]) -> bool:
@@ -148,33 +160,34 @@ def _speedup(row: Result) -> str:
     return f"{row.speedup:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
-def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+def number(value: float | None, form: str, scale: float = 1.0) -> str:
+    """A value in these digits and units; an empty cell where it is unknown."""
     return UNKNOWN if value is None else format(value * scale, form)
 
 
 COLUMNS = (
     Column("per call\nms (IQR)", _per_call),
     Column(f"speedup\n[{CONFIDENCE:.0%} interval]", _speedup),
-    Column("\nerror", lambda row: _number(row.max_rel_error, ".0e")),
-    Column("start\n(s)", lambda row: _number(row.start_s, ".2f")),
-    Column("memory\n(MB)", lambda row: _number(row.peak_memory_bytes, ".0f", 1e-6)),
+    Column("\nerror", lambda row: number(row.max_rel_error, ".0e")),
+    Column("start\n(s)", lambda row: number(row.start_s, ".2f")),
+    Column("memory\n(MB)", lambda row: number(row.peak_memory_bytes, ".0f", 1e-6)),
     Column(
         "page\nfaults",
-        lambda row: _number(row.page_faults_per_call, ",.0f"),
+        lambda row: number(row.page_faults_per_call, ",.0f"),
         always=False,
         silent="0",
     ),
     Column(
         "top-1\nagrees",
-        lambda row: _number(row.top1_agreement, ".1%"),
+        lambda row: number(row.top1_agreement, ".1%"),
         always=False,
         silent="100.0%",
     ),
-    Column("of the\nlimit", lambda row: _number(row.roofline_share, ".0%"), always=False),
+    Column("of the\nlimit", lambda row: number(row.roofline_share, ".0%"), always=False),
 )
 VERBOSE_COLUMNS = (
-    Column("build\n(s)", lambda row: _number(row.build_s, ".2f")),
-    Column("first call\n(s)", lambda row: _number(row.first_call_s, ".3f")),
-    Column("error to\nfloat64", lambda row: _number(row.error_float64, ".0e")),
+    Column("build\n(s)", lambda row: number(row.build_s, ".2f")),
+    Column("first call\n(s)", lambda row: number(row.first_call_s, ".3f")),
+    Column("error to\nfloat64", lambda row: number(row.error_float64, ".0e")),
     Column("bound\nby", lambda row: row.bound or UNKNOWN),
 )
