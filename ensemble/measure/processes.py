@@ -68,6 +68,7 @@ class Worker:
             start_new_session=True,
         )
         self._messages = _read(self._process)
+        self._is_silent = False
 
     def __enter__(self) -> Worker:
         return self
@@ -80,11 +81,14 @@ class Worker:
                     stream.close()
 
     def wait(self) -> None:
-        """Until it has imported what it needs, or died: the first message."""
-        with contextlib.suppress(queue.Empty):
+        """Until it has imported what it needs, or died: the first message; or for `timeout_s`."""
+        try:
             first = self._messages.get(timeout=self._job.timeout_s)
-            if not first:
-                self._messages.put(first)
+        except queue.Empty:
+            self._is_silent = True
+            return
+        if not first:
+            self._messages.put(first)
 
     def measure(self, case: Case, *, number: int, progress: Stage) -> tuple[Result, Result | None]:
         """The row of a case, and the reference's half of its pairs where it has such.
@@ -93,6 +97,8 @@ class Worker:
         are drawn from: rows of the same number meet the same arrivals.
         A worker that dies, or says nothing for the job's `timeout_s`, is a failed row.
         """
+        if self._is_silent:
+            return self._given_up(case), None
         assert self._process.stdin is not None
         config = replace(self._job.config, seed=self._job.config.seed + number)
         task: dict[str, Any] = {"config": config.plain(), "case": asdict(case)}
@@ -104,8 +110,7 @@ class Worker:
             try:
                 line = self._messages.get(timeout=self._job.timeout_s)
             except queue.Empty:
-                _kill(self._process)
-                return self._failed(case, f"no answer in {self._job.timeout_s:.0f} s"), None
+                return self._given_up(case), None
             if not line:
                 return self._failed(case, _cause(self._process)), None
             message = json.loads(line)
@@ -113,6 +118,10 @@ class Worker:
                 beside = message["reference"]
                 return result_of(message["row"]), beside and result_of(beside)
             progress(message["stage"], message.get("done", 0.0))
+
+    def _given_up(self, case: Case) -> Result:
+        _kill(self._process)
+        return self._failed(case, f"no answer in {self._job.timeout_s:.0f} s")
 
     def _failed(self, case: Case, cause: str) -> Result:
         self._errors.seek(0)

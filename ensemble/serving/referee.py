@@ -21,7 +21,7 @@ SINGLE_STREAM, OFFLINE, SERVER = "single_stream", "offline", "server"
 _SCENARIOS = {SINGLE_STREAM: "SingleStream", OFFLINE: "Offline", SERVER: "Server"}
 _TRACE = "mlperf_log_trace.json"
 _SAMPLE = re.compile(
-    r'"name":"Sample".*"sample_seq":(\d+).*"issue_start_ns":(\d+),"complete_ns":(\d+)'
+    r'"name":"Sample".*"ts":([\d.]+).*"sample_seq":(\d+).*"issue_start_ns":(\d+),"complete_ns":(\d+)'
 )
 
 
@@ -40,10 +40,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Ruling:
-    """What the referee says: latencies from the scheduled arrival, in the order of arrival."""
+    """What the referee says: latencies from the scheduled arrivals, in the order of these."""
 
     valid: bool
     why_not: str | None
+    arrivals_s: tuple[float, ...]
     latencies_s: tuple[float, ...]
     late_issue_s: float  # how late it told of an arrival, at worst
     seconds: float  # from the first scheduled arrival to the last answer
@@ -156,14 +157,16 @@ def read(out: Path, order: Order) -> Ruling:
     with (out / _TRACE).open() as trace:
         for line in trace:
             if found := _SAMPLE.search(line):
-                samples.append(tuple(map(int, found.groups())))
+                arrival_us, number, issue_ns, complete_ns = map(float, found.groups())
+                samples.append((number, 1e-6 * arrival_us, 1e-9 * issue_ns, 1e-9 * complete_ns))
     samples.sort()
-    latencies = tuple(1e-9 * complete for _, _, complete in samples)
+    latencies = tuple(latency for _, _, _, latency in samples)
     return Ruling(
         valid="Result is : VALID" in summary,
         why_not=_why_not(summary, order),
+        arrivals_s=tuple(arrival for _, arrival, _, _ in samples),
         latencies_s=latencies,
-        late_issue_s=1e-9 * max((issue for _, issue, _ in samples), default=0),
+        late_issue_s=max((issue for _, _, issue, _ in samples), default=0.0),
         seconds=_seconds(summary, latencies),
     )
 
