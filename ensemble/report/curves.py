@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble.records import LoadRun, Result
+from ensemble.records import Result
 from ensemble.statistics import median
 
 STEPS = 200  # between the least and the highest rate, where the curves are compared
@@ -34,11 +34,6 @@ def curve(row: Result, field: str) -> list[tuple[float, float]]:
     return [(rate, median(by_rate[rate]) or 0.0) for rate in sorted(by_rate)]
 
 
-def held_rates(runs: Sequence[LoadRun]) -> list[float]:
-    """The offered rates of valid runs."""
-    return [run.offered_qps for run in runs if run.valid and run.offered_qps is not None]
-
-
 def changes(rows: Sequence[Result]) -> list[Part]:
     """Who answers soonest at each rate, by the curves of the percentile that was asked for.
 
@@ -56,7 +51,7 @@ def changes(rows: Sequence[Result]) -> list[Part]:
     parts: list[Part] = []
     for rate in np.linspace(least, most, STEPS):
         tails = {
-            name: float(np.interp(rate, *zip(*points, strict=True)))
+            name: float(np.interp(rate, *np.transpose(points)))
             for name, (points, held) in lines.items()
             if rate <= held * (1 + 1e-9)
         }

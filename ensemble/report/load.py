@@ -7,6 +7,7 @@ from ensemble.report import sweep
 from ensemble.report.curves import changes
 from ensemble.report.table import (
     UNKNOWN,
+    Cell,
     Column,
     grid,
     number,
@@ -138,7 +139,9 @@ def _held(row: Result) -> str:
     return f"{_rate(row.held_qps)}{spread}"
 
 
-def _of_run(field: str, form: str, scale: float = 1.0):  # type: ignore[no-untyped-def]
+def _of_run(field: str, form: str, scale: float = 1.0) -> Cell:
+    """A cell of the run that the row shows."""
+
     def cell(row: Result) -> str:
         run = row.load_run
         return UNKNOWN if run is None else number(getattr(run, field), form, scale)

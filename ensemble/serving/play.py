@@ -27,7 +27,7 @@ from ensemble.statistics import queries_needed
 
 # A request that finds more waiting than can be answered in so many bounds is refused.
 QUEUE_BOUNDS = 2.0
-LATE = 3  # requests of a run that may be late: it is as long as the percentile then needs
+LATE = 2  # requests of a run that may be late: it is as long as the percentile then needs
 EARLY = 1.3  # the offline query holds more than is expected to be answered, to last long enough
 HEARTBEAT_S = 1.0
 

@@ -26,7 +26,7 @@ from ensemble.serving.search import highest
 from ensemble.statistics import median
 
 BOUND_CALLS = 4.0  # the bound, in calls of the loop, where none was asked for
-CURVE = (0.25, 0.5, 0.75)  # of the rate that is held: where the picture's curve is measured too
+CURVE = (0.4, 0.7)  # of the rate that is held: where the picture's curve is measured too
 SINGLE_STREAM_PERCENTILE = 90.0  # MLPerf's
 
 log = logging.getLogger(__name__)
@@ -102,8 +102,9 @@ def _find(player: Player) -> None:
         return player.play("confirm" if draw else "search", rate, draw=draw).valid
 
     held = highest(hold, player.guess_qps())
-    for share in CURVE if held else ():
-        player.play("curve", share * held)
+    if held is not None:
+        for share in CURVE:
+            player.play("curve", share * held)
 
 
 def _bound_s(case: Case, bench: Bench, config: Config) -> float:
