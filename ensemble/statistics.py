@@ -43,7 +43,8 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
 def resampled_medians(values: Sequence[float], generator: np.random.Generator) -> np.ndarray:
     """The medians of `RESAMPLES` samples with replacement, each as large as `values`."""
     picks = generator.integers(len(values), size=(RESAMPLES, len(values)))
-    return np.median(np.asarray(values)[picks], axis=1)
+    medians: np.ndarray = np.median(np.asarray(values)[picks], axis=1)
+    return medians
 
 
 def percentile_interval(

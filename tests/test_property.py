@@ -249,7 +249,7 @@ def explore(
     (checked if seed is None else hypothesis.seed(seed)(checked))()
 
 
-def test_random_nets_equal_the_loop_by_every_strategy():
+def test_random_nets_equal_the_loop_by_every_strategy() -> None:
     """In a process of its own: a kernel that is wrong may hang or end it."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_property"],

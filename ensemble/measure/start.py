@@ -20,7 +20,7 @@ from ensemble.machine.devices import synchronize
 from ensemble.models import stacking
 
 if TYPE_CHECKING:
-    from ensemble.strategies import Forward
+    from ensemble.strategies.built import Forward
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def tidy() -> None:
 
 def _no_recompilation() -> contextlib.AbstractContextManager[object]:
     if "torch._dynamo" in sys.modules:
-        return torch.compiler.set_stance("fail_on_recompile")
+        stance: contextlib.AbstractContextManager[object]
+        stance = torch.compiler.set_stance("fail_on_recompile")
+        return stance
     return contextlib.nullcontext()
 
 

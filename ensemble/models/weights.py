@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 
 def architectures() -> list[str]:
     """The names of torchvision's classification architectures."""
-    return torchvision.models.list_models(module=torchvision.models)
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
 
 
 def load_models(
@@ -218,7 +219,7 @@ def _construct(arch: str, classes: int | None) -> nn.Module:
     with warnings.catch_warnings():
         # GoogLeNet and Inception announce a change of their default initialisation.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torchvision")
-        model = torchvision.models.get_model(arch, weights=None, **options)
+        model: nn.Module = torchvision.models.get_model(arch, weights=None, **options)
     return model.eval().requires_grad_(False)
 
 

@@ -55,7 +55,7 @@ def _(x: Tensor, weight: Tensor, bias: Any, other: Any, *options: Any) -> Tensor
 
 
 @conv2d.register_vmap
-def _(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
     *tensors, stride, padding, dilation, groups, relu = arguments
     options = stride, padding, dilation
     x, weight, bias, other = _stacked_first(tensors, in_dims)
@@ -118,7 +118,7 @@ def _(x: Tensor, *options: Any) -> Tensor:
 
 
 @max_pool2d.register_vmap
-def _(info: Any, in_dims: tuple, x: Tensor, *options: Any) -> tuple[Tensor, int]:
+def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> tuple[Tensor, int]:
     (x,) = _stacked_first([x], in_dims)
     if x.dim() == 4:  # each model's image is without a batch
         return functional.max_pool2d(x, *options), 0
@@ -143,7 +143,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @head.register_vmap
-def _(info: Any, in_dims: tuple, *tensors: Any) -> tuple[Tensor, int]:
+def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Any) -> tuple[Tensor, int]:
     x, weight, bias = _stacked_first(tensors, in_dims)
     is_stacked = [dim is not None for dim in in_dims]
     fits = is_stacked[0] and _fits(x, weight, bias, is_stacked) and _is_ours(x)

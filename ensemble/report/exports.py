@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ensemble.errors import InputError
 from ensemble.files import first_bytes, write_atomically
 from ensemble.records import Case, Environment, Load, LoadRun, Process, Result, Run
 from ensemble.report.page import page_of
+
+Record = TypeVar("Record", Case, Environment, Load, LoadRun, Process, Result)
 
 SCHEMA, READ_SCHEMAS = 2, (1, 2)
 DETAILS = "```json\n"  # begins the data in a Markdown file
@@ -221,9 +223,9 @@ def _process_of(values: Mapping[str, Any]) -> Process:
     return _record(Process, {**values, "load": load})
 
 
-def _record(kind: type, values: Mapping[str, Any]) -> Any:
+def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
     """A frozen record of plain values; lists become tuples where the field is one."""
-    known = {}
+    known: dict[str, Any] = {}
     for field in fields(kind):
         if field.name not in values and field.default is MISSING:
             raise KeyError(field.name)

@@ -33,7 +33,8 @@ class Strategy:
     one_by_one: bool = False  # one model after another: under load, only those that are asked for
 
     def builder(self) -> Builder:
-        return getattr(import_module(f"{__name__}.{self.module}"), self.function)
+        found: Builder = getattr(import_module(f"{__name__}.{self.module}"), self.function)
+        return found
 
 
 @dataclass(frozen=True)

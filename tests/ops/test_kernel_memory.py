@@ -76,7 +76,7 @@ def cases() -> list[tuple[Kind, Geometry]]:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_convolution_stays_in_its_memory(
     kind: Kind, geometry: Geometry, threads: int, check_guards: Callable[[], None]
-):
+) -> None:
     channels, kernel, pad = geometry.channels, geometry.kernel, geometry.padding
     weight = torch.randn(2, PANEL, channels, *kernel) / (channels * kernel[0] * kernel[1]) ** 0.5
     packed = inside_guards(conv.pack_weight(weight, kind).float()).to(
@@ -99,7 +99,7 @@ def test_a_convolution_stays_in_its_memory(
     assert float((found - expected - other).abs().max() / expected.abs().max()) < limit
 
 
-def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None]):
+def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None]) -> None:
     """Three convolutions, of which the last adds the first's result, pooling and a head."""
     plain = Geometry(1, PANEL, (9, 7), PANEL, (9, 7), (3, 3), (1, 1), (1, 1), (1, 1))
     pooled = Geometry(1, PANEL, (9, 7), PANEL, (5, 4), (3, 3), (2, 2), (1, 1), (1, 1))
@@ -130,7 +130,7 @@ def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None
         torch.testing.assert_close(found[model], (means @ last[model].T)[:, :5])
 
 
-def test_a_further_process_finds_the_kernels_compiled():
+def test_a_further_process_finds_the_kernels_compiled() -> None:
     """They take 15 s and more; what a function closes over must not make it another each time."""
     code = (
         "import torch\n"
@@ -150,7 +150,7 @@ WIDTHS = {4: ("nehalem", "+sse4.2"), 8: ("haswell", "+sse4.2,+avx,+avx2,+fma")}
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="features of x86")
 @pytest.mark.parametrize("width", [width for width in WIDTHS if width < WIDTH])
-def test_the_kernels_hold_at_narrower_vectors_too(width: int):
+def test_the_kernels_hold_at_narrower_vectors_too(width: int) -> None:
     """The tests of the kernels, in a process that is told which features to compile for."""
     name, features = WIDTHS[width]
     environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}

@@ -34,18 +34,20 @@ def models(arch: str, count: int = 2) -> list[nn.Module]:
 )
 def test_the_table_gives_a_strategy_for_every_device_dtype_and_architecture(
     arch: str, device: str, dtype: str, expected: str
-):
+) -> None:
     assert best.pick(models(arch), device, dtype) == expected
 
 
-def test_with_many_models_in_half_precision_on_cuda_convolutions_side_by_side_are_picked():
+def test_with_many_models_in_half_precision_on_cuda_convolutions_side_by_side_are_picked() -> None:
     assert best.pick(models("resnet18", 5), "cuda", "float16") == "cudagraph_compiled_concurrent"
 
 
 @pytest.mark.parametrize(
     ("pairs", "expected"), [(True, "lowered_vmap"), (False, "prepacked_concurrent")]
 )
-def test_in_bfloat16_the_cpu_decides(pairs: bool, expected: str, monkeypatch: pytest.MonkeyPatch):
+def test_in_bfloat16_the_cpu_decides(
+    pairs: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(best, "_multiplies_pairs_best", lambda: pairs)
     assert best.pick(models("resnet18"), "cpu", "bfloat16") == expected
 
@@ -54,26 +56,26 @@ def test_in_bfloat16_the_cpu_decides(pairs: bool, expected: str, monkeypatch: py
 @pytest.mark.parametrize("able", [True, False])
 def test_packed_weights_are_picked_only_where_onednn_computes_in_that_dtype(
     dtype: str, able: bool, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     for kind in ("bf16", "fp16"):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: able)
     expected = "prepacked_concurrent" if able else "folded_loop"
     assert best.pick(models("mobilenet_v2"), "cpu", dtype) == expected
 
 
-def test_without_onednn_what_needs_it_is_not_picked(monkeypatch: pytest.MonkeyPatch):
+def test_without_onednn_what_needs_it_is_not_picked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert best.pick(models("mobilenet_v2"), "cpu", "float32") == "folded_loop"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_what_is_picked_runs_in_every_dtype(dtype: torch.dtype):
+def test_what_is_picked_runs_in_every_dtype(dtype: torch.dtype) -> None:
     own = [model.to(dtype) for model in tiny_models(2)]
     x = torch.randn(1, 3, 8, 8, dtype=dtype)
     assert ensemble.build("best", own, x)(x).dtype == dtype
 
 
-def test_a_model_that_cannot_be_traced_is_run_by_the_loop():
+def test_a_model_that_cannot_be_traced_is_run_by_the_loop() -> None:
     class Branching(TinyNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if x.sum() > 0 else super().forward(-x)
@@ -83,17 +85,19 @@ def test_a_model_that_cannot_be_traced_is_run_by_the_loop():
     torch.testing.assert_close(ensemble.build("best", own, x)(x), independent(own, x))
 
 
-def test_without_numba_the_rule_does_not_pick_what_needs_it(monkeypatch: pytest.MonkeyPatch):
+def test_without_numba_the_rule_does_not_pick_what_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(best, "find_spec", lambda name: None)
     assert best.pick(models("resnet18"), "cpu", "float32") == "prepacked_concurrent"
 
 
-def test_every_rule_names_a_strategy_and_the_last_fits_everything():
+def test_every_rule_names_a_strategy_and_the_last_fits_everything() -> None:
     assert {rule.strategy for rule in best.RULES} <= set(STRATEGIES)
     assert best.RULES[-1] == best.Rule("folded_loop")
 
 
-def test_best_is_what_users_take_home():
+def test_best_is_what_users_take_home() -> None:
     x, own = torch.randn(1, 3, 64, 64), models("resnet18")
     built = strategies.make("best", own, x)
     torch.testing.assert_close(built.forward(x), independent(own, x), rtol=1e-4, atol=1e-4)
@@ -104,7 +108,7 @@ STORED = sorted((Path(__file__).parents[1] / "data").glob("*.json"))
 PEERS = {"openvino", "onnxruntime", "jax"}
 
 
-def test_there_is_evidence_for_every_rule_that_names_some():
+def test_there_is_evidence_for_every_rule_that_names_some() -> None:
     for rule in best.RULES:
         if "*" in rule.evidence:
             pattern = Path(rule.evidence).name
@@ -114,7 +118,7 @@ def test_there_is_evidence_for_every_rule_that_names_some():
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_what_the_rule_picks_is_the_fastest_of_the_stored_rows(
     path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """Within 5 %, of what this package runs itself: other runtimes may not be installed."""
     monkeypatch.setattr(best, "_multiplies_pairs_best", lambda: True)  # as the CPU of the files
     run = exports.read(str(path), argument="from_json")

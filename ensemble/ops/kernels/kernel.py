@@ -77,7 +77,7 @@ def fill_geometry(step: np.void, geometry: Geometry) -> None:
 
 
 @jit
-def ceil(value, divisor):
+def ceil(value: int, divisor: int) -> int:
     """The least whole number that `divisor` times is at least `value`."""
     return (value + divisor - 1) // divisor
 
