@@ -53,6 +53,7 @@ def render_remarks(results: Sequence[Result], *, verbose: bool = False) -> str:
             lines.append(
                 f"{who}: {run.refused} of {run.requests} requests were refused; of the accepted the"
                 f" slowest took {_ms(run.longest_s)} ms, at most {run.most_waiting} waited"
+                f"{_growth(run)}"
             )
         if verbose and row.load is not None:
             lines += [f"{who}: {_one(own)}" for own in row.load.runs]
@@ -61,7 +62,7 @@ def render_remarks(results: Sequence[Result], *, verbose: bool = False) -> str:
 
 def _of_cell(rows: Sequence[Result], load: Load, varying: Collection[str]) -> list[str]:
     case = rows[0].case
-    kind = "an ensemble of" if case.inputs == "shared" else "tenants:"
+    kind = "an ensemble of" if case.inputs == "shared" else "tenants of"
     where = f"To serve {kind} {place_name(case, varying)}"
     held = sorted(
         (row for row in rows if row.held_qps is not None and row.status == "ok"),
@@ -113,6 +114,12 @@ def _one(run: LoadRun) -> str:
     tails = ", ".join(f"{_ms(own) or '-'}" for own in (run.p50_s, run.p90_s, run.p99_s))
     verdict = "valid" if run.valid else run.why_not
     return f"{run.purpose}{rate}: {run.requests} requests, p50, p90, p99 {tails} ms: {verdict}"
+
+
+def _growth(run: LoadRun) -> str:
+    if run.memory_growth_bytes is None:
+        return ""
+    return f"; memory grew by {run.memory_growth_bytes / 1e6:.1f} MB in {run.seconds:.0f} s"
 
 
 def _ms(seconds: float | None) -> str:

@@ -106,6 +106,10 @@ class Engine:
         """How many images there are to ask for."""
         return len(self._images)
 
+    @property
+    def device(self) -> torch.device:
+        return self._images[0].device
+
     def told_apart(self) -> bool:
         """Do any two answers of a model differ by more than twice what is let pass as right?"""
         for own, limit in zip(self._expected, self._limits, strict=True):

@@ -14,6 +14,7 @@ from sys import maxsize
 
 import numpy as np
 
+from ensemble.machine import memory
 from ensemble.measure.row import Stage
 from ensemble.options import Config
 from ensemble.records import Case, LoadRun
@@ -89,12 +90,15 @@ class Player:
             log=self._log_folder(),
         )
         gc.collect()
+        held = memory.used_bytes(self._engine.device)
         cpu, begin = time.process_time(), time.perf_counter()
         expected_s = max(order.min_seconds, order.min_queries / order.rate_qps)
         with _heartbeat(lambda: self._progress(stage, _share(begin, expected_s))):
             ruling = play.run(server.serve, server.close)
-        used_s = time.process_time() - cpu
+        used_s, after = time.process_time() - cpu, memory.used_bytes(self._engine.device)
         run = record(purpose, order, ruling, server.tally, server.most_waiting, used_s)
+        if held is not None and after is not None:
+            run = replace(run, memory_growth_bytes=after - held)
         if scenario != SERVER:
             run = replace(run, offered_qps=None)
         self.runs.append(run)
