@@ -526,12 +526,12 @@ def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
 )
 def test_load_that_makes_no_sense_is_one_clear_line(
     argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     assert expected in error_of(capsys, *argv)
 
 
 def test_without_loadgen_the_error_names_the_requirements(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     monkeypatch.setattr("ensemble.options.find_spec", lambda name: None)
     assert "requirements-peers.txt" in error_of(capsys, "--scenario", "server")

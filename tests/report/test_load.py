@@ -55,7 +55,7 @@ LOOP = served("loop", (20.0, 0.010), (60.0, 0.08), (70.0, 0.2), held=60.0, input
 VMAP = served("vmap", (30.0, 0.030), (90.0, 0.05), (110.0, 0.3), held=90.0, inputs="per_model")
 
 
-def test_the_answer_names_whom_to_serve_with_and_where_that_changes():
+def test_the_answer_names_whom_to_serve_with_and_where_that_changes() -> None:
     answer = load.render_answer([LOOP, VMAP])
     assert answer.splitlines()[0] == (
         "To serve tenants of 4 models: vmap holds 90 requests per second with 99 % of them within"
@@ -68,13 +68,13 @@ def test_the_answer_names_whom_to_serve_with_and_where_that_changes():
     assert "loop up to 33" in answer.splitlines()[1]
 
 
-def test_one_strategy_at_every_load_is_said_so():
+def test_one_strategy_at_every_load_is_said_so() -> None:
     slow = served("vmap", (20.0, 0.05), (50.0, 0.09), held=50.0)
     answer = load.render_answer([served("loop", (20.0, 0.01), (60.0, 0.05), held=60.0), slow])
     assert answer.splitlines()[1] == "At every load loop answers soonest (99 %)."
 
 
-def test_a_row_that_holds_nothing_has_no_rate_and_a_reason():
+def test_a_row_that_holds_nothing_has_no_rate_and_a_reason() -> None:
     none = served("vmap", (30.0, 0.3), held=0.0)
     assert none.held_qps is None
     assert load.render_answer([none]).strip().endswith("no strategy gave a valid run.")
@@ -85,14 +85,14 @@ def test_a_row_that_holds_nothing_has_no_rate_and_a_reason():
     assert "7 of 800 requests were refused" in said
 
 
-def test_the_table_has_the_figures_of_the_run_that_is_shown():
+def test_the_table_has_the_figures_of_the_run_that_is_shown() -> None:
     table = load.render_table([LOOP, VMAP])
     (line,) = [own for own in table.splitlines() if own.startswith("vmap")]
     figures = "vmap 4 90 20.0 30.0 50.0 1.50 25% 4.0 0.10 1.5"
     assert line.split() == figures.split()
 
 
-def test_the_row_shows_the_process_in_the_middle():
+def test_the_row_shows_the_process_in_the_middle() -> None:
     rates = (80.0, 100.0, 90.0)
     processes = tuple(served("vmap", (rate, 0.05), held=rate).processes[0] for rate in rates)
     row = Result(CASE, processes=processes)
@@ -100,7 +100,7 @@ def test_the_row_shows_the_process_in_the_middle():
     assert "90 [80, 100]" in load.render_table([row])
 
 
-def test_single_stream_and_offline_say_what_was_done():
+def test_single_stream_and_offline_say_what_was_done() -> None:
     for scenario, said in (
         ("single_stream", "vmap answers one request after another within 50 ms (90 % of them)."),
         ("offline", "vmap does 100 requests per second."),
@@ -111,7 +111,7 @@ def test_single_stream_and_offline_say_what_was_done():
         assert answer.strip() == f"To serve an ensemble of 4 models: {said}"
 
 
-def test_the_picture_has_a_line_a_strategy_and_the_bound():
+def test_the_picture_has_a_line_a_strategy_and_the_bound() -> None:
     above, below = load_picture.draw([LOOP, VMAP]).axes
     lines: dict[str, Any] = {str(line.get_label()): line for line in above.get_lines()}
     assert lines["loop"].get_xydata().tolist() == [
@@ -125,7 +125,7 @@ def test_the_picture_has_a_line_a_strategy_and_the_bound():
 
 
 @pytest.mark.parametrize("rows", [[], [Result(CASE, status="failed", error="broke")]])
-def test_a_run_with_nothing_in_it_is_drawn_and_told_too(rows: list[Result], tmp_path: Path):
+def test_a_run_with_nothing_in_it_is_drawn_and_told_too(rows: list[Result], tmp_path: Path) -> None:
     run = Run(ENVIRONMENT, replace(CONFIG, scenario="server").plain(), tuple(rows))
     assert is_under_load(run)
     page = page_of(run, columns=False, sentences=True)

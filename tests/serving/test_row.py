@@ -73,7 +73,7 @@ def batches(made: engine.Engine, lanes: int) -> list[Batch]:
 @pytest.mark.usefixtures("one_thread")
 def test_every_way_gives_each_request_its_own_answer_and_a_mix_up_is_seen(
     strategy: str, inputs: str, ways: set[tuple[str, int]]
-):
+) -> None:
     own = case(strategy, inputs)
     made = engine.build(own, bench(own), max_batch=2, progress=lambda *_: None)
     assert {(way.mode, way.size) for way in made.ways} == ways
@@ -94,7 +94,9 @@ def test_every_way_gives_each_request_its_own_answer_and_a_mix_up_is_seen(
 
 @pytest.mark.parametrize(("strategy", "inputs"), [("vmap", "shared"), ("hybrid", "per_model")])
 @pytest.mark.usefixtures("one_thread")
-def test_under_loadgen_all_are_answered_rightly_and_the_files_say_so(strategy: str, inputs: str):
+def test_under_loadgen_all_are_answered_rightly_and_the_files_say_so(
+    strategy: str, inputs: str
+) -> None:
     pytest.importorskip("mlperf_loadgen")
     found = measured(case(strategy, inputs))
     run = found.load_run
@@ -122,7 +124,7 @@ def test_under_loadgen_all_are_answered_rightly_and_the_files_say_so(strategy: s
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_at_far_more_than_is_held_requests_are_refused_and_the_accepted_do_not_wait_long():
+def test_at_far_more_than_is_held_requests_are_refused_and_the_accepted_do_not_wait_long() -> None:
     pytest.importorskip("mlperf_loadgen")
     config = replace(CONFIG_UNDER_LOAD, target_qps=20_000.0, latency_bound_ms=20.0, min_seconds=0.3)
     found = measured(case("loop"), config)
@@ -138,7 +140,7 @@ def test_at_far_more_than_is_held_requests_are_refused_and_the_accepted_do_not_w
 @pytest.mark.usefixtures("one_thread")
 def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     pytest.importorskip("mlperf_loadgen")
     calls: list[int] = []
 
@@ -169,14 +171,14 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_bound_below_one_call_is_said_and_nothing_is_played():
+def test_a_bound_below_one_call_is_said_and_nothing_is_played() -> None:
     config = replace(CONFIG_UNDER_LOAD, target_qps=None, latency_bound_ms=1e-3)
     found = measured(case("loop"), config)
     assert found.status == "failed"
     assert "expected a bound of at least one call" in str(found.error)
 
 
-def test_a_batch_is_padded_to_its_way_and_counts_what_is_wasted():
+def test_a_batch_is_padded_to_its_way_and_counts_what_is_wasted() -> None:
     requests = ((Request(1, 0, 0, 0, 0.0),), ())
     batch = Batch(Way(TOGETHER, 2, 1.0), (0, 1), requests)
     assert (batch.count, batch.slots) == (1, 4)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +35,7 @@ class Answers(list[int]):
         self.extend(idents)
 
 
-def test_those_that_wait_at_the_end_are_answered():
+def test_those_that_wait_at_the_end_are_answered() -> None:
     answers = Answers()
     server = Server(policy(max_wait_s=60.0, max_batch=4), compute=right, answer=answers)
     server.arrive(wanted(7, 8, 9))
@@ -44,7 +45,7 @@ def test_those_that_wait_at_the_end_are_answered():
     assert (server.tally.answered, server.tally.batches, server.tally.slots) == (3, 1, 4)
 
 
-def test_who_finds_the_queue_full_is_counted_and_told_to_the_referee_last():
+def test_who_finds_the_queue_full_is_counted_and_told_to_the_referee_last() -> None:
     answers = Answers()
     server = Server(policy(capacity=2), compute=right, answer=answers)
     server.arrive(wanted(1, 2, 3, 4))
@@ -58,7 +59,7 @@ def test_who_finds_the_queue_full_is_counted_and_told_to_the_referee_last():
     assert server.most_waiting == 2
 
 
-def test_a_forward_that_raises_fails_its_requests_and_all_that_come_later():
+def test_a_forward_that_raises_fails_its_requests_and_all_that_come_later() -> None:
     answers, calls = Answers(), []
 
     def compute(batch: Batch) -> tuple[int, float]:
@@ -84,7 +85,7 @@ def test_a_forward_that_raises_fails_its_requests_and_all_that_come_later():
     assert run.problem == f"RuntimeError: the device is gone; {failed} requests failed"
 
 
-def test_wrong_answers_and_lost_requests_are_problems_and_few_requests_have_no_percentile():
+def test_wrong_answers_and_lost_requests_are_problems_and_few_requests_have_no_percentile() -> None:
     server = Server(policy(), compute=lambda batch: (1, 0.0), answer=Answers())
     server.arrive(wanted(1))
     server.close()
@@ -100,7 +101,7 @@ def test_wrong_answers_and_lost_requests_are_problems_and_few_requests_have_no_p
     assert lost.problem == "expected 2 requests to be accounted for, found 1"
 
 
-def test_the_wait_for_company_ends_on_time():
+def test_the_wait_for_company_ends_on_time() -> None:
     answers = Answers()
     server = Server(policy(max_wait_s=0.05, max_batch=4), compute=right, answer=answers)
     server.arrive(wanted(1))
@@ -118,7 +119,7 @@ def test_the_wait_for_company_ends_on_time():
 
 
 @pytest.mark.parametrize("scenario", [SERVER, OFFLINE, SINGLE_STREAM])
-def test_loadgen_counts_what_the_server_counts(scenario: str):
+def test_loadgen_counts_what_the_server_counts(scenario: str) -> None:
     pytest.importorskip("mlperf_loadgen")
     asked: list[int] = []
     server = Server(policy(capacity=10**6, max_batch=4), compute=right, answer=referee.answer)
@@ -139,7 +140,9 @@ def test_loadgen_counts_what_the_server_counts(scenario: str):
         assert gaps == pytest.approx(400, rel=0.4)
 
 
-def test_a_run_that_is_too_short_for_its_percentile_is_not_valid_and_says_why(tmp_path):
+def test_a_run_that_is_too_short_for_its_percentile_is_not_valid_and_says_why(
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("mlperf_loadgen")
     server = Server(policy(), compute=right, answer=referee.answer)
     order = Order(SERVER, 400.0, 0.99, 0.5, 0.01, 20, seed=3)

@@ -33,7 +33,7 @@ def numbers(taken: object) -> list[list[int]]:
     return [[own.number for own in lane] for lane in taken]  # type: ignore[attr-defined]
 
 
-def test_who_came_first_is_taken_first_and_others_keep_waiting():
+def test_who_came_first_is_taken_first_and_others_keep_waiting() -> None:
     waiting = full(1, 0, 1, 1)
     assert waiting.counts() == [1, 3, 0]
     assert numbers(waiting.take([1], 2)) == [[0, 2]]
@@ -43,7 +43,7 @@ def test_who_came_first_is_taken_first_and_others_keep_waiting():
     assert (len(waiting), waiting.oldest(), waiting.most) == (0, None, 4)
 
 
-def test_a_full_queue_refuses_until_somebody_is_taken():
+def test_a_full_queue_refuses_until_somebody_is_taken() -> None:
     waiting = Waiting(1, 2)
     assert [waiting.offer(request(n)) for n in range(4)] == [True, True, False, False]
     waiting.take([0], 1)
@@ -51,12 +51,12 @@ def test_a_full_queue_refuses_until_somebody_is_taken():
     assert numbers(waiting.take([0], 9)) == [[1, 4]]
 
 
-def test_a_queue_without_room_or_lanes_is_refused():
+def test_a_queue_without_room_or_lanes_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, found 0, 5"):
         Waiting(0, 5)
 
 
-def test_nothing_is_lost_and_nothing_comes_twice_in_a_thousand_random_steps():
+def test_nothing_is_lost_and_nothing_comes_twice_in_a_thousand_random_steps() -> None:
     draw, waiting, expected, found = random.Random(0), Waiting(3, 7), [], []
     ways = [Way(ALONE, 1, 1.0), Way(ALONE, 2, 1.5), Way(TOGETHER, 2, 3.0)]
     for number in range(1000):
@@ -70,11 +70,11 @@ def test_nothing_is_lost_and_nothing_comes_twice_in_a_thousand_random_steps():
     assert waiting.most == 7
 
 
-def test_batch_sizes_are_powers_of_two_and_the_largest_itself():
+def test_batch_sizes_are_powers_of_two_and_the_largest_itself() -> None:
     assert [sizes(n) for n in (1, 2, 4, 6)] == [(1,), (1, 2), (1, 2, 4), (1, 2, 4, 6)]
 
 
-def test_the_way_with_the_least_time_for_each_answer_is_taken():
+def test_the_way_with_the_least_time_for_each_answer_is_taken() -> None:
     one, two, four = Way(ALONE, 1, 1.0), Way(ALONE, 2, 1.6), Way(ALONE, 4, 2.2)
     ways = [one, two, four]
     assert choose(ways, [1], 0) == one
@@ -84,13 +84,13 @@ def test_the_way_with_the_least_time_for_each_answer_is_taken():
     assert choose(even, [9], 0) == one  # no company where it saves nothing
 
 
-def test_a_hybrid_loops_over_few_and_takes_all_when_many_wait():
+def test_a_hybrid_loops_over_few_and_takes_all_when_many_wait() -> None:
     alone, together = Way(ALONE, 1, 1.0), Way(TOGETHER, 1, 2.5)
     assert choose([alone, together], [1, 1, 0, 0], 0) == alone
     assert choose([alone, together], [1, 1, 1, 0], 0) == together
 
 
-def test_together_takes_from_every_lane_and_counts_empty_slots():
+def test_together_takes_from_every_lane_and_counts_empty_slots() -> None:
     waiting = full(2, 0, 2, 2)
     batch = take(waiting, [Way(TOGETHER, 2, 1.0)])
     assert batch.lanes == (0, 1, 2)
@@ -98,12 +98,12 @@ def test_together_takes_from_every_lane_and_counts_empty_slots():
     assert (batch.count, batch.slots, waiting.counts()) == (3, 6, [0, 0, 1])
 
 
-def test_alone_takes_the_lane_that_waits_longest():
+def test_alone_takes_the_lane_that_waits_longest() -> None:
     batch = take(full(1, 0, 1), [Way(ALONE, 2, 1.0)])
     assert (batch.lanes, numbers(batch.requests), batch.slots) == ((1,), [[0, 2]], 2)
 
 
-def test_nobody_waits_for_company_unless_told_to():
+def test_nobody_waits_for_company_unless_told_to() -> None:
     waiting = full(0)
     assert ready_s(waiting, max_batch=2, max_wait_s=0.0) == 0.0
     assert ready_s(waiting, max_batch=2, max_wait_s=0.5) == 0.5
@@ -113,5 +113,5 @@ def test_nobody_waits_for_company_unless_told_to():
         take(Waiting(1, 1), [Way(ALONE, 1, 1.0)])
 
 
-def test_the_most_per_second_fills_every_slot():
+def test_the_most_per_second_fills_every_slot() -> None:
     assert most_per_second([Way(ALONE, 2, 1.0), Way(TOGETHER, 1, 1.0)], lanes=3) == 3.0
