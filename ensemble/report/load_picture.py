@@ -42,6 +42,8 @@ def draw(results: Sequence[Result]) -> Figure:
             look = BLACK if row.case.is_reference else looks[row.case.strategy]
             _line(above, row, "tail_s", look)
             _line(below, row, "p50_s", look)
+        for bound_s in {row.load.bound_s for row in rows if row.load is not None}:
+            _bound(above, bound_s)
         percentile = rows[0].load.percentile if rows and rows[0].load else 99.0
         _finish(above, f"{percentile:g} % answered within (ms)")
         _finish(below, "50 % answered within (ms)")
@@ -66,8 +68,20 @@ def _line(axes: Axes, row: Result, field: str, look: Look) -> None:
             axes.plot(*place, mark, color=colour, markerfacecolor=face, markersize=5)
     if row.held_qps is not None:
         axes.axvline(row.held_qps, color=colour, linewidth=0.8, linestyle=":", alpha=0.8)
-    if field == "tail_s" and row.load.bound_s is not None:
-        axes.axhline(1e3 * row.load.bound_s, color="grey", linewidth=0.8)
+
+
+def _bound(axes: Axes, bound_s: float | None) -> None:
+    if bound_s is not None:
+        axes.axhline(1e3 * bound_s, color="grey", linewidth=0.8)
+        axes.annotate(
+            "bound",
+            (0.0, 1e3 * bound_s),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=8,
+            color="grey",
+        )
 
 
 def _finish(axes: Axes, what: str) -> None:
@@ -85,6 +99,6 @@ def _finish(axes: Axes, what: str) -> None:
 
 
 def _some_digits(value: float, _: object) -> str:
-    """Label 2 and 5 of each decade."""
+    """Label 2, 3, 5 and 7 of each decade."""
     text = f"{value:g}"
-    return text if text.strip("0.")[:1] in {"2", "5"} else ""
+    return text if text.strip("0.")[:1] in {"2", "3", "5", "7"} else ""

@@ -121,7 +121,7 @@ def test_the_picture_has_a_line_a_strategy_and_the_bound() -> None:
     ]
     assert any(list(line.get_ydata()) == [pytest.approx(100)] * 2 for line in above.get_lines())
     assert below.get_xlabel() == "offered requests per second"
-    assert {text.get_text() for text in above.texts} == {"loop", "vmap"}
+    assert {text.get_text() for text in above.texts} == {"loop", "vmap", "bound"}
 
 
 @pytest.mark.parametrize("rows", [[], [Result(CASE, status="failed", error="broke")]])
