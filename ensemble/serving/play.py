@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from sys import maxsize
-
-import numpy as np
 
 from ensemble.machine import memory
 from ensemble.measure.row import Stage
@@ -20,10 +18,12 @@ from ensemble.options import Config
 from ensemble.records import Case, LoadRun
 from ensemble.serving import referee, simulation
 from ensemble.serving.batcher import most_per_second
-from ensemble.serving.engine import Engine, plan
+from ensemble.serving.engine import Engine
+from ensemble.serving.figures import record
 from ensemble.serving.library import library, shares
-from ensemble.serving.referee import OFFLINE, SERVER, Order, Ruling
-from ensemble.serving.server import Policy, Server, Tally
+from ensemble.serving.referee import OFFLINE, SERVER, Order
+from ensemble.serving.server import Policy, Server
+from ensemble.serving.ways import plan
 from ensemble.statistics import queries_needed
 
 # A request that finds more waiting than can be answered in so many bounds is refused.
@@ -125,55 +125,6 @@ class Player:
         name = f"{case.strategy}_{case.num_models}x{case.image_size}px_{case.dtype}"
         own = f"seed{self._config.seed}_run{len(self.runs) + 1}"
         return Path(self._config.load_log) / name / own
-
-
-def record(
-    purpose: str, order: Order, ruling: Ruling, tally: Tally, most_waiting: int, cpu_s: float
-) -> LoadRun:
-    """What came of a run: percentiles are of answered requests, where these suffice."""
-    missed = set(tally.missed)
-    accepted = [own for at, own in enumerate(ruling.latencies_s) if at not in missed]
-    counted = tally.answered + tally.refused + tally.failed
-    problem = None
-    if tally.errors:
-        problem = f"{tally.errors[0]}; {tally.failed} requests failed"
-    elif tally.wrong:
-        problem = f"outputs disagree under load: {tally.wrong} of {tally.answered} answers"
-    elif counted != len(ruling.latencies_s):
-        problem = (
-            f"expected {len(ruling.latencies_s)} requests to be accounted for, found {counted}"
-        )
-    return LoadRun(
-        purpose=purpose,
-        offered_qps=order.rate_qps,
-        seed=order.seed,
-        seconds=ruling.seconds,
-        requests=len(ruling.latencies_s),
-        answered=tally.answered,
-        refused=tally.refused,
-        failed=tally.failed,
-        p50_s=tail(accepted, 0.5),
-        p90_s=tail(accepted, 0.9),
-        p99_s=tail(accepted, 0.99),
-        tail_s=tail(accepted, order.percentile),
-        longest_s=max(accepted, default=None),
-        valid=ruling.valid and problem is None,
-        why_not=problem or ruling.why_not,
-        problem=problem,
-        mean_batch=tally.answered / tally.batches if tally.batches else None,
-        wasted_share=1 - tally.answered / tally.slots if tally.slots else None,
-        cpu_s_per_request=cpu_s / tally.answered if tally.answered else None,
-        overhead_s=tally.overhead_s,
-        most_waiting=most_waiting,
-        late_issue_s=ruling.late_issue_s,
-    )
-
-
-def tail(latencies: Sequence[float], share: float) -> float | None:
-    """The percentile, or None where there are not enough requests to speak of it."""
-    if len(latencies) < queries_needed(share, 0):
-        return None
-    return float(np.percentile(latencies, 100 * share))
 
 
 def _share(begin: float, expected_s: float) -> float:

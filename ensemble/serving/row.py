@@ -18,11 +18,12 @@ from ensemble.measure.start import tidy
 from ensemble.models import stacking
 from ensemble.options import Config
 from ensemble.records import Case, Load, Process, Result
-from ensemble.serving import engine as engines
-from ensemble.serving.engine import DisagreementError, Engine
+from ensemble.serving import ways
+from ensemble.serving.engine import Engine
 from ensemble.serving.play import Player
 from ensemble.serving.referee import OFFLINE, SERVER, SINGLE_STREAM
 from ensemble.serving.search import highest
+from ensemble.serving.ways import DisagreementError
 from ensemble.statistics import median
 
 BOUND_CALLS = 4.0  # the bound, in calls of the loop, where none was asked for
@@ -43,7 +44,7 @@ def measure(case: Case, bench: Bench, config: Config, *, progress: Stage) -> Res
     device, cpu = bench.example.device, other_programs.read()
     before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
     try:
-        engine = engines.build(case, bench, max_batch=config.max_batch, progress=progress)
+        engine = ways.build(case, bench, max_batch=config.max_batch, progress=progress)
         row = replace(row, notes=row.notes + _notes(engine), max_rel_error=engine.max_rel_error)
         player = Player(case, config, engine, _bound_s(case, bench, config), progress)
         load = _load(config, player)
@@ -53,7 +54,7 @@ def measure(case: Case, bench: Bench, config: Config, *, progress: Stage) -> Res
         return replace(row, status="failed", error=str(error))
     except Exception as error:
         log.debug("%s failed", case, exc_info=True)
-        name = engines.plan(case).alone or engines.plan(case).together or case.strategy
+        name = ways.plan(case).alone or ways.plan(case).together or case.strategy
         why = reason(error, name, bench.models, bench.example, dtype)
         return replace(row, status="failed", error=why)
     peak = memory.peak_bytes(device) if peak_known else None

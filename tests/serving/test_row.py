@@ -13,8 +13,9 @@ from ensemble.measure.bench import Bench, make_bench
 from ensemble.options import Config
 from ensemble.records import Case, Result, Run
 from ensemble.report import exports
-from ensemble.serving import engine, row
+from ensemble.serving import row, ways
 from ensemble.serving.batcher import ALONE, TOGETHER, Batch, Way
+from ensemble.serving.engine import Engine
 from ensemble.serving.waiting import Request
 from ensemble.strategies import Strategy
 from ensemble.strategies.built import Built
@@ -48,7 +49,7 @@ def measured(own: Case, config: Config = CONFIG_UNDER_LOAD) -> Result:
     return row.measure(own, bench(own), config, progress=lambda *_: None)
 
 
-def batches(made: engine.Engine, lanes: int) -> list[Batch]:
+def batches(made: Engine, lanes: int) -> list[Batch]:
     """A batch by every way, with images and lanes that are all different."""
     found = []
     for way in made.ways:
@@ -62,7 +63,7 @@ def batches(made: engine.Engine, lanes: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "inputs", "ways"),
+    ("strategy", "inputs", "expected"),
     [
         ("vmap", "shared", {(ALONE, 1), (ALONE, 2)}),
         ("loop", "per_model", {(ALONE, 1), (ALONE, 2)}),
@@ -72,11 +73,11 @@ def batches(made: engine.Engine, lanes: int) -> list[Batch]:
 )
 @pytest.mark.usefixtures("one_thread")
 def test_every_way_gives_each_request_its_own_answer_and_a_mix_up_is_seen(
-    strategy: str, inputs: str, ways: set[tuple[str, int]]
+    strategy: str, inputs: str, expected: set[tuple[str, int]]
 ) -> None:
     own = case(strategy, inputs)
-    made = engine.build(own, bench(own), max_batch=2, progress=lambda *_: None)
-    assert {(way.mode, way.size) for way in made.ways} == ways
+    made = ways.build(own, bench(own), max_batch=2, progress=lambda *_: None)
+    assert {(way.mode, way.size) for way in made.ways} == expected
     assert made.told_apart()
     assert (made.max_rel_error or 0.0) < 1e-5
     lanes = 1 if inputs == "shared" else 3
@@ -155,7 +156,7 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
 
     monkeypatch.setitem(strategies.STRATEGIES, "breaks", Strategy("eager", "loop", "breaks"))
     monkeypatch.setattr(Strategy, "builder", lambda self: breaks)
-    monkeypatch.setattr(engine, "TIMED_S", 0.0)
+    monkeypatch.setattr(ways, "TIMED_S", 0.0)
     own = case("breaks")
     views = torch.randn(16, 3, 8, 8)
     calls = []

@@ -9,7 +9,7 @@ import pytest
 
 from ensemble.serving import referee
 from ensemble.serving.batcher import ALONE, Batch, Way
-from ensemble.serving.play import record
+from ensemble.serving.figures import record
 from ensemble.serving.referee import OFFLINE, SERVER, SINGLE_STREAM, Order, Ruling
 from ensemble.serving.server import Policy, Server
 
