@@ -399,6 +399,9 @@ def _check_load(parser: Parser, options: dict[str, Any]) -> None:
         for name in sorted(asked & set(HYBRIDS)):
             message = f"{name}: expected --inputs per_model, found shared"
             raise InputError(message, argument="strategies")
+    log = options["load_log"]
+    if log is not None and Path(log).exists() and not Path(log).is_dir():
+        raise InputError(f"expected a folder, found a file at {log}", argument="load_log")
     if find_spec("mlperf_loadgen") is None:
         message = "expected the package mlcommons-loadgen (requirements-peers.txt), found none"
         raise InputError(message, argument="scenario")

@@ -522,6 +522,7 @@ def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
         (["--scenario", "server", "--strategies", "hybrid"], "hybrid: expected --inputs per_model"),
         (["--scenario", "offline", "--target_qps", "9"], "expected --scenario server with it"),
         (["--scenario", "server", "--batch_size", "2"], "--batch_size: expected no --scenario"),
+        (["--scenario", "server", "--load_log", KITTEN], "--load_log: expected a folder, found"),
     ],
 )
 def test_load_that_makes_no_sense_is_one_clear_line(
