@@ -119,7 +119,8 @@ def test_the_picture_has_a_line_a_strategy_and_the_bound() -> None:
         [60.0, pytest.approx(80)],
         [70.0, pytest.approx(200)],
     ]
-    assert any(list(line.get_ydata()) == [pytest.approx(100)] * 2 for line in above.get_lines())
+    drawn: list[Any] = list(above.get_lines())
+    assert any(list(line.get_ydata()) == [pytest.approx(100)] * 2 for line in drawn)
     assert below.get_xlabel() == "offered requests per second"
     assert {text.get_text() for text in above.texts} == {"loop", "vmap", "bound"}
 
