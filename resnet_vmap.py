@@ -93,7 +93,13 @@ def serve(
     print(f"Running on {workload.device_name(config)}")
     begun = session.resume(config, new, earlier)
     return session.measure_all(
-        config, begun, workload, save=files.save, show_progress=show_progress, say=print
+        config,
+        begun,
+        workload,
+        save=files.save,
+        show_progress=show_progress,
+        say=print,
+        row="ensemble.serving.row" if config.scenario else "ensemble.measure.row",
     )
 
 

@@ -8,12 +8,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ensemble.errors import InputError
-from ensemble.strategies import BEST, STRATEGIES, TUNE_SECONDS
+from ensemble.strategies import BEST, HYBRIDS, STRATEGIES, TUNE_SECONDS
 
 Number = TypeVar("Number", int, float)
 DEFAULT_NUM_MODELS = 2
@@ -60,7 +61,15 @@ minutes = _within(1e-9, inf, float, "a number of minutes above 0")
 seconds = _within(0, inf, float, "a number of seconds of at least 0")
 percent = _within(0, inf, float, "a number of percent of at least 0")
 
+rate = _within(1e-9, inf, float, "a number of requests per second above 0")
+milliseconds = _within(0, inf, float, "a number of milliseconds of at least 0")
+bound = _within(1e-9, inf, float, "a number of milliseconds above 0")
+percentile = _within(50, 99.9001, float, "a percentile from 50 to 99.9")
+batch = _within(1, 1025, int, "a whole number from 1 to 1024")
+skewness = _within(0, 10.0001, float, "a number from 0 to 10")
+
 SERVE, RUN, MEASURE, SHOW = "what to serve", "how to run", "how to measure", "what to show"
+LOAD = "under load"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +135,7 @@ class Config:
     strategies: tuple[str, ...] = flag(
         RUN,
         f"names of --list_strategies; {BEST}: the fastest here, found by trying; {ALL}: every one",
-        choices=(*STRATEGIES, ALL),
+        choices=(*STRATEGIES, *HYBRIDS, ALL),
         nargs="+",
         default=["loop", "vmap", BEST],
         metavar="NAME",
@@ -207,12 +216,62 @@ class Config:
         "measure only what an --export_json file lacks",
         metavar="PATH",
     )
+    scenario: str | None = flag(
+        LOAD,
+        "how many requests per second, at which latency, by MLPerf's LoadGen: single_stream, one"
+        " after another; offline, all at once; server, at random times",
+        choices=("single_stream", "offline", "server"),
+    )
+    target_qps: float | None = flag(
+        LOAD,
+        "server: requests per second (default: the most that keep the bound, searched)",
+        type=rate,
+        metavar="R",
+    )
+    latency_percentile: float = flag(
+        LOAD,
+        "server: so many percent of the requests keep the bound",
+        type=percentile,
+        default=99.0,
+        metavar="P",
+    )
+    latency_bound_ms: float | None = flag(
+        LOAD,
+        "server: the bound, from arrival to answer (default: 4 times what the loop takes for one)",
+        type=bound,
+        metavar="MS",
+    )
+    max_batch: int = flag(
+        LOAD,
+        "requests that are computed together, at most; of each model for per_model inputs",
+        type=batch,
+        default=4,
+        metavar="B",
+    )
+    max_wait_ms: float = flag(
+        LOAD,
+        "let the oldest request wait so long for company",
+        type=milliseconds,
+        default=0.0,
+        metavar="MS",
+    )
+    skew: float = flag(
+        LOAD,
+        "per_model: requests per model by Zipf's law, 1, 2**-S, 3**-S; 0: all alike",
+        type=skewness,
+        default=0.0,
+        metavar="S",
+    )
+    load_log: str | None = flag(
+        LOAD, "keep LoadGen's own summary and detail logs in this folder", metavar="DIR"
+    )
     export_json: str | None = flag(SHOW, "write everything, after each row", metavar="PATH")
     export_csv: str | None = flag(SHOW, "the same as a table for a spreadsheet", metavar="PATH")
     export_markdown: str | None = flag(SHOW, "the same as a page to read", metavar="PATH")
     plot: str | None = flag(
         SHOW,
-        "time and speedup against N, .png or .svg; of a grid, a heat map too",
+        "time and speedup against N, .png or .svg; of a grid, a heat map too; under load,"
+        " latency against the offered rate",
         metavar="PATH",
     )
     from_json: str | None = flag(
@@ -296,6 +355,8 @@ def parse(argv: Sequence[str] | None) -> Config:
     options = vars(parser.parse_args(argv))
     if options["from_json"]:
         _check_beside_from_json(_typed(parser, argv))
+    else:
+        _check_load(_typed(parser, argv), options)
     paths = options["model_path"]
     if options["num_models"] is None:
         options["num_models"] = [len(paths) if paths and len(paths) > 1 else DEFAULT_NUM_MODELS]
@@ -341,6 +402,40 @@ def _check_beside_from_json(typed: Sequence[str]) -> None:
             f"expected no {', '.join(without_effect)} beside it: it shows a run that was made",
             argument="from_json",
         )
+
+
+# Under load these mean nothing: a request is one image, and nothing is timed in pairs.
+NOT_UNDER_LOAD = ("batch_size", "roofline", "self_check", "baseline", "fail_above")
+
+
+def _check_load(typed: Sequence[str], options: dict[str, Any]) -> None:
+    """Raise InputError for flags of load without a scenario, or that do not go with it."""
+    load = {own.name for own in fields(Config) if own.metadata["group"] == LOAD}
+    given = set(typed)
+    scenario, asked = options["scenario"], set(options["strategies"])
+    if scenario is None:
+        for name in sorted(load & given):
+            raise InputError("expected --scenario with it, found none", argument=name)
+        for name in sorted(asked & set(HYBRIDS)):
+            raise InputError(f"{name}: expected --scenario, found none", argument="strategies")
+        return
+    of_server = {"target_qps", "latency_percentile", "latency_bound_ms"}
+    for name in sorted(given & of_server if scenario != "server" else ()):
+        raise InputError(f"expected --scenario server with it, found {scenario}", argument=name)
+    for name in sorted(given & set(NOT_UNDER_LOAD)):
+        raise InputError("expected no --scenario beside it, found one", argument=name)
+    if options["inputs"] != "per_model":
+        if "skew" in given:
+            raise InputError("expected --inputs per_model with it, found shared", argument="skew")
+        for name in sorted(asked & set(HYBRIDS)):
+            message = f"{name}: expected --inputs per_model, found shared"
+            raise InputError(message, argument="strategies")
+    log = options["load_log"]
+    if log is not None and Path(log).exists() and not Path(log).is_dir():
+        raise InputError(f"expected a folder, found a file at {log}", argument="load_log")
+    if find_spec("mlperf_loadgen") is None:
+        message = "expected the package mlcommons-loadgen (requirements-peers.txt), found none"
+        raise InputError(message, argument="scenario")
 
 
 def check_paths(config: Config) -> None:

@@ -525,3 +525,32 @@ def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
     assert "surely slower" in capsys.readouterr().out
     assert resnet_vmap.main([*argv, "--fail_above", "10"]) == 1
     assert resnet_vmap.main([*argv, "--fail_above", "5000"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--target_qps", "9"], "--target_qps: expected --scenario with it"),
+        (["--strategies", "hybrid"], "--strategies: hybrid: expected --scenario"),
+        (["--scenario", "server", "--target_qps", "0"], "requests per second above 0, found '0'"),
+        (["--scenario", "server", "--latency_bound_ms", "-1"], "milliseconds above 0, found '-1'"),
+        (["--scenario", "server", "--latency_percentile", "100"], "from 50 to 99.9, found '100'"),
+        (["--scenario", "server", "--skew", "nan"], "from 0 to 10, found 'nan'"),
+        (["--scenario", "server", "--skew", "1"], "--skew: expected --inputs per_model"),
+        (["--scenario", "server", "--strategies", "hybrid"], "hybrid: expected --inputs per_model"),
+        (["--scenario", "offline", "--target_qps", "9"], "expected --scenario server with it"),
+        (["--scenario", "server", "--batch_size", "2"], "--batch_size: expected no --scenario"),
+        (["--scenario", "server", "--load_log", KITTEN], "--load_log: expected a folder, found"),
+    ],
+)
+def test_load_that_makes_no_sense_is_one_clear_line(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in error_of(capsys, *argv)
+
+
+def test_without_loadgen_the_error_names_the_requirements(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ensemble.options.find_spec", lambda name: None)
+    assert "requirements-peers.txt" in error_of(capsys, "--scenario", "server")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ensemble.strategies import STRATEGIES
-from tests import results
+from tests import load_results, results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -15,6 +15,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/**/README.md"))]
 
 def test_the_results_page_is_what_the_stored_files_say() -> None:
     assert results.PAGE.read_text() == results.page()
+    assert load_results.PAGE.read_text() == load_results.page()
 
 
 def test_every_stored_run_has_its_figures_on_the_results_page() -> None:

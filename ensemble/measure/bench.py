@@ -25,9 +25,13 @@ WEAK = "the check is weak: with these weights the logits hardly depend on the im
 
 @dataclass(frozen=True)
 class Bench:
-    """What all rows of a cell share. `exact` holds the logits in float64, where a row asks."""
+    """What all rows of a cell share. `exact` holds the logits in float64, where a row asks.
+
+    `images` is all that there are, `(count, 3, px, px)`; the example is made of the first of them.
+    """
 
     models: Sequence[nn.Module]
+    images: Tensor
     example: Tensor
     reference: Started
     exact: Tensor | None
@@ -48,7 +52,8 @@ def make_bench(
     """
     case = cases[0]
     chosen = models[: case.num_models]
-    example = make_example(views(case.image_size), case)
+    images = views(case.image_size)
+    example = make_example(images, case)
     tidy()
     try:
         reference = start(REFERENCE, chosen, example, torch.float32)
@@ -60,7 +65,7 @@ def make_bench(
     if any(rounds_apart(own) for own in cases):
         exact, more = optional("error to float64", partial(in_float64, chosen, example))
         notes += more
-    return Bench(chosen, example, reference, exact, notes)
+    return Bench(chosen, images, example, reference, exact, notes)
 
 
 def make_example(views: Tensor, case: Case) -> Tensor:

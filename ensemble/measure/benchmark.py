@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, product
+from typing import Protocol
 
-from ensemble.measure.bench import make_bench, measure_limits, with_roofline
-from ensemble.measure.row import measure
+from ensemble.measure import row
+from ensemble.measure.bench import Bench, make_bench, measure_limits, with_roofline
+from ensemble.measure.stages import Stage
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import SELF_CHECK, Case, Result
@@ -15,6 +17,12 @@ from ensemble.report.words import case_name
 
 # Called with what is measured in words, what is being done to it, and how much of that is done.
 Progress = Callable[[str, str, float], None]
+
+
+class Measure(Protocol):
+    """Makes a row of a case."""
+
+    def __call__(self, case: Case, bench: Bench, config: Config, *, progress: Stage) -> Result: ...
 
 
 def plan(config: Config) -> list[Case]:
@@ -33,6 +41,7 @@ def run(
     workload: Workload,
     *,
     progress: Progress,
+    measure: Measure = row.measure,
 ) -> Iterator[Result]:
     """Measure cases of `plan`; a failure costs its own row only.
 
@@ -52,8 +61,8 @@ def run(
             if isinstance(bench, str):
                 yield Result(case, status="failed", error=bench)
                 continue
-            row = measure(case, bench, config, progress=partial(progress, case_name(case)))
-            yield with_roofline(row, limits, workload)
+            found = measure(case, bench, config, progress=partial(progress, case_name(case)))
+            yield with_roofline(found, limits, workload)
 
 
 def _names(config: Config) -> list[tuple[str, str]]:

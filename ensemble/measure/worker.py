@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from dataclasses import fields
+from importlib import import_module
 from typing import IO, Any
 
 from ensemble.options import Config
@@ -34,7 +35,7 @@ def main() -> None:
         messages.flush()
 
     from ensemble.measure.bench import make_bench
-    from ensemble.measure.row import measure, reference_row
+    from ensemble.measure.row import reference_row
     from ensemble.models import workload
     from ensemble.records import Result
     from ensemble.report.exports import row_of
@@ -45,6 +46,7 @@ def main() -> None:
     if not line:  # the parent has ended, or given up
         return
     job = json.loads(line)
+    measure = import_module(job["row"]).measure
     config, case = config_of(job["config"]), Case(**job["case"])
     own = workload.load_shared(job["shared"], config, device=job["device"])
     bench = make_bench([case], own.models, own.views)

@@ -11,7 +11,7 @@ from rich.table import Table
 from ensemble.records import Result
 from ensemble.report.words import case_name, title, varying_fields
 from ensemble.statistics import CONFIDENCE
-from ensemble.strategies import Strategy
+from ensemble.strategies import Hybrid, Strategy
 
 UNKNOWN = ""
 WIDTH = 90  # of the default table, in characters
@@ -46,7 +46,7 @@ def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bo
     shown = [row for row in results if verbose or row.status != "unavailable"]
     every = _columns(results, verbose=verbose)
     columns, left_out = (every, list[str]()) if verbose else _fitting(every, shown)
-    lines = _lines(columns, shown, colour=colour)
+    lines = grid(shown, columns, colour=colour)
     if left_out:
         lines.append(f"Left out for width: {', '.join(left_out)}; --verbose shows all.")
     return "\n".join([title([row.case for row in results]), *lines, *remarks(results)]) + "\n"
@@ -56,7 +56,7 @@ def _fitting(columns: Sequence[Column], rows: Sequence[Result]) -> tuple[list[Co
     """The columns that fit `WIDTH`, and the names of what was left out for it."""
     kept, left_out = list(columns), []
     for name, column, shorter in LEFT_OUT_FIRST:
-        if max(map(len, _lines(kept, rows)), default=0) <= WIDTH:
+        if max(map(len, grid(rows, kept)), default=0) <= WIDTH:
             break
         if column in kept:
             at = kept.index(column)
@@ -65,7 +65,7 @@ def _fitting(columns: Sequence[Column], rows: Sequence[Result]) -> tuple[list[Co
     return kept, left_out
 
 
-def _lines(columns: Sequence[Column], rows: Sequence[Result], *, colour: bool = False) -> list[str]:
+def grid(rows: Sequence[Result], columns: Sequence[Column], *, colour: bool = False) -> list[str]:
     """The table's two lines of headers and its rows, however wide."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold" if colour else "")
     table.add_column("\nstrategy", no_wrap=True)
@@ -89,7 +89,7 @@ def _drawn(table: Table, width: int, *, colour: bool = False) -> list[str]:
     return [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
 
 
-def render_strategies(strategies: Mapping[str, Strategy]) -> str:
+def render_strategies(strategies: Mapping[str, Strategy | Hybrid]) -> str:
     """What each strategy is, needs and costs, by name; long texts go on in the next line."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     table.add_column("strategy", no_wrap=True)
@@ -160,15 +160,23 @@ def _kind(row: Result) -> str:
 
 
 def _columns(results: Sequence[Result], *, verbose: bool) -> list[Column]:
+    every = [*place_columns(results), *COLUMNS]
+    return [*every, *VERBOSE_COLUMNS] if verbose else that_say_something(every, results)
+
+
+def place_columns(results: Sequence[Result]) -> list[Column]:
+    """N, and what else is not the same in all rows."""
     varying = varying_fields([row.case for row in results])
     place = [
         Column(f"\n{header}", lambda row, field=field: str(getattr(row.case, field)))  # type: ignore[misc]
         for header, field in varying.items()
     ]
-    every = [Column("\nN", lambda row: str(row.case.num_models)), *place, *COLUMNS]
-    if verbose:
-        return [*every, *VERBOSE_COLUMNS]
-    return [column for column in every if column.always or _says_something(column, results)]
+    return [Column("\nN", lambda row: str(row.case.num_models)), *place]
+
+
+def that_say_something(columns: Sequence[Column], results: Sequence[Result]) -> list[Column]:
+    """The columns without those that are silent in every row."""
+    return [column for column in columns if column.always or _says_something(column, results)]
 
 
 def _says_something(column: Column, results: Sequence[Result]) -> bool:
@@ -203,29 +211,30 @@ def _speedup(row: Result) -> str:
     return f"{row.speedup:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
-def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+def number(value: float | None, form: str, scale: float = 1.0) -> str:
+    """A value in these digits and units; an empty cell where it is unknown."""
     return UNKNOWN if value is None else format(value * scale, form)
 
 
 PER_CALL = Column("per call\nms (IQR)", _per_call_with_spread)
-MEMORY = Column("memory\n(MB)", lambda row: _number(row.peak_memory_bytes, ".0f", 1e-6))
+MEMORY = Column("memory\n(MB)", lambda row: number(row.peak_memory_bytes, ".0f", 1e-6))
 PAGE_FAULTS = Column(
     "page\nfaults",
-    lambda row: _number(row.page_faults_per_call, ",.0f"),
+    lambda row: number(row.page_faults_per_call, ",.0f"),
     always=False,
     silent="0",
 )
-LIMIT = Column("of the\nlimit", lambda row: _number(row.roofline_share, ".0%"), always=False)
+LIMIT = Column("of the\nlimit", lambda row: number(row.roofline_share, ".0%"), always=False)
 COLUMNS = (
     PER_CALL,
     Column(f"speedup\n[{CONFIDENCE:.0%} interval]", _speedup),
-    Column("\nerror", lambda row: _number(row.max_rel_error, ".0e")),
-    Column("start\n(s)", lambda row: _number(row.start_s, ".2f")),
+    Column("\nerror", lambda row: number(row.max_rel_error, ".0e")),
+    Column("start\n(s)", lambda row: number(row.start_s, ".2f")),
     MEMORY,
     PAGE_FAULTS,
     Column(
         "top-1\nagrees",
-        lambda row: _number(row.top1_agreement, ".1%"),
+        lambda row: number(row.top1_agreement, ".1%"),
         always=False,
         silent="100.0%",
     ),
@@ -239,8 +248,8 @@ LEFT_OUT_FIRST: tuple[tuple[str, Column, Column | None], ...] = (
     ("memory", MEMORY, None),
 )
 VERBOSE_COLUMNS = (
-    Column("build\n(s)", lambda row: _number(row.build_s, ".2f")),
-    Column("first call\n(s)", lambda row: _number(row.first_call_s, ".3f")),
-    Column("error to\nfloat64", lambda row: _number(row.error_float64, ".0e")),
+    Column("build\n(s)", lambda row: number(row.build_s, ".2f")),
+    Column("first call\n(s)", lambda row: number(row.first_call_s, ".3f")),
+    Column("error to\nfloat64", lambda row: number(row.error_float64, ".0e")),
     Column("bound\nby", lambda row: row.bound or UNKNOWN),
 )

@@ -36,6 +36,7 @@ class Strategy:
     rounds_apart: bool = False  # fewer multiplications: compare its rounding with float64's
     has_kernels: bool = False  # of its own, which are compiled once per installation
     tunes: bool = False  # at build, for as long as it is told
+    one_by_one: bool = False  # one model after another: under load, only those that are asked for
 
     def builder(self, *, tune_seconds: float = TUNE_SECONDS) -> Builder:
         own: Callable[..., Built] = getattr(
@@ -48,23 +49,47 @@ _COMPILES = "up to 1 min"
 _CONVERTS = "seconds"
 _PEERS = "CPU, peers"  # requirements-peers.txt
 
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Two strategies for tenants under load: of a few models, and of all of them together."""
+
+    alone: str
+    together: str
+    summary: str
+    needs: str = "--scenario"
+    start: str = "as both"
+
+
 # A name says how: [cudagraph_][compiled_|prepacked_|folded_|lowered_]loop, vmap or concurrent.
 STRATEGIES = {
-    "loop": Strategy("eager", "loop", "one eager forward per model: the reference"),
+    "loop": Strategy(
+        "eager", "loop", "one eager forward per model: the reference", one_by_one=True
+    ),
     "vmap": Strategy("eager", "vmap", "functorch: one eager forward over the stacked state"),
     "chunked_vmap": Strategy(
         "chunked", "vmap", "vmap over some models at a time: the fastest chunk_size", tunes=True
     ),
-    "folded_loop": Strategy("folded", "loop", "loop, batch norm folded, channels-last"),
+    "folded_loop": Strategy(
+        "folded", "loop", "loop, batch norm folded, channels-last", one_by_one=True
+    ),
     "folded_vmap": Strategy("folded", "vmap", "vmap, batch norm folded, channels-last"),
     "compiled_loop": Strategy(
-        "compiled", "loop", "folded_loop through torch.compile", start=_COMPILES
+        "compiled",
+        "loop",
+        "folded_loop through torch.compile",
+        start=_COMPILES,
+        one_by_one=True,
     ),
     "compiled_vmap": Strategy(
         "compiled", "vmap", "folded_vmap through torch.compile, one graph", start=_COMPILES
     ),
     "prepacked_loop": Strategy(
-        "prepacked", "loop", "folded_loop, weights in oneDNN's order, relu and sum fused", "CPU"
+        "prepacked",
+        "loop",
+        "folded_loop, weights in oneDNN's order, relu and sum fused",
+        "CPU",
+        one_by_one=True,
     ),
     "prepacked_concurrent": Strategy(
         "prepacked", "concurrent", "the same, one model per core", "CPU"
@@ -82,13 +107,20 @@ STRATEGIES = {
     "compiled_concurrent": Strategy(
         "concurrent", "compiled", "the same through torch.compile", start=_COMPILES
     ),
-    "cudagraph_loop": Strategy("cudagraph", "loop", "folded_loop as one CUDA graph", "CUDA"),
+    "cudagraph_loop": Strategy(
+        "cudagraph", "loop", "folded_loop as one CUDA graph", "CUDA", one_by_one=True
+    ),
     "cudagraph_vmap": Strategy("cudagraph", "vmap", "folded_vmap as one CUDA graph", "CUDA"),
     "cudagraph_concurrent": Strategy(
         "cudagraph", "eager_concurrent", "concurrent: streams as branches of one graph", "CUDA"
     ),
     "cudagraph_compiled_loop": Strategy(
-        "cudagraph", "compiled_loop", "compiled_loop as one CUDA graph", "CUDA", _COMPILES
+        "cudagraph",
+        "compiled_loop",
+        "compiled_loop as one CUDA graph",
+        "CUDA",
+        _COMPILES,
+        one_by_one=True,
     ),
     "cudagraph_compiled_vmap": Strategy(
         "cudagraph", "compiled_vmap", "compiled_vmap as one CUDA graph", "CUDA", _COMPILES
@@ -104,10 +136,20 @@ STRATEGIES = {
         _COMPILES,
     ),
     "openvino": Strategy(
-        "peers", "openvino", "OpenVINO, the fastest of its settings", _PEERS, _CONVERTS
+        "peers",
+        "openvino",
+        "OpenVINO, the fastest of its settings",
+        _PEERS,
+        _CONVERTS,
+        one_by_one=True,
     ),
     "onnxruntime": Strategy(
-        "peers", "onnxruntime", "ONNX Runtime, the fastest of its settings", _PEERS, _CONVERTS
+        "peers",
+        "onnxruntime",
+        "ONNX Runtime, the fastest of its settings",
+        _PEERS,
+        _CONVERTS,
+        one_by_one=True,
     ),
     "jax": Strategy(
         "peers", "jax", "JAX, jit, the faster of loop and vmap; ResNets", _PEERS, _COMPILES
@@ -120,6 +162,14 @@ STRATEGIES = {
         rounds_apart=True,
         has_kernels=True,
         tunes=True,
+    ),
+}
+
+# Beside the strategies where tenants are served under load.
+HYBRIDS = {
+    "hybrid": Hybrid("loop", "vmap", "loop over few waiting models, vmap over many"),
+    "lowered_hybrid": Hybrid(
+        "lowered_vmap", "lowered_vmap", "the same by kernels for one model and for N"
     ),
 }
 
