@@ -1,8 +1,8 @@
 """One SIMD vector of floats as a numba type, as wide as this CPU's registers, and what it can do.
 
 numba vectorises loops by itself, but not across 36 rows of memory whose overlap it cannot rule out.
-Here a vector is a value: `load`, `store`, `+`, `-`, `*`, `maximum`. Addresses are plain integers, in
-bytes. Below stand the pieces of LLVM's code that `products` and `taps` are made of.
+Here a vector is a value: `load`, `store`, `+`, `-`, `*`, `maximum`. Addresses are plain integers,
+in bytes. Below stand the pieces of LLVM's code that `products` and `taps` are made of.
 """
 
 import operator
