@@ -155,7 +155,7 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
         return Built(forward)
 
     monkeypatch.setitem(strategies.STRATEGIES, "breaks", Strategy("eager", "loop", "breaks"))
-    monkeypatch.setattr(Strategy, "builder", lambda self: breaks)
+    monkeypatch.setattr(Strategy, "builder", lambda self, **options: breaks)
     monkeypatch.setattr(ways, "TIMED_S", 0.0)
     own = case("breaks")
     views = torch.randn(16, 3, 8, 8)
