@@ -94,6 +94,7 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
 
     def sessions(count: int, threads: int) -> list[Any]:
         options = package.SessionOptions()
+        options.log_severity_level = 3  # errors: else it tells of each constant it cannot fold
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         providers = ["CPUExecutionProvider"]
         return [package.InferenceSession(graph, options, providers) for graph in graphs[:count]]
@@ -149,7 +150,11 @@ def _infer(request: Any, batch: Array) -> Array:
 def _export(model: nn.Module, batch: Tensor) -> Any:
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
-        program = torch.onnx.export(model, (batch.clone(),), dynamo=True, verbose=False)
+        # Not optimised by the exporter: it folds constants of this model's weights (3 * parameter)
+        # into new ones, which the next model's weights would not replace. ONNX Runtime does it.
+        program = torch.onnx.export(
+            model, (batch.clone(),), dynamo=True, verbose=False, optimize=False
+        )
     assert program is not None
     return program.model_proto
 

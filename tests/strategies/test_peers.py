@@ -1,0 +1,31 @@
+"""Other runtimes get each model's own weights."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ensemble
+from tests.tiny import independent
+
+
+class Shifted(nn.Module):
+    """An exporter may fold `3 * shift` into a constant, which is that of one model."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        self.shift = nn.Parameter(torch.randn(1, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.add(self.conv(x), self.shift, alpha=3).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of other people's packages
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_what_is_made_of_weights_alone_is_made_of_each_models_own(name: str) -> None:
+    pytest.importorskip("onnxscript" if name == "onnxruntime" else name)
+    models: list[nn.Module] = [Shifted(seed).eval().requires_grad_(False) for seed in range(3)]
+    x = torch.randn(1, 3, 8, 8)
+    found = ensemble.build(name, models, x)(x)
+    torch.testing.assert_close(found, independent(models, x), rtol=1e-4, atol=1e-4)
