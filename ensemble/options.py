@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ensemble.errors import InputError
+from ensemble.machine import launch
 from ensemble.strategies import BEST, STRATEGIES
 
 Number = TypeVar("Number", int, float)
@@ -109,6 +110,13 @@ class Config:
         choices=("shared", "per_model"),
         default="shared",
     )
+    reduce: str = flag(
+        SERVE,
+        "mean when an ensemble's answer is asked, the mean of the models' probabilities, and not"
+        " the logits of each",
+        choices=("none", "mean"),
+        default="none",
+    )
     device: str = flag(
         RUN, "auto (the accelerator if there is one), cpu, cuda, cuda:1, xpu, mps", default="auto"
     )
@@ -178,7 +186,7 @@ class Config:
     )
     timeout_minutes: float = flag(
         MEASURE,
-        "give a process up that says nothing for so long",
+        "give a process, or a rank of torchrun, up that says nothing for so long",
         type=minutes,
         default=5.0,
         metavar="M",
@@ -266,7 +274,10 @@ def make_parser() -> Parser:
 
 
 def parse(argv: Sequence[str] | None) -> Config:
-    """The command line as a Config; raises InputError for a bad one."""
+    """The command line as a Config; raises InputError for a bad one.
+
+    Under torchrun each rank parses the same line; files are written, and checked, by the first.
+    """
     parser = make_parser()
     options = vars(parser.parse_args(argv))
     if options["from_json"]:
@@ -290,10 +301,24 @@ def parse(argv: Sequence[str] | None) -> Config:
         for name, value in options.items()
     }
     config = Config(**values)
+    if config.reduce == "mean" and config.inputs == "per_model":
+        message = "expected --inputs shared with it: tenants have no mean, found per_model"
+        raise InputError(message, argument="reduce")
+    if launch.is_launched():
+        config = replace(config, processes=_no_processes(sys.argv[1:] if argv is None else argv))
     if config.resume and not config.export_json:
         config = replace(config, export_json=config.resume)  # it goes on in its own file
-    check_paths(config)
+    if launch.rank() == 0:
+        check_paths(config)
     return config
+
+
+def _no_processes(argv: Sequence[str]) -> int:
+    """Of worker processes, under torchrun; raises InputError where some were asked for."""
+    if any(word.partition("=")[0] == "--processes" for word in argv):
+        message = "expected none under torchrun: rows are measured in its ranks themselves"
+        raise InputError(message, argument="processes")
+    return 0
 
 
 def default_image() -> Path:

@@ -21,7 +21,7 @@ WINGS: tuple[str, ...] = (
     "models",
     "passes",
 )
-WINGS = (*WINGS, "strategies", "measure")
+WINGS = (*WINGS, "strategies", "measure", "distributed")
 FREE_OF_TORCH = (*GROUND, "strategies/__init__", "options", "report")
 
 

@@ -9,7 +9,7 @@ from itertools import groupby, product
 import torch
 from torch import nn
 
-from ensemble.measure.bench import make_bench, measure_limits, with_roofline
+from ensemble.measure.bench import Bench, make_bench, measure_limits, with_roofline
 from ensemble.measure.row import measure
 from ensemble.models.workload import Workload
 from ensemble.options import Config
@@ -21,16 +21,22 @@ from ensemble.strategies import BEST, best
 Progress = Callable[[str, str, float], None]
 
 
-def plan(config: Config, models: Sequence[nn.Module], device: torch.device) -> list[Case]:
+def plan(
+    config: Config,
+    models: Sequence[nn.Module],
+    device: torch.device,
+    on_one_device: Callable[[int], int] = int,
+) -> list[Case]:
     """The rows to measure, in their order: cell by cell of the grid.
 
-    `best` stands for the reference and the strategy that is picked.
+    `best` stands for the reference and the strategy that is picked, for as many models as are
+    `on_one_device` of N.
     """
     cells = product(config.image_size, config.batch_size, config.num_models)
     return [
         Case(name, num_models, batch_size, image_size, dtype, config.inputs)
         for image_size, batch_size, num_models in cells
-        for name, dtype in _names(config, models[:num_models], device)
+        for name, dtype in _names(config, models[: on_one_device(num_models)], device)
     ]
 
 
@@ -40,6 +46,7 @@ def run(
     workload: Workload,
     *,
     progress: Progress,
+    make: Callable[[Sequence[Case]], Bench | str] | None = None,
 ) -> Iterator[Result]:
     """Measure cases of `plan`; a failure costs its own row only.
 
@@ -48,13 +55,17 @@ def run(
         cases: what to measure, those of one cell together.
         workload: the first N of its models serve for each N; shared inputs are the first B of its
             views, per-model inputs the first N * B.
+        make: gives the bench of a cell (default: `make_bench`, on the workload's device).
     """
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
     for _, own in groupby(cases, key=lambda case: case.cell):
         cell = list(own)
         progress(case_name(cell[0]), "reference", 0.0)
-        bench = make_bench(cell, workload.models, workload.views)
+        if make is None:
+            bench = make_bench(cell, workload.models, workload.views, config.reduce)
+        else:
+            bench = make(cell)
         for case in cell:
             if isinstance(bench, str):
                 yield Result(case, status="failed", error=bench)

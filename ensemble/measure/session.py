@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 
-from ensemble.errors import InputError
+from ensemble.errors import InputError, RankError
 from ensemble.measure import benchmark, processes, rounds
 from ensemble.measure.bench import measure_limits, with_roofline
 from ensemble.models.workload import Workload
@@ -17,6 +17,10 @@ from ensemble.report.comparison import check_machine, differences
 from ensemble.report.words import case_name
 
 INTERRUPTED = "interrupted"
+# Gives the row of each case, as it comes.
+Measure = Callable[
+    [Config, Sequence[Case], Run, Workload, benchmark.Progress], Generator[Result, None, None]
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Session:
     planned: int
     left: tuple[Case, ...]
     stopped: str  # empty where nothing stopped it
+    broken: bool = False  # a rank has ended
 
     @property
     def interrupted(self) -> bool:
@@ -59,20 +64,22 @@ def measure_all(
     save: Callable[[Run], None],
     show_progress: Callable[[int], AbstractContextManager[benchmark.Progress]],
     say: Callable[[str], None],
+    measure: Measure | None = None,
 ) -> Session:
     """Measure each case of the plan that `run` lacks, and save after each.
 
-    `show_progress` is given how many rows there are to come. Ctrl-C, or `--max_minutes`, ends it
-    with what is finished.
+    `show_progress` is given how many rows there are to come, `measure` gives the rows (default: in
+    processes of their own, or where there are none here). Ctrl-C, `--max_minutes`, or a rank that
+    ends, ends it with what is finished.
     """
-    cases = benchmark.plan(config, workload.models, workload.device)
+    cases = benchmark.plan(config, workload.models, workload.device, workload.on_one_device)
     order = {case: index for index, case in enumerate(cases)}
     missing = _missing(cases, run, config)
     if config.resume:
         say(f"Going on with {config.resume}: {len(missing)} of {len(cases)} rows are missing")
     deadline = time.monotonic() + 60 * (config.max_minutes or float("inf"))
-    stopped = ""
-    measure = _in_processes if config.processes else _here
+    stopped, broken = "", False
+    measure = measure or (_in_processes if config.processes else _here)
     try:
         with (
             show_progress(len(missing) * rounds.first_rounds(config)) as update,
@@ -88,8 +95,11 @@ def measure_all(
                     break
     except KeyboardInterrupt:
         stopped = INTERRUPTED
+    except RankError as error:
+        stopped, broken = str(error), True
     left = _missing(cases, run, config)
-    return Session(run, len(cases), left, stopped if stopped == INTERRUPTED or left else "")
+    stopped = stopped if stopped == INTERRUPTED or broken or left else ""
+    return Session(run, len(cases), left, stopped, broken)
 
 
 def _here(

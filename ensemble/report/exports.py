@@ -22,7 +22,10 @@ from ensemble.report.verdict import render_answer, render_remarks
 SCHEMA, READ_SCHEMAS = 2, (1, 2)
 DETAILS = "```json\n"  # begins the data in a Markdown file
 _OF_PROCESSES = tuple(field.name for field in fields(Process))  # over all of them, for readers
-_DERIVED = ("median_s", "iqr_s", "speedup", "speedup_interval", "roofline_share")
+_DERIVED = (
+    *("median_s", "iqr_s", "speedup", "speedup_interval", "roofline_share"),
+    *("parallel_efficiency", "communication", "interference", "speedup_over_one_rank"),
+)
 
 
 def to_json(run: Run) -> str:

@@ -170,6 +170,9 @@ COLUMNS = (
         always=False,
         silent="100.0%",
     ),
+    Column(
+        "parallel\nefficiency", lambda row: _number(row.parallel_efficiency, ".0%"), always=False
+    ),
     Column("of the\nlimit", lambda row: _number(row.roofline_share, ".0%"), always=False),
 )
 VERBOSE_COLUMNS = (
