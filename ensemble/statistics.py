@@ -27,7 +27,8 @@ def iqr(values: Sequence[float]) -> float | None:
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The `CONFIDENCE` percentile bootstrap interval of the median; None below 8 values.
+    """The `CONFIDENCE` percentile bootstrap interval of the median; None for fewer values than
+    `MIN_PAIRS_FOR_INTERVAL`.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Values are
     resampled with a fixed seed, so that one result file always gives one interval.
@@ -43,23 +44,24 @@ def resampled_medians(values: Sequence[float], generator: np.random.Generator) -
     return np.median(np.asarray(values)[picks], axis=1)
 
 
-def percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
-    """The middle `CONFIDENCE` of resampled statistics."""
-    tail = 50 * (1 - CONFIDENCE)
+def percentile_interval(
+    resampled: np.ndarray, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """The middle `confidence` of resampled statistics."""
+    tail = 50 * (1 - confidence)
     low, high = np.percentile(resampled, (tail, 100 - tail))
     return float(low), float(high)
 
 
-# The 97.5 % quantile of Student's t for 1 to 10 degrees of freedom, from any table of it.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_NORMAL = 1.960  # and for infinitely many
 # Two modes: medians that lie apart by more than this share, and by more than so many times what
 # they spread on either side.
 APART, TIMES_SPREAD = 0.10, 2.0
 
 
-def interval_of_processes(medians: Sequence[float]) -> tuple[float, float] | None:
-    """The `CONFIDENCE` interval of what a further process would say, in the middle of many.
+def interval_of_processes(
+    medians: Sequence[float], confidence: float = CONFIDENCE
+) -> tuple[float, float] | None:
+    """The `confidence` interval of what a further process would say, in the middle of many.
 
     One value above 0 for each process, the median of its pairs: this is the level at which runs
     differ, and what varies within a process is in it. The wider of two, on the logarithms:
@@ -70,10 +72,11 @@ def interval_of_processes(medians: Sequence[float]) -> tuple[float, float] | Non
     """
     if len(medians) < 2:
         return None
+    from scipy.special import stdtrit  # here, for it takes a tenth of a second to import
+
     logs = np.log(medians)
-    freedom = len(logs) - 1
-    quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else _student(freedom)
-    half = quantile * float(logs.std(ddof=1)) / len(logs) ** 0.5
+    quantile = stdtrit(len(logs) - 1, (1 + confidence) / 2)  # of Student's distribution
+    half = float(quantile * logs.std(ddof=1)) / len(logs) ** 0.5
     middle = float(logs.mean())
     low, high = min(middle - half, float(logs.min())), max(middle + half, float(logs.max()))
     return float(np.exp(low)), float(np.exp(high))
@@ -100,9 +103,3 @@ def modes(medians: Sequence[float]) -> list[list[int]]:
     if gaps[at - 1] <= max(float(np.log1p(APART)), TIMES_SPREAD * spread):
         return [order]
     return sorted([order[:at], order[at:]], key=len, reverse=True)
-
-
-def _student(freedom: int) -> float:
-    """The quantile for many degrees of freedom: Cornish and Fisher's expansion, two terms."""
-    z = _NORMAL
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -349,7 +349,7 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: st
         finally:
             process.kill()  # left running, it would be blamed on a later test
     assert process.returncode == 130
-    assert "interrupted: 0 of 2 rows were measured" in err
+    assert "interrupted: 0 of 2 rows are finished" in err
     assert "Traceback" not in err
     assert "Nothing was compared with the loop." in out
     assert not target.exists()
@@ -398,7 +398,7 @@ def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
     argv += ["--max_minutes", "1e-6"]
     assert resnet_vmap.main([*argv, "--export_json", str(part)]) == 0
     captured = capsys.readouterr()
-    assert "1 of 8 rows were measured; not measured: vmap, 1 model, batch 1; " in captured.err
+    assert "1 of 8 rows are finished; not finished: vmap, 1 model, batch 1; " in captured.err
     assert rows_of(part) == rows_of(whole)[:1]
     first = exports.read(str(part), argument="").results
     assert resnet_vmap.main([*argv[:-2], "--resume", str(part)]) == 0
@@ -413,6 +413,7 @@ def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
         ({"environment": {"cores": 99}}, "--resume: expected a file of this machine, found anothe"),
         ({"environment": {"torch": "1.0"}}, "--resume: expected the settings of"),
         ({"config": {"seed": 9}}, "found seed: 0, was 9"),
+        ({"config": {"processes": 5}}, "found processes: 0, was 5"),
     ],
 )
 def test_a_run_of_another_machine_version_or_setting_is_not_resumed(

@@ -110,7 +110,7 @@ def measure(
     run: Run,
     own: Workload,
     progress: benchmark.Progress,
-) -> Generator[Result]:
+) -> Generator[tuple[Result, ...]]:
     """Each case on all ranks: what `session.measure_all` is given.
 
     Raises:
@@ -128,7 +128,8 @@ def measure(
 
     with _explained():
         try:
-            yield from benchmark.run(config, cases, own, progress=progress, make=make)
+            for row in benchmark.run(config, cases, own, progress=progress, make=make):
+                yield (row,)
         except GeneratorExit:  # between two rows, where all wait for the next step
             lead.dismiss()
             raise

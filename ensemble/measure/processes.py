@@ -66,6 +66,7 @@ class Worker:
             start_new_session=True,
         )
         self._messages = _read(self._process)
+        self._is_silent = False
 
     def __enter__(self) -> Worker:
         return self
@@ -78,17 +79,22 @@ class Worker:
                     stream.close()
 
     def wait(self) -> None:
-        """Until it has imported what it needs, or died: the first message."""
-        with contextlib.suppress(queue.Empty):
+        """Until it has imported what it needs, or died: the first message; or for `timeout_s`."""
+        try:
             first = self._messages.get(timeout=self._job.timeout_s)
-            if not first:
-                self._messages.put(first)
+        except queue.Empty:
+            self._is_silent = True
+            return
+        if not first:
+            self._messages.put(first)
 
     def measure(self, case: Case, *, progress: Stage) -> tuple[Result, Result | None]:
         """The row of a case, and the reference's half of its pairs where it has such.
 
         A worker that dies, or says nothing for the job's `timeout_s`, is a failed row.
         """
+        if self._is_silent:
+            return self._given_up(case), None
         assert self._process.stdin is not None
         task: dict[str, Any] = {"config": self._job.config.plain(), "case": asdict(case)}
         task |= {"shared": self._job.shared, "device": self._job.device}
@@ -99,8 +105,7 @@ class Worker:
             try:
                 line = self._messages.get(timeout=self._job.timeout_s)
             except queue.Empty:
-                _kill(self._process)
-                return self._failed(case, f"no answer in {self._job.timeout_s:.0f} s"), None
+                return self._given_up(case), None
             if not line:
                 return self._failed(case, _cause(self._process)), None
             message = json.loads(line)
@@ -108,6 +113,10 @@ class Worker:
                 beside = message["reference"]
                 return result_of(message["row"]), beside and result_of(beside)
             progress(message["stage"], message.get("done", 0.0))
+
+    def _given_up(self, case: Case) -> Result:
+        _kill(self._process)
+        return self._failed(case, f"no answer in {self._job.timeout_s:.0f} s")
 
     def _failed(self, case: Case, cause: str) -> Result:
         self._errors.seek(0)

@@ -17,9 +17,10 @@ from ensemble.report.comparison import check_machine, differences
 from ensemble.report.words import case_name
 
 INTERRUPTED = "interrupted"
-# Gives the row of each case, as it comes.
+# Gives the row of each case, as it comes, with others that changed by it.
 Measure = Callable[
-    [Config, Sequence[Case], Run, Workload, benchmark.Progress], Generator[Result, None, None]
+    [Config, Sequence[Case], Run, Workload, benchmark.Progress],
+    Generator[tuple[Result, ...], None, None],
 ]
 
 
@@ -48,12 +49,22 @@ def resume(config: Config, new: Run, earlier: Run | None) -> Run:
         return new
     path = str(config.resume)
     check_machine(new.environment, earlier.environment, argument="resume", path=path)
-    for difference in differences(new, earlier):
+    for difference in [*differences(new, earlier), *_other_processes(config, earlier)]:
         message = f"expected the settings of {path}, found {difference}"
         raise InputError(message, argument="resume")
     kept = tuple(row for row in earlier.results if row.status != "failed")
     first = earlier.environment.first_forward_s  # of the process that the kept rows belong to
     return replace(new, environment=replace(new.environment, first_forward_s=first), results=kept)
+
+
+def _other_processes(config: Config, earlier: Run) -> list[str]:
+    """Were rows measured in processes of their own in one run, and in the program's in the other?
+
+    Files of schema 1 come from the time when all were measured in one.
+    """
+    before = int(earlier.config.get("processes") or 0)
+    same = bool(before) == bool(config.processes)
+    return [] if same else [f"processes: {config.processes}, was {before}"]
 
 
 def measure_all(
@@ -69,8 +80,8 @@ def measure_all(
     """Measure each case of the plan that `run` lacks, and save after each.
 
     `show_progress` is given how many rows there are to come, `measure` gives the rows (default: in
-    processes of their own, or where there are none here). Ctrl-C, `--max_minutes`, or a rank that
-    ends, ends it with what is finished.
+    processes of their own, or where there are none here). Ctrl-C, the budget of minutes, or a rank
+    that ends, ends it with what is finished.
     """
     cases = benchmark.plan(config, workload.models, workload.device, workload.on_one_device)
     order = {case: index for index, case in enumerate(cases)}
@@ -85,13 +96,13 @@ def measure_all(
             show_progress(len(missing) * rounds.first_rounds(config)) as update,
             closing(measure(config, missing, run, workload, update)) as results,
         ):
-            for result in results:
-                rows = {row.case: row for row in run.results} | {result.case: result}
+            for several in results:
+                rows = {row.case: row for row in (*run.results, *several)}
                 ordered = sorted(rows.values(), key=lambda row: order.get(row.case, len(order)))
                 run = replace(run, results=tuple(ordered))
                 save(run)
                 if time.monotonic() > deadline:
-                    stopped = f"--max_minutes {config.max_minutes:g} are over"
+                    stopped = f"{config.max_minutes:g} minutes are over"
                     break
     except KeyboardInterrupt:
         stopped = INTERRUPTED
@@ -108,9 +119,10 @@ def _here(
     run: Run,
     workload: Workload,
     progress: benchmark.Progress,
-) -> Generator[Result]:
+) -> Generator[tuple[Result, ...]]:
     """Each case in this process."""
-    yield from benchmark.run(config, cases, workload, progress=progress)
+    for row in benchmark.run(config, cases, workload, progress=progress):
+        yield (row,)
 
 
 def _in_processes(
@@ -119,8 +131,9 @@ def _in_processes(
     run: Run,
     workload: Workload,
     progress: benchmark.Progress,
-) -> Generator[Result]:
-    """Each case in processes of its own; a row comes again after each of them."""
+) -> Generator[tuple[Result, ...]]:
+    """Each case in processes of its own; a row comes again after each of them, and with it the row
+    of the reference where it was timed beside."""
     rows = {row.case: row for row in run.results}
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
@@ -141,9 +154,8 @@ def _in_processes(
 
         for several in rounds.rounds(cases, rows, config):
             for new, beside in processes.measure(job, several, progress=tell):
-                if beside is not None and is_wanted(beside.case):
-                    yield take(beside)
-                yield take(new)
+                wanted = beside is not None and is_wanted(beside.case)
+                yield tuple(map(take, (new, beside) if beside and wanted else (new,)))
 
 
 def _missing(cases: Sequence[Case], run: Run, config: Config) -> tuple[Case, ...]:

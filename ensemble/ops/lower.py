@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ensemble.errors import UnavailableError
 from ensemble.ops import conv
 from ensemble.ops.operation import Kind, Operation
 
@@ -47,18 +48,21 @@ def lower(
     """`mapped` as a function of x alone, for inputs like `example`.
 
     Args:
-        mapped: `(state, x) -> logits`, vmapped over N models.
+        mapped: `(state, x) -> logits`, vmapped over N models. It may write over what it forms.
         state: stacked tensors by name. Emptied: each is freed once nothing needs it.
         example: `(B, C, H, W)` or `(N, B, C, H, W)`. Winograd's error is measured on it, or on
             noise where it is the same everywhere.
         threads: cores to use.
+
+    Raises:
+        UnavailableError: it writes over tensors in a way that torch cannot take out.
     """
     names = list(state)
 
     def flat(*arguments: Tensor) -> Tensor:
         return mapped(dict(zip(names, arguments[:-1], strict=True)), arguments[-1])
 
-    module = make_fx(flat, tracing_mode="fake")(*state.values(), example)
+    module = _trace(flat, (*state.values(), example))
     *placeholders, x = module.graph.find_nodes(op="placeholder")
     values = {node: state.pop(name) for node, name in zip(placeholders, names, strict=True)}
     layers = dict(zip(placeholders, names, strict=True))
@@ -73,6 +77,27 @@ def lower(
     module.graph.lint()
     module.recompile()
     return Lowered(module, tuple(operations), tuple(refused))
+
+
+def _trace(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
+    """A graph in which no node writes over another's memory: it may be cut and run in parts.
+
+    Writes are taken out of the traced graph, not while vmap runs: there torch leaves those into
+    tensors that vmap does not map, as circular padding of a shared image.
+    """
+    module = make_fx(function, tracing_mode="fake")(*arguments)
+    if _writes(module):
+        module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*arguments)
+    if writes := _writes(module):
+        raise UnavailableError(f"this model writes over a tensor in a way of its own: {writes[0]}")
+    return module
+
+
+def _writes(module: fx.GraphModule) -> list[str]:
+    """The operators of a graph that write over what they are given."""
+    calls = (node.target for node in module.graph.nodes if node.op == "call_function")
+    operators = (target for target in calls if isinstance(target, torch._ops.OpOverload))
+    return [str(target) for target in operators if target._schema.is_mutable]
 
 
 def _run_once(

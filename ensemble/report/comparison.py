@@ -13,6 +13,7 @@ from ensemble.statistics import (
     CONFIDENCE,
     MIN_PAIRS_FOR_INTERVAL,
     interval_of_processes,
+    modes,
     percentile_interval,
     resampled_medians,
 )
@@ -33,28 +34,37 @@ class Comparison:
     """One row against its old self. `ratio` is new time / old time: above 1 it is slower.
 
     A strategy's time counts in times of the reference beside it, so that a machine that is slower
-    today is not a strategy that is; the reference's own in seconds.
+    today is not a strategy that is; the reference's own in seconds. `interval` is of a confidence
+    that all rows of the comparison have together.
     """
 
     row: Result
     ratio: float | None
     interval: tuple[float, float] | None
+    two_modes: bool = False  # in either run
 
     def surely_slower(self, percent: float) -> bool:
-        """Is the whole interval above `percent` more? The reference alone is never judged."""
-        limit = 1 + percent / 100
-        return (
-            not self.row.case.is_reference
-            and self.interval is not None
-            and self.interval[0] > limit
-        )
+        """Is the whole interval above `percent` more?
+
+        Not judged are the reference by itself, and a row of two modes: which of them a run meets
+        how often is chance, and no difference of the code.
+        """
+        if self.row.case.is_reference or self.two_modes or self.interval is None:
+            return False
+        return self.interval[0] > 1 + percent / 100
 
 
 def compare(new: Run, old: Run) -> list[Comparison]:
-    """Every row of `new` that `old` has too, and that was timed in both."""
-    before = {row.case: row for row in old.results}
-    pairs = [(row, before[row.case]) for row in new.results if row.case in before]
-    return [_compare(row, other) for row, other in pairs if row.times_s and other.times_s]
+    """Every row of `new` that `old` has too, and that was timed in both.
+
+    The intervals hold together, all rows at once, with `CONFIDENCE`: what each may miss is divided
+    by the number of rows (Bonferroni), so that many rows are no more often wrong than one.
+    """
+    before = {row.case: row for row in old.results if row.times_s}
+    both = [(row, before[row.case]) for row in new.results if row.times_s and row.case in before]
+    judged = sum(not row.case.is_reference for row, _ in both)
+    confidence = 1 - (1 - CONFIDENCE) / max(1, judged)
+    return [_compare(row, earlier, confidence) for row, earlier in both]
 
 
 def check_machine(here: Environment, other: Environment, *, argument: str, path: str) -> None:
@@ -71,11 +81,11 @@ def check_machine(here: Environment, other: Environment, *, argument: str, path:
 
 def differences(new: Run, old: Run) -> list[str]:
     """What the two runs were made with differently: `"torch: 2.14.1, was 2.13.0"`."""
-    pairs = [
+    values = [
         (name, getattr(new.environment, name), getattr(old.environment, name)) for name in SETTINGS
     ]
-    pairs += [(name, _option(new, name), _option(old, name)) for name in OPTIONS]
-    return [f"{name}: {ours}, was {theirs}" for name, ours, theirs in pairs if ours != theirs]
+    values += [(name, _option(new, name), _option(old, name)) for name in OPTIONS]
+    return [f"{name}: {ours}, was {theirs}" for name, ours, theirs in values if ours != theirs]
 
 
 def _option(run: Run, name: str) -> Any:
@@ -83,15 +93,15 @@ def _option(run: Run, name: str) -> Any:
 
 
 def ratio_interval_of_processes(
-    new: Sequence[float], old: Sequence[float]
+    new: Sequence[float], old: Sequence[float], confidence: float
 ) -> tuple[float, float] | None:
-    """The `CONFIDENCE` interval of the ratio of what many processes of either run would say.
+    """The `confidence` interval of the ratio of what many processes of either run would say.
 
     One value for each process. Both are independent: on the logarithms the half widths of their own
     intervals (`statistics.interval_of_processes`) add as errors do, by squares. None where either
     has fewer than two processes.
     """
-    intervals = interval_of_processes(new), interval_of_processes(old)
+    intervals = [interval_of_processes(medians, confidence) for medians in (new, old)]
     if intervals[0] is None or intervals[1] is None:
         return None
     halves = [np.log(high / low) / 2 for low, high in intervals]  # type: ignore[misc]
@@ -100,7 +110,9 @@ def ratio_interval_of_processes(
     return middle / spread, middle * spread
 
 
-def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, float] | None:
+def ratio_interval(
+    new: Sequence[float], old: Sequence[float], confidence: float
+) -> tuple[float, float] | None:
     """The same of two runs of one process each, by their calls: they say nothing of others.
 
     A percentile bootstrap of median(new) / median(old), each sample by itself. Source: Efron and
@@ -111,7 +123,7 @@ def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, f
         return None
     generator = np.random.default_rng(0)
     above, below = (resampled_medians(values, generator) for values in (new, old))
-    return percentile_interval(above / below)
+    return percentile_interval(above / below, confidence)
 
 
 def render(comparisons: Sequence[Comparison], new: Run, old: Run) -> str:
@@ -128,15 +140,16 @@ def render(comparisons: Sequence[Comparison], new: Run, old: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compare(row: Result, old: Result) -> Comparison:
+def _compare(row: Result, old: Result, confidence: float) -> Comparison:
     several = min(len(row.processes), len(old.processes)) > 1
     if several:
         medians, before = _medians(row), _medians(old)
-        interval = ratio_interval_of_processes(medians, before)
+        interval = ratio_interval_of_processes(medians, before, confidence)
     else:
         medians, before = _times(row.processes[0]), _times(old.processes[0])
-        interval = ratio_interval(medians, before)
-    return Comparison(row, float(np.median(medians) / np.median(before)), interval)
+        interval = ratio_interval(medians, before, confidence)
+    two_modes = any(len(modes(own)) > 1 for own in (_medians(row), _medians(old)))
+    return Comparison(row, float(np.median(medians) / np.median(before)), interval, two_modes)
 
 
 def _medians(row: Result) -> list[float]:
@@ -158,11 +171,13 @@ def _sentence(comparison: Comparison) -> str:
         return f"{name}: {measure} {comparison.ratio:.3f} of what it was, too few pairs to be sure"
     low, high = interval
     verdict = "no sure difference"
-    if low > 1 or high < 1:
+    if comparison.two_modes:
+        verdict = "two modes, not judged"
+    elif low > 1 or high < 1:
         verdict = "surely slower" if low > 1 else "surely faster"
     return (
         f"{name}: {measure} {comparison.ratio:.3f} of what it was, {CONFIDENCE:.0%} interval"
-        f" {low:.3f} to {high:.3f}: {verdict}"
+        f" (of all rows together) {low:.3f} to {high:.3f}: {verdict}"
     )
 
 

@@ -31,11 +31,11 @@ def show(run: Run, *, verbose: bool) -> None:
 
 
 def show_left(stopped: str, left: Sequence[Case], planned: int) -> None:
-    """Say on stderr what was not measured, and why."""
+    """Say on stderr which rows are not measured, or not by as many processes as asked, and why."""
     if stopped and left:
         names = "; ".join(case_name(case, varying_fields(left)) for case in left)
-        measured = f"{planned - len(left)} of {planned} rows were measured"
-        print(f"{stopped}: {measured}; not measured: {names}", file=sys.stderr)
+        finished = f"{planned - len(left)} of {planned} rows are finished"
+        print(f"{stopped}: {finished}; not finished: {names}", file=sys.stderr)
 
 
 def list_strategies() -> None:

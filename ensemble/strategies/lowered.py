@@ -40,9 +40,7 @@ def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lower.Lowered:
     per_model, copies = example.dim() == 5, folded(models)
     graph = with_operators(copies[0], channels_last(example[0] if per_model else example))
     state = state_of(graph, stacked_state(copies), copies[0], len(copies))
-    mapped = torch.func.functionalize(
-        torch.vmap(stateless(graph), in_dims=(0, 0 if per_model else None))
-    )
+    mapped = torch.vmap(stateless(graph), in_dims=(0, 0 if per_model else None))
     del copies, graph  # the state is freed tensor by tensor, as it is packed
     # A trace holds for inputs that lie in memory as its example does.
     return lower.lower(mapped, state, example.contiguous(), threads=torch.get_num_threads())
