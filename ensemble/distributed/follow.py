@@ -34,6 +34,8 @@ def follow(config: Config) -> int:
         log.debug("failed", exc_info=True)
         faults.tell(f"{type(error).__name__}: {first_line(error)}")
         return 1
+    finally:
+        group.leave()
     return 0
 
 

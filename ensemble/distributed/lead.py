@@ -15,7 +15,7 @@ from ensemble.distributed.begin import begin
 from ensemble.distributed.follow import LEAVE
 from ensemble.distributed.member import Member
 from ensemble.distributed.sharding import blocks
-from ensemble.errors import RankError, first_line
+from ensemble.errors import InputError, RankError, first_line
 from ensemble.measure import benchmark
 from ensemble.measure.bench import Bench, assemble, make_example
 from ensemble.models import images, workload
@@ -145,6 +145,9 @@ def _explained() -> Iterator[None]:
     except RankError as error:
         group.leave()
         raise RankError(faults.found(first_line(error))) from error
+    except InputError:
+        group.leave()
+        raise
     except KeyboardInterrupt as error:
         if faults.was_terminated():
             group.leave()
