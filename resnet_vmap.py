@@ -112,6 +112,7 @@ def serve(
         save=files.save,
         show_progress=show_progress,
         say=print,
+        row="ensemble.serving.row" if config.scenario else "ensemble.measure.row",
         measure=measure,
     )
 

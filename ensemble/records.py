@@ -80,6 +80,70 @@ class Case:
 
 
 @dataclass(frozen=True)
+class LoadRun:
+    """One run of the referee. Latencies count from the scheduled arrival, of answered requests.
+
+    A percentile that the requests are too few for is None, as is all else that is unknown.
+    """
+
+    purpose: str  # search, confirm, curve; asked, where one rate or scenario was
+    offered_qps: float | None  # None where the scenario offers no rate
+    seed: int
+    seconds: float
+    requests: int
+    answered: int
+    refused: int
+    failed: int
+    p50_s: float | None
+    p90_s: float | None
+    p99_s: float | None
+    tail_s: float | None  # at the percentile that was asked for
+    longest_s: float | None
+    valid: bool  # by the referee's rules
+    why_not: str | None
+    problem: str | None = None  # why the row fails: a forward raised, or answers were wrong
+    mean_batch: float | None = None
+    wasted_share: float | None = None  # of the computed images, those that nobody asked for
+    cpu_s_per_request: float | None = None
+    overhead_s: float | None = None  # what this program adds to the forwards, for each request
+    most_waiting: int | None = None
+    memory_growth_bytes: int | None = None  # of this process, from before the run to after it
+    late_issue_s: float | None = None  # how late the referee told of an arrival, at worst
+
+    @property
+    def rate_qps(self) -> float | None:
+        """Offered, or else what was done."""
+        if self.offered_qps is not None:
+            return self.offered_qps
+        return self.answered / self.seconds if self.seconds else None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one process found under load. `percentile` is 0 to 100; a bound has the server alone."""
+
+    scenario: str
+    percentile: float
+    bound_s: float | None
+    runs: tuple[LoadRun, ...]
+
+    @property
+    def shown(self) -> LoadRun | None:
+        """The run that counts: valid and confirmed or asked for; else the last of these."""
+        counted = [run for run in self.runs if run.purpose in ("confirm", "asked")] or self.runs
+        held = [run for run in counted if run.valid]
+        if held:
+            return max(held, key=lambda run: run.rate_qps or 0.0)
+        return counted[-1] if counted else None
+
+    @property
+    def held_qps(self) -> float | None:
+        """The rate that is held, or of the other scenarios done; None where no run is valid."""
+        shown = self.shown
+        return shown.rate_qps if shown is not None and shown.valid else None
+
+
+@dataclass(frozen=True)
 class Process:
     """What one fresh start of the program measured of a case. Unknown is None.
 
@@ -94,9 +158,11 @@ class Process:
     build_s: float | None = None
     first_call_s: float | None = None
     peak_memory_bytes: int | None = None
+    tune_s: float | None = None  # of build_s, to choose among strategies; None where nothing was
     page_faults_per_call: float | None = None
     reference_page_faults_per_call: float | None = None
     others_cpu_share: float | None = None
+    load: Load | None = None
     whole_s: tuple[float, ...] = ()
     forward_s: tuple[float, ...] = ()
     alone_s: tuple[float, ...] = ()
@@ -133,6 +199,12 @@ class Result:
     least_s: float | None = None  # the least time that the device's measured limits allow
     bound: str | None = None  # which limit that is: compute or memory
     notes: tuple[str, ...] = ()
+    picked: str | None = None  # the strategy that `best` chose in its first process, for all
+
+    @property
+    def name(self) -> str:
+        """The strategy, and which it picked."""
+        return f"{self.case.strategy} ({self.picked})" if self.picked else self.case.strategy
 
     @cached_property
     def times_s(self) -> tuple[float, ...]:
@@ -180,7 +252,14 @@ class Result:
 
     @property
     def build_s(self) -> float | None:
-        return self._median_of("build_s")
+        """What choosing took where one process did so for all, and what the build took them."""
+        known = [own for own in self.processes if own.build_s is not None]
+        built = median([(own.build_s or 0.0) - (own.tune_s or 0.0) for own in known])
+        return None if built is None else built + (self.tune_s or 0.0)
+
+    @property
+    def tune_s(self) -> float | None:
+        return self._median_of("tune_s")
 
     @property
     def first_call_s(self) -> float | None:
@@ -256,6 +335,33 @@ class Result:
         """How far the processes lie apart: half their range, as a share of its middle."""
         speedups = self.process_speedups
         return half_width((min(speedups), max(speedups))) if len(speedups) > 1 else None
+
+    @cached_property
+    def load(self) -> Load | None:
+        """What the process in the middle, by the rate that it held, found under load."""
+        loads = [process.load for process in self.processes if process.load is not None]
+        ordered = sorted(loads, key=lambda load: load.held_qps or 0.0)
+        return ordered[(len(ordered) - 1) // 2] if ordered else None
+
+    @property
+    def scenario(self) -> str | None:
+        return self.load.scenario if self.load else None
+
+    @property
+    def held_qps(self) -> float | None:
+        return self.load.held_qps if self.load else None
+
+    @property
+    def held_range(self) -> tuple[float, float] | None:
+        """The least and the most that the processes held; None unless all held something."""
+        found = [own.load.held_qps for own in self.processes if own.load is not None]
+        held = [own for own in found if own is not None]
+        return (min(held), max(held)) if held and len(held) == len(found) else None
+
+    @property
+    def load_run(self) -> LoadRun | None:
+        """The run that the row's figures under load are of."""
+        return self.load.shown if self.load else None
 
     @property
     def roofline_share(self) -> float | None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ ROOT = Path(resnet_vmap.__file__).parent
 KITTEN = str(ROOT / "kitten.jpg")
 QUICK = ["--image_path", KITTEN, "--image_size", "32", "--warmup", "0"]
 QUICK += ["--min_pairs", "8", "--min_seconds", "0", "--processes", "0"]
+QUICK += ["--strategies", "loop", "vmap"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_the_lines_that_users_of_the_original_know_come_in_their_order(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     assert resnet_vmap.main([*QUICK, "--model_path", checkpoint, "--num_models", "3"]) == 0
     out = capsys.readouterr().out
     known = [
@@ -71,7 +73,7 @@ def test_the_lines_that_users_of_the_original_know_come_in_their_order(
 
 def test_the_sample_prediction_is_what_torchvision_predicts_for_each_of_five_checkpoints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     paths, expected = [], []
     preset = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms(
         crop_size=32, resize_size=37
@@ -103,7 +105,7 @@ def test_the_sample_prediction_is_what_torchvision_predicts_for_each_of_five_che
 
 def test_verbose_prints_the_model_the_top_five_and_every_raw_time(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     assert resnet_vmap.main([*QUICK, "--model_path", checkpoint, "--verbose"]) == 0
     out = capsys.readouterr().out
     assert "(layer4): Sequential(" in out
@@ -113,7 +115,7 @@ def test_verbose_prints_the_model_the_top_five_and_every_raw_time(
 
 def test_without_weights_and_without_a_network_random_weights_are_said_plainly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         pretrained, "published_url", lambda arch: "http://127.0.0.1:9/resnet18-f37072fd.pth"
@@ -131,7 +133,7 @@ def test_without_weights_and_without_a_network_random_weights_are_said_plainly(
 
 def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     state = torchvision.models.resnet18(num_classes=3).state_dict()
@@ -164,6 +166,8 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--baseline", KITTEN], f"--baseline: {KITTEN}: "),
         (["--from_json", KITTEN], "--from_json: expected no --image_path beside it"),
         (["--from_json", "a", "--threads", "2", "--roofline"], "no --image_path, --threads, --roo"),
+        (["--from_json", "a", "--precision", "5"], "no --image_path, --precision beside it"),
+        (["--from_json", "a", "--dtype", "float32"], "no --image_path, --dtype beside it"),
         (["--export_json", "/proc/run.json"], "--export_json: expected to write in /proc"),
         (["--arch", "vit_b_16", "--image_size", "64"], "--image_size: vit_b_16 does not run at 64"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to"),
@@ -186,14 +190,14 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     defaults = [] if "--image_path" in argv else ["--image_path", KITTEN]
     monkeypatch.setattr(pretrained, "published_url", lambda arch: "http://127.0.0.1:9/no.pth")
     assert message in error_of(capsys, *defaults, *argv)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_without_cuda_says_what_there_is(capsys: pytest.CaptureFixture[str]):
+def test_cuda_without_cuda_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(capsys, "--image_path", KITTEN, "--device", "cuda")
     assert "--device: expected a device that is available here (cpu" in message
     assert "found 'cuda'" in message
@@ -201,7 +205,7 @@ def test_cuda_without_cuda_says_what_there_is(capsys: pytest.CaptureFixture[str]
 
 def test_an_allocator_that_cannot_be_had_is_said_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     message = error_of(capsys, "--allocator", "retain")
     assert "retain cannot be had here: mallopt is glibc's" in message
@@ -209,7 +213,7 @@ def test_an_allocator_that_cannot_be_had_is_said_so(
 
 def test_a_prefix_that_is_taken_off_a_checkpoint_is_printed(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     path = tmp_path / "lightning.ckpt"
     state = {f"model.{name}": tensor for name, tensor in torch.load(checkpoint).items()}
     torch.save({"state_dict": state, "hyper_parameters": {"lr": 0.1}}, path)
@@ -223,7 +227,7 @@ def test_a_prefix_that_is_taken_off_a_checkpoint_is_printed(
 
 def test_a_bad_checkpoint_leaves_the_output_of_an_earlier_run_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     earlier, bad = tmp_path / "run.json", tmp_path / "bad.pth"
     earlier.write_text("earlier")
     bad.write_text("<!DOCTYPE html>")
@@ -234,7 +238,7 @@ def test_a_bad_checkpoint_leaves_the_output_of_an_earlier_run_alone(
 
 def test_more_views_than_memory_holds_are_refused(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**9)
     argv = [*QUICK, "--model_path", checkpoint, "--batch_size", "1000000"]
     assert "--batch_size: " in error_of(capsys, *argv)
@@ -242,7 +246,7 @@ def test_more_views_than_memory_holds_are_refused(
 
 def test_all_strategies_give_a_row_each_and_what_cannot_run_here_is_no_failure(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     cheap = {name: STRATEGIES[name] for name in ("loop", "folded_vmap", "cudagraph_loop")}
     monkeypatch.setattr("ensemble.report.show.STRATEGIES", cheap)
     monkeypatch.setattr("ensemble.options.STRATEGIES", cheap)
@@ -255,7 +259,7 @@ def test_all_strategies_give_a_row_each_and_what_cannot_run_here_is_no_failure(
 
 def test_a_strategy_that_was_named_and_cannot_run_here_ends_with_exit_code_1(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     argv = [*QUICK, "--model_path", checkpoint, "--strategies", "cudagraph_loop"]
     assert resnet_vmap.main(argv) == 1
     assert "Not available here: cudagraph_loop: " in capsys.readouterr().out
@@ -266,7 +270,7 @@ def test_a_file_that_can_no_longer_be_written_costs_no_result(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -283,13 +287,13 @@ def test_the_default_image_is_found_from_any_folder(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert resnet_vmap.main([*QUICK[2:], "--model_path", checkpoint]) == 0
     assert f"Loading image from {KITTEN}\n" in capsys.readouterr().out
 
 
-def test_a_reader_that_stops_reading_gets_no_traceback(checkpoint: str):
+def test_a_reader_that_stops_reading_gets_no_traceback(checkpoint: str) -> None:
     command = f"{sys.executable} resnet_vmap.py --model_path {checkpoint} --image_size 32 | head -1"
     done = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
@@ -300,7 +304,7 @@ def test_a_reader_that_stops_reading_gets_no_traceback(checkpoint: str):
 
 def test_outputs_that_disagree_end_with_exit_code_1_and_without_a_speedup(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr("ensemble.measure.row.TOLERANCES", {torch.float32: -1.0})
     argv = [*QUICK, "--model_path", checkpoint, "--strategies", "vmap"]
     assert resnet_vmap.main(argv) == 1
@@ -311,7 +315,7 @@ def test_outputs_that_disagree_end_with_exit_code_1_and_without_a_speedup(
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--num_models", "0"], ["--export_json", "/no/x"]])
-def test_help_and_usage_errors_answer_without_importing_torch(argv: list[str]):
+def test_help_and_usage_errors_answer_without_importing_torch(argv: list[str]) -> None:
     program = (
         "import sys, resnet_vmap\n"
         "try: resnet_vmap.main(sys.argv[1:])\n"
@@ -322,7 +326,24 @@ def test_help_and_usage_errors_answer_without_importing_torch(argv: list[str]):
     assert done.returncode == 0
 
 
-def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: str, tmp_path: Path):
+def test_help_is_a_screen_and_a_half_and_says_each_default_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 75
+    assert "(default: loop vmap best)" in out
+    assert "(default: 0)" in out
+    assert not re.search(
+        r"default: None|default: False|default: \[|\(default[^()]*\) \(default", out
+    )
+
+
+def test_interrupted_the_program_keeps_and_shows_what_is_finished(
+    checkpoint: str, tmp_path: Path
+) -> None:
     target = tmp_path / "run.json"
     argv = ["--model_path", checkpoint, "--image_size", "32", "--export_json", str(target)]
     argv += ["--strategies", "loop", "vmap", "--min_seconds", "1", "--min_pairs", "100000"]
@@ -357,7 +378,7 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(checkpoint: st
 
 def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_ones(
     checkpoint: str,
-):
+) -> None:
     """With 150 MB of address space left, vmap over 8 models at batch 16 does not fit."""
     program = (
         "import resource, sys, torch, functorch, torchvision, resnet_vmap\n"
@@ -373,7 +394,7 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
     )
     argv = ["--model_path", checkpoint, "--num_models", "8", "--batch_size", "16"]
     argv += ["--image_size", "112", "--warmup", "0", "--min_pairs", "1", "--min_seconds", "0"]
-    argv += ["--processes", "0"]
+    argv += ["--processes", "0", "--strategies", "loop", "vmap"]
     done = subprocess.run(
         [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
     )
@@ -391,7 +412,7 @@ def rows_of(path: Path) -> list[Case]:
 
 def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     whole, part = tmp_path / "whole.json", tmp_path / "part.json"
     argv = [*QUICK, "--model_path", checkpoint, "--num_models", "1", "2", "--batch_size", "1", "2"]
     assert resnet_vmap.main([*argv, "--export_json", str(whole)]) == 0
@@ -417,12 +438,12 @@ def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
     ],
 )
 def test_a_run_of_another_machine_version_or_setting_is_not_resumed(
-    change: dict,
+    change: dict[str, Any],
     message: str,
     checkpoint: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-):
+) -> None:
     path = tmp_path / "run.json"
     argv = [*QUICK, "--model_path", checkpoint, "--strategies", "loop"]
     assert resnet_vmap.main([*argv, "--export_json", str(path)]) == 0
@@ -451,7 +472,7 @@ def with_steady_times(run: Run, time_s: float = 0.9) -> Run:
 
 def test_a_saved_run_is_shown_drawn_and_compared_without_torch(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     path = tmp_path / "run.json"
     argv = [
         *QUICK,
@@ -492,7 +513,7 @@ def test_a_saved_run_is_shown_drawn_and_compared_without_torch(
 
 def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     new, old = tmp_path / "new.json", tmp_path / "old.json"
     argv = [*QUICK, "--model_path", checkpoint, "--num_models", "1"]
     assert resnet_vmap.main([*argv, "--export_json", str(new)]) == 0
@@ -504,3 +525,32 @@ def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
     assert "surely slower" in capsys.readouterr().out
     assert resnet_vmap.main([*argv, "--fail_above", "10"]) == 1
     assert resnet_vmap.main([*argv, "--fail_above", "5000"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--target_qps", "9"], "--target_qps: expected --scenario with it"),
+        (["--strategies", "hybrid"], "--strategies: hybrid: expected --scenario"),
+        (["--scenario", "server", "--target_qps", "0"], "requests per second above 0, found '0'"),
+        (["--scenario", "server", "--latency_bound_ms", "-1"], "milliseconds above 0, found '-1'"),
+        (["--scenario", "server", "--latency_percentile", "100"], "from 50 to 99.9, found '100'"),
+        (["--scenario", "server", "--skew", "nan"], "from 0 to 10, found 'nan'"),
+        (["--scenario", "server", "--skew", "1"], "--skew: expected --inputs per_model"),
+        (["--scenario", "server", "--strategies", "hybrid"], "hybrid: expected --inputs per_model"),
+        (["--scenario", "offline", "--target_qps", "9"], "expected --scenario server with it"),
+        (["--scenario", "server", "--batch_size", "2"], "--batch_size: expected no --scenario"),
+        (["--scenario", "server", "--load_log", KITTEN], "--load_log: expected a folder, found"),
+    ],
+)
+def test_load_that_makes_no_sense_is_one_clear_line(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in error_of(capsys, *argv)
+
+
+def test_without_loadgen_the_error_names_the_requirements(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ensemble.options.find_spec", lambda name: None)
+    assert "requirements-peers.txt" in error_of(capsys, "--scenario", "server")

@@ -30,7 +30,7 @@ INTERRUPTED = (*RESIDUAL, Concat(), Conv(width=64), MaxPool(), Concat(), Conv(wi
 NETS = (Net(RESIDUAL, (16, 16)), Net(INTERRUPTED, (16, 16)))
 
 
-def test_forwards_that_run_at_once_neither_wait_forever_nor_differ():
+def test_forwards_that_run_at_once_neither_wait_forever_nor_differ() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_concurrency", "--seconds", str(SECONDS)],
         cwd=Path(__file__).parent.parent,

@@ -6,41 +6,42 @@ from pathlib import Path
 import pytest
 
 from ensemble.strategies import STRATEGIES
-from tests import results
+from tests import load_results, results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/**/README.md"))]
 
 
-def test_the_results_page_is_what_the_stored_files_say():
+def test_the_results_page_is_what_the_stored_files_say() -> None:
     assert results.PAGE.read_text() == results.page()
+    assert load_results.PAGE.read_text() == load_results.page()
 
 
-def test_every_stored_run_has_its_figures_on_the_results_page():
+def test_every_stored_run_has_its_figures_on_the_results_page() -> None:
     shown = {*results.SETTINGS, "sweep", "cuda_sweep"}
     assert {path.stem for path in results.DATA.glob("*.json")} == shown
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_page_is_short_and_every_file_that_it_links_to_is_there(path: Path):
+def test_a_page_is_short_and_every_file_that_it_links_to_is_there(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 150
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_every_file_that_the_readme_names_is_there():
+def test_every_file_that_the_readme_names_is_there() -> None:
     named = set(re.findall(r"`((?:ensemble|tests|\.ci)/[\w./]+)`", README))
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_every_strategy_is_named_in_the_readme():
+def test_every_strategy_is_named_in_the_readme() -> None:
     assert [name for name in STRATEGIES if f"`{name}`" not in README] == []
 
 
-def test_the_figures_of_the_first_screen_are_those_of_a_stored_run():
+def test_the_figures_of_the_first_screen_are_those_of_a_stored_run() -> None:
     rows = {row.case.strategy: row for row in results.read("float32_n4").results}
     for name in ("vmap", "lowered_vmap", "openvino"):
         assert results.figure(rows[name]) in README

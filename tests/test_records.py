@@ -1,28 +1,40 @@
 """What a record derives from its raw times."""
 
-from tests.made import ROW, changed
+from dataclasses import replace
+
+from tests.made import PROCESS, ROW, changed
 
 
-def test_the_speedup_is_the_median_of_the_ratios_of_pairs_and_not_a_ratio_of_medians():
+def test_the_speedup_is_the_median_of_the_ratios_of_pairs_and_not_a_ratio_of_medians() -> None:
     assert ROW.speedup == 1.5  # of 2/1, 3/2, 2/4; the medians' ratio would be 1.0
 
 
-def test_the_reference_has_a_speedup_of_one_without_an_interval():
+def test_the_reference_has_a_speedup_of_one_without_an_interval() -> None:
     reference = changed(ROW, strategy="loop", reference_times_s=())
     assert reference.speedup == 1.0
     assert reference.speedup_interval is None
 
 
-def test_a_loop_in_another_dtype_is_not_the_reference():
+def test_a_loop_in_another_dtype_is_not_the_reference() -> None:
     assert changed(ROW, strategy="loop", dtype="bfloat16").speedup == 1.5
 
 
-def test_a_row_that_failed_has_no_speedup_even_where_it_has_times():
+def test_a_row_that_failed_has_no_speedup_even_where_it_has_times() -> None:
     failed = changed(ROW, status="failed", error="outputs disagree")
     assert failed.speedup is None
     assert failed.speedup_interval is None
 
 
-def test_noise_is_the_worse_spread_of_the_two():
+def test_noise_is_the_worse_spread_of_the_two() -> None:
     noisy = changed(ROW, times_s=(1.0, 1.0, 1.0), reference_times_s=(1.0, 2.0, 3.0))
     assert noisy.noise == 0.5
+
+
+def test_the_build_of_a_row_holds_what_its_first_process_took_to_choose_for_all() -> None:
+    first = replace(PROCESS, build_s=7.0, tune_s=5.0)
+    others = (replace(PROCESS, build_s=1.0), replace(PROCESS, build_s=1.5))
+    row = replace(ROW, processes=(first, *others), picked="folded_loop")
+    assert row.build_s == 6.5  # 5, and the median of 2, 1 and 1.5
+    assert row.start_s == 6.7
+    assert row.name == "vmap (folded_loop)"
+    assert (ROW.tune_s, ROW.build_s, ROW.name) == (None, 0.1, "vmap")

@@ -14,23 +14,23 @@ from ensemble.statistics import (
 )
 
 
-def test_the_median_and_quartiles_are_those_of_a_hand_computed_list():
+def test_the_median_and_quartiles_are_those_of_a_hand_computed_list() -> None:
     values = (1.0, 2.0, 3.0, 4.0, 10.0)  # quartiles 2 and 4 by linear interpolation
     assert median(values) == 3.0
     assert iqr(values) == 2.0
 
 
-def test_statistics_of_too_few_values_are_unknown():
+def test_statistics_of_too_few_values_are_unknown() -> None:
     assert median(()) is None
     assert iqr((1.0,)) is None
     assert bootstrap_interval((1.0,) * 5) is None
 
 
-def test_the_bootstrap_interval_of_equal_values_is_that_value():
+def test_the_bootstrap_interval_of_equal_values_is_that_value() -> None:
     assert bootstrap_interval((2.0,) * 10) == (2.0, 2.0)
 
 
-def test_the_bootstrap_interval_agrees_with_the_order_statistics_of_a_large_sample():
+def test_the_bootstrap_interval_agrees_with_the_order_statistics_of_a_large_sample() -> None:
     # Conover, Practical Nonparametric Statistics (1999), 3.2: for n = 1000 the 95 % interval of
     # the median lies between the order statistics n/2 -+ 1.96 sqrt(n)/2, here 469 and 531.
     low, high = bootstrap_interval(tuple(float(value) for value in range(1, 1001))) or (0, 0)
@@ -38,7 +38,7 @@ def test_the_bootstrap_interval_agrees_with_the_order_statistics_of_a_large_samp
     assert high == pytest.approx(531.0, abs=5)
 
 
-def test_the_interval_covers_the_true_median_of_skewed_noise_as_often_as_it_says():
+def test_the_interval_covers_the_true_median_of_skewed_noise_as_often_as_it_says() -> None:
     generator = np.random.default_rng(1)
     covered = 0
     for _ in range(100):
@@ -47,7 +47,7 @@ def test_the_interval_covers_the_true_median_of_skewed_noise_as_often_as_it_says
     assert covered >= 91
 
 
-def test_the_interval_of_processes_is_students_where_that_is_the_wider():
+def test_the_interval_of_processes_is_students_where_that_is_the_wider() -> None:
     # Mean of the logarithms 0, deviation 0.1; t for 2 degrees of freedom 4.303: e ** 0.2484.
     low, high = interval_of_processes([float(np.exp(own)) for own in (-0.1, 0.0, 0.1)]) or (0, 0)
     assert (low, high) == pytest.approx((np.exp(-0.24843), np.exp(0.24843)), rel=1e-4)
@@ -55,14 +55,14 @@ def test_the_interval_of_processes_is_students_where_that_is_the_wider():
     assert interval_of_processes([2.0, 2.0, 2.0]) == pytest.approx((2.0, 2.0))
 
 
-def test_the_interval_of_processes_holds_all_of_them():
+def test_the_interval_of_processes_holds_all_of_them() -> None:
     speedups = [0.7, 0.71, 0.69, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 1.04]
     low, high = interval_of_processes(speedups) or (0, 0)
     assert low <= 0.69
     assert high >= 1.04
 
 
-def test_half_a_width_is_a_share_of_the_middle():
+def test_half_a_width_is_a_share_of_the_middle() -> None:
     assert half_width((0.9, 1.1)) == pytest.approx(0.1)
 
 
@@ -75,7 +75,9 @@ def test_half_a_width_is_a_share_of_the_middle():
         ([0.7, 1.1], [[0, 1]]),  # two are too few
     ],
 )
-def test_two_modes_are_told_from_a_wide_spread(speedups: list[float], expected: list[list[int]]):
+def test_two_modes_are_told_from_a_wide_spread(
+    speedups: list[float], expected: list[list[int]]
+) -> None:
     assert modes(speedups) == expected
 
 
@@ -111,14 +113,14 @@ def share_covered(kind: str, *, processes: int, precision: float, runs: int = 20
 
 
 @pytest.mark.parametrize("kind", ["quiet", "one mode", "skewed", "1 of 10 rare", "3 of 10 rare"])
-def test_the_interval_covers_what_the_next_runs_say_as_often_as_it_says(kind: str):
+def test_the_interval_covers_what_the_next_runs_say_as_often_as_it_says(kind: str) -> None:
     """With the default number of processes and precision: at least 93 % of runs."""
     config = parse([])
     found = share_covered(kind, processes=config.processes, precision=config.precision)
     assert found >= 0.93
 
 
-def test_two_modes_that_are_met_equally_often_need_more_processes():
+def test_two_modes_that_are_met_equally_often_need_more_processes() -> None:
     """Their middle lies in neither: three alike end too early, whatever the number allowed. All
     of six or more processes, without an early end, hold it."""
     kind = "5 of 10 rare"

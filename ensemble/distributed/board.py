@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import TCPStore
 
 from ensemble.machine import launch
 
 CONNECT_S = 10.0
-WAIT_S = 4.0  # for what the others write: each notices within moments that a connection is closed
+WAIT_S = 3.0  # for what the others write: each notices within moments that a connection is closed
 STEP_S = 0.05
 ONCE = "said"  # written by the one who says why the run ended
 
@@ -24,8 +25,8 @@ class Board:
         self._rank, self._ranks = launch.rank(), launch.ranks()
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         wait = timedelta(seconds=CONNECT_S)
-        store = dist.TCPStore(address, port, is_master=False, timeout=wait)
-        self._store = dist.PrefixStore(f"resnet_vmap/{launch.attempt()}/ended", store)
+        store = TCPStore(address, port, is_master=False, timeout=wait)
+        self._store = PrefixStore(f"resnet_vmap/{launch.attempt()}/ended", store)
 
     def join(self) -> None:
         """Write where this rank is."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ensemble.errors import RankError, first_line
 from ensemble.machine import launch
@@ -89,10 +91,10 @@ def join(*, timeout_s: float) -> Group:
     """
     timeout = timedelta(seconds=timeout_s)
     with _found_broken():
-        store, rank, ranks = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store, rank, ranks = next(iter(rendezvous("env://", timeout=timeout)))
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore(f"resnet_vmap/{launch.attempt()}", store),
+            store=PrefixStore(f"resnet_vmap/{launch.attempt()}", store),
             rank=rank,
             world_size=ranks,
             timeout=timeout,

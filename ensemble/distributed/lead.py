@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,8 @@ from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError, RankError, first_line
 from ensemble.measure import benchmark
 from ensemble.measure.bench import Bench, assemble, make_example
-from ensemble.models import images, workload
+from ensemble.models import workload
+from ensemble.models.images import Views, read_image
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Environment, Result, Run
@@ -56,7 +58,8 @@ class ShardedWorkload(Workload):
         if count <= len(self.models):
             return super().see(image, count)
         self.lead.all(self.lead.member.open, count, tuple(image.shape))
-        return self.lead.all(self.lead.member.see, image=image)
+        logits: list[Tensor] = self.lead.all(self.lead.member.see, image=image)
+        return logits
 
     def on_one_device(self, num_models: int) -> int:
         return len(blocks(num_models, len(self.lead.ranks))[0])
@@ -90,8 +93,8 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     with _explained():
         member, ranks = begin(config, say=say)
         per_model = max(config.num_models) if config.inputs == "per_model" else 1
-        views = images.Views(
-            images.read_image(config.image_path),
+        views = Views(
+            read_image(config.image_path),
             max(config.batch_size) * per_model,
             seed=config.seed,
             device=member.device,
@@ -110,6 +113,7 @@ def measure(
     run: Run,
     own: Workload,
     progress: benchmark.Progress,
+    row: str,
 ) -> Generator[tuple[Result, ...]]:
     """Each case on all ranks: what `session.measure_all` is given.
 
@@ -121,15 +125,19 @@ def measure(
 
     def make(cell: Sequence[Case]) -> Bench | str:
         case = cell[0]
-        example = make_example(own.views(case.image_size), case)
+        images = own.views(case.image_size)
+        example = make_example(images, case)
         opened = lead.all(lead.member.open, case.num_models, tuple(example.shape))
         problem = runner.problem(opened, lead.ranks)
-        return problem or assemble(cell, runner.of_ranks(lead, example, config))
+        ranked = runner.of_ranks(lead, example, config)
+        return problem or assemble(cell, ranked, own.models, images)
 
     with _explained():
         try:
-            for row in benchmark.run(config, cases, own, progress=progress, make=make):
-                yield (row,)
+            for result in benchmark.run(
+                config, cases, own, progress=progress, measure=import_module(row).measure, make=make
+            ):
+                yield (result,)
         except GeneratorExit:  # between two rows, where all wait for the next step
             lead.dismiss()
             raise

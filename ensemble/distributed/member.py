@@ -26,6 +26,7 @@ from ensemble.measure.start import Started, start, tidy
 from ensemble.models import sources
 from ensemble.options import Config
 from ensemble.records import REFERENCE
+from ensemble.strategies.built import Choice
 
 ROUNDS = 5  # of telling apart what a call consists of
 
@@ -40,6 +41,7 @@ class Outcome:
     first_call_s: float = 0.0
     peak_memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -111,32 +113,44 @@ class Member:
         return [logits for each in self.group.collect(own) for logits in each]
 
     def build(self, name: str, dtype: str, *, example: Tensor | None = None) -> list[Outcome]:
-        """Start a strategy over each rank's own models; it is held where all could start it."""
+        """Start a strategy over each rank's own models; it is held where all could start it.
+
+        What chooses at build chooses on each rank, all at the same time as they will run; where not
+        all choose alike, rank 0's choice is built by those that chose another.
+        """
         for other in [own for own in self._held if own != REFERENCE]:
             del self._held[other]
-        tidy()
-        x = self._exchange(torch.float32).spread(example)
-        self._example = x.clone()
-        kind = getattr(torch, dtype)
-        outcome = Outcome()
-        try:
-            started = start(name, self.models, self._example, kind)
-            self._held[key_of(name, dtype)] = Held(name, started, self._exchange(kind))
-            outcome = Outcome(
-                build_s=started.build_s,
-                first_call_s=started.first_call_s,
-                peak_memory_bytes=started.peak_memory_bytes,
-                notes=started.notes,
-            )
-        except UnavailableError as error:
-            outcome = Outcome("unavailable", str(error))
-        except Exception as error:
-            why = reason(error, name, self.models, self._example, kind)
-            outcome = Outcome("failed", why)
-        every = self.group.collect(outcome)
-        if any(own.status != "ok" for own in every):
-            self._held.pop(key_of(name, dtype), None)
+        self._example = self._exchange(torch.float32).spread(example).clone()
+        key, kind = key_of(name, dtype), getattr(torch, dtype)
+        every = self.group.collect(self._begin(key, name, kind))
+        picked = [own.choice.name if own.choice else None for own in every]
+        if picked[0] is not None and not _failed(every) and len(set(picked)) > 1:
+            differs = picked[self.group.rank] != picked[0]
+            again = self._begin(key, picked[0], kind) if differs else every[self.group.rank]
+            every = self.group.collect(again)
+        if _failed(every):
+            self._held.pop(key, None)
         return every
+
+    def _begin(self, key: str, name: str, dtype: torch.dtype) -> Outcome:
+        self._held.pop(key, None)
+        tidy()
+        try:
+            seconds = self.config.tune_seconds
+            started = start(name, self.models, self._example, dtype, tune_seconds=seconds)
+        except UnavailableError as error:
+            return Outcome("unavailable", str(error))
+        except Exception as error:
+            return Outcome("failed", reason(error, name, self.models, self._example, dtype))
+        picked = started.choice.name if started.choice else name
+        self._held[key] = Held(picked, started, self._exchange(dtype))
+        return Outcome(
+            build_s=started.build_s,
+            first_call_s=started.first_call_s,
+            peak_memory_bytes=started.peak_memory_bytes,
+            notes=started.notes,
+            choice=started.choice,
+        )
 
     def call(self, key: str, reduce: str, *, x: Tensor | None = None) -> Tensor | None:
         """One call over all ranks: what is served of x, on rank 0. All have met before."""
@@ -228,6 +242,10 @@ class Member:
             say=say,
             block=own,
         )
+
+
+def _failed(outcomes: Sequence[Outcome]) -> bool:
+    return any(own.status != "ok" for own in outcomes)
 
 
 def key_of(name: str, dtype: str) -> str:

@@ -71,6 +71,7 @@ def _start(lead: Lead, name: str, example: Tensor, dtype: torch.dtype, reduce: s
         build_s=max(own.build_s for own in outcomes),
         first_call_s=max(own.first_call_s for own in outcomes),
         peak_memory_bytes=max(peaks, default=None),
+        choice=outcomes[0].choice,
         notes=tuple(dict.fromkeys(note for own in outcomes for note in own.notes)),
         ready=lambda: lead.announce_call(key, reduce),
     )
@@ -90,7 +91,7 @@ def _divided(lead: Lead, started: Started, row: Result) -> Result:
     Raises:
         RowError: a timed call has failed on a rank.
     """
-    kind = "float32" if row.case.is_self_check else row.case.dtype
+    kind = row.case.dtype
     name = "loop" if row.case.is_self_check else row.case.strategy
     key = key_of(name, kind)
     found: list[Division] = lead.all(lead.member.divide, key, x=started.example)

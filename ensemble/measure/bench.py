@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ensemble.errors import RankError
 from ensemble.measure import roofline
-from ensemble.measure.agreement import TOLERANCES, check
 from ensemble.measure.failure import optional, reason
 from ensemble.measure.start import Started, start, tidy
 from ensemble.models import stacking
 from ensemble.models.workload import Workload
+from ensemble.options import Config
 from ensemble.records import REFERENCE, Case, Result
 from ensemble.strategies import STRATEGIES
+from ensemble.strategies.agreement import TOLERANCES, check
 from ensemble.strategies.reducing import served
 
 Limits = dict[str, tuple[roofline.Limits | None, tuple[str, ...]]]  # by dtype, with notes
@@ -39,9 +40,15 @@ class Runner:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all rows of a cell share. `exact` holds the logits in float64, where a row asks."""
+    """What all rows of a cell share. `exact` holds the logits in float64, where a row asks.
+
+    `images` is all that there are, `(count, 3, px, px)`; the example is made of the first of them.
+    """
 
     runner: Runner
+    models: Sequence[nn.Module]
+    images: Tensor
+    example: Tensor
     reference: Started
     exact: Tensor | None
     notes: tuple[str, ...]
@@ -51,7 +58,7 @@ def make_bench(
     cases: Sequence[Case],
     models: Sequence[nn.Module],
     views: Callable[[int], Tensor],
-    reduce: str,
+    config: Config,
 ) -> Bench | str:
     """The bench of a cell on this device, or why its reference failed, in one line.
 
@@ -59,29 +66,31 @@ def make_bench(
         cases: rows of one cell.
         models: float32 models on the device, at least N of them.
         views: px -> `(count, 3, px, px)` float32 on the device.
-        reduce: what is served of the logits, see `strategies.reducing`.
+        config: what is served of the logits, and how long `best` may take to choose.
     """
     case = cases[0]
     chosen = models[: case.num_models]
-    example = make_example(views(case.image_size), case)
+    images = views(case.image_size)
+    example = make_example(images, case)
 
     def begin(name: str, dtype: torch.dtype) -> Started:
-        started = start(name, chosen, example, dtype)
-        return replace(started, serve=served(started.forward, reduce))
+        started = start(name, chosen, example, dtype, tune_seconds=config.tune_seconds)
+        return replace(started, serve=served(started.forward, config.reduce))
 
-    return assemble(
-        cases,
-        Runner(
-            start=begin,
-            reason=lambda error, name, dtype: reason(error, name, chosen, example, dtype),
-            exact=partial(in_float64, chosen, example),
-        ),
+    runner = Runner(
+        start=begin,
+        reason=lambda error, name, dtype: reason(error, name, chosen, example, dtype),
+        exact=partial(in_float64, chosen, example),
     )
+    return assemble(cases, runner, chosen, images)
 
 
-def assemble(cases: Sequence[Case], runner: Runner) -> Bench | str:
+def assemble(
+    cases: Sequence[Case], runner: Runner, models: Sequence[nn.Module], images: Tensor
+) -> Bench | str:
     """The bench of a cell: its reference started, its check judged, and its logits in float64 where
     a row of it asks for them."""
+    example = make_example(images, cases[0])
     tidy()
     try:
         reference = runner.start(REFERENCE, torch.float32)
@@ -94,7 +103,7 @@ def assemble(cases: Sequence[Case], runner: Runner) -> Bench | str:
     if any(rounds_apart(own) for own in cases):
         exact, more = optional("error to float64", runner.exact)
         notes += more
-    return Bench(runner, reference, exact, notes)
+    return Bench(runner, models, images, example, reference, exact, notes)
 
 
 def make_example(views: Tensor, case: Case) -> Tensor:

@@ -5,38 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, product
+from typing import Protocol
 
-import torch
-from torch import nn
-
+from ensemble.measure import row
 from ensemble.measure.bench import Bench, make_bench, measure_limits, with_roofline
-from ensemble.measure.row import measure
+from ensemble.measure.stages import Stage
 from ensemble.models.workload import Workload
 from ensemble.options import Config
-from ensemble.records import REFERENCE, SELF_CHECK, Case, Result
+from ensemble.records import SELF_CHECK, Case, Result
 from ensemble.report.words import case_name
-from ensemble.strategies import BEST, best
 
 # Called with what is measured in words, what is being done to it, and how much of that is done.
 Progress = Callable[[str, str, float], None]
 
 
-def plan(
-    config: Config,
-    models: Sequence[nn.Module],
-    device: torch.device,
-    on_one_device: Callable[[int], int] = int,
-) -> list[Case]:
-    """The rows to measure, in their order: cell by cell of the grid.
+class Measure(Protocol):
+    """Makes a row of a case."""
 
-    `best` stands for the reference and the strategy that is picked, for as many models as are
-    `on_one_device` of N.
-    """
+    def __call__(self, case: Case, bench: Bench, config: Config, *, progress: Stage) -> Result: ...
+
+
+def plan(config: Config) -> list[Case]:
+    """The rows to measure, in their order: cell by cell of the grid."""
     cells = product(config.image_size, config.batch_size, config.num_models)
     return [
         Case(name, num_models, batch_size, image_size, dtype, config.inputs)
         for image_size, batch_size, num_models in cells
-        for name, dtype in _names(config, models[: on_one_device(num_models)], device)
+        for name, dtype in _names(config)
     ]
 
 
@@ -46,6 +41,7 @@ def run(
     workload: Workload,
     *,
     progress: Progress,
+    measure: Measure = row.measure,
     make: Callable[[Sequence[Case]], Bench | str] | None = None,
 ) -> Iterator[Result]:
     """Measure cases of `plan`; a failure costs its own row only.
@@ -63,25 +59,19 @@ def run(
         cell = list(own)
         progress(case_name(cell[0]), "reference", 0.0)
         if make is None:
-            bench = make_bench(cell, workload.models, workload.views, config.reduce)
+            bench = make_bench(cell, workload.models, workload.views, config)
         else:
             bench = make(cell)
         for case in cell:
             if isinstance(bench, str):
                 yield Result(case, status="failed", error=bench)
                 continue
-            row = measure(case, bench, config, progress=partial(progress, case_name(case)))
-            yield with_roofline(row, limits, workload)
+            found = measure(case, bench, config, progress=partial(progress, case_name(case)))
+            yield with_roofline(found, limits, workload)
 
 
-def _names(
-    config: Config, models: Sequence[nn.Module], device: torch.device
-) -> list[tuple[str, str]]:
+def _names(config: Config) -> list[tuple[str, str]]:
     """The strategies and dtypes of one cell, each once."""
-    names: list[tuple[str, str]] = []
-    for dtype, name in product(config.dtype, config.strategies):
-        picked = best.pick(models, device.type, dtype) if name == BEST else name
-        names += [(REFERENCE, "float32")] if name == BEST else []
-        names.append((picked, dtype))
+    names = [(name, dtype) for dtype, name in product(config.dtype, config.strategies)]
     names += [(SELF_CHECK, "float32")] if config.self_check else []
     return list(dict.fromkeys(names))

@@ -13,20 +13,21 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ensemble.machine import memory
-from ensemble.measure.row import Stage
+from ensemble.measure.stages import Stage
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Result
 from ensemble.report.exports import result_of
 
 ROOT = Path(__file__).parents[2]
+ROW = "ensemble.measure.row"
 AT_ONCE = 2  # workers that are started together
 
 
@@ -38,15 +39,16 @@ class Job:
     shared: str  # the file of models and images
     device: str
     timeout_s: float
+    row: str  # the module whose `measure` makes a row of a case
 
 
 @contextmanager
-def jobs(config: Config, workload: Workload) -> Iterator[Job]:
+def jobs(config: Config, workload: Workload, *, row: str = ROW) -> Iterator[Job]:
     """The job of a run: models and images in one file, which all workers map."""
     with tempfile.TemporaryDirectory(prefix="resnet_vmap_") as folder:
         path = os.path.join(folder, "workload.pt")
         workload.save_shared(path, config.image_size)
-        yield Job(config, path, str(workload.device), 60 * config.timeout_minutes)
+        yield Job(config, path, str(workload.device), 60 * config.timeout_minutes, row)
 
 
 class Worker:
@@ -88,16 +90,22 @@ class Worker:
         if not first:
             self._messages.put(first)
 
-    def measure(self, case: Case, *, progress: Stage) -> tuple[Result, Result | None]:
+    def measure(
+        self, case: Case, *, number: int, picked: str | None, progress: Stage
+    ) -> tuple[Result, Result | None]:
         """The row of a case, and the reference's half of its pairs where it has such.
 
+        `number` counts the processes of the row, and is added to the seed that arrivals under load
+        are drawn from: rows of the same number meet the same arrivals.
         A worker that dies, or says nothing for the job's `timeout_s`, is a failed row.
         """
         if self._is_silent:
             return self._given_up(case), None
         assert self._process.stdin is not None
-        task: dict[str, Any] = {"config": self._job.config.plain(), "case": asdict(case)}
-        task |= {"shared": self._job.shared, "device": self._job.device}
+        config = replace(self._job.config, seed=self._job.config.seed + number)
+        task: dict[str, Any] = {"config": config.plain(), "case": asdict(case)}
+        task |= {"shared": self._job.shared, "device": self._job.device, "row": self._job.row}
+        task["picked"] = picked
         with contextlib.suppress(BrokenPipeError):  # it has died: the reason is asked below
             self._process.stdin.write(json.dumps(task) + "\n")
             self._process.stdin.flush()
@@ -126,12 +134,17 @@ class Worker:
 
 
 def measure(
-    job: Job, cases: Iterator[Case], *, progress: Callable[[Case, str, float], None]
+    job: Job,
+    cases: Iterator[Case],
+    *,
+    picked: Callable[[Case], str | None],
+    progress: Callable[[Case, str, float], None],
+    number: Callable[[Case], int] = lambda case: 0,
 ) -> Iterator[tuple[Result, Result | None]]:
-    """Each case in a worker of its own, one after another.
+    """Each case in a worker of its own, one after another; `number` of its processes so far.
 
     Two at a time are started, because importing torch keeps one core busy for seconds; they then
-    wait, and measure one after the other.
+    wait, and measure one after the other. `picked` is asked what an earlier one chose for the case.
     """
     while pair := tuple(islice(cases, AT_ONCE)):
         with contextlib.ExitStack() as stack:
@@ -141,7 +154,12 @@ def measure(
                 worker.wait()
             for worker, case in zip(workers, pair, strict=True):
                 with worker:
-                    yield worker.measure(case, progress=partial(progress, case))
+                    yield worker.measure(
+                        case,
+                        number=number(case),
+                        picked=picked(case),
+                        progress=partial(progress, case),
+                    )
 
 
 def _python_path() -> str:

@@ -20,10 +20,10 @@ def rounds(
     The first group is the rounds that every row gets, one after another, so that the processes of a
     row are spread over the run, and a slow minute of the machine does not hit one row alone. Each
     later one is the rows that are still unsure. `rows` is read as it grows. The reference has no
-    process of its own where it is timed beside another strategy of its cell.
+    process of its own where it is timed beside another strategy of its cell; under load nothing is.
     """
     alone = {case.cell for case in cases} - {case.cell for case in cases if not case.is_reference}
-    own = [case for case in cases if not case.is_reference or case.cell in alone]
+    own = [case for case in cases if config.scenario or not case.is_reference or case.cell in alone]
     first = first_rounds(config)
     yield (
         case
@@ -56,7 +56,12 @@ def first_rounds(config: Config) -> int:
 
 
 def in_each(config: Config) -> Config:
-    """The configuration of one process: what the first rounds share is asked of them together."""
+    """The configuration of one process: what the first rounds share is asked of them together.
+
+    A run under load is judged by itself, and has its minimum duration whole.
+    """
+    if config.scenario:
+        return config
     rounds = first_rounds(config)
     pairs, seconds = -(-config.min_pairs // rounds), config.min_seconds / rounds
     return replace(config, min_pairs=pairs, min_seconds=seconds)

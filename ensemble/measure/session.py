@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 from ensemble.errors import InputError, RankError
 from ensemble.measure import benchmark, processes, rounds
@@ -19,7 +20,7 @@ from ensemble.report.words import case_name
 INTERRUPTED = "interrupted"
 # Gives the row of each case, as it comes, with others that changed by it.
 Measure = Callable[
-    [Config, Sequence[Case], Run, Workload, benchmark.Progress],
+    [Config, Sequence[Case], Run, Workload, benchmark.Progress, str],
     Generator[tuple[Result, ...], None, None],
 ]
 
@@ -75,15 +76,17 @@ def measure_all(
     save: Callable[[Run], None],
     show_progress: Callable[[int], AbstractContextManager[benchmark.Progress]],
     say: Callable[[str], None],
+    row: str = processes.ROW,
     measure: Measure | None = None,
 ) -> Session:
     """Measure each case of the plan that `run` lacks, and save after each.
 
-    `show_progress` is given how many rows there are to come, `measure` gives the rows (default: in
-    processes of their own, or where there are none here). Ctrl-C, the budget of minutes, or a rank
-    that ends, ends it with what is finished.
+    `row` names the module whose `measure` makes a row of a case, `show_progress` is given how many
+    rows there are to come, `measure` gives the rows (default: in processes of their own, or where
+    there are none here). Ctrl-C, the budget of minutes, or a rank that ends, ends it with what is
+    finished.
     """
-    cases = benchmark.plan(config, workload.models, workload.device, workload.on_one_device)
+    cases = benchmark.plan(config)
     order = {case: index for index, case in enumerate(cases)}
     missing = _missing(cases, run, config)
     if config.resume:
@@ -94,7 +97,7 @@ def measure_all(
     try:
         with (
             show_progress(len(missing) * rounds.first_rounds(config)) as update,
-            closing(measure(config, missing, run, workload, update)) as results,
+            closing(measure(config, missing, run, workload, update, row)) as results,
         ):
             for several in results:
                 rows = {row.case: row for row in (*run.results, *several)}
@@ -119,10 +122,12 @@ def _here(
     run: Run,
     workload: Workload,
     progress: benchmark.Progress,
+    row: str,
 ) -> Generator[tuple[Result, ...]]:
     """Each case in this process."""
-    for row in benchmark.run(config, cases, workload, progress=progress):
-        yield (row,)
+    own: benchmark.Measure = import_module(row).measure
+    for result in benchmark.run(config, cases, workload, progress=progress, measure=own):
+        yield (result,)
 
 
 def _in_processes(
@@ -131,29 +136,36 @@ def _in_processes(
     run: Run,
     workload: Workload,
     progress: benchmark.Progress,
+    row: str,
 ) -> Generator[tuple[Result, ...]]:
     """Each case in processes of its own; a row comes again after each of them, and with it the row
     of the reference where it was timed beside."""
     rows = {row.case: row for row in run.results}
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
-    with processes.jobs(rounds.in_each(config), workload) as job:
+    with processes.jobs(rounds.in_each(config), workload, row=row) as job:
+
+        def number(case: Case) -> int:
+            return len(rows[case].processes) if case in rows else 0
 
         def tell(case: Case, stage: str, done: float) -> None:
-            number = len(rows[case].processes) + 1 if case in rows else 1
-            progress(f"{case_name(case)}, process {number}", stage, done)
+            progress(f"{case_name(case)}, process {number(case) + 1}", stage, done)
 
         def take(new: Result) -> Result:
-            row = rows.get(new.case)
-            found = with_roofline(new, limits, workload) if row is None else new
-            rows[new.case] = rounds.merged(row, found)
+            before = rows.get(new.case)
+            found = with_roofline(new, limits, workload) if before is None else new
+            rows[new.case] = rounds.merged(before, found)
             return rows[new.case]
+
+        def picked(case: Case) -> str | None:
+            return rows[case].picked if case in rows else None
 
         def is_wanted(case: Case) -> bool:
             return case in cases and rounds.wants_more(rows.get(case), config)
 
         for several in rounds.rounds(cases, rows, config):
-            for new, beside in processes.measure(job, several, progress=tell):
+            measured = processes.measure(job, several, picked=picked, progress=tell, number=number)
+            for new, beside in measured:
                 wanted = beside is not None and is_wanted(beside.case)
                 yield tuple(map(take, (new, beside) if beside and wanted else (new,)))
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,7 +62,9 @@ def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
             argument="image_size",
         )
     # The partial of the enum is torchvision's public name for its ImageClassification preset.
-    preset = ResNet18_Weights.IMAGENET1K_V1.transforms(crop_size=image_size, resize_size=shorter)
+    preset: Callable[[Image.Image], Tensor] = ResNet18_Weights.IMAGENET1K_V1.transforms(
+        crop_size=image_size, resize_size=shorter
+    )
     return preset(image)
 
 

@@ -22,7 +22,7 @@ _HASH = re.compile(r"-([0-9a-f]{8,})\.")  # in file names, the beginning of the 
 def published_url(arch: str) -> str:
     """The address of torchvision's ImageNet weights for `arch`; it ends in the file's name."""
     enum = torchvision.models.get_model_weights(arch)
-    return getattr(enum, "IMAGENET1K_V1", enum.DEFAULT).url
+    return str(getattr(enum, "IMAGENET1K_V1", enum.DEFAULT).url)
 
 
 def published_name(arch: str) -> str:

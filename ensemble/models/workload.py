@@ -17,6 +17,8 @@ from ensemble.models.stacking import stacked_state
 from ensemble.options import Config
 from ensemble.records import Environment
 
+IMAGES_UNDER_LOAD = 16  # different ones that requests may ask for
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -47,7 +49,7 @@ class Workload:
     def device_name(self, config: Config) -> str:
         """Where it runs, in words."""
         chosen = "the CPU" if self.device.type == "cpu" else f"{self.device}, the accelerator here"
-        return chosen + (" (--device auto)" if config.device == "auto" else "")
+        return chosen + (" (found by itself)" if config.device == "auto" else "")
 
     def describe(self, config: Config, *, first_forward_s: float) -> Environment:
         """The environment of the measurements that are about to be taken."""
@@ -67,9 +69,10 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """
     device = prepare(config, device=config.device)
     per_model = max(config.num_models) if config.inputs == "per_model" else 1
+    under_load = IMAGES_UNDER_LOAD if config.scenario else 1
     views = Views(
         images.read_image(config.image_path),
-        max(config.batch_size) * per_model,
+        max(max(config.batch_size) * per_model, under_load),
         seed=config.seed,
         device=device,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class PerProcess(Generic[T]):
         self._made, self._lock = None, threading.Lock()
 
 
-_HOLDERS: WeakSet[PerProcess] = WeakSet()
+_HOLDERS: WeakSet[PerProcess[Any]] = WeakSet()
 
 
 def _forget_all() -> None:

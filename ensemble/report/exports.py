@@ -11,17 +11,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ensemble.errors import InputError
 from ensemble.files import first_bytes, write_atomically
-from ensemble.records import Case, Environment, Process, Result, Run
-from ensemble.report.table import render_table
-from ensemble.report.verdict import render_answer, render_remarks
+from ensemble.records import Case, Environment, Load, LoadRun, Process, Result, Run
+from ensemble.report.page import page_of
+
+Record = TypeVar("Record", Case, Environment, Load, LoadRun, Process, Result)
 
 SCHEMA, READ_SCHEMAS = 2, (1, 2)
 DETAILS = "```json\n"  # begins the data in a Markdown file
-_OF_PROCESSES = tuple(field.name for field in fields(Process))  # over all of them, for readers
+# Over all processes, for readers.
+_OF_PROCESSES = tuple(field.name for field in fields(Process) if field.name != "load")
+_OF_LOAD = ("scenario", "held_qps")
+# Of the run under load that the row shows, see `Result.load_run`.
+_OF_LOAD_RUN = (
+    *("p50_s", "p90_s", "p99_s", "requests", "answered", "refused", "failed", "valid"),
+    *("why_not", "mean_batch", "wasted_share", "cpu_s_per_request", "overhead_s"),
+)
 _DERIVED = (
     *("median_s", "iqr_s", "speedup", "speedup_interval", "roofline_share"),
     *("parallel_efficiency", "communication", "interference", "speedup_over_one_rank"),
@@ -64,15 +72,16 @@ def to_markdown(run: Run) -> str:
         if value is not None
     )
     command = " ".join(environment.argv)
+    page = page_of(run, columns=True, sentences=False)
     return "\n".join(
         [
-            _paragraphs(render_answer(run.results)),
+            _paragraphs(page.answer),
             "",
             "```",
-            render_table(run.results, verbose=True).rstrip("\n"),
+            page.table.rstrip("\n"),
             "```",
             "",
-            _paragraphs(render_remarks(run.results, environment)),
+            _paragraphs(page.remarks),
             "",
             f"{where}: `{command}`",
             "",
@@ -188,6 +197,8 @@ _ROW = (
     *(field.name for field in fields(Result) if field.name != "case"),
     *_OF_PROCESSES,
     *_DERIVED,
+    *_OF_LOAD,
+    *_OF_LOAD_RUN,
 )
 
 
@@ -195,6 +206,7 @@ def row_of(result: Result) -> dict[str, Any]:
     """A result as one flat row, the statistics over its processes beside them."""
     raw = asdict(result)
     raw |= raw.pop("case")
+    raw |= {name: getattr(result.load_run, name, None) for name in _OF_LOAD_RUN}
     return {name: raw[name] if name in raw else getattr(result, name) for name in _ROW}
 
 
@@ -203,13 +215,20 @@ def result_of(row: Mapping[str, Any]) -> Result:
     processes = row.get("processes")
     if processes is None:
         processes = [row] if row["times_s"] or row["build_s"] is not None else []
-    values = {"case": _record(Case, row), "processes": [_record(Process, own) for own in processes]}
+    values = {"case": _record(Case, row), "processes": [_process_of(own) for own in processes]}
     return _record(Result, {**row, **values})
 
 
-def _record(kind: type, values: Mapping[str, Any]) -> Any:
+def _process_of(values: Mapping[str, Any]) -> Process:
+    load = values.get("load")
+    if load is not None:
+        load = _record(Load, {**load, "runs": [_record(LoadRun, own) for own in load["runs"]]})
+    return _record(Process, {**values, "load": load})
+
+
+def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
     """A frozen record of plain values; lists become tuples where the field is one."""
-    known = {}
+    known: dict[str, Any] = {}
     for field in fields(kind):
         if field.name not in values and field.default is MISSING:
             raise KeyError(field.name)

@@ -1,7 +1,7 @@
 """Results -> pictures: time and speedup against N, and the grid as a heat map. No torch."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,15 @@ Place = tuple[str, int, int]  # dtype, batch, px: one column of panels
 
 def save(results: Sequence[Result], path: Path, grid: Path) -> None:
     """Draw to `path`; where the results are a grid, its heat map to `grid`."""
+    write(lambda: draw(results), path)
+    if is_grid(results):
+        write(lambda: draw_grid(results), grid)
+
+
+def write(picture: Callable[[], Figure], path: Path) -> None:
+    """Draw a picture in the style of all of them, and write it whole."""
     with mpl.rc_context(STYLE):
-        write_atomically(path, _render(draw(results), path))
-        if is_grid(results):
-            write_atomically(grid, _render(draw_grid(results), grid))
+        write_atomically(path, _render(picture(), path))
 
 
 def is_grid(results: Sequence[Result]) -> bool:
@@ -156,9 +161,6 @@ def _finish(axes: Axes, counts: Sequence[int], what: str) -> None:
     axes.set_ylabel(what)
     axes.spines["right"].set_visible(False)
     axes.grid(axis="y", which="both", linewidth=0.4, alpha=0.5)
-    lines: list[Any] = [
-        line for line in axes.get_lines() if not str(line.get_label()).startswith("_")
-    ]
     if not counts:
         return
     axes.xaxis.set_major_locator(FixedLocator(counts))
@@ -170,6 +172,14 @@ def _finish(axes: Axes, counts: Sequence[int], what: str) -> None:
     low, high = axes.get_ylim()
     digits = _some_digits if high / low > 8 else _all_below_one
     axes.yaxis.set_minor_formatter(FuncFormatter(digits))
+    label_ends(axes)
+
+
+def label_ends(axes: Axes) -> None:
+    """Each line's name beside its end, in its colour, none on another."""
+    lines: list[Any] = [
+        line for line in axes.get_lines() if not str(line.get_label()).startswith("_")
+    ]
     ends = []
     for line in lines:
         x, y = line.get_xydata()[-1]

@@ -11,19 +11,20 @@ from ensemble.errors import InputError
 from ensemble.options import Config, grid_path
 from ensemble.records import Case, Environment, Run
 from ensemble.report import comparison, exports
-from ensemble.report.table import render_strategies, render_table
-from ensemble.report.verdict import render_answer, render_remarks
-from ensemble.report.words import case_name, time_lines, varying_fields
-from ensemble.strategies import STRATEGIES
+from ensemble.report.page import is_under_load, page_of
+from ensemble.report.table import render_strategies
+from ensemble.report.words import case_name, varying_fields
+from ensemble.strategies import HYBRIDS, STRATEGIES
 
 
 def show(run: Run, *, verbose: bool) -> None:
     """Print the two lines that users of the original know, the answer, the table and remarks."""
-    for line in time_lines(run.results):
+    page = page_of(run, columns=verbose, sentences=verbose, colour=_may_colour())
+    for line in page.known:
         print(line)
-    print(render_answer(run.results))
-    print(render_table(run.results, verbose=verbose, colour=_may_colour()))
-    print(render_remarks(run.results, run.environment, verbose=verbose), end="")
+    print(page.answer)
+    print(page.table)
+    print(page.remarks, end="")
     if verbose:
         varying = varying_fields([row.case for row in run.results])
         for row in run.results:
@@ -40,7 +41,7 @@ def show_left(stopped: str, left: Sequence[Case], planned: int) -> None:
 
 def list_strategies() -> None:
     """Print what strategies there are."""
-    print(render_strategies(STRATEGIES), end="")
+    print(render_strategies({**STRATEGIES, **HYBRIDS}), end="")
 
 
 def compare(run: Run, baseline: Run | None, fail_above: float | None) -> bool:
@@ -99,11 +100,18 @@ class Files:
                 if form:
                     exports.save(run, {form: path})
                 else:
-                    from ensemble.report import pictures
-
-                    pictures.save(run.results, Path(path), grid_path(path))
+                    _draw(run, path)
             except OSError as error:
                 self._problem = f"{path} cannot be written: {error.strerror or error}"
+
+
+def _draw(run: Run, path: str) -> None:
+    from ensemble.report import load_picture, pictures
+
+    if is_under_load(run):
+        load_picture.save(run.results, Path(path))
+    else:
+        pictures.save(run.results, Path(path), grid_path(path))
 
 
 def _may_colour() -> bool:

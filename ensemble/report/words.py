@@ -34,12 +34,17 @@ def place_name(case: Case, varying: Collection[str] = ()) -> str:
 
 def title(cases: Sequence[Case]) -> str:
     """What all cases share, above their table."""
+    return f"{title_of(cases)}; medians; speedup over the float32 loop" if cases else "no results"
+
+
+def title_of(cases: Sequence[Case]) -> str:
+    """What all cases share."""
     if not cases:
         return "no results"
     case, varying = cases[0], varying_fields(cases)
     parts = [text for header, text in _place(case).items() if header not in varying]
     inputs = f"{case.inputs.replace('_', '-')} inputs"
-    return f"{', '.join([inputs, *parts])}; medians; speedup over the float32 loop"
+    return ", ".join([inputs, *parts])
 
 
 def time_lines(results: Sequence[Result]) -> list[str]:

@@ -99,7 +99,8 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
         return [package.InferenceSession(graph, options, providers) for graph in graphs[:count]]
 
     def infer(session: Any, batch: Array) -> Array:
-        return session.run(None, {session.get_inputs()[0].name: batch})[0]
+        logits: Array = session.run(None, {session.get_inputs()[0].name: batch})[0]
+        return logits
 
     def one_after_another(count: int) -> Run:
         ready = sessions(count, cores)
@@ -141,7 +142,8 @@ def _in_float32(models: Sequence[nn.Module]) -> Sequence[nn.Module]:
 
 
 def _infer(request: Any, batch: Array) -> Array:
-    return request.infer([batch])[0].copy()
+    logits: Array = request.infer([batch])[0].copy()  # the request writes into it again
+    return logits
 
 
 def _export(model: nn.Module, batch: Tensor) -> Any:

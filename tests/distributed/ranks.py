@@ -1,7 +1,7 @@
 """The program as one rank of torchrun, several runs after another: `torchrun ... ranks.py FOLDER`.
 
-FOLDER/runs.json holds the runs: a name, arguments, and more of them for rank 1 alone. What each rank
-printed, and its exit code, goes to FOLDER/NAME.RANK.json. Rank 1 has strategies that break there.
+FOLDER/runs.json holds the runs: a name, arguments, and more of them for rank 1 alone. What each
+rank printed, and its exit code, goes to FOLDER/NAME.RANK.json. Some strategies break on rank 1.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def breaking(how: Callable[[], None]) -> Callable[..., Built]:
 
 def slow(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
     """Rank 1 says nothing for longer than the run waits."""
-    time.sleep(5 * (os.environ["RANK"] == "1"))
+    time.sleep(7 * (os.environ["RANK"] == "1"))
     return strategies.make("loop", models, example)
 
 

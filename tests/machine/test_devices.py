@@ -8,13 +8,13 @@ import torch
 from ensemble.machine import devices
 
 
-def test_auto_takes_the_accelerator_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+def test_auto_takes_the_accelerator_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
     assert devices.select_device("auto") == cuda
 
 
-def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     chosen: list[int] = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
@@ -26,7 +26,7 @@ def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPa
         devices.select_device("cuda:2")
 
 
-def test_float32_means_float32():
+def test_float32_means_float32() -> None:
     devices.configure(threads=None)
     environment = devices.describe(
         torch.device("cpu"), allocator="system", weights="none", first_forward_s=0.1

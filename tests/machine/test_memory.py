@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_a_page_fault_costs_more_than_nothing_and_less_than_a_millisecond():
+def test_a_page_fault_costs_more_than_nothing_and_less_than_a_millisecond() -> None:
     assert 1e-8 < (memory.page_fault_seconds() or 0) < 1e-3
 
 
@@ -34,14 +34,14 @@ def touch_fresh_pages(count: int) -> None:
             fresh[offset] = 1
 
 
-def test_touching_fresh_pages_is_counted():
+def test_touching_fresh_pages_is_counted() -> None:
     before = memory.page_faults() or 0
     touch_fresh_pages(10_000)
     assert (memory.page_faults() or 0) - before >= 10_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a process's peak")
-def test_the_peak_is_that_since_the_last_reset():
+def test_the_peak_is_that_since_the_last_reset() -> None:
     touch_fresh_pages(200_000_000 // mmap.PAGESIZE)  # freed at once
     assert memory.reset_peak(CPU)
     start = memory.peak_bytes(CPU) or 0
@@ -51,7 +51,7 @@ def test_the_peak_is_that_since_the_last_reset():
 
 def test_what_cannot_be_read_is_unknown_and_not_zero(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+) -> None:
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "none" / "none")
     monkeypatch.setattr(memory, "resource", None)
@@ -62,7 +62,7 @@ def test_what_cannot_be_read_is_unknown_and_not_zero(
     assert not memory.reset_peak(CPU)
 
 
-def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: str):
+def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: str) -> None:
     """Issue 2: N models plus their stack cost the weights once, at most 1.05 times."""
     program = (
         "import resource, sys, torch\n"
@@ -85,7 +85,7 @@ def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: st
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 @pytest.mark.skipif((memory.available_bytes(CPU) or 0) < 4 * 2**30, reason="needs 4 GiB of memory")
-def test_more_than_two_gibibytes_are_retained_too():
+def test_more_than_two_gibibytes_are_retained_too() -> None:
     program = (
         "import ctypes\n"
         "from ensemble.machine import memory\n"
@@ -107,7 +107,7 @@ def test_more_than_two_gibibytes_are_retained_too():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-def test_retained_memory_is_not_faulted_in_again():
+def test_retained_memory_is_not_faulted_in_again() -> None:
     program = (
         "import sys, torch\n"
         "from ensemble.machine import memory\n"

@@ -12,19 +12,21 @@ from ensemble.machine import other_programs
 from ensemble.machine.other_programs import Reading, share_of_others
 
 
-def test_the_share_of_others_is_what_this_process_did_not_do(monkeypatch: pytest.MonkeyPatch):
+def test_the_share_of_others_is_what_this_process_did_not_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     before, after = Reading(10.0, 1.0, 100.0), Reading(12.0, 4.0, 107.0)
     assert share_of_others(before, after) == 0.5  # 7 busy seconds less 3 of its own, of 2 s x 4
 
 
-def test_an_unknown_reading_gives_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unknown_reading_gives_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other_programs, "_STAT", tmp_path / "none")
     assert share_of_others(other_programs.read(), other_programs.read()) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
-def test_a_busy_neighbour_is_seen():
+def test_a_busy_neighbour_is_seen() -> None:
     neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         before = other_programs.read()

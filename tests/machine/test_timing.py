@@ -31,7 +31,7 @@ def no_faults() -> int:
     return 0
 
 
-def test_the_work_that_a_device_still_does_after_the_call_returns_is_timed():
+def test_the_work_that_a_device_still_does_after_the_call_returns_is_timed() -> None:
     clock, queued = FakeClock(), [0.0]
 
     def launch() -> None:
@@ -45,7 +45,7 @@ def test_the_work_that_a_device_still_does_after_the_call_returns_is_timed():
     assert time_call(launch, synchronize=wait, clock=clock).seconds == 2.25
 
 
-def test_the_work_that_was_queued_before_the_call_is_not_timed():
+def test_the_work_that_was_queued_before_the_call_is_not_timed() -> None:
     clock, queued = FakeClock(), [5.0]
 
     def wait() -> None:
@@ -56,7 +56,7 @@ def test_the_work_that_was_queued_before_the_call_is_not_timed():
     assert sample.seconds == 1.0
 
 
-def test_page_faults_are_counted_for_the_call_alone():
+def test_page_faults_are_counted_for_the_call_alone() -> None:
     faults = iter([100, 140])
     sample = time_call(
         nothing, synchronize=nothing, clock=FakeClock(), page_faults=lambda: next(faults)
@@ -64,7 +64,7 @@ def test_page_faults_are_counted_for_the_call_alone():
     assert sample == Sample(0.0, 40)
 
 
-def test_page_faults_that_a_platform_does_not_count_are_unknown():
+def test_page_faults_that_a_platform_does_not_count_are_unknown() -> None:
     sample = time_call(nothing, synchronize=nothing, page_faults=lambda: None)
     assert sample.page_faults is None
 
@@ -109,7 +109,7 @@ def record(
     return "".join(calls), timed
 
 
-def test_each_function_warms_up_apart_and_rounds_come_in_both_orders():
+def test_each_function_warms_up_apart_and_rounds_come_in_both_orders() -> None:
     calls, timed = record(warmup=2, min_rounds=50, min_seconds=0)
     assert calls[:4] == "aabb"
     rounds = [calls[start : start + 4] for start in range(4, len(calls), 4)]
@@ -120,7 +120,7 @@ def test_each_function_warms_up_apart_and_rounds_come_in_both_orders():
 
 def test_what_another_function_leaves_behind_falls_on_an_untimed_call(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     monkeypatch.setattr(timing, "SETTLE_S", SETTLE_S)
     clock, last = FakeClock(), [""]
 
@@ -132,7 +132,7 @@ def test_what_another_function_leaves_behind_falls_on_an_untimed_call(
     assert [[round(own.seconds, 6) for own in pair] for pair in rounds] == [[0.005, 0.005]] * 10
 
 
-def test_a_function_that_takes_long_rests_before_its_call_instead_of_being_called_twice():
+def test_a_function_that_takes_long_rests_before_its_call_instead_of_being_called_twice() -> None:
     clock, calls = FakeClock(), list[str]()
     rests: list[float] = []
 
@@ -158,12 +158,12 @@ def test_a_function_that_takes_long_rests_before_its_call_instead_of_being_calle
     assert (calls.count("a"), calls.count("b")) == (11, 20)
 
 
-def test_timing_goes_on_until_both_the_rounds_and_the_seconds_are_reached():
+def test_timing_goes_on_until_both_the_rounds_and_the_seconds_are_reached() -> None:
     assert len(record(warmup=0, min_rounds=4, min_seconds=0.125)[1]) == 4
     assert len(record(warmup=0, min_rounds=1, min_seconds=0.875)[1]) == 3  # of 0.375 s
 
 
-def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike():
+def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike() -> None:
     clock, slowness = FakeClock(), [1.0]
 
     def work() -> None:
@@ -176,7 +176,7 @@ def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike():
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.004)
 
 
-def test_synchronizing_a_device_that_is_not_here_is_an_error():
+def test_synchronizing_a_device_that_is_not_here_is_an_error() -> None:
     synchronize(torch.device("cpu"))
     with pytest.raises((RuntimeError, ValueError)):
         synchronize(torch.device("meta"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.measure import bench, benchmark, failure, roofline
-from ensemble.measure.start import Started
+from ensemble.measure.start import Started, start
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Result
@@ -29,8 +29,9 @@ class Made:
     make: Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]]
     summary: str = "made for a test"
     rounds_apart: bool = False
+    has_kernels: bool = False
 
-    def builder(self) -> Builder:
+    def builder(self, *, tune_seconds: float = 0.0) -> Builder:
         return lambda models, example: Built(self.make(models, example))
 
 
@@ -47,7 +48,7 @@ def run(config: Config) -> list[Result]:
 
 def started(config: Config, models: Sequence[nn.Module], views: Tensor) -> Iterator[Result]:
     """The rows of a configuration, as they come; images of another size are resized."""
-    cases = benchmark.plan(config, models, torch.device("cpu"))
+    cases = benchmark.plan(config)
 
     def sized(px: int) -> Tensor:
         return nn.functional.interpolate(views, (px, px))
@@ -70,7 +71,7 @@ def run_made(
 
 
 @pytest.mark.parametrize("inputs", ["shared", "per_model"])
-def test_both_strategies_agree_and_are_timed_in_pairs_with_the_reference(inputs: str):
+def test_both_strategies_agree_and_are_timed_in_pairs_with_the_reference(inputs: str) -> None:
     loop, vmap = run(replace(QUICK, inputs=inputs, batch_size=(2,)))
     assert loop.case.is_reference
     assert loop.reference_times_s == ()
@@ -84,7 +85,7 @@ def test_both_strategies_agree_and_are_timed_in_pairs_with_the_reference(inputs:
     assert vmap.build_s > 0
 
 
-def test_the_classes_are_those_that_each_model_finds_in_its_own_images():
+def test_the_classes_are_those_that_each_model_finds_in_its_own_images() -> None:
     config = replace(QUICK, inputs="per_model", batch_size=(2,))
     torch.manual_seed(0)
     views = torch.randn(6, 3, 8, 8)
@@ -97,7 +98,7 @@ def test_the_classes_are_those_that_each_model_finds_in_its_own_images():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rows_of_a_lower_precision_are_compared_with_the_float32_loop(dtype: str):
+def test_rows_of_a_lower_precision_are_compared_with_the_float32_loop(dtype: str) -> None:
     loop, vmap = run(replace(QUICK, dtype=(dtype,)))
     for row in (loop, vmap):
         assert row.status == "ok"
@@ -106,7 +107,7 @@ def test_rows_of_a_lower_precision_are_compared_with_the_float32_loop(dtype: str
         assert not row.case.is_reference
 
 
-def test_several_numbers_of_models_are_measured_one_after_another():
+def test_several_numbers_of_models_are_measured_one_after_another() -> None:
     rows = run(replace(QUICK, num_models=(1, 3)))
     assert [(row.case.strategy, row.case.num_models) for row in rows] == [
         ("loop", 1),
@@ -117,7 +118,7 @@ def test_several_numbers_of_models_are_measured_one_after_another():
     assert [len(row.top1 or []) for row in rows] == [1, 1, 3, 3]
 
 
-def test_the_self_check_times_the_reference_against_itself():
+def test_the_self_check_times_the_reference_against_itself() -> None:
     row = run(replace(QUICK, self_check=True))[-1]
     assert (row.case.strategy, row.max_rel_error, len(row.reference_times_s)) == (
         "self_check",
@@ -126,7 +127,9 @@ def test_the_self_check_times_the_reference_against_itself():
     )
 
 
-def test_a_swapped_pair_of_models_gets_a_reason_and_no_times(monkeypatch: pytest.MonkeyPatch):
+def test_a_swapped_pair_of_models_gets_a_reason_and_no_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def swapped(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: looping([models[1], models[0], models[2]], x)
 
@@ -138,7 +141,7 @@ def test_a_swapped_pair_of_models_gets_a_reason_and_no_times(monkeypatch: pytest
     assert row.speedup is None
 
 
-def test_logits_that_go_wrong_in_later_calls_fail_the_row(monkeypatch: pytest.MonkeyPatch):
+def test_logits_that_go_wrong_in_later_calls_fail_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, calls = STRATEGIES["loop"].builder(), [0]
 
     def builder(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
@@ -157,7 +160,7 @@ def test_logits_that_go_wrong_in_later_calls_fail_the_row(monkeypatch: pytest.Mo
     assert row.times_s == ()
 
 
-def test_the_roofline_is_measured_once_for_each_dtype(monkeypatch: pytest.MonkeyPatch):
+def test_the_roofline_is_measured_once_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.dtype] = []
 
     def measure(device: torch.device, dtype: torch.dtype) -> roofline.Limits:
@@ -192,7 +195,7 @@ def failing(error: Exception) -> Callable[..., object]:
 @pytest.mark.parametrize(("error", "reason"), ERRORS)
 def test_a_pass_in_float64_that_fails_costs_its_own_figure_only(
     error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(bench, "in_float64", failing(error))
     apart = Made(lambda models, _: lambda x: looping(models, x), rounds_apart=True)
     monkeypatch.setitem(STRATEGIES, "made", apart)
@@ -208,7 +211,7 @@ def test_a_pass_in_float64_that_fails_costs_its_own_figure_only(
 @pytest.mark.parametrize(("error", "reason"), ERRORS)
 def test_a_roofline_that_fails_costs_its_own_figure_only(
     function: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(roofline, "measure", lambda *_: roofline.Limits(1e9, 1e9))
     monkeypatch.setattr(roofline, function, failing(error))
     for row in run(replace(QUICK, roofline=True)):
@@ -219,7 +222,9 @@ def test_a_roofline_that_fails_costs_its_own_figure_only(
         assert "\n" not in note
 
 
-def test_a_roofline_that_fails_in_one_dtype_stands_in_the_others(monkeypatch: pytest.MonkeyPatch):
+def test_a_roofline_that_fails_in_one_dtype_stands_in_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def measure(device: torch.device, dtype: torch.dtype) -> roofline.Limits:
         if dtype == torch.bfloat16:
             raise RuntimeError("not implemented for 'BFloat16'")
@@ -231,7 +236,9 @@ def test_a_roofline_that_fails_in_one_dtype_stands_in_the_others(monkeypatch: py
     assert [len(row.notes) for row in rows] == [0, 0, 1, 1]
 
 
-def test_a_strategy_that_cannot_run_here_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch):
+def test_a_strategy_that_cannot_run_here_is_a_row_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         raise UnavailableError("needs CUDA")
 
@@ -239,7 +246,7 @@ def test_a_strategy_that_cannot_run_here_is_a_row_with_its_reason(monkeypatch: p
     assert (row.status, row.error) == ("unavailable", "needs CUDA")
 
 
-def test_a_strategy_that_breaks_is_a_row_with_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_strategy_that_breaks_is_a_row_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         raise KeyError("a\nb")
 
@@ -257,7 +264,7 @@ def test_a_strategy_that_breaks_is_a_row_with_one_line(monkeypatch: pytest.Monke
 )
 def test_a_lack_of_memory_says_how_many_models_would_fit(
     error: Exception, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     def greedy(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         if len(models) > 2:
             raise error
@@ -270,11 +277,9 @@ def test_a_lack_of_memory_says_how_many_models_would_fit(
 
 def test_a_reference_that_fails_fails_each_row_of_its_n_and_no_other(
     monkeypatch: pytest.MonkeyPatch,
-):
-    start = bench.start
-
+) -> None:
     def short_of_memory(
-        name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype
+        name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype, **_: float
     ) -> Started:
         if len(models) > 2:
             raise torch.OutOfMemoryError
@@ -295,7 +300,7 @@ def test_a_reference_that_fails_fails_each_row_of_its_n_and_no_other(
 @pytest.mark.filterwarnings("ignore:.*batching rule")
 def test_an_operation_without_a_batching_rule_is_reported_with_its_row(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     def falling_back(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             mapped = torch.vmap(lambda values: torch.histc(values, 3).sum() * 0)
@@ -310,7 +315,7 @@ def test_an_operation_without_a_batching_rule_is_reported_with_its_row(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_strategy_that_compiles_again_in_later_calls_fails_with_that_reason(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     def restless(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         calls = [0]
 
@@ -329,7 +334,9 @@ def test_a_strategy_that_compiles_again_in_later_calls_fails_with_that_reason(
 
 
 @pytest.mark.parametrize("blind", [[0, 1, 2], [1]])
-def test_weights_that_ignore_the_image_make_the_check_weak_and_that_is_said(blind: list[int]):
+def test_weights_that_ignore_the_image_make_the_check_weak_and_that_is_said(
+    blind: list[int],
+) -> None:
     models = tiny_models(3)
     for index in blind:
         models[index].get_parameter("fc.weight").zero_()
@@ -338,7 +345,7 @@ def test_weights_that_ignore_the_image_make_the_check_weak_and_that_is_said(blin
     assert all(row.notes == () for row in run(QUICK))
 
 
-def test_what_a_strategy_allocates_counts_as_its_memory(monkeypatch: pytest.MonkeyPatch):
+def test_what_a_strategy_allocates_counts_as_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def hoarding(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         hoard = torch.ones(50_000_000, dtype=torch.uint8)
         return lambda x: looping(models, x) + hoard[0] * 0
@@ -349,7 +356,7 @@ def test_what_a_strategy_allocates_counts_as_its_memory(monkeypatch: pytest.Monk
     assert 50_000_000 <= row.peak_memory_bytes < 60_000_000
 
 
-def test_an_interrupt_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupt_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
         raise KeyboardInterrupt
 
@@ -362,7 +369,7 @@ def test_an_interrupt_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch
         next(rows)
 
 
-def test_a_grid_is_run_cell_by_cell_and_each_row_stands_where_its_cell_says():
+def test_a_grid_is_run_cell_by_cell_and_each_row_stands_where_its_cell_says() -> None:
     config = replace(
         QUICK,
         num_models=(1, 2),
@@ -384,7 +391,9 @@ def test_a_grid_is_run_cell_by_cell_and_each_row_stands_where_its_cell_says():
     assert all(len((row.top1 or [[]])[0]) == row.case.batch_size for row in rows)
 
 
-def test_the_reference_of_a_cell_is_built_once_for_all_dtypes(monkeypatch: pytest.MonkeyPatch):
+def test_the_reference_of_a_cell_is_built_once_for_all_dtypes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[torch.dtype] = []
     loop = STRATEGIES["loop"].builder()
 
@@ -397,22 +406,20 @@ def test_the_reference_of_a_cell_is_built_once_for_all_dtypes(monkeypatch: pytes
     assert made == [torch.float32, torch.bfloat16]
 
 
-def test_best_stands_for_the_reference_and_what_is_picked(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(best, "_multiplies_pairs_best", lambda: True)
-    rows = benchmark.plan(
-        replace(QUICK, strategies=("best",), dtype=("float32", "bfloat16"), self_check=True),
-        [torchvision.models.resnet18()],
-        torch.device("cpu"),
-    )
-    assert [(case.strategy, case.dtype) for case in rows] == [
-        ("loop", "float32"),
-        ("lowered_vmap", "float32"),
-        ("lowered_vmap", "bfloat16"),
-        ("self_check", "float32"),
-    ]
+def test_the_row_of_best_says_what_was_picked_what_was_tried_and_what_that_took() -> None:
+    config = replace(QUICK, strategies=("loop", "best"), dtype=("float32", "bfloat16"))
+    rows = [row for row in run(config) if row.case.strategy == "best"]
+    assert [row.case.dtype for row in rows] == ["float32", "bfloat16"]
+    for row in rows:
+        assert row.status == "ok"
+        assert row.picked in best.CANDIDATES["cpu"]
+        assert row.name == f"best ({row.picked})"
+        (note,) = (note for note in row.notes if note.startswith("picked "))
+        assert note.startswith(f"picked {row.picked} (tried: ")
+        assert 0 < (row.tune_s or 0) < (row.build_s or 0)
 
 
-def test_only_strategies_that_round_apart_bring_the_error_against_float64():
+def test_only_strategies_that_round_apart_bring_the_error_against_float64() -> None:
     models = [torchvision.models.resnet18(num_classes=5).eval() for _ in range(2)]
     config = replace(QUICK, num_models=(2,), image_size=(32,), strategies=("loop", "vmap"))
     images = torch.randn(1, 3, 32, 32)

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ensemble
 import resnet_vmap
 from ensemble.measure import processes, rounds, session
 from ensemble.measure.processes import Job
@@ -20,6 +23,7 @@ from ensemble.options import Config
 from ensemble.records import Case, Process, Result, Run
 from ensemble.report import exports
 from ensemble.report.progress import show_progress
+from ensemble.strategies import STRATEGIES, best
 from tests.made import CASE, CONFIG, ENVIRONMENT, ROW, changed
 from tests.measure import strategies_that_die
 from tests.tiny import tiny_models
@@ -44,11 +48,11 @@ def dying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     code = "from tests.measure.strategies_that_die import install; install()\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    before = dict(strategies_that_die.strategies.STRATEGIES)
+    before = dict(STRATEGIES)
     strategies_that_die.install()
     yield
-    strategies_that_die.strategies.STRATEGIES.clear()
-    strategies_that_die.strategies.STRATEGIES.update(before)
+    STRATEGIES.clear()
+    STRATEGIES.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +72,14 @@ def measured(
     rows, halves = {}, {}
     with processes.jobs(config, workload) as job:
         cases = [case(name) for name in names]
-        for row, beside in processes.measure(job, iter(cases), progress=lambda *_: None):
+        for row, beside in processes.measure(
+            job, iter(cases), picked=lambda _: None, progress=lambda *_: None
+        ):
             rows[row.case.strategy], halves[row.case.strategy] = row, beside
     return rows, halves
 
 
-def test_a_worker_measures_what_this_process_would(workload: Workload):
+def test_a_worker_measures_what_this_process_would(workload: Workload) -> None:
     rows, halves = measured(QUICK, workload, "vmap", "chatter")
     for name in ("vmap", "chatter"):
         (process,) = rows[name].processes
@@ -100,7 +106,7 @@ def test_a_worker_measures_what_this_process_would(workload: Workload):
         ("leave", "ended with exit code 3 and no row"),
     ],
 )
-def test_a_worker_that_dies_costs_its_own_row(name: str, error: str, workload: Workload):
+def test_a_worker_that_dies_costs_its_own_row(name: str, error: str, workload: Workload) -> None:
     rows, _ = measured(QUICK, workload, name, "vmap")
     assert rows[name].status == "failed"
     assert rows["vmap"].status == "ok"
@@ -110,7 +116,7 @@ def test_a_worker_that_dies_costs_its_own_row(name: str, error: str, workload: W
         assert str(rows[name].error).endswith("it said last: about to go")
 
 
-def test_a_worker_that_says_nothing_is_given_up(workload: Workload):
+def test_a_worker_that_says_nothing_is_given_up(workload: Workload) -> None:
     begin = time.monotonic()
     rows, _ = measured(replace(QUICK, timeout_minutes=0.15), workload, "hang", "vmap")
     assert (rows["hang"].status, rows["hang"].error) == ("failed", "no answer in 9 s")
@@ -120,7 +126,7 @@ def test_a_worker_that_says_nothing_is_given_up(workload: Workload):
 
 def test_a_worker_that_allocates_until_it_is_killed_costs_its_own_row(
     workload: Workload, tmp_path: Path
-):
+) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, -1))\n"
     file = tmp_path / "sitecustomize.py"
     file.write_text(limit + file.read_text())
@@ -129,7 +135,7 @@ def test_a_worker_that_allocates_until_it_is_killed_costs_its_own_row(
     assert rows["vmap"].status == "ok"
 
 
-def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_path: Path):
+def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_path: Path) -> None:
     from ensemble.models import workload as loading
 
     path = str(tmp_path / "shared.pt")
@@ -144,9 +150,30 @@ def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_pa
     assert torch.equal(own.views(8), workload.views(8))
 
 
+def test_a_worker_has_its_models_and_images_on_the_accelerator(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under fake tensors, which need no GPU: what is mapped on the CPU goes to the device."""
+    from ensemble.machine import devices
+    from ensemble.measure import bench
+    from ensemble.models import workload as loading
+
+    path, cuda = str(tmp_path / "shared.pt"), torch.device("cuda")
+    workload.save_shared(path, (8,))
+    monkeypatch.setattr(devices, "select_device", lambda name: torch.device(name))
+    # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
+    with FakeTensorMode():
+        own = loading.load_shared(path, QUICK, device="cuda")
+        example = bench.make_example(own.views(8), case("vmap", inputs="per_model"))
+        logits = ensemble.build("vmap", own.models, example)(example)
+    assert {tensor.device.type for model in own.models for tensor in model.buffers()} == {"cuda"}
+    assert (logits.device.type, logits.shape, own.device) == ("cuda", (3, 1, 5), cuda)
+
+
 def test_a_worker_that_never_starts_is_given_up_after_one_time_limit(
     workload: Workload, tmp_path: Path
-):
+) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(600)\n")
     begin = time.monotonic()
     rows, _ = measured(replace(QUICK, timeout_minutes=0.05), workload, "vmap")
@@ -175,7 +202,7 @@ def run_rounds(
     return counts if not speedups or failing else {name: counts[name] for name in speedups}
 
 
-def test_more_than_three_processes_are_for_rows_that_are_still_unsure():
+def test_more_than_three_processes_are_for_rows_that_are_still_unsure() -> None:
     config = replace(QUICK, processes=6, precision=5.0)
     steady, wild = [1.50, 1.51, 1.50] * 2, [1.0, 1.3, 0.8, 1.1, 1.2, 0.9]
     assert run_rounds({"vmap": steady, "folded_vmap": wild}, config) == {
@@ -187,26 +214,27 @@ def test_more_than_three_processes_are_for_rows_that_are_still_unsure():
     assert run_rounds({"vmap": wild}, replace(config, precision=500.0)) == {"vmap": 3}
 
 
-def test_a_row_that_failed_gets_no_more_and_the_reference_then_runs_by_itself():
+def test_a_row_that_failed_gets_no_more_and_the_reference_then_runs_by_itself() -> None:
     found = run_rounds({"vmap": [1.0] * 6}, replace(QUICK, processes=5), failing="vmap")
     assert found == {"vmap": 0, "loop": 1}
     assert run_rounds({}, replace(QUICK, processes=5)) == {"loop": 3}
 
 
-def test_the_processes_of_a_row_are_spread_over_the_run():
+def test_the_processes_of_a_row_are_spread_over_the_run() -> None:
     cases = [case(name) for name in ("loop", "vmap", "folded_vmap")]
     first = next(rounds.rounds(cases, {}, replace(QUICK, processes=5)))
     assert [own.strategy for own in first] == ["vmap", "folded_vmap"] * 3
 
 
-def test_what_the_processes_of_a_row_share_is_asked_of_them_together():
+def test_what_the_processes_of_a_row_share_is_asked_of_them_together() -> None:
     each = rounds.in_each(replace(QUICK, processes=5, min_pairs=20, min_seconds=2.0))
-    assert (each.min_pairs, each.min_seconds) == (7, pytest.approx(2 / 3))
+    assert each.min_pairs == 7
+    assert each.min_seconds == pytest.approx(2 / 3)
     one = rounds.in_each(replace(QUICK, processes=1, min_pairs=20, min_seconds=2.0))
     assert (one.min_pairs, one.min_seconds) == (20, 2.0)
 
 
-def test_a_process_that_fails_fails_its_row_and_says_which_it_was():
+def test_a_process_that_fails_fails_its_row_and_says_which_it_was() -> None:
     second = Result(ROW.case, status="failed", error="broke", max_rel_error=0.5)
     found = rounds.merged(changed(ROW, max_rel_error=0.1), second)
     assert (found.status, found.error) == ("failed", "in process 2: broke")
@@ -214,7 +242,7 @@ def test_a_process_that_fails_fails_its_row_and_says_which_it_was():
     assert found.processes == ROW.processes
 
 
-def test_notes_that_differ_in_their_figures_alone_are_kept_once():
+def test_notes_that_differ_in_their_figures_alone_are_kept_once() -> None:
     one = changed(ROW, notes=("setting: a (tried: a 1 ms)", "same"))
     two = changed(ROW, notes=("setting: a (tried: a 2 ms)", "setting: b (tried)", "same"))
     assert rounds.merged(one, two).notes == (
@@ -224,7 +252,7 @@ def test_notes_that_differ_in_their_figures_alone_are_kept_once():
     )
 
 
-def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Workload):
+def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Workload) -> None:
     config = replace(QUICK, strategies=("loop", "vmap", "kill"), min_pairs=18)
     saved: list[Run] = []
     done = session.measure_all(
@@ -248,9 +276,29 @@ def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Worklo
     assert again == done.run
 
 
+def test_what_the_first_process_of_best_picks_the_others_run_too(workload: Workload) -> None:
+    config = replace(QUICK, strategies=("best",), min_pairs=18)
+    done = session.measure_all(
+        config,
+        Run(ENVIRONMENT, config.plain(), ()),
+        workload,
+        save=lambda _: None,
+        show_progress=lambda _: nullcontext(lambda *_: None),
+        say=lambda _: None,
+    )
+    (row,) = done.run.results
+    assert row.status == "ok", row.error
+    assert row.picked in best.CANDIDATES["cpu"]
+    assert [own.tune_s is not None for own in row.processes] == [True, False, False]
+    assert sum(note.startswith("picked ") for note in row.notes) == 1
+    assert (row.build_s or 0) > (row.processes[0].tune_s or 0) > 0
+    again = exports.from_json(exports.to_json(done.run))
+    assert again == done.run
+
+
 def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resumed(
     workload: Workload,
-):
+) -> None:
     config = replace(QUICK, strategies=("loop", "vmap"), min_pairs=18, max_minutes=1e-6)
     run = Run(ENVIRONMENT, config.plain(), ())
 
@@ -274,7 +322,7 @@ def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resume
     assert [row.processes[0] for row in rows] == [row.processes[0] for row in begun.run.results]
 
 
-def test_ctrl_c_ends_all_workers_within_a_second_and_keeps_what_is_finished(tmp_path: Path):
+def test_ctrl_c_ends_all_workers_within_a_second_and_keeps_what_is_finished(tmp_path: Path) -> None:
     code = (
         "import signal, sys, resnet_vmap\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -325,7 +373,7 @@ def is_there(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload):
+def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload) -> None:
     with processes.jobs(QUICK, workload) as job:
         assert isinstance(job, Job)
         assert Path(job.shared).exists()

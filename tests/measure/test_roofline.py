@@ -10,7 +10,7 @@ from ensemble.measure import roofline
 from ensemble.measure.roofline import Limits, Work, measure, work
 
 
-def test_the_operations_of_a_resnet18_are_those_of_its_paper():
+def test_the_operations_of_a_resnet18_are_those_of_its_paper() -> None:
     # He et al., Deep Residual Learning, table 1: 1.8e9 multiply-adds at 224 px.
     model = torchvision.models.resnet18()
     found = work(model, 3, torch.zeros(2, 3, 224, 224), torch.float32)
@@ -18,14 +18,14 @@ def test_the_operations_of_a_resnet18_are_those_of_its_paper():
     assert found.bytes == pytest.approx(3 * 46.8e6 + 2 * 3 * 224 * 224 * 4, rel=0.01)
 
 
-def test_bytes_follow_the_dtype():
+def test_bytes_follow_the_dtype() -> None:
     model, x = torchvision.models.resnet18(), torch.zeros(1, 3, 64, 64)
     wide, narrow = (work(model, 1, x, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert wide.bytes == 2 * narrow.bytes
     assert wide.operations == narrow.operations
 
 
-def test_the_slower_of_the_two_limits_binds():
+def test_the_slower_of_the_two_limits_binds() -> None:
     limits = Limits(operations_per_s=100.0, bytes_per_s=10.0)
     assert Work(200.0, 10.0).least_seconds(limits) == (2.0, "compute")
     assert Work(200.0, 30.0).least_seconds(limits) == (3.0, "memory")
@@ -33,7 +33,7 @@ def test_the_slower_of_the_two_limits_binds():
 
 def test_the_limits_of_this_machine_are_between_a_toy_and_a_cluster(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     monkeypatch.setattr("ensemble.measure.roofline.READ_BYTES", 64 * 2**20)
     found = measure(torch.device("cpu"), torch.float32)
     assert 1e9 < found.operations_per_s < 1e15
@@ -62,7 +62,7 @@ class Processor:
 @pytest.mark.parametrize("rate", [2e9, 2e10, 2e11, 2e12, 1e15])
 def test_the_limit_is_found_in_seconds_on_a_slow_processor_and_on_a_fast_one(
     rate: float, device: str, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     processor = Processor(rate)
     monkeypatch.setattr(roofline, "time", processor)
     monkeypatch.setattr(roofline, "_product", processor.product)
@@ -76,7 +76,7 @@ def test_the_limit_is_found_in_seconds_on_a_slow_processor_and_on_a_fast_one(
 @pytest.mark.parametrize(("device", "side"), [("cpu", 2048), ("meta", 8192)])
 def test_a_processor_of_usual_speed_is_measured_with_the_largest_matrix(
     device: str, side: int, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     processor = Processor(1e11 if device == "cpu" else 1e13)
     monkeypatch.setattr(roofline, "time", processor)
     monkeypatch.setattr(roofline, "_product", processor.product)

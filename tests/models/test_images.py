@@ -41,7 +41,7 @@ def read(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [64, 224, 720])
-def test_the_tensor_is_that_of_torchvisions_preset(kitten: Path, size: int):
+def test_the_tensor_is_that_of_torchvisions_preset(kitten: Path, size: int) -> None:
     preset = ImageClassification(crop_size=size, resize_size=round(size * 256 / 224))
     with Image.open(kitten) as image:
         expected = preset(image.convert("RGB"))
@@ -50,7 +50,7 @@ def test_the_tensor_is_that_of_torchvisions_preset(kitten: Path, size: int):
     assert torch.equal(found, expected)
 
 
-def test_white_and_black_are_normalised_with_the_statistics_of_imagenet():
+def test_white_and_black_are_normalised_with_the_statistics_of_imagenet() -> None:
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     for colour, value in (("white", 1.0), ("black", 0.0)):
         found = images.preprocess(Image.new("RGB", (40, 30), colour), image_size=16)
@@ -58,14 +58,14 @@ def test_white_and_black_are_normalised_with_the_statistics_of_imagenet():
         torch.testing.assert_close(found, expected)
 
 
-def test_a_sliver_that_would_fill_the_memory_when_resized_is_refused():
+def test_a_sliver_that_would_fill_the_memory_when_resized_is_refused() -> None:
     sliver = Image.new("RGB", (1, 60_000))
     message = "image_size: expected at most 100,000,000 pixels .* an image of 1 x 60000"
     with pytest.raises(InputError, match=message):
         images.preprocess(sliver, image_size=224)
 
 
-def test_a_size_that_would_fill_the_memory_is_refused_for_any_image():
+def test_a_size_that_would_fill_the_memory_is_refused_for_any_image() -> None:
     with pytest.raises(InputError, match=r"shorter side to 114286, found an image of 451 x 300"):
         images.preprocess(Image.new("RGB", (451, 300)), image_size=100_000)
 
@@ -73,7 +73,7 @@ def test_a_size_that_would_fill_the_memory_is_refused_for_any_image():
 # Every kind of image
 
 
-def test_a_rotated_photograph_is_read_upright(tmp_path: Path):
+def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:
     upright = gradient()
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6  # to be turned clockwise by 90 degrees to be upright
@@ -83,7 +83,7 @@ def test_a_rotated_photograph_is_read_upright(tmp_path: Path):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P"])
-def test_grey_images_have_three_equal_channels(tmp_path: Path, mode: str):
+def test_grey_images_have_three_equal_channels(tmp_path: Path, mode: str) -> None:
     grey = gradient().convert("L")
     if mode == "1":
         grey = grey.point(lambda value: 255 * (value > 100))
@@ -93,14 +93,14 @@ def test_grey_images_have_three_equal_channels(tmp_path: Path, mode: str):
     assert np.array_equal(read(path), np.stack([np.asarray(grey)] * 3, axis=2))
 
 
-def test_an_alpha_channel_is_dropped_and_the_colours_stay(tmp_path: Path):
+def test_an_alpha_channel_is_dropped_and_the_colours_stay(tmp_path: Path) -> None:
     image = gradient()
     image.putalpha(image.getchannel("R"))
     path = saved(image, tmp_path / "alpha.png")
     assert np.array_equal(read(path), pixels(gradient()))
 
 
-def test_a_cmyk_image_has_the_colours_of_its_inks(tmp_path: Path):
+def test_a_cmyk_image_has_the_colours_of_its_inks(tmp_path: Path) -> None:
     cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
     found = read(saved(cyan, tmp_path / "cmyk.tif"))
     assert np.array_equal(
@@ -111,7 +111,7 @@ def test_a_cmyk_image_has_the_colours_of_its_inks(tmp_path: Path):
 @pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128, 255])])
 def test_a_palette_image_has_the_colours_of_its_palette(
     tmp_path: Path, transparency: int | bytes | None
-):
+) -> None:
     palette = [255, 0, 0, 0, 255, 0, 1, 2, 3]
     image = Image.fromarray(np.arange(9, dtype=np.uint8).reshape(3, 3) % 3).convert("P")
     image.putpalette(palette)
@@ -123,7 +123,7 @@ def test_a_palette_image_has_the_colours_of_its_palette(
     assert np.array_equal(read(path), expected)
 
 
-def test_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path):
+def test_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path) -> None:
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     path = saved(Image.fromarray(grey.astype(np.uint16) * 257), tmp_path / "deep.png")
     with Image.open(path) as image:
@@ -131,7 +131,7 @@ def test_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path):
     assert np.array_equal(read(path), np.stack([grey] * 3, axis=2))
 
 
-def test_big_endian_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path):
+def test_big_endian_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path) -> None:
     grey = np.arange(256, dtype=np.uint8)
     content = (grey.astype(">u2") * np.uint16(257)).astype(">u2").tobytes()
     tags = [(256, 16), (257, 16), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16)]
@@ -146,12 +146,12 @@ def test_big_endian_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path)
 
 
 @pytest.mark.skipif(not features.check("webp"), reason="needs a Pillow with WebP")
-def test_a_lossless_webp_has_its_pixels(tmp_path: Path):
+def test_a_lossless_webp_has_its_pixels(tmp_path: Path) -> None:
     path = saved(gradient(), tmp_path / "image.webp", lossless=True)
     assert np.array_equal(read(path), pixels(gradient()))
 
 
-def test_the_first_frame_of_an_animation_is_read(tmp_path: Path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     path = saved(first, tmp_path / "frames.gif", save_all=True, append_images=[second])
     assert np.array_equal(read(path), pixels(first))
@@ -166,35 +166,35 @@ def assert_refused(path: Path, message: str) -> None:
         images.read_image(path)
 
 
-def test_an_image_that_is_not_there_is_named(tmp_path: Path):
+def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert_refused(tmp_path / "absent.jpg", "expected an image file, found nothing there")
 
 
-def test_a_folder_is_no_image(tmp_path: Path):
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
     assert_refused(tmp_path, "expected an image file, found a directory")
 
 
-def test_a_name_that_the_file_system_refuses_is_bad_input(tmp_path: Path):
+def test_a_name_that_the_file_system_refuses_is_bad_input(tmp_path: Path) -> None:
     path = tmp_path / ("a" * 300)
     assert_refused(
         path, "expected an image file, found one that cannot be read: File name too long"
     )
 
 
-def test_an_empty_file_is_no_image(tmp_path: Path):
+def test_an_empty_file_is_no_image(tmp_path: Path) -> None:
     path = tmp_path / "empty.jpg"
     path.touch()
     assert_refused(path, "expected an image file, found an empty file")
 
 
-def test_text_is_no_image(tmp_path: Path):
+def test_text_is_no_image(tmp_path: Path) -> None:
     path = tmp_path / "text.jpg"
     path.write_text("not an image\n" * 99)
     assert_refused(path, "expected an image file, found another kind of file")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp"])
-def test_a_truncated_image_is_not_read_half(tmp_path: Path, suffix: str):
+def test_a_truncated_image_is_not_read_half(tmp_path: Path, suffix: str) -> None:
     noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()
     path = saved(Image.fromarray(noise), tmp_path / f"truncated.{suffix}")
     content = path.read_bytes()
@@ -203,7 +203,7 @@ def test_a_truncated_image_is_not_read_half(tmp_path: Path, suffix: str):
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow with AVIF")
-def test_an_image_whose_decoder_gives_up_is_damaged(tmp_path: Path):
+def test_an_image_whose_decoder_gives_up_is_damaged(tmp_path: Path) -> None:
     path = saved(gradient(), tmp_path / "damaged.avif")
     content = path.read_bytes()
     start = content.index(b"mdat") + 4
@@ -214,13 +214,13 @@ def test_an_image_whose_decoder_gives_up_is_damaged(tmp_path: Path):
 @pytest.mark.parametrize("most", [48 * 32 - 1, 48 * 32 // 2 - 1], ids=["warning", "error"])
 def test_a_decompression_bomb_is_refused_where_pillow_warns_and_where_it_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
-):
+) -> None:
     path = saved(gradient(), tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
     assert_refused(path, rf"expected at most {most} pixels, found a decompression bomb \(.*1536")
 
 
-def test_floating_pixels_without_a_known_range_are_refused(tmp_path: Path):
+def test_floating_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
     path = saved(Image.new("F", (8, 8), 0.5), tmp_path / "floating.tif")
     assert_refused(path, "expected a whole image file, .*pixels are floating")
 
@@ -233,19 +233,19 @@ def image(kitten: Path) -> Image.Image:
     return images.read_image(kitten)
 
 
-def test_the_first_view_is_the_plain_image_and_all_views_differ(image: Image.Image):
+def test_the_first_view_is_the_plain_image_and_all_views_differ(image: Image.Image) -> None:
     batch = images.views(image, 4, image_size=32, seed=0)
     assert torch.equal(batch[0], images.preprocess(image, image_size=32))
     apart = [(batch[i] - batch[j]).abs().mean() for i in range(4) for j in range(i)]
     assert min(apart) > 0.05
 
 
-def test_a_larger_batch_begins_with_the_smaller_one(image: Image.Image):
+def test_a_larger_batch_begins_with_the_smaller_one(image: Image.Image) -> None:
     small = images.views(image, 2, image_size=32, seed=3)
     assert torch.equal(images.views(image, 4, image_size=32, seed=3)[:2], small)
 
 
-def test_another_seed_gives_other_views_of_the_same_plain_image(image: Image.Image):
+def test_another_seed_gives_other_views_of_the_same_plain_image(image: Image.Image) -> None:
     batch = images.views(image, 2, image_size=32, seed=0)
     other = images.views(image, 2, image_size=32, seed=100)
     assert torch.equal(batch[0], other[0])
@@ -254,7 +254,7 @@ def test_another_seed_gives_other_views_of_the_same_plain_image(image: Image.Ima
 
 def test_views_leave_the_global_random_state_alone(
     image: Image.Image, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.get_rng_state()
@@ -265,7 +265,7 @@ def test_views_leave_the_global_random_state_alone(
 
 def test_more_views_than_memory_holds_are_refused_before_they_are_made(
     image: Image.Image, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     each = 3 * 32 * 32 * 4
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * each)
     assert len(images.views(image, 2, image_size=32, seed=0)) == 2
@@ -275,7 +275,7 @@ def test_more_views_than_memory_holds_are_refused_before_they_are_made(
 
 def test_views_of_a_panorama_take_no_more_pixels_than_the_model_sees(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     sizes: list[tuple[int, int]] = []
     plain = images.preprocess
 
@@ -291,12 +291,12 @@ def test_views_of_a_panorama_take_no_more_pixels_than_the_model_sees(
 # Labels
 
 
-def test_class_281_of_1000_is_the_tabby():
+def test_class_281_of_1000_is_the_tabby() -> None:
     names = images.labels(1000)
     assert names is not None
     assert (len(names), names[0], names[281]) == (1000, "tench", "tabby")
 
 
 @pytest.mark.parametrize("classes", [10, 999, 1001])
-def test_other_numbers_of_classes_have_no_names(classes: int):
+def test_other_numbers_of_classes_have_no_names(classes: int) -> None:
     assert images.labels(classes) is None

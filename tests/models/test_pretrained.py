@@ -79,26 +79,26 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_published_file_of_resnet18_has_its_known_name_and_address():
+def test_the_published_file_of_resnet18_has_its_known_name_and_address() -> None:
     assert pretrained.published_name("resnet18") == "resnet18-f37072fd.pth"
     expected = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
     assert pretrained.published_url("resnet18") == expected
 
 
-def test_every_architecture_has_a_published_file_with_a_hash_in_its_name():
+def test_every_architecture_has_a_published_file_with_a_hash_in_its_name() -> None:
     names = {arch: pretrained.published_name(arch) for arch in weights.architectures()}
     pattern = r".+-[0-9a-f]{8,}\.pth"
     assert [arch for arch, name in names.items() if not re.fullmatch(pattern, name)] == []
 
 
-def test_a_download_gives_the_state_dict_and_is_kept(serve: Serve, cache: Path):
+def test_a_download_gives_the_state_dict_and_is_kept(serve: Serve, cache: Path) -> None:
     state, body = checkpoint()
     url = serve(body)
     assert_same(pretrained.download("resnet18"), state)
     assert (cache / url.rpartition("/")[2]).read_bytes() == body
 
 
-def test_a_file_in_the_cache_is_not_downloaded_again(serve: Serve, cache: Path):
+def test_a_file_in_the_cache_is_not_downloaded_again(serve: Serve, cache: Path) -> None:
     state, body = checkpoint()
     digits = hashlib.sha256(body).hexdigest()[:8]
     serve(body)
@@ -107,7 +107,9 @@ def test_a_file_in_the_cache_is_not_downloaded_again(serve: Serve, cache: Path):
     assert_same(pretrained.download("resnet18"), state)
 
 
-def test_a_download_with_another_hash_is_bad_input_and_leaves_no_file(serve: Serve, cache: Path):
+def test_a_download_with_another_hash_is_bad_input_and_leaves_no_file(
+    serve: Serve, cache: Path
+) -> None:
     url = serve(checkpoint()[1], digits="00000000")
     message = re.escape(f'{url}: invalid hash value (expected "00000000", got')
     with pytest.raises(InputError, match=message):
@@ -117,7 +119,7 @@ def test_a_download_with_another_hash_is_bad_input_and_leaves_no_file(serve: Ser
 
 def test_an_html_page_instead_of_the_file_is_bad_input_and_leaves_no_file(
     serve: Serve, cache: Path
-):
+) -> None:
     url = serve(b"<html>Log in to this network</html>", digits="f37072fd")
     with pytest.raises(InputError, match=re.escape(f"{url}: invalid hash value")):
         pretrained.download("resnet18")
@@ -134,7 +136,7 @@ def test_an_html_page_instead_of_the_file_is_bad_input_and_leaves_no_file(
 )
 def test_a_damaged_file_in_the_cache_is_named(
     serve: Serve, cache: Path, content: bytes, message: str
-):
+) -> None:
     url = serve(checkpoint()[1])
     cached = cache / url.rpartition("/")[2]
     cache.mkdir(parents=True)
@@ -143,14 +145,14 @@ def test_a_damaged_file_in_the_cache_is_named(
         pretrained.download("resnet18")
 
 
-def test_a_server_without_the_file_cannot_be_reached(serve: Serve, cache: Path):
+def test_a_server_without_the_file_cannot_be_reached(serve: Serve, cache: Path) -> None:
     serve(b"not here", status=404)
     with pytest.raises(URLError, match="Not Found"):
         pretrained.download("resnet18")
     assert list(cache.iterdir()) == []
 
 
-def test_a_port_that_nobody_listens_on_cannot_be_reached(listener: socket.socket):
+def test_a_port_that_nobody_listens_on_cannot_be_reached(listener: socket.socket) -> None:
     listener.close()
     with pytest.raises(URLError, match="Connection refused"):
         pretrained.download("resnet18")
@@ -158,7 +160,7 @@ def test_a_port_that_nobody_listens_on_cannot_be_reached(listener: socket.socket
 
 def test_a_server_that_never_answers_times_out(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(pretrained, "DOWNLOAD_TIMEOUT_S", 0.1)
     with pytest.raises(URLError, match="timed out"):
         pretrained.download("resnet18")
@@ -167,7 +169,7 @@ def test_a_server_that_never_answers_times_out(
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
 def test_a_server_that_does_not_speak_http_cannot_be_reached(
     listener: socket.socket, answer: bytes
-):
+) -> None:
     def respond() -> None:
         connection, _ = listener.accept()
         with connection:
@@ -181,14 +183,14 @@ def test_a_server_that_does_not_speak_http_cannot_be_reached(
     thread.join()
 
 
-def test_a_cache_that_cannot_be_written_is_named(serve: Serve, cache: Path):
+def test_a_cache_that_cannot_be_written_is_named(serve: Serve, cache: Path) -> None:
     serve(checkpoint()[1])
     cache.parent.write_text("a file where the folder should be")
     with pytest.raises(InputError, match=re.escape(f"{cache}/net-") + ".*: cannot be written: "):
         pretrained.download("resnet18")
 
 
-def test_the_timeout_of_other_sockets_is_as_it_was_after_a_download(serve: Serve):
+def test_the_timeout_of_other_sockets_is_as_it_was_after_a_download(serve: Serve) -> None:
     before = socket.getdefaulttimeout()
     serve(checkpoint()[1])
     pretrained.download("resnet18")

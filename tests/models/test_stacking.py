@@ -3,6 +3,8 @@
 import copy
 import re
 import types
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -49,14 +51,14 @@ def allocated(count: int) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_stack_of_allocated_models_is_their_own_memory(count: int):
+def test_the_stack_of_allocated_models_is_their_own_memory(count: int) -> None:
     models = allocated(count)
     state = stacking.stacked_state(models)
     assert addresses(state) == addresses(models[0].state_dict())
     assert_values(state, values(models))
 
 
-def test_the_stack_of_the_first_models_is_a_part_of_the_stack_of_all():
+def test_the_stack_of_the_first_models_is_a_part_of_the_stack_of_all() -> None:
     models = allocated(4)
     expected = values(models)
     state = stacking.stacked_state(models[:2])
@@ -64,7 +66,7 @@ def test_the_stack_of_the_first_models_is_a_part_of_the_stack_of_all():
     assert_values(state, expected[:2])
 
 
-def test_allocated_models_do_not_overlap_and_predict_what_their_sources_predict():
+def test_allocated_models_do_not_overlap_and_predict_what_their_sources_predict() -> None:
     sources = [trained(SMALL, classes=10, seed=seed) for seed in range(3)]
     models = stacking.allocate(sources[0], 3, device=CPU)
     for model, source in zip(models, sources, strict=True):
@@ -74,7 +76,7 @@ def test_allocated_models_do_not_overlap_and_predict_what_their_sources_predict(
         assert torch.equal(model(x), source(x))
 
 
-def test_allocated_models_are_in_eval_mode_and_need_no_gradients():
+def test_allocated_models_are_in_eval_mode_and_need_no_gradients() -> None:
     template = TinyNet().train()
     (model,) = stacking.allocate(template, 1, device=CPU)
     assert not any(module.training for module in model.modules())
@@ -82,7 +84,7 @@ def test_allocated_models_are_in_eval_mode_and_need_no_gradients():
     assert template.training
 
 
-def test_allocated_models_take_the_dtype_and_counters_keep_theirs():
+def test_allocated_models_take_the_dtype_and_counters_keep_theirs() -> None:
     (model,) = stacking.allocate(TinyNet(), 1, device=CPU, dtype=torch.bfloat16)
     counters = {"bn.num_batches_tracked"}
     for name, tensor in model.state_dict().items():
@@ -95,7 +97,7 @@ def test_allocated_models_take_the_dtype_and_counters_keep_theirs():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_foreign_models_are_copied_into_one_stack_and_left_as_they_are(
     memory_format: torch.memory_format,
-):
+) -> None:
     models = [model.to(memory_format=memory_format) for model in tiny_models(3)]
     expected, before = values(models), [addresses(model.state_dict()) for model in models]
     state = stacking.stacked_state(models)
@@ -107,7 +109,7 @@ def test_foreign_models_are_copied_into_one_stack_and_left_as_they_are(
         assert all(torch.equal(t, own[name]) for name, t in model.state_dict().items())
 
 
-def test_a_single_foreign_model_is_its_own_stack():
+def test_a_single_foreign_model_is_its_own_stack() -> None:
     models = tiny_models(1)
     before, expected = addresses(models[0].state_dict()), values(models)
     state = stacking.stacked_state(models)
@@ -116,7 +118,7 @@ def test_a_single_foreign_model_is_its_own_stack():
 
 
 @pytest.mark.parametrize("order", [slice(None, None, -1), slice(None, None, 2)])
-def test_allocated_models_in_another_order_are_stacked_in_that_order(order: slice):
+def test_allocated_models_in_another_order_are_stacked_in_that_order(order: slice) -> None:
     models = allocated(3)[order]
     expected = values(models)
     assert_values(stacking.stacked_state(models), expected)
@@ -124,7 +126,7 @@ def test_allocated_models_in_another_order_are_stacked_in_that_order(order: slic
         assert all(torch.equal(t, own[name]) for name, t in model.state_dict().items())
 
 
-def test_models_of_two_stacks_are_copied_into_one():
+def test_models_of_two_stacks_are_copied_into_one() -> None:
     models = allocated(2) + allocated(2)
     models[3].get_parameter("fc.bias").fill_(9)
     expected = values(models)
@@ -153,13 +155,13 @@ class Odd(nn.Module):
         self.requires_grad_(False).eval()
 
 
-def test_tensors_of_unusual_memory_are_stacked_by_value():
+def test_tensors_of_unusual_memory_are_stacked_by_value() -> None:
     models: list[nn.Module] = [Odd(seed) for seed in range(3)]
     expected = [{n: t.clone() for n, t in stacking.named_tensors(m).items()} for m in models]
     assert_values(stacking.stacked_state(models), expected)
 
 
-def test_overlapping_slices_are_stacked_by_value():
+def test_overlapping_slices_are_stacked_by_value() -> None:
     line = torch.arange(10.0)
     for step, length in [(1, 4), (3, 3), (2, 1), (0, 4)]:
         models: list[nn.Module] = []
@@ -171,13 +173,13 @@ def test_overlapping_slices_are_stacked_by_value():
         assert torch.equal(state["part"], torch.stack([m.get_buffer("part") for m in models]))
 
 
-def test_a_tied_tensor_stays_tied_in_allocated_models():
+def test_a_tied_tensor_stays_tied_in_allocated_models() -> None:
     (model,) = stacking.allocate(Odd(0), 1, device=CPU)
     assert model.get_parameter("a.weight") is model.get_parameter("b.weight")
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
 
 
-def test_models_that_need_gradients_can_be_stacked_and_still_need_them():
+def test_models_that_need_gradients_can_be_stacked_and_still_need_them() -> None:
     models: list[nn.Module] = [TinyNet().eval() for _ in range(2)]
     expected = values(models)
     state = stacking.stacked_state(models)
@@ -186,7 +188,7 @@ def test_models_that_need_gradients_can_be_stacked_and_still_need_them():
     assert all(parameter.requires_grad for model in models for parameter in model.parameters())
 
 
-def test_models_can_be_stacked_under_inference_mode_and_used_outside_of_it():
+def test_models_can_be_stacked_under_inference_mode_and_used_outside_of_it() -> None:
     models = tiny_models(2)
     expected = values(models)
     with torch.inference_mode():
@@ -228,7 +230,9 @@ def with_another_device(model: nn.Module) -> None:
         (with_another_device, "torch.float32 on cpu, found (8, 3, 3, 3) torch.float32 on meta"),
     ],
 )
-def test_a_model_that_does_not_fit_is_named(change, message: str):
+def test_a_model_that_does_not_fit_is_named(
+    change: Callable[[nn.Module], object], message: str
+) -> None:
     models = tiny_models(3)
     change(models[2])
     before = addresses(models[0].state_dict())
@@ -237,7 +241,7 @@ def test_a_model_that_does_not_fit_is_named(change, message: str):
     assert addresses(models[0].state_dict()) == before
 
 
-def test_models_of_two_classes_are_refused():
+def test_models_of_two_classes_are_refused() -> None:
     class OtherNet(TinyNet):
         pass
 
@@ -245,7 +249,7 @@ def test_models_of_two_classes_are_refused():
         stacking.stacked_state([TinyNet().eval(), OtherNet().eval()])
 
 
-def test_no_models_are_refused():
+def test_no_models_are_refused() -> None:
     with pytest.raises(ValueError, match="expected at least one model, found none"):
         stacking.stacked_state([])
 
@@ -254,7 +258,7 @@ def test_no_models_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cast_models_are_rounded_copies_in_one_stack(dtype: torch.dtype):
+def test_cast_models_are_rounded_copies_in_one_stack(dtype: torch.dtype) -> None:
     models = tiny_models(3)
     expected = values(models)
     copies = stacking.cast(models, dtype)
@@ -267,7 +271,7 @@ def test_cast_models_are_rounded_copies_in_one_stack(dtype: torch.dtype):
     assert_values(stacking.stacked_state(models), expected)
 
 
-def test_a_skeleton_has_no_memory_and_leaves_the_model_as_it_was():
+def test_a_skeleton_has_no_memory_and_leaves_the_model_as_it_was() -> None:
     model = trained(SMALL, classes=10, seed=0).requires_grad_(True)
     before, memory = copy.deepcopy(model.state_dict()), addresses(model.state_dict())
     found = stacking.skeleton(model)
@@ -280,7 +284,7 @@ def test_a_skeleton_has_no_memory_and_leaves_the_model_as_it_was():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_skeleton_keeps_a_buffer_that_is_not_saved():
+def test_a_skeleton_keeps_a_buffer_that_is_not_saved() -> None:
     model = TinyNet()
     model.register_buffer("table", torch.ones(3), persistent=False)
     found = stacking.skeleton(model)
@@ -288,7 +292,7 @@ def test_a_skeleton_keeps_a_buffer_that_is_not_saved():
     assert "table" not in found.state_dict()
 
 
-def test_the_bytes_of_a_model_are_those_of_its_parameters_and_buffers():
+def test_the_bytes_of_a_model_are_those_of_its_parameters_and_buffers() -> None:
     # conv 8 * 3 * 3 * 3, batch norm 4 * 8 and an int64 counter, linear 8 * 5 + 5
     assert stacking.weight_bytes(TinyNet()) == 4 * (216 + 32 + 45) + 8
 
@@ -296,7 +300,7 @@ def test_the_bytes_of_a_model_are_those_of_its_parameters_and_buffers():
 # The device that is not here
 
 
-def test_stacking_on_cuda_works_under_fake_tensors():
+def test_stacking_on_cuda_works_under_fake_tensors() -> None:
     with FakeTensorMode():
         with torch.device("cuda"):
             models: list[nn.Module] = [
@@ -312,7 +316,7 @@ def test_stacking_on_cuda_works_under_fake_tensors():
                 assert found.shape == (3, *tensor.shape)
 
 
-def test_models_that_differ_in_what_no_tensor_shows_are_refused():
+def test_models_that_differ_in_what_no_tensor_shows_are_refused() -> None:
     models = tiny_models(2)
     conv = models[1].get_submodule("conv")
     assert isinstance(conv, nn.Conv2d)
@@ -323,11 +327,11 @@ def test_models_that_differ_in_what_no_tensor_shows_are_refused():
         stacking.stacked_state(models)
 
 
-def pass_by(module, arguments):
+def pass_by(module: nn.Module, arguments: object) -> None:
     return None
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "scale": ("expected scale to be None, found 2.0", lambda m: setattr(m, "scale", 2.0)),
     "of a part": ("expected bn.name to be", lambda m: setattr(m.bn, "name", "a")),
     "a function": ("expected act to be", lambda m: setattr(m, "act", torch.tanh)),
@@ -341,7 +345,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("use", [stacking.stacked_state, folding.folded])
-def test_a_difference_that_neither_tensors_nor_repr_show_is_refused(change: str, use):
+def test_a_difference_that_neither_tensors_nor_repr_show_is_refused(
+    change: str, use: Callable[[Sequence[nn.Module]], object]
+) -> None:
     models = tiny_models(2)
     for model in models:
         vars(model).update(act=torch.relu, taps=[1], table=torch.zeros(2), hidden=[])
@@ -352,7 +358,7 @@ def test_a_difference_that_neither_tensors_nor_repr_show_is_refused(change: str,
         use(models)
 
 
-def test_attributes_that_do_the_same_are_no_difference():
+def test_attributes_that_do_the_same_are_no_difference() -> None:
     models = tiny_models(3)
     for model in models:
         model.act = lambda x: x + 1  # type: ignore[assignment]
@@ -363,7 +369,7 @@ def test_attributes_that_do_the_same_are_no_difference():
     stacking.check_alike(models)
 
 
-def test_tensors_tied_in_another_way_are_refused():
+def test_tensors_tied_in_another_way_are_refused() -> None:
     models: list[nn.Module] = []
     for source in ("a", "b"):
         model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abc"}).eval()

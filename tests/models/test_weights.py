@@ -73,7 +73,7 @@ def replicated(state: State) -> State:
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
 def test_a_checkpoint_of_each_format_gives_the_model_that_was_saved(
     small_model: nn.Module, small_state: State, tmp_path: Path, suffix: str
-):
+) -> None:
     path = tmp_path / f"checkpoint{suffix}"
     if suffix == ".safetensors":
         save_file(small_state, path)
@@ -84,7 +84,9 @@ def test_a_checkpoint_of_each_format_gives_the_model_that_was_saved(
     assert torch.equal(model(x), small_model(x))
 
 
-def test_a_checkpoint_in_the_format_before_torch_1_6_loads(small_state: State, tmp_path: Path):
+def test_a_checkpoint_in_the_format_before_torch_1_6_loads(
+    small_state: State, tmp_path: Path
+) -> None:
     path = tmp_path / "old.pth"
     torch.save(small_state, path, _use_new_zipfile_serialization=False)
     assert_same_state(load_one(path), small_state)
@@ -104,7 +106,7 @@ def test_a_checkpoint_in_the_format_before_torch_1_6_loads(small_state: State, t
 )
 def test_a_wrapped_state_dict_is_unwrapped(
     small_state: State, tmp_path: Path, wrap: Callable[[State], object]
-):
+) -> None:
     path = saved(wrap(small_state), tmp_path / "wrapped.pth")
     assert_same_state(load_one(path), small_state)
 
@@ -115,7 +117,7 @@ PREFIXES = ["backbone.", "net.", "model.", "_orig_mod.", "module.", "model._orig
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_prefix_that_all_names_share_is_taken_off_and_said_in_one_line(
     small_state: State, tmp_path: Path, prefix: str
-):
+) -> None:
     path = saved({prefix + name: t for name, t in small_state.items()}, tmp_path / "wrapped.pth")
     said: list[str] = []
     (model,) = weights.load_models([path], arch=SMALL, device="cpu", say=said.append)
@@ -124,7 +126,7 @@ def test_a_prefix_that_all_names_share_is_taken_off_and_said_in_one_line(
     assert said == [f"{path}: all {count} names begin with {prefix!r}: loaded without it"]
 
 
-def test_nothing_is_said_of_names_as_they_should_be(small_state: State, tmp_path: Path):
+def test_nothing_is_said_of_names_as_they_should_be(small_state: State, tmp_path: Path) -> None:
     said: list[str] = []
     path = saved(small_state, tmp_path / "plain.pth")
     weights.load_models([path], arch=SMALL, device="cpu", say=said.append)
@@ -133,14 +135,14 @@ def test_nothing_is_said_of_names_as_they_should_be(small_state: State, tmp_path
 
 @pytest.mark.parametrize("arch", [SMALL, "resnet18", "densenet121", "squeezenet1_0", "vgg11"])
 @pytest.mark.parametrize("prefix", ["", "features.", "model.features.", "fc.", "layer1."])
-def test_only_what_is_not_the_architectures_own_is_taken_off(arch: str, prefix: str):
+def test_only_what_is_not_the_architectures_own_is_taken_off(arch: str, prefix: str) -> None:
     own = hollow(arch, classes=10)
     state = {prefix + name: tensor for name, tensor in own.items()}
     found, taken = weights.without_prefix(state, own)
     assert (list(found), taken) == (list(own), prefix)
 
 
-def test_a_part_of_an_architecture_keeps_the_names_that_its_tensors_share():
+def test_a_part_of_an_architecture_keeps_the_names_that_its_tensors_share() -> None:
     own = hollow("vgg11", classes=10)
     part = {name: tensor for name, tensor in own.items() if name.startswith("features.")}
     assert weights.without_prefix(part, own) == (part, "")
@@ -148,7 +150,7 @@ def test_a_part_of_an_architecture_keeps_the_names_that_its_tensors_share():
     assert weights.without_prefix({"fc.bias": torch.ones(1)}, own)[1] == ""
 
 
-def test_a_lightning_checkpoint_loads(small_state: State, tmp_path: Path):
+def test_a_lightning_checkpoint_loads(small_state: State, tmp_path: Path) -> None:
     content = {
         "epoch": 3,
         "global_step": 400,
@@ -166,7 +168,9 @@ def test_a_lightning_checkpoint_loads(small_state: State, tmp_path: Path):
     assert_same_state(load_one(saved(content, tmp_path / "last.ckpt")), small_state)
 
 
-def test_tensors_beside_the_prefixed_ones_are_not_dropped(small_state: State, tmp_path: Path):
+def test_tensors_beside_the_prefixed_ones_are_not_dropped(
+    small_state: State, tmp_path: Path
+) -> None:
     state = {f"model.{name}": tensor for name, tensor in small_state.items()}
     path = saved({**state, "criterion.weight": torch.ones(10)}, tmp_path / "last.ckpt")
     found = rf"with fc.bias, found {len(state) + 1} tensors, the first model.conv1.0.weight"
@@ -177,7 +181,7 @@ def test_tensors_beside_the_prefixed_ones_are_not_dropped(small_state: State, tm
 
 def test_a_lightning_checkpoint_with_code_in_its_hyperparameters_is_refused(
     small_state: State, tmp_path: Path
-):
+) -> None:
     content = {"state_dict": small_state, "hyper_parameters": {"hook": Attack(tmp_path / "made")}}
     path = saved(content, tmp_path / "last.ckpt")
     assert_refused(path, "expected a state dict of tensors, found a pickle that asks for")
@@ -187,7 +191,7 @@ def test_a_lightning_checkpoint_with_code_in_its_hyperparameters_is_refused(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_stored_in_another_dtype_become_float32_with_their_values(
     small_state: State, tmp_path: Path, dtype: torch.dtype
-):
+) -> None:
     stored = {name: tensor.to(dtype) for name, tensor in small_state.items()}  # counters as well
     model = load_one(saved(stored, tmp_path / "stored.pth"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -195,14 +199,14 @@ def test_weights_stored_in_another_dtype_become_float32_with_their_values(
 
 
 @pytest.mark.parametrize("classes", [1, 10, 1000])
-def test_the_number_of_classes_is_that_of_the_checkpoint(tmp_path: Path, classes: int):
+def test_the_number_of_classes_is_that_of_the_checkpoint(tmp_path: Path, classes: int) -> None:
     expected = trained(SMALL, classes=classes, seed=1)
     model = load_one(saved(expected.state_dict(), tmp_path / "classes.pth"))
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(model(x), expected(x))
 
 
-def test_missing_batch_counters_are_zero(small_state: State, tmp_path: Path):
+def test_missing_batch_counters_are_zero(small_state: State, tmp_path: Path) -> None:
     old = {name: t for name, t in small_state.items() if not name.endswith("num_batches_tracked")}
     assert len(old) < len(small_state)
     model = load_one(saved(old, tmp_path / "old.pth"))
@@ -232,7 +236,7 @@ def test_missing_batch_counters_are_zero(small_state: State, tmp_path: Path):
 )
 def test_the_names_of_published_files_become_those_of_todays_architectures(
     tmp_path: Path, published: str, current: str
-):
+) -> None:
     arch = "densenet121" if "dense" in published else "vit_b_16"
     assert current in on_meta(arch, classes=7).state_dict()
     path = saved({published: torch.arange(3.0)}, tmp_path / "published.pth")
@@ -242,7 +246,9 @@ def test_the_names_of_published_files_become_those_of_todays_architectures(
 # How many models
 
 
-def test_one_file_gives_equal_models_with_memory_of_their_own(small_state: State, tmp_path: Path):
+def test_one_file_gives_equal_models_with_memory_of_their_own(
+    small_state: State, tmp_path: Path
+) -> None:
     path = saved(small_state, tmp_path / "one.pth")
     first, second, third = weights.load_models([path], arch=SMALL, device="cpu", num_models=3)
     for tensor in second.state_dict().values():
@@ -254,7 +260,7 @@ def test_one_file_gives_equal_models_with_memory_of_their_own(small_state: State
 
 def test_five_files_give_five_models_that_predict_what_torchvisions_predict(
     five_resnets: dict[Path, nn.Module],
-):
+) -> None:
     models = weights.load_models(list(five_resnets), arch="resnet18", device="cpu")
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     logits = []
@@ -266,7 +272,9 @@ def test_five_files_give_five_models_that_predict_what_torchvisions_predict(
     assert all(not torch.allclose(logits[i], logits[j]) for i in range(5) for j in range(i))
 
 
-def test_a_file_given_twice_gives_two_independent_models(small_state: State, tmp_path: Path):
+def test_a_file_given_twice_gives_two_independent_models(
+    small_state: State, tmp_path: Path
+) -> None:
     path = saved(small_state, tmp_path / "twice.pth")
     first, second = weights.load_models([path, path], arch=SMALL, device="cpu")
     for tensor in first.state_dict().values():
@@ -276,7 +284,7 @@ def test_a_file_given_twice_gives_two_independent_models(small_state: State, tmp
 
 def test_loaded_models_are_in_eval_mode_without_gradients_in_one_stack(
     small_state: State, tmp_path: Path
-):
+) -> None:
     path = saved(small_state, tmp_path / "one.pth")
     models = weights.load_models([path], arch=SMALL, device="cpu", num_models=2)
     assert not any(module.training for model in models for module in model.modules())
@@ -285,7 +293,7 @@ def test_loaded_models_are_in_eval_mode_without_gradients_in_one_stack(
     assert stacked["fc.weight"].data_ptr() == models[0].get_parameter("fc.weight").data_ptr()
 
 
-def test_models_from_a_state_are_copies_of_it(small_state: State):
+def test_models_from_a_state_are_copies_of_it(small_state: State) -> None:
     models = weights.models_from_state(
         small_state, arch=SMALL, source="memory", num_models=2, device=CPU
     )
@@ -293,32 +301,32 @@ def test_models_from_a_state_are_copies_of_it(small_state: State):
     assert_same_state(models[1], small_state)
 
 
-@pytest.mark.parametrize("num_models", [1, 3])
-def test_two_files_for_another_number_of_models_are_refused(num_models: int):
-    found = f"expected one file, or one for each model, found 2 files for {num_models} models"
+@pytest.mark.parametrize(("num_models", "models"), [(1, "1 model$"), (3, "3 models$")])
+def test_two_files_for_another_number_of_models_are_refused(num_models: int, models: str) -> None:
+    found = f"expected one file, or one for each model, found 2 files for {models}"
     with pytest.raises(InputError, match=f"paths: {found}"):
         weights.load_models(["a", "b"], arch=SMALL, device="cpu", num_models=num_models)
 
 
-def test_no_file_at_all_is_refused():
+def test_no_file_at_all_is_refused() -> None:
     with pytest.raises(InputError, match=r"paths: expected one file.*found 0 files"):
         weights.load_models([], arch=SMALL, device="cpu")
 
 
 def test_more_models_than_memory_holds_are_refused_before_they_are_allocated(
     small_state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     each = sum(tensor.nbytes for tensor in small_state.values())
     monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * each + 1)
     path = saved(small_state, tmp_path / "one.pth")
     assert len(weights.load_models([path], arch=SMALL, device="cpu", num_models=5)) == 5
-    with pytest.raises(InputError, match=r"num_models: 6 models need .* at most 5 fit"):
+    with pytest.raises(InputError, match=r"the weights of 6 models need .* at most 5 fit"):
         weights.load_models([path], arch=SMALL, device="cpu", num_models=6)
 
 
 def test_models_are_loaded_where_free_memory_is_not_known(
     small_state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     assert_same_state(load_one(saved(small_state, tmp_path / "one.pth")), small_state)
 
@@ -342,21 +350,21 @@ def assert_refused(path: Path, message: str, arch: str = SMALL) -> None:
         load_one(path, arch)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     message = "expected a checkpoint file, found nothing there"
     assert_refused(tmp_path / "absent.pth", message)
 
 
-def test_a_folder_is_no_checkpoint(tmp_path: Path):
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert_refused(tmp_path, "expected a checkpoint file, found a directory")
 
 
-def test_a_name_that_the_file_system_refuses_is_bad_input(tmp_path: Path):
+def test_a_name_that_the_file_system_refuses_is_bad_input(tmp_path: Path) -> None:
     assert_refused(tmp_path / ("a" * 300), "expected a checkpoint file, found .* cannot be read")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_an_empty_file_is_no_checkpoint(tmp_path: Path, suffix: str):
+def test_an_empty_file_is_no_checkpoint(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"empty{suffix}"
     path.touch()
     assert_refused(path, "expected a checkpoint file, found an empty file")
@@ -366,7 +374,7 @@ def test_an_empty_file_is_no_checkpoint(tmp_path: Path, suffix: str):
 @pytest.mark.parametrize("kept", [0.01, 0.5, 0.999])
 def test_a_truncated_file_is_no_checkpoint(
     small_state: State, tmp_path: Path, suffix: str, kept: float
-):
+) -> None:
     path = tmp_path / f"whole{suffix}"
     save_file(small_state, path) if suffix == ".safetensors" else torch.save(small_state, path)
     content = path.read_bytes()
@@ -375,7 +383,7 @@ def test_a_truncated_file_is_no_checkpoint(
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_an_html_page_is_recognised(tmp_path: Path, suffix: str):
+def test_an_html_page_is_recognised(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"page{suffix}"
     path.write_text("\n <!DOCTYPE html><html>404</html>")
     assert_refused(path, "expected a checkpoint file, found an HTML page")
@@ -391,7 +399,7 @@ def test_an_html_page_is_recognised(tmp_path: Path, suffix: str):
     ],
     ids=["text-like-a-pickle", "git-lfs-pointer", "numpy", "text"],
 )
-def test_a_file_of_another_format_is_not_called_an_attack(tmp_path: Path, content: bytes):
+def test_a_file_of_another_format_is_not_called_an_attack(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.pth"
     path.write_bytes(content)
     assert_refused(path, "expected .*, found .* damaged file")
@@ -399,13 +407,15 @@ def test_a_file_of_another_format_is_not_called_an_attack(tmp_path: Path, conten
 
 def test_a_pickle_under_the_name_of_a_safetensors_file_is_refused(
     small_state: State, tmp_path: Path
-):
+) -> None:
     path = saved(small_state, tmp_path / "pickle.safetensors")
     assert_refused(path, "expected a safetensors file, found .* another format")
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path: Path, new_format: bool):
+def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(
+    tmp_path: Path, new_format: bool
+) -> None:
     made = tmp_path / "made"
     path = tmp_path / "attack.pth"
     torch.save({"a": Attack(made)}, path, _use_new_zipfile_serialization=new_format)
@@ -417,12 +427,12 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path: Path, ne
     assert made.exists(), "the attack would not have worked anyhow"
 
 
-def test_a_pickled_module_is_refused(small_model: nn.Module, tmp_path: Path):
+def test_a_pickled_module_is_refused(small_model: nn.Module, tmp_path: Path) -> None:
     path = saved(small_model, tmp_path / "module.pth")
     assert_refused(path, "expected a state dict of tensors, found .*ShuffleNetV2 .a whole module")
 
 
-def test_a_torchscript_archive_is_refused(tmp_path: Path):
+def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
@@ -448,7 +458,7 @@ def test_a_torchscript_archive_is_refused(tmp_path: Path):
 )
 def test_what_is_no_state_dict_of_the_architecture_is_refused(
     tmp_path: Path, content: object, message: str
-):
+) -> None:
     assert_refused(saved(content, tmp_path / "content.pth"), message)
 
 
@@ -463,24 +473,24 @@ def test_what_is_no_state_dict_of_the_architecture_is_refused(
 )
 def test_a_checkpoint_of_another_architecture_is_refused(
     tmp_path: Path, found: str, arch: str, message: str
-):
+) -> None:
     path = saved(hollow(found, classes=10), tmp_path / f"{found}.pth")
     assert_refused(path, f"expected a {arch}.* {message}", arch)
 
 
-def test_a_missing_tensor_is_named(small_state: State, tmp_path: Path):
+def test_a_missing_tensor_is_named(small_state: State, tmp_path: Path) -> None:
     del small_state["conv1.0.weight"]
     path = saved(small_state, tmp_path / "missing.pth")
     assert_refused(path, f"expected a {SMALL}, found conv1.0.weight missing")
 
 
-def test_an_unexpected_tensor_is_named(small_state: State, tmp_path: Path):
+def test_an_unexpected_tensor_is_named(small_state: State, tmp_path: Path) -> None:
     small_state["head.weight"] = torch.ones(1)
     path = saved(small_state, tmp_path / "unexpected.pth")
     assert_refused(path, f"expected a {SMALL}, found head.weight unexpected")
 
 
-def test_a_wrong_shape_is_named(small_state: State, tmp_path: Path):
+def test_a_wrong_shape_is_named(small_state: State, tmp_path: Path) -> None:
     small_state["conv1.0.weight"] = torch.ones(24, 1, 3, 3)
     path = saved(small_state, tmp_path / "shape.pth")
     message = r"expected conv1.0.weight of shape \(24, 3, 3, 3\), found \(24, 1, 3, 3\)"
@@ -490,13 +500,13 @@ def test_a_wrong_shape_is_named(small_state: State, tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
 def test_weights_that_are_not_floating_are_refused(
     small_state: State, tmp_path: Path, dtype: torch.dtype
-):
+) -> None:
     small_state["fc.weight"] = small_state["fc.weight"].to(dtype)
     path = saved(small_state, tmp_path / "integers.pth")
     assert_refused(path, f"expected fc.weight to be floating, found {dtype}")
 
 
-def test_indices_that_are_floating_are_refused(tmp_path: Path):
+def test_indices_that_are_floating_are_refused(tmp_path: Path) -> None:
     state = hollow("swin_t", classes=10)
     name = "features.1.0.attn.relative_position_index"
     state[name] = state[name].float()
@@ -507,14 +517,16 @@ def test_indices_that_are_floating_are_refused(tmp_path: Path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_weights_that_are_not_finite_in_float32_are_refused(
     small_state: State, tmp_path: Path, value: float
-):
+) -> None:
     small_state["fc.weight"] = small_state["fc.weight"].double()
     small_state["fc.weight"][3, 4] = value
     path = saved(small_state, tmp_path / "infinite.pth")
     assert_refused(path, "expected finite weights, found NaN or infinity in fc.weight")
 
 
-def test_checkpoints_with_different_classes_are_refused_together_naming_both(tmp_path: Path):
+def test_checkpoints_with_different_classes_are_refused_together_naming_both(
+    tmp_path: Path,
+) -> None:
     first = saved(hollow(SMALL, classes=10), tmp_path / "ten.pth")
     second = saved(hollow(SMALL, classes=7), tmp_path / "seven.pth")
     expected = r"seven.pth: expected fc.weight of shape \(10, 1024\) like .*ten.pth, found \(7, "
@@ -522,12 +534,12 @@ def test_checkpoints_with_different_classes_are_refused_together_naming_both(tmp
         weights.load_models([first, second], arch=SMALL, device="cpu")
 
 
-def test_an_unknown_architecture_is_refused_with_the_closest_names():
+def test_an_unknown_architecture_is_refused_with_the_closest_names() -> None:
     with pytest.raises(InputError, match=r"arch: expected .*\(resnet18, .*found 'resnet81'"):
         weights.build_skeleton("resnet81", None)
 
 
-def test_an_architecture_that_is_no_classifier_is_refused():
+def test_an_architecture_that_is_no_classifier_is_refused() -> None:
     with pytest.raises(InputError, match=r"arch: expected .* found 'fcn_resnet50'"):
         weights.check_arch("fcn_resnet50")
 
@@ -535,7 +547,7 @@ def test_an_architecture_that_is_no_classifier_is_refused():
 # Random models
 
 
-def test_random_models_differ_and_are_the_same_for_the_same_seed():
+def test_random_models_differ_and_are_the_same_for_the_same_seed() -> None:
     models = weights.random_models(2, arch=SMALL, device=CPU, seed=4)
     again = weights.random_models(2, arch=SMALL, device=CPU, seed=4)
     shifted = weights.random_models(1, arch=SMALL, device=CPU, seed=5)
@@ -546,7 +558,7 @@ def test_random_models_differ_and_are_the_same_for_the_same_seed():
     assert not torch.allclose(models[0](x), models[1](x))
 
 
-def test_random_models_are_torchvisions_own_initialisation():
+def test_random_models_are_torchvisions_own_initialisation() -> None:
     (model,) = weights.random_models(1, arch="resnet18", device=CPU, seed=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -557,7 +569,7 @@ def test_random_models_are_torchvisions_own_initialisation():
 @pytest.mark.parametrize("arch", [SMALL, "regnet_y_400mf"])
 def test_random_models_leave_the_global_random_state_alone(
     arch: str, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.get_rng_state()
@@ -570,7 +582,7 @@ def test_random_models_leave_the_global_random_state_alone(
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
-def test_each_resnet_depth_has_torchvisions_tensors_and_no_memory(arch: str):
+def test_each_resnet_depth_has_torchvisions_tensors_and_no_memory(arch: str) -> None:
     skeleton = weights.build_skeleton(arch, 7)
     expected = on_meta(arch, classes=7).state_dict()
     found = skeleton.state_dict()
@@ -583,7 +595,7 @@ def test_each_resnet_depth_has_torchvisions_tensors_and_no_memory(arch: str):
 
 
 @pytest.mark.parametrize("arch", OTHER_ARCHITECTURES)
-def test_the_classes_of_every_family_are_found_and_its_own_state_fits(arch: str):
+def test_the_classes_of_every_family_are_found_and_its_own_state_fits(arch: str) -> None:
     state = weights.build_skeleton(arch, 7).state_dict()
     assert weights.num_classes(state, arch=arch, source="a file") == 7
     template = weights.build_skeleton(arch, 7)
@@ -592,7 +604,9 @@ def test_the_classes_of_every_family_are_found_and_its_own_state_fits(arch: str)
 
 
 @pytest.mark.parametrize("arch", ["swin_t", "regnet_y_400mf"])
-def test_a_loaded_model_of_a_family_that_computes_in_its_constructor_predicts_the_same(arch: str):
+def test_a_loaded_model_of_a_family_that_computes_in_its_constructor_predicts_the_same(
+    arch: str,
+) -> None:
     expected = trained(arch, classes=10, seed=1)
     (model,) = weights.models_from_state(
         dict(expected.state_dict()), arch=arch, source="memory", num_models=1, device=CPU

@@ -13,7 +13,7 @@ from ensemble.ops import matmul
 @pytest.mark.parametrize("padding", [(0, 0), (1, 3)])
 def test_the_product_is_the_convolution_of_each_model(
     per_model: bool, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
-):
+) -> None:
     torch.manual_seed(0)
     x = torch.randn((3, 2, 5, 11, 9) if per_model else (2, 5, 11, 9))
     weight = torch.randn(3, 6, 5, *kernel)

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def no_op() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_every_part_runs_once_and_has_ended_when_the_call_returns(parts: int):
+def test_every_part_runs_once_and_has_ended_when_the_call_returns(parts: int) -> None:
     for _ in range(20):
         barrier = Barrier(parts)
         run_together(barrier, parts, stop=barrier.stop)
@@ -44,7 +45,7 @@ def test_every_part_runs_once_and_has_ended_when_the_call_returns(parts: int):
         assert not barrier.stopped
 
 
-def test_calls_of_several_threads_take_turns_and_none_waits_for_anothers_workers():
+def test_calls_of_several_threads_take_turns_and_none_waits_for_anothers_workers() -> None:
     failures: list[BaseException] = []
 
     def call() -> None:
@@ -66,7 +67,7 @@ def test_calls_of_several_threads_take_turns_and_none_waits_for_anothers_workers
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_a_part_that_raises_lets_the_others_leave_and_the_next_call_runs(failing: int):
+def test_a_part_that_raises_lets_the_others_leave_and_the_next_call_runs(failing: int) -> None:
     barrier = Barrier(3)
 
     def task(part: int) -> None:
@@ -89,7 +90,7 @@ def interrupted_submit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     submit, seen = ThreadPoolExecutor.submit, []
 
-    def interrupting(self, *arguments):
+    def interrupting(self: ThreadPoolExecutor, *arguments: Any) -> Any:
         seen.append(arguments)
         if len(seen) == 2:
             raise KeyboardInterrupt
@@ -101,7 +102,7 @@ def interrupted_submit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interrupted_submit")
-def test_an_interrupt_between_two_parts_leaves_none_waiting():
+def test_an_interrupt_between_two_parts_leaves_none_waiting() -> None:
     barrier = Barrier(3)
     with pytest.raises(KeyboardInterrupt):
         run_together(barrier, 3, stop=barrier.stop)
@@ -149,7 +150,7 @@ def run(code: str, *, threads: int, size: int = 16) -> str:
     return found.stdout
 
 
-def test_forwards_of_several_programs_called_from_several_threads_neither_hang_nor_differ():
+def test_forwards_of_several_programs_called_from_several_threads_neither_hang_nor_differ() -> None:
     code = """
 other = ensemble.build("lowered_vmap", models[:4], x)
 wrong = []
@@ -166,7 +167,7 @@ print(len(wrong))
     assert run(code, threads=4) == "0\n"
 
 
-def test_a_process_forked_after_a_first_call_has_threads_of_its_own():
+def test_a_process_forked_after_a_first_call_has_threads_of_its_own() -> None:
     code = """
 child = os.fork()
 if child == 0:
@@ -178,7 +179,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert run(code, threads=3) == "0\n"
 
 
-def test_interrupts_during_calls_leave_a_process_that_computes_and_ends():
+def test_interrupts_during_calls_leave_a_process_that_computes_and_ends() -> None:
     code = """
 def interrupt():
     for _ in range(30):

@@ -21,7 +21,7 @@ def passes_in_a_fork(check: Callable[[], bool]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_threads_that_use_it_first_at_once_get_the_one_that_is_made():
+def test_threads_that_use_it_first_at_once_get_the_one_that_is_made() -> None:
     made: list[int] = []
     together = threading.Barrier(8)
 
@@ -40,7 +40,7 @@ def test_threads_that_use_it_first_at_once_get_the_one_that_is_made():
     assert made == [0]
 
 
-def test_what_failed_to_be_made_is_tried_again():
+def test_what_failed_to_be_made_is_tried_again() -> None:
     answers = iter([0, 1])
 
     def make() -> str:
@@ -54,7 +54,7 @@ def test_what_failed_to_be_made_is_tried_again():
 
 @NEEDS_FORK
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_forked_process_makes_its_own_pool_and_the_parent_keeps_the_first():
+def test_a_forked_process_makes_its_own_pool_and_the_parent_keeps_the_first() -> None:
     holder = PerProcess(lambda: ThreadPoolExecutor(1))
     pool = holder()
     assert pool.submit(int, "7").result() == 7
@@ -65,7 +65,9 @@ def test_a_forked_process_makes_its_own_pool_and_the_parent_keeps_the_first():
 
 @NEEDS_FORK
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_process_that_is_forked_while_another_thread_makes_it_does_not_wait_for_that_thread():
+def test_a_process_that_is_forked_while_another_thread_makes_it_does_not_wait_for_that_thread() -> (
+    None
+):
     begun, may_end = threading.Event(), threading.Event()
     parent = os.getpid()
 

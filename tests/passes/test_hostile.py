@@ -89,81 +89,81 @@ def independent(models: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 @case
-def sum_with_a_factor(self, x):
+def sum_with_a_factor(self: Any, x: Tensor) -> Tensor:
     return torch.add(self.a(x), self.b(x), alpha=2)
 
 
 @case
-def sum_with_factor_one(self, x):
+def sum_with_factor_one(self: Any, x: Tensor) -> Tensor:
     return torch.add(self.a(x), self.b(x), alpha=1)
 
 
 @case
-def sum_with_itself(self, x):
+def sum_with_itself(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     return y + y
 
 
 @case
-def sum_with_a_number(self, x):
+def sum_with_a_number(self: Any, x: Tensor) -> Tensor:
     return (self.a(x) + 1).relu() + torch.add(self.b(x), 2)
 
 
 @case
-def sum_with_its_own_input(self, x):
+def sum_with_its_own_input(self: Any, x: Tensor) -> Tensor:
     x = self.a(x)
     return self.b(x) + x
 
 
 @case
-def sum_with_what_a_view_reads_later(self, x):
+def sum_with_what_a_view_reads_later(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     flat = y.flatten(1)
     return (self.b(x) + y).flatten(1) + 3 * flat
 
 
 @case
-def sum_with_a_part_that_is_read_later(self, x):
+def sum_with_a_part_that_is_read_later(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     parts = y.chunk(2, 1)
     return torch.cat([self.b(x) + y, parts[1]], 1)
 
 
 @case
-def sum_with_what_an_inplace_relu_gave_on(self, x):
+def sum_with_what_an_inplace_relu_gave_on(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     z = self.act(y)
     return (self.b(x) + y) * z
 
 
 @case
-def sum_with_what_is_returned_too(self, x):
+def sum_with_what_is_returned_too(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     return torch.cat([self.b(x) + y, y], 1)
 
 
 @case
-def sum_of_one_pixel_and_all(self, x):
+def sum_of_one_pixel_and_all(self: Any, x: Tensor) -> Tensor:
     return self.a(x) + self.mean(self.b(x)) + functional.max_pool2d(self.c(x), 8)
 
 
 @case
-def sum_of_all_and_one_pixel(self, x):
+def sum_of_all_and_one_pixel(self: Any, x: Tensor) -> Tensor:
     return self.a(functional.max_pool2d(x, 8)) + self.b(x)
 
 
 @case
-def sum_of_a_pooled_one_pixel(self, x):
+def sum_of_a_pooled_one_pixel(self: Any, x: Tensor) -> Tensor:
     return self.a(x) + nn.functional.max_pool2d(self.pool(self.b(x)), 4)
 
 
 @case
-def sum_in_another_dtype(self, x):
+def sum_in_another_dtype(self: Any, x: Tensor) -> Tensor:
     return self.a(x) + self.b(x).double()
 
 
 @case
-def sum_with_what_the_input_of_another_was(self, x):
+def sum_with_what_the_input_of_another_was(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     z = self.b(x)
     late = self.c(y)
@@ -171,33 +171,33 @@ def sum_with_what_the_input_of_another_was(self, x):
 
 
 @case
-def sum_after_its_input_was_changed(self, x):
+def sum_after_its_input_was_changed(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     self.act(x)
     return y + self.b(x)
 
 
 @case
-def sum_after_its_input_was_changed_by_a_method(self, x):
+def sum_after_its_input_was_changed_by_a_method(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     x.mul_(2)
     return y + self.b(x)
 
 
 @case
-def sum_into_what_is_read_again(self, x):
+def sum_into_what_is_read_again(self: Any, x: Tensor) -> Tensor:
     y = z = self.a(x)
     z += self.b(x)
     return y * 2
 
 
 @case
-def sum_with_a_shape(self, x):
+def sum_with_a_shape(self: Any, x: Tensor) -> Tensor:
     return self.a(x) + x.shape[1]
 
 
 @case
-def sum_into_a_tuple(self, x):
+def sum_into_a_tuple(self: Any, x: Tensor) -> Tensor:
     halves = self.a(x).chunk(2, 1) + self.b(x).chunk(2, 1)
     return torch.cat(halves, 1)
 
@@ -206,14 +206,14 @@ def sum_into_a_tuple(self, x):
 
 
 @case
-def relu_as_a_statement(self, x):
+def relu_as_a_statement(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     self.act(y)
     return y
 
 
 @case
-def method_as_a_statement(self, x):
+def method_as_a_statement(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     y.clamp_(-0.1, 0.1)
     return y
@@ -223,23 +223,23 @@ def method_as_a_statement(self, x):
 
 
 @prepared(lambda self: setattr(self, "pool", nn.MaxPool2d(2, return_indices=True)))
-def pool_with_indices(self, x):
+def pool_with_indices(self: Any, x: Tensor) -> Tensor:
     values, indices = self.pool(self.a(x))
     return values + indices
 
 
 @case
-def pool_called_twice(self, x):
+def pool_called_twice(self: Any, x: Tensor) -> Tensor:
     return self.pool(self.a(self.pool(self.b(x))))
 
 
 @case
-def linear_called_twice(self, x):
+def linear_called_twice(self: Any, x: Tensor) -> Tensor:
     return self.fc(torch.flatten(self.mean(self.a(x)), 1)) + self.fc(x.mean((2, 3)))
 
 
 @case
-def linear_after_a_changed_map(self, x):
+def linear_after_a_changed_map(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     pooled = self.mean(y)
     y.zero_()
@@ -247,44 +247,44 @@ def linear_after_a_changed_map(self, x):
 
 
 @case
-def pooling_read_twice(self, x):
+def pooling_read_twice(self: Any, x: Tensor) -> Tensor:
     pooled = self.mean(self.a(x))
     return self.fc(torch.flatten(pooled, 1)) + pooled.mean()
 
 
 @case
-def convolution_called_twice(self, x):
+def convolution_called_twice(self: Any, x: Tensor) -> Tensor:
     return self.a(self.norm(self.a(x))) + self.b(x)
 
 
 @case
-def norm_called_twice(self, x):
+def norm_called_twice(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.norm(self.b(x))
 
 
 @case
-def nothing_called(self, x):
+def nothing_called(self: Any, x: Tensor) -> Tensor:
     return x.relu()
 
 
 @case
-def weight_read_beside(self, x):
+def weight_read_beside(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.a.weight.sum()
 
 
 @case
-def statistics_read_beside(self, x):
+def statistics_read_beside(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.norm.running_mean.sum()
 
 
 @case
-def bias_looked_at(self, x):
+def bias_looked_at(self: Any, x: Tensor) -> Tensor:
     y = self.norm(self.bare(x))
     return y if self.bare.bias is None else -y
 
 
 @case
-def modules_looked_at(self, x):
+def modules_looked_at(self: Any, x: Tensor) -> Tensor:
     for layer in (self.a, self.norm, self.act):
         x = layer(x)
         if isinstance(layer, nn.BatchNorm2d):
@@ -293,67 +293,67 @@ def modules_looked_at(self, x):
 
 
 @case
-def norm_setting_read(self, x):
+def norm_setting_read(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.norm.eps
 
 
 @case
-def called_by_name(self, x):
+def called_by_name(self: Any, x: Tensor) -> Tensor:
     return self.act(input=self.norm(input=self.a(input=x))) + self.same(input=self.b(x))
 
 
 @case
-def one_image_at_a_time(self, x):
+def one_image_at_a_time(self: Any, x: Tensor) -> Tensor:
     return torch.stack([self.a(x[0]), self.b(x[1]) + self.c(x[1])])
 
 
 @case
-def switched_dropout(self, x):
+def switched_dropout(self: Any, x: Tensor) -> Tensor:
     return functional.dropout(self.a(x), 0.5, training=self.training)
 
 
 # Tied tensors, hooks, classes of their own
 
 
-def tie(self) -> None:
+def tie(self: Any) -> None:
     self.b.weight = self.a.weight
 
 
 @prepared(tie)
-def tied_weights(self, x):
+def tied_weights(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.b(x)
 
 
-def tie_to_a_module_that_is_not_called(self) -> None:
+def tie_to_a_module_that_is_not_called(self: Any) -> None:
     self.a.weight = self.c.weight
     self.aaa = self.c
 
 
 @prepared(tie_to_a_module_that_is_not_called)
-def tied_to_what_is_not_called(self, x):
+def tied_to_what_is_not_called(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x))
 
 
 @prepared(lambda self: setattr(self, "again", self.norm))
-def norm_with_two_names(self, x):
+def norm_with_two_names(self: Any, x: Tensor) -> Tensor:
     return self.again(self.a(x))
 
 
 @prepared(lambda self: setattr(self, "again", nn.BatchNorm2d(CHANNELS, affine=False)))
-def norm_without_scale(self, x):
+def norm_without_scale(self: Any, x: Tensor) -> Tensor:
     return self.again(self.a(x))
 
 
-def without_statistics(self) -> None:
+def without_statistics(self: Any) -> None:
     self.norm = nn.BatchNorm2d(CHANNELS, track_running_stats=False)
 
 
 @prepared(without_statistics)
-def norm_of_the_batch(self, x):
+def norm_of_the_batch(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x))
 
 
-def hook_each(self) -> None:
+def hook_each(self: Any) -> None:
     self.a.register_forward_hook(double_result)
     self.norm.register_forward_pre_hook(double_input)
     self.act.register_forward_hook(double_result)
@@ -361,36 +361,36 @@ def hook_each(self) -> None:
     self.pool.register_forward_hook(double_result)
 
 
-def double_result(module, arguments, result):
+def double_result(module: nn.Module, arguments: object, result: Tensor) -> Tensor:
     return 2 * result
 
 
-def double_input(module, arguments):
+def double_input(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
     return (2 * arguments[0],)
 
 
 @prepared(hook_each)
-def hooks(self, x):
+def hooks(self: Any, x: Tensor) -> Tensor:
     return self.pool(self.act(self.norm(self.a(x)) + self.same(self.b(x))))
 
 
 @prepared(lambda self: self.norm.register_forward_hook(double_result))
-def hook_of_a_norm(self, x):
+def hook_of_a_norm(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x))
 
 
 @prepared(lambda self: nn.utils.weight_norm(self.a))
-def weight_norm_by_hook(self, x):
+def weight_norm_by_hook(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.b(x)
 
 
 @prepared(lambda self: nn.utils.spectral_norm(self.a))
-def spectral_norm_by_hook(self, x):
+def spectral_norm_by_hook(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.b(x)
 
 
 @prepared(lambda self: nn.utils.parametrizations.weight_norm(self.a))
-def weight_norm_by_parametrization(self, x):
+def weight_norm_by_parametrization(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.b(x)
 
 
@@ -405,22 +405,22 @@ class DoubledPool(nn.MaxPool2d):
 
 
 @prepared(lambda self: setattr(self, "a", DoubledConv(CHANNELS, CHANNELS, 1)))
-def convolution_of_its_own_class(self, x):
+def convolution_of_its_own_class(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.b(x)
 
 
 @prepared(lambda self: setattr(self, "pool", DoubledPool(2)))
-def pool_of_its_own_class(self, x):
+def pool_of_its_own_class(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.pool(self.a(x)))
 
 
-def override(self) -> None:
+def override(self: Any) -> None:
     self.a.forward = torch.neg
     self.norm.forward = torch.neg
 
 
 @prepared(override)
-def forwards_of_their_own(self, x):
+def forwards_of_their_own(self: Any, x: Tensor) -> Tensor:
     return self.norm(self.a(x)) + self.norm(self.b(x))
 
 
@@ -428,17 +428,17 @@ def forwards_of_their_own(self, x):
 
 
 @prepared(lambda self: self.register_buffer("place", torch.randn(CHANNELS, 1, 1)))
-def buffer_added(self, x):
+def buffer_added(self: Any, x: Tensor) -> Tensor:
     return self.a(x) + self.place
 
 
 @prepared(lambda self: setattr(self, "place", nn.Parameter(torch.randn(1, CHANNELS, 8, 8))))
-def parameter_added(self, x):
+def parameter_added(self: Any, x: Tensor) -> Tensor:
     return self.a(x) + self.place
 
 
 @prepared(lambda self: setattr(self, "place", torch.arange(float(CHANNELS))[:, None, None]))
-def constant_added(self, x):
+def constant_added(self: Any, x: Tensor) -> Tensor:
     return self.a(x) + self.place + torch.full((1,), 2.0)
 
 
@@ -447,14 +447,18 @@ def _circular(net: Net) -> None:
 
 
 @prepared(_circular)
-def circular_padding_of_a_shared_image(self, x):  # torch writes it into memory piece by piece
+def circular_padding_of_a_shared_image(
+    self: Any, x: Tensor
+) -> Tensor:  # torch writes it into memory piece by piece
     return self.a(x)
 
 
 @pytest.mark.filterwarnings("ignore:.*batching rule")
 @pytest.mark.parametrize("strategy", REWRITING)
 @pytest.mark.parametrize("name", CASES)
-def test_a_net_that_tempts_a_pass_computes_what_the_models_compute(name: str, strategy: str):
+def test_a_net_that_tempts_a_pass_computes_what_the_models_compute(
+    name: str, strategy: str
+) -> None:
     models, (x, other) = models_of(CASES[name], 3), torch.randn(2, 2, 3, 8, 8)
     if (name, strategy) in REFUSED:
         with pytest.raises(UnavailableError, match=r"torch\.fx cannot trace this model: "):
@@ -466,7 +470,7 @@ def test_a_net_that_tempts_a_pass_computes_what_the_models_compute(name: str, st
         torch.testing.assert_close(forward(own.clone()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_norm_of_its_own_class_is_not_folded():
+def test_a_norm_of_its_own_class_is_not_folded() -> None:
     class Doubled(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * nn.functional.batch_norm(x, self.running_mean, self.running_var)
@@ -487,7 +491,7 @@ def test_a_norm_of_its_own_class_is_not_folded():
 @pytest.mark.parametrize("name", ["prepacked_loop", "lowered_vmap"])
 def test_a_model_that_asks_whether_its_input_is_a_tensor_is_refused_by_what_runs_its_trace(
     name: str,
-):
+) -> None:
     class Asking(Net):
         def body(self, x: Tensor) -> Tensor:
             return self.a(x) if isinstance(x, Tensor) else self.b(x)
@@ -498,7 +502,7 @@ def test_a_model_that_asks_whether_its_input_is_a_tensor_is_refused_by_what_runs
 
 
 @pytest.mark.parametrize("name", ["prepacked_loop", "lowered_vmap"])
-def test_a_model_with_hooks_of_its_own_is_refused_by_what_runs_its_trace(name: str):
+def test_a_model_with_hooks_of_its_own_is_refused_by_what_runs_its_trace(name: str) -> None:
     class Plain(Net):
         def body(self, x: Tensor) -> Tensor:
             return self.a(x)
@@ -510,7 +514,7 @@ def test_a_model_with_hooks_of_its_own_is_refused_by_what_runs_its_trace(name: s
         ensemble.build(name, models, x)
 
 
-def test_tracing_leaves_the_model_as_it_was():
+def test_tracing_leaves_the_model_as_it_was() -> None:
     (model,) = models_of(CASES["constant_added"], 1)
     before = dict(vars(model))
     packing.pack(model, torch.randn(2, 3, 8, 8))

@@ -25,15 +25,15 @@ def run(*rows: Result) -> Run:
     return Run(ENVIRONMENT, CONFIG.plain(), rows)
 
 
-def test_the_interval_of_two_equal_constant_samples_is_their_ratio():
+def test_the_interval_of_two_equal_constant_samples_is_their_ratio() -> None:
     assert ratio_interval([3.0] * 10, [2.0] * 9, 0.95) == (1.5, 1.5)
 
 
-def test_too_few_values_have_no_interval():
+def test_too_few_values_have_no_interval() -> None:
     assert ratio_interval([1.0] * 5, [1.0] * 20, 0.95) is None
 
 
-def test_the_interval_covers_the_true_ratio_as_often_as_it_says():
+def test_the_interval_covers_the_true_ratio_as_often_as_it_says() -> None:
     """Log-normal samples of 20 with medians 1.1 and 1: 95 %, give or take what 200 draws show."""
     generator = np.random.default_rng(0)
     held = 0
@@ -45,7 +45,7 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says():
     assert held >= 182
 
 
-def test_a_strategy_is_compared_in_times_of_the_reference_beside_it():
+def test_a_strategy_is_compared_in_times_of_the_reference_beside_it() -> None:
     """The whole machine is three times slower, the strategy by itself 1.2 times."""
     old = changed(VMAP, reference_times_s=(0.1,) * 20, times_s=(0.05,) * 20)
     new = changed(VMAP, reference_times_s=(0.3,) * 20, times_s=(0.18,) * 20)
@@ -56,20 +56,20 @@ def test_a_strategy_is_compared_in_times_of_the_reference_beside_it():
     assert not found.surely_slower(25)
 
 
-def test_the_reference_is_shown_in_seconds_and_never_judged():
+def test_the_reference_is_shown_in_seconds_and_never_judged() -> None:
     slow = changed(LOOP, times_s=(0.3,) * 20)
     (found,) = compare(run(slow), run(LOOP))
     assert found.ratio == pytest.approx(3.0)
     assert not found.surely_slower(10)
 
 
-def test_an_unsure_difference_is_no_regression():
+def test_an_unsure_difference_is_no_regression() -> None:
     noisy = changed(VMAP, times_s=(0.04, 0.08) * 10)
     (found,) = compare(run(noisy), run(VMAP))
     assert not found.surely_slower(0)
 
 
-def test_rows_that_only_one_run_has_or_that_were_not_timed_are_named():
+def test_rows_that_only_one_run_has_or_that_were_not_timed_are_named() -> None:
     failed = changed(VMAP, strategy="jax", times_s=(), reference_times_s=(), status="failed")
     new = run(LOOP, VMAP, failed, changed(VMAP, num_models=8))
     found = compare(new, run(LOOP, VMAP, changed(VMAP, strategy="jax")))
@@ -78,7 +78,7 @@ def test_rows_that_only_one_run_has_or_that_were_not_timed_are_named():
     assert "without times in both runs, not compared: jax N=4, vmap N=8" in text
 
 
-def test_the_text_gives_ratio_interval_test_and_direction():
+def test_the_text_gives_ratio_interval_test_and_direction() -> None:
     slow = changed(VMAP, times_s=(0.06,) * 20)
     text = render(compare(run(slow), run(VMAP)), run(slow), run(VMAP))
     assert (
@@ -87,14 +87,14 @@ def test_the_text_gives_ratio_interval_test_and_direction():
     )
 
 
-def test_another_machine_is_refused_with_what_differs():
+def test_another_machine_is_refused_with_what_differs() -> None:
     other = replace(ENVIRONMENT, cores=64)
     with pytest.raises(InputError, match=r"baseline: .* in old\.json: cores 64, here 2"):
         check_machine(ENVIRONMENT, other, argument="baseline", path="old.json")
     check_machine(ENVIRONMENT, replace(ENVIRONMENT, torch="2.13"), argument="", path="")
 
 
-def test_other_settings_are_said():
+def test_other_settings_are_said() -> None:
     old = run(VMAP)
     new = Run(
         replace(ENVIRONMENT, torch="2.15.0", git_commit="abc"),
@@ -114,7 +114,7 @@ def of_processes(*speedups: float) -> Result:
     return replace(VMAP, processes=processes)
 
 
-def test_rows_of_several_processes_are_compared_by_what_lies_between_these():
+def test_rows_of_several_processes_are_compared_by_what_lies_between_these() -> None:
     old = of_processes(1.0, 1.02, 0.98)
     (same,) = compare(run(of_processes(1.01, 0.99, 1.0)), run(old))
     assert same.interval is not None
@@ -166,12 +166,14 @@ def share_that_fails(*kinds: str, runs: int) -> float:
         ("quiet", "one mode") * 6,
     ],
 )
-def test_the_same_code_against_itself_fails_in_at_most_5_of_100_runs(kinds: tuple[str, ...]):
+def test_the_same_code_against_itself_fails_in_at_most_5_of_100_runs(
+    kinds: tuple[str, ...],
+) -> None:
     """Whole runs, that end early where a row is sure, judged without any allowance."""
     assert share_that_fails(*kinds, runs=800 // len(kinds)) <= 0.05
 
 
-def test_a_row_of_two_modes_is_told_and_not_judged():
+def test_a_row_of_two_modes_is_told_and_not_judged() -> None:
     old, new = of_processes(1.0, 1.01, 0.99), of_processes(0.5, 0.51, 1.0, 0.5, 0.49)
     found = compare(run(new), run(old))
     assert not found[0].surely_slower(0)

@@ -27,11 +27,11 @@ RUN = Run(ENVIRONMENT, CONFIG.plain(), (ROW, FAILED))
 )
 def test_every_format_gives_back_the_run_it_came_from(
     write: Callable[[Run], str], read: Callable[[str], Run]
-):
+) -> None:
     assert read(write(RUN)) == RUN
 
 
-def test_the_json_file_keeps_to_its_schema():
+def test_the_json_file_keeps_to_its_schema() -> None:
     document = json.loads(exports.to_json(RUN))
     assert document["schema"] == 2
     assert document["results"][0]["speedup"] == 1.5
@@ -41,7 +41,7 @@ def test_the_json_file_keeps_to_its_schema():
     assert document["config"]["image_size"] == [224]
 
 
-def test_a_csv_line_is_a_row_and_an_unknown_value_an_empty_cell():
+def test_a_csv_line_is_a_row_and_an_unknown_value_an_empty_cell() -> None:
     header, row, failed, end = exports.to_csv(RUN).split("\n")
     names = header.split(",")
     assert row.startswith("vmap,4,1,224,float32,shared,ok,,")
@@ -50,7 +50,7 @@ def test_a_csv_line_is_a_row_and_an_unknown_value_an_empty_cell():
     assert {"times_s", "environment.torch", "config.seed", "schema"} <= set(names)
 
 
-def test_a_markdown_page_shows_table_verdict_machine_and_command():
+def test_a_markdown_page_shows_table_verdict_machine_and_command() -> None:
     page = exports.to_markdown(RUN)
     assert "too few pairs" in page
     assert "2000.0 (1500.0)" in page
@@ -84,7 +84,7 @@ def test_a_markdown_page_shows_table_verdict_machine_and_command():
 )
 def test_a_file_that_is_no_result_file_is_refused_with_its_flag_and_name(
     text: str, message: str, tmp_path: Path
-):
+) -> None:
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
@@ -92,14 +92,14 @@ def test_a_file_that_is_no_result_file_is_refused_with_its_flag_and_name(
     assert str(caught.value).startswith(f"baseline: {path}: ")
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path):
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="resume: "):
         exports.read(str(path), argument="resume")
 
 
-def test_a_file_of_an_earlier_version_lacks_only_what_has_a_default():
+def test_a_file_of_an_earlier_version_lacks_only_what_has_a_default() -> None:
     document = json.loads(exports.to_json(RUN))
     for row in document["results"]:
         del row["error_float64"]
@@ -108,7 +108,7 @@ def test_a_file_of_an_earlier_version_lacks_only_what_has_a_default():
 
 def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     path = tmp_path / "run.json"
     path.write_text("old")
 
@@ -122,13 +122,13 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path):
+def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a", "text")
     (tmp_path / "b").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-def test_a_run_without_rows_can_be_written_in_every_format(tmp_path: Path):
+def test_a_run_without_rows_can_be_written_in_every_format(tmp_path: Path) -> None:
     paths = {form: str(tmp_path / f"run.{form}") for form in exports.FORMATS}
     exports.save(replace(RUN, results=()), paths)
     assert exports.read(paths["json"], argument="resume").results == ()

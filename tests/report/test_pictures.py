@@ -28,7 +28,7 @@ def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
     }
 
 
-def test_times_stand_above_and_speedups_below_with_the_values_of_the_results():
+def test_times_stand_above_and_speedups_below_with_the_values_of_the_results() -> None:
     above, below = pictures.draw(ROWS).axes
     assert lines(above)["loop (reference)"] == [(1, near(100)), (2, near(100)), (4, near(100))]
     assert [x for x, _ in lines(above)["vmap"]] == [1, 2, 4]
@@ -43,7 +43,7 @@ def test_times_stand_above_and_speedups_below_with_the_values_of_the_results():
     assert any(list(line.get_ydata()) == [1, 1] for line in drawn)
 
 
-def test_every_line_has_its_own_label_at_its_end_and_no_two_meet():
+def test_every_line_has_its_own_label_at_its_end_and_no_two_meet() -> None:
     above, _ = pictures.draw(ROWS).axes
     placed = {text.get_text(): text.xy[1] for text in above.texts}  # type: ignore[attr-defined]
     assert set(placed) == {"loop (reference)", "vmap", "jax"}
@@ -53,7 +53,7 @@ def test_every_line_has_its_own_label_at_its_end_and_no_two_meet():
     assert above.get_legend() is None
 
 
-def test_lines_differ_without_their_colours():
+def test_lines_differ_without_their_colours() -> None:
     names = [changed(at(2, 1.0), strategy=f"s{index}") for index in range(9)]
     _, below = pictures.draw([LOOP, *names]).axes
     looks = {
@@ -64,14 +64,14 @@ def test_lines_differ_without_their_colours():
     assert len(looks) == 9
 
 
-def test_what_may_not_be_claimed_is_not_drawn_as_a_speedup():
+def test_what_may_not_be_claimed_is_not_drawn_as_a_speedup() -> None:
     noisy = changed(at(2, 2.0), times_s=(0.03, 0.06) * 10)
     failed = changed(at(4, 2.0), status="failed", error="broke")
     _, below = pictures.draw([*LOOPS, at(1, 1.5), noisy, failed]).axes
     assert lines(below)["vmap"] == [(1, near(1.5))]
 
 
-def test_a_grid_has_a_column_a_size_and_a_heat_map_of_the_fastest():
+def test_a_grid_has_a_column_a_size_and_a_heat_map_of_the_fastest() -> None:
     small = [changed(row, image_size=64) for row in ROWS]
     assert len(pictures.draw([*ROWS, *small]).axes) == 4
     axes = pictures.draw_grid([*ROWS, *small]).axes[0]
@@ -85,13 +85,13 @@ def test_a_grid_has_a_column_a_size_and_a_heat_map_of_the_fastest():
 
 
 @pytest.mark.parametrize("rows", [[], [LOOP], ROWS[:1], [changed(LOOP, times_s=())]])
-def test_a_run_with_next_to_nothing_is_drawn_too(rows: list[Result], tmp_path: Path):
+def test_a_run_with_next_to_nothing_is_drawn_too(rows: list[Result], tmp_path: Path) -> None:
     pictures.save(rows, tmp_path / "p.png", tmp_path / "p_grid.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "p_grid.png").exists()
 
 
-def test_the_same_results_give_the_same_svg(tmp_path: Path):
+def test_the_same_results_give_the_same_svg(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         pictures.save(ROWS, tmp_path / name, tmp_path / "grid.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

@@ -1,25 +1,33 @@
 """The table, and the sentences before and after it."""
 
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from ensemble.records import Result
-from ensemble.report.table import render_table
+from ensemble.report import exports
+from ensemble.report.table import WIDTH, render_strategies, render_table
 from ensemble.report.verdict import render_answer, render_remarks
 from ensemble.report.words import time_lines
+from ensemble.strategies import STRATEGIES
 from tests.made import ENVIRONMENT, LOOP, UNAVAILABLE, VMAP, changed
+
+DATA = Path(__file__).parents[1] / "data"
+STORED = sorted([*DATA.glob("*.json"), *DATA.glob("allocator/*.json")])
 
 
 def said(*rows: Result) -> str:
     return render_answer(rows) + render_remarks(rows, ENVIRONMENT, verbose=True)
 
 
-def test_the_verdict_names_the_reference_the_direction_and_how_surely():
+def test_the_verdict_names_the_reference_the_direction_and_how_surely() -> None:
     assert (
         "Fastest with 4 models: vmap, 2.00 times as fast as the loop (95% interval 2.00 to 2.00)."
     ) in said(LOOP, VMAP)
 
 
-def test_a_strategy_that_loses_is_called_slower():
+def test_a_strategy_that_loses_is_called_slower() -> None:
     slow = changed(VMAP, times_s=(0.2,) * 20)
     assert render_answer([LOOP, slow]) == (
         "Fastest with 4 models: the loop itself; plain vmap 0.50 times as fast as the loop: slower"
@@ -27,14 +35,14 @@ def test_a_strategy_that_loses_is_called_slower():
     )
 
 
-def test_an_interval_that_holds_one_claims_no_difference():
+def test_an_interval_that_holds_one_claims_no_difference() -> None:
     level = changed(VMAP, times_s=(0.099, 0.101) * 10)
     assert "no difference from the loop that this run can show: 1.00 times" in said(LOOP, level)
     faster = changed(VMAP, times_s=(0.096, 0.101) * 10)
     assert "no strategy is surely faster than the loop; vmap 1.02 times" in said(LOOP, faster)
 
 
-def test_a_spread_above_a_quarter_claims_nothing_and_gives_the_number_and_advice():
+def test_a_spread_above_a_quarter_claims_nothing_and_gives_the_number_and_advice() -> None:
     wild = changed(VMAP, times_s=(0.05, 0.08) * 10)
     text = said(LOOP, wild)
     assert "not sure enough to say, because of vmap (too noisy)" in text
@@ -42,24 +50,24 @@ def test_a_spread_above_a_quarter_claims_nothing_and_gives_the_number_and_advice
     assert "times as fast" not in text
 
 
-def test_a_spread_above_a_tenth_is_warned_of():
+def test_a_spread_above_a_tenth_is_warned_of() -> None:
     noisy = changed(VMAP, times_s=(0.05, 0.057) * 10)
     text = said(LOOP, noisy)
     assert "Warning: vmap, 4 models: the inter-quartile range is 13% of the median; for" in text
     assert "times as fast" in text
 
 
-def test_other_programs_that_take_the_cpu_are_warned_of():
+def test_other_programs_that_take_the_cpu_are_warned_of() -> None:
     beside = changed(VMAP, others_cpu_share=0.4)
     assert "Warning: vmap, 4 models: other programs took 40% of the CPU" in said(LOOP, beside)
 
 
-def test_too_few_pairs_claim_nothing():
+def test_too_few_pairs_claim_nothing() -> None:
     few = changed(VMAP, times_s=(0.05,) * 5, reference_times_s=(0.1,) * 5)
     assert "5 pairs are too few to say; raise --min_pairs" in said(LOOP, few)
 
 
-def test_page_faults_that_explain_a_loss_are_named_with_the_way_out():
+def test_page_faults_that_explain_a_loss_are_named_with_the_way_out() -> None:
     slow = changed(VMAP, times_s=(0.110,) * 20)  # 12,000 faults of 1 us over 2 threads: 6 of 10 ms
     assert (
         "Page faults explain this loss of vmap: 12,000 per call against 0 of the loop, at 1.0 us"
@@ -68,19 +76,19 @@ def test_page_faults_that_explain_a_loss_are_named_with_the_way_out():
     assert "--allocator retain" in said(LOOP, slow)
 
 
-def test_page_faults_that_explain_less_than_half_of_a_loss_are_not_blamed():
+def test_page_faults_that_explain_less_than_half_of_a_loss_are_not_blamed() -> None:
     slow = changed(VMAP, times_s=(0.113,) * 20)
     assert "Page faults" not in said(LOOP, slow)
 
 
-def test_first_calls_are_told_apart_from_the_steady_state():
+def test_first_calls_are_told_apart_from_the_steady_state() -> None:
     assert (
         "Cold starts: the very first forward of this process took 0.250 s, 10.0 times a steady one."
         " The first calls after it (loop 0.300 s, vmap 0.020 s) would have said 15.00 times."
     ) in said(LOOP, VMAP)
 
 
-def test_the_fastest_of_several_is_named():
+def test_the_fastest_of_several_is_named() -> None:
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
     assert "Fastest with 4 models: folded_vmap, 2.50 times" in said(LOOP, VMAP, other)
     slow = changed(VMAP, times_s=(0.2,) * 20)
@@ -88,7 +96,7 @@ def test_the_fastest_of_several_is_named():
     assert "Fastest with 4 models: the loop itself; plain vmap 0.50 times" in text
 
 
-def test_the_fastest_is_named_for_each_dtype_apart():
+def test_the_fastest_is_named_for_each_dtype_apart() -> None:
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
     halves = [changed(VMAP, dtype="bfloat16"), changed(other, dtype="bfloat16")]
     text = said(LOOP, VMAP, other, *halves, changed(LOOP, dtype="bfloat16", times_s=(0.5,) * 20))
@@ -96,14 +104,14 @@ def test_the_fastest_is_named_for_each_dtype_apart():
     assert "Fastest with 4 models, bfloat16: folded_vmap, 2.50 times" in text
 
 
-def test_a_row_with_shorter_calls_beside_a_faster_loop_is_named():
+def test_a_row_with_shorter_calls_beside_a_faster_loop_is_named() -> None:
     drifted = changed(VMAP, strategy="folded_vmap", times_s=(0.03,) * 20)
     text = said(LOOP, VMAP, changed(drifted, reference_times_s=(0.05,) * 20))
     assert "But folded_vmap had the shorter calls, 30 ms against 50 ms: the loop ran" in text
     assert "shorter calls" not in said(LOOP, VMAP, changed(VMAP, strategy="folded_vmap"))
 
 
-def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothing():
+def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothing() -> None:
     few = changed(VMAP, times_s=(0.11,) * 5, reference_times_s=(0.1,) * 5)
     text = said(LOOP, few, changed(few, strategy="folded_vmap"))
     assert (
@@ -115,14 +123,14 @@ def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothi
     assert "1.00" not in render_table([few])
 
 
-def test_the_self_check_is_never_the_fastest():
+def test_the_self_check_is_never_the_fastest() -> None:
     floor = changed(VMAP, strategy="self_check", times_s=(0.01,) * 20)
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
     assert "Fastest with 4 models: folded_vmap, 2.50 times" in said(LOOP, VMAP, floor, other)
     assert "Fastest with 4 models: vmap, 2.00 times" in said(LOOP, VMAP, floor)
 
 
-def test_time_lines_of_several_numbers_of_models_say_which():
+def test_time_lines_of_several_numbers_of_models_say_which() -> None:
     eight = changed(VMAP, num_models=8, times_s=(0.2,) * 20)
     assert time_lines([VMAP, eight])[1::2] == [
         "Time taken for prediction with vmap: 0.050000 (4 models)",
@@ -130,7 +138,7 @@ def test_time_lines_of_several_numbers_of_models_say_which():
     ]
 
 
-def test_nothing_compared_is_said_and_not_passed_over():
+def test_nothing_compared_is_said_and_not_passed_over() -> None:
     assert said(UNAVAILABLE) == "Nothing was compared with the loop.\n"
 
 
@@ -138,7 +146,7 @@ def cells(line: str) -> str:
     return " ".join(line.split())
 
 
-def test_the_table_has_a_row_a_strategy_with_its_units_and_no_cell_cut():
+def test_the_table_has_a_row_a_strategy_with_its_units_and_no_cell_cut() -> None:
     lines = render_table([LOOP, VMAP, UNAVAILABLE]).splitlines()
     assert lines[0] == (
         "shared inputs, batch 1, 224 px, float32; medians; speedup over the float32 loop"
@@ -150,7 +158,7 @@ def test_the_table_has_a_row_a_strategy_with_its_units_and_no_cell_cut():
     assert lines[5:] == ["Not available here: cudagraph_loop: no CUDA"]
 
 
-def test_a_column_that_says_nothing_is_left_out_unless_all_are_asked_for():
+def test_a_column_that_says_nothing_is_left_out_unless_all_are_asked_for() -> None:
     plain = render_table([LOOP, changed(VMAP, page_faults_per_call=0.0)])
     assert "faults" not in plain
     assert "agrees" not in plain
@@ -159,15 +167,50 @@ def test_a_column_that_says_nothing_is_left_out_unless_all_are_asked_for():
     assert all(word in everything for word in ("agrees", "faults", "first call", "cudagraph_loop"))
 
 
-def test_the_default_table_fits_ninety_columns():
+def test_the_default_table_fits_ninety_columns() -> None:
     wide = changed(
         VMAP, strategy="prepacked_concurrent", num_models=64, times_s=(1.2345,) * 20, build_s=123.4
     )
     rows = [changed(LOOP, num_models=64), wide, changed(wide, reference_times_s=(12.0,) * 20)]
-    assert max(map(len, render_table(rows).splitlines())) <= 90
+    assert max(map(len, render_table(rows).splitlines())) <= WIDTH
 
 
-def test_colour_is_for_terminals_alone_and_says_faster_slower_and_failed():
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_the_default_table_of_every_stored_run_fits_ninety_columns(path: Path) -> None:
+    rows = [replace(row, notes=()) for row in exports.read(str(path), argument="path").results]
+    lines = render_table(rows).splitlines()
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= WIDTH
+
+
+def test_what_is_left_out_of_a_wide_table_is_said_and_shown_by_verbose() -> None:
+    long = changed(VMAP, strategy="s" * 25)
+    text = render_table([long])
+    assert "faults" not in text.splitlines()[2]
+    assert "\nLeft out for width: page faults; --verbose shows all.\n" in text
+    assert "12,000" in render_table([long], verbose=True)
+    assert "Left out" not in render_table([VMAP])
+
+
+def test_strategies_that_cannot_run_share_a_short_line_by_their_reason() -> None:
+    names = [name for name in STRATEGIES if name.startswith("cudagraph_")]
+    rows = [changed(UNAVAILABLE, strategy=name) for name in [*names, "jax"]]
+    assert render_table([LOOP, *rows]).endswith("Not available here: cudagraph_*, jax: no CUDA\n")
+    ran = changed(VMAP, strategy=names[0])
+    assert f"Not available here: {names[1]}, {names[2]}, " in render_table([ran, *rows[1:]])
+
+
+def test_the_table_of_strategies_has_them_all_in_a_hundred_columns_and_cuts_nothing() -> None:
+    text = render_strategies(STRATEGIES)
+    assert max(map(len, text.splitlines())) <= 100
+    assert {line.split()[0] for line in text.splitlines()} >= set(STRATEGIES)
+    assert "…" not in text
+    words = set(text.split())
+    for strategy in STRATEGIES.values():
+        assert words >= set(f"{strategy.summary} {strategy.needs} {strategy.start}".split())
+
+
+def test_colour_is_for_terminals_alone_and_says_faster_slower_and_failed() -> None:
     slow = changed(VMAP, times_s=(0.2,) * 20)
     failed = changed(VMAP, status="failed", error="broke")
     lines = render_table([LOOP, VMAP, slow, failed], colour=True).splitlines()
@@ -176,14 +219,14 @@ def test_colour_is_for_terminals_alone_and_says_faster_slower_and_failed():
     assert "\x1b" not in render_table([LOOP, VMAP, slow, failed])
 
 
-def test_the_share_of_the_limit_stands_in_the_table_where_it_was_asked_for():
+def test_the_share_of_the_limit_stands_in_the_table_where_it_was_asked_for() -> None:
     limited = changed(VMAP, least_s=0.02, bound="compute")
     assert render_table([limited]).splitlines()[3].endswith(" 40%")
     assert render_table([limited], verbose=True).splitlines()[3].endswith("compute")
     assert "limit" not in render_table([VMAP])
 
 
-def test_notes_and_reasons_stand_under_the_table_each_once():
+def test_notes_and_reasons_stand_under_the_table_each_once() -> None:
     noted = changed(VMAP, notes=("slow fallback",))
     assert render_table([noted, LOOP]).endswith("\nvmap, 4 models: slow fallback\n")
     both = render_table([noted, changed(noted, num_models=1)])
@@ -192,7 +235,7 @@ def test_notes_and_reasons_stand_under_the_table_each_once():
     assert render_table([failed]).endswith("\nvmap, 1 model: failed: broke\n")
 
 
-def test_the_two_time_lines_come_from_the_same_pairs():
+def test_the_two_time_lines_come_from_the_same_pairs() -> None:
     drifted = changed(LOOP, times_s=(9.9,) * 20)
     assert time_lines([drifted, VMAP]) == [
         "Time taken for prediction without vmap: 0.100000",
@@ -200,7 +243,7 @@ def test_the_two_time_lines_come_from_the_same_pairs():
     ]
 
 
-def test_a_time_that_was_not_taken_is_said_so():
+def test_a_time_that_was_not_taken_is_said_so() -> None:
     assert time_lines([LOOP]) == [
         "Time taken for prediction without vmap: 0.100000",
         "Time taken for prediction with vmap: not measured",
@@ -221,7 +264,7 @@ def of_processes(*found: tuple[float, float]) -> Result:
     return replace(VMAP, processes=processes)
 
 
-def test_two_modes_are_told_with_what_tells_them_apart_and_no_winner_is_named():
+def test_two_modes_are_told_with_what_tells_them_apart_and_no_winner_is_named() -> None:
     row = of_processes((0.63, 37e3), (0.74, 37e3), (1.04, 0), (0.70, 37e3), (0.66, 37e3))
     text = said(LOOP, row)
     assert (
@@ -233,6 +276,12 @@ def test_two_modes_are_told_with_what_tells_them_apart_and_no_winner_is_named():
     assert "Two modes" not in said(LOOP, of_processes(*[(0.7, 0.0)] * 5))
 
 
-def test_what_lies_between_processes_is_told_where_it_is_more_than_within_them():
+def test_what_lies_between_processes_is_told_where_it_is_more_than_within_them() -> None:
     text = said(LOOP, of_processes((1.0, 0), (1.1, 0), (1.2, 0), (1.3, 0), (1.4, 0)))
     assert "vmap, 4 models: a process is sure to 0% of itself, processes lie 17% apart" in text
+
+
+def test_what_best_picked_stands_in_its_row_and_in_the_answer() -> None:
+    best = changed(VMAP, strategy="best", picked="lowered_vmap")
+    assert "Fastest with 4 models: best (lowered_vmap), 2.00 times as fast" in said(LOOP, best)
+    assert "\nbest (lowered_vmap)  4  " in render_table([LOOP, best])

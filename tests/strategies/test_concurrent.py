@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ def settings() -> tuple[int, int]:
 
 
 @pytest.fixture
-def three_threads():
+def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -38,7 +40,9 @@ def three_threads():
 @pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_models", [1, 3, 4])
-def test_build_and_call_leave_the_settings_of_torch_as_they_were(name: str, num_models: int):
+def test_build_and_call_leave_the_settings_of_torch_as_they_were(
+    name: str, num_models: int
+) -> None:
     x = torch.randn(1, 3, 8, 8)
     assert settings() == (3, 3)
     forward = ensemble.build(name, tiny_models(num_models), x)
@@ -51,7 +55,7 @@ def test_build_and_call_leave_the_settings_of_torch_as_they_were(name: str, num_
 @pytest.mark.parametrize(("num_models", "threads"), [(1, [3]), (3, [1] * 3), (4, [1, 1, 1, 3])])
 def test_each_worker_computes_on_the_threads_that_the_plan_gives_it(
     num_models: int, threads: list[int]
-):
+) -> None:
     def one(x: torch.Tensor) -> torch.Tensor:
         return torch.tensor(torch.get_num_threads())
 
@@ -61,7 +65,7 @@ def test_each_worker_computes_on_the_threads_that_the_plan_gives_it(
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_a_thread_with_a_setting_of_its_own_changes_nothing_for_others():
+def test_a_thread_with_a_setting_of_its_own_changes_nothing_for_others() -> None:
     x = torch.randn(1, 3, 8, 8)
     begun, may_end, seen = threading.Event(), threading.Event(), []
 
@@ -85,11 +89,12 @@ def test_a_thread_with_a_setting_of_its_own_changes_nothing_for_others():
 @pytest.mark.usefixtures("three_threads")
 def test_a_build_that_fails_leaves_the_settings_of_torch_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     class Failing(ThreadPoolExecutor):
         submitted = 0
 
-        def submit(self, *arguments, **options):  # as where the system has no more threads
+        def submit(self, *arguments: Any, **options: Any) -> Any:
+            """As where the system has no more threads."""
             Failing.submitted += self._max_workers > 1
             if Failing.submitted == 2:
                 raise RuntimeError("can't start new thread")
@@ -104,7 +109,7 @@ def test_a_build_that_fails_leaves_the_settings_of_torch_as_they_were(
 @pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_models", [2, 5])
-def test_calls_from_several_threads_do_not_mix(name: str, num_models: int):
+def test_calls_from_several_threads_do_not_mix(name: str, num_models: int) -> None:
     models, images = tiny_models(num_models), torch.randn(30, 2, 3, 8, 8).unbind()
     forward = ensemble.build(name, models, images[0])
     with ThreadPoolExecutor(3) as pool:
@@ -115,7 +120,7 @@ def test_calls_from_several_threads_do_not_mix(name: str, num_models: int):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_models", [2, 3])
-def test_a_process_that_is_forked_after_a_call_can_call_too(name: str, num_models: int):
+def test_a_process_that_is_forked_after_a_call_can_call_too(name: str, num_models: int) -> None:
     program = """
 import os, sys, torch, ensemble
 from tests.tiny import tiny_models

@@ -1,6 +1,7 @@
 """Every strategy of the registry gives the logits of the models themselves."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import functorch
 import pytest
@@ -14,9 +15,10 @@ from ensemble import strategies
 from ensemble.errors import UnavailableError
 from ensemble.machine import devices
 from ensemble.models import stacking
-from ensemble.strategies import STRATEGIES
+from ensemble.strategies import BEST, STRATEGIES
 from ensemble.strategies.built import Built
 from ensemble.strategies.concurrent import shares
+from tests.checkpoints import lively
 from tests.tiny import TinyNet, independent, tiny_models
 
 SHAPES = {"shared": (2, 3, 8, 8), "per_model": (3, 2, 3, 8, 8)}
@@ -26,7 +28,7 @@ QUIETER_COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # o
 
 
 def takes_seconds(name: str) -> bool:
-    return name in PEERS or "compiled" in name
+    return name in PEERS or "compiled" in name or name == BEST
 
 
 def from_registry(*, slow: bool) -> list[object]:
@@ -40,12 +42,10 @@ def from_registry(*, slow: bool) -> list[object]:
     ]
 
 
-def resnets(arch: str, count: int) -> list[nn.Module]:
-    models: list[nn.Module] = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        models.append(torchvision.models.get_model(arch, num_classes=7).eval())
-    return models
+@lru_cache(maxsize=1)
+def resnets(arch: str) -> list[nn.Module]:
+    """Two, which tests read and leave as they are."""
+    return [lively(arch, seed).requires_grad_(False) for seed in range(2)]
 
 
 def built(name: str, models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -65,7 +65,7 @@ def largest_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", from_registry(slow=True))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_are_those_of_each_model_by_itself(name: str, shape: str):
+def test_logits_are_those_of_each_model_by_itself(name: str, shape: str) -> None:
     models = tiny_models(3)
     example, x = torch.randn(2, *SHAPES[shape], generator=torch.Generator().manual_seed(1))
     forward = built(name, models, example).forward
@@ -75,7 +75,7 @@ def test_logits_are_those_of_each_model_by_itself(name: str, shape: str):
 
 
 @pytest.mark.parametrize("name", from_registry(slow=False))
-def test_one_model_alone_is_an_ensemble(name: str):
+def test_one_model_alone_is_an_ensemble(name: str) -> None:
     models, x = tiny_models(1), torch.randn(2, 3, 8, 8)
     assert largest_error(built(name, models, x).forward(x), independent(models, x)) < 1e-5
 
@@ -85,8 +85,10 @@ def test_one_model_alone_is_an_ensemble(name: str):
     [*from_registry(slow=False), *(pytest.param(name, marks=QUIET) for name in PEERS)],
 )
 @pytest.mark.parametrize(("arch", "per_model"), [("resnet18", True), ("resnet50", False)])
-def test_resnets_give_the_logits_of_the_models_themselves(name: str, arch: str, per_model: bool):
-    models = resnets(arch, 2)
+def test_resnets_give_the_logits_of_the_models_themselves(
+    name: str, arch: str, per_model: bool
+) -> None:
+    models = resnets(arch)
     x = torch.randn((2, 1, 3, 32, 32) if per_model else (1, 3, 32, 32))
     own = built(name, models, x)
     assert largest_error(own.forward(x), independent(models, x)) < 1e-5
@@ -101,13 +103,15 @@ def test_resnets_give_the_logits_of_the_models_themselves(name: str, arch: str, 
         ("folded_vmap", "resnet152"),
     ],
 )
-def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(name: str, arch: str):
-    models, x = resnets(arch, 2), torch.randn(1, 3, 32, 32)
+def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(
+    name: str, arch: str
+) -> None:
+    models, x = resnets(arch), torch.randn(1, 3, 32, 32)
     assert largest_error(ensemble.build(name, models, x)(x), independent(models, x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", from_registry(slow=False))
-def test_nothing_is_recorded_for_a_gradient(name: str):
+def test_nothing_is_recorded_for_a_gradient(name: str) -> None:
     models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
     for model in models:
         model.requires_grad_(True)
@@ -116,7 +120,9 @@ def test_nothing_is_recorded_for_a_gradient(name: str):
 
 @pytest.mark.parametrize("name", from_registry(slow=True))
 @pytest.mark.parametrize("apart", [True, False])
-def test_a_later_ensemble_of_the_same_models_leaves_the_first_as_it_was(name: str, apart: bool):
+def test_a_later_ensemble_of_the_same_models_leaves_the_first_as_it_was(
+    name: str, apart: bool
+) -> None:
     if takes_seconds(name) and not apart:
         pytest.skip("the seconds are spent on models that lie apart")
     models, x = tiny_models(3), torch.randn(2, 3, 8, 8)
@@ -138,7 +144,7 @@ def test_a_later_ensemble_of_the_same_models_leaves_the_first_as_it_was(name: st
 @pytest.mark.parametrize("name", PEERS)
 def test_a_runtime_that_is_not_installed_says_how_to_install_it(
     name: str, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     def missing(package: str) -> None:
         raise ImportError(package)
 
@@ -147,14 +153,14 @@ def test_a_runtime_that_is_not_installed_says_how_to_install_it(
         ensemble.build(name, tiny_models(1), torch.randn(1, 3, 8, 8))
 
 
-def test_jax_takes_resnets_only():
+def test_jax_takes_resnets_only() -> None:
     pytest.importorskip("jax", reason="pip install -r requirements-peers.txt")
     with pytest.raises(UnavailableError, match="JAX runs the ResNet family here, not TinyNet"):
         ensemble.build("jax", tiny_models(1), torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name.startswith("cudagraph")])
-def test_cuda_graphs_elsewhere_are_unavailable_with_the_reason(name: str):
+def test_cuda_graphs_elsewhere_are_unavailable_with_the_reason(name: str) -> None:
     with pytest.raises(UnavailableError, match="CUDA graphs need a CUDA device, this is cpu"):
         ensemble.build(name, tiny_models(1), torch.randn(1, 3, 8, 8))
 
@@ -172,11 +178,11 @@ def test_cuda_graphs_elsewhere_are_unavailable_with_the_reason(name: str):
 )
 def test_models_are_spread_so_that_no_core_waits_for_long(
     num_models: int, cores: int, plan: list[tuple[list[int], int]]
-):
+) -> None:
     assert shares(num_models, cores) == plan
 
 
-def test_vmap_runs_on_the_models_own_memory():
+def test_vmap_runs_on_the_models_own_memory() -> None:
     models = stacking.allocate(TinyNet(), 2, device=torch.device("cpu"))
     for model, source in zip(models, tiny_models(2), strict=True):
         model.load_state_dict(source.state_dict())
@@ -187,14 +193,16 @@ def test_vmap_runs_on_the_models_own_memory():
     assert bool((forward(x)[0] < 50).all())
 
 
-def test_vmap_without_combine_state_for_ensemble_gives_the_same(monkeypatch: pytest.MonkeyPatch):
+def test_vmap_without_combine_state_for_ensemble_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     models, x = tiny_models(3), torch.randn(2, 3, 8, 8)
     expected = ensemble.build("vmap", models, x)(x)
     monkeypatch.delattr(functorch, "combine_state_for_ensemble")
     torch.testing.assert_close(ensemble.build("vmap", models, x)(x), expected, rtol=0, atol=0)
 
 
-def test_an_unknown_strategy_is_named_with_those_there_are():
+def test_an_unknown_strategy_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"expected a strategy out of loop, vmap.*found 'magic'"):
         ensemble.build("magic", tiny_models(1), torch.randn(1, 3, 8, 8))
 
@@ -207,12 +215,12 @@ def test_an_unknown_strategy_is_named_with_those_there_are():
         (torch.zeros(1, 3, 8, 8).half(), "expected an example in torch.float32 on cpu"),
     ],
 )
-def test_an_example_that_does_not_fit_the_models_is_refused(example: Tensor, message: str):
+def test_an_example_that_does_not_fit_the_models_is_refused(example: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ensemble.build("loop", tiny_models(2), example)
 
 
-def test_models_in_train_mode_are_refused():
+def test_models_in_train_mode_are_refused() -> None:
     models = tiny_models(2)
     models[1].train()
     with pytest.raises(ValueError, match="expected models in eval mode, found train mode"):
@@ -225,7 +233,7 @@ def test_models_in_train_mode_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
     name: str, per_model: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode(), torch.device("cuda"):
@@ -240,7 +248,7 @@ def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
 @pytest.mark.filterwarnings("ignore:.*TensorFloat32")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", list(STRATEGIES))
-def test_the_logits_on_cuda_are_those_of_the_cpu_at_every_call(name: str):
+def test_the_logits_on_cuda_are_those_of_the_cpu_at_every_call(name: str) -> None:
     devices.configure(threads=None)  # no TF32
     torch.manual_seed(0)
     models = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(3)]

@@ -84,7 +84,7 @@ def child(body: str) -> str:
     return f"{FILTER}\nfiltered = forbid_internet_sockets()\n{WATCH}\n{body}\n{REPORT}"
 
 
-def test_a_run_of_all_peers_reaches_nobody_and_leaves_nothing_in_the_home(tmp_path: Path):
+def test_a_run_of_all_peers_reaches_nobody_and_leaves_nothing_in_the_home(tmp_path: Path) -> None:
     names = [name for name, package in PEERS.items() if installed(package)]
     if not names:
         pytest.skip("pip install -r requirements-peers.txt")
@@ -103,12 +103,12 @@ def test_a_run_of_all_peers_reaches_nobody_and_leaves_nothing_in_the_home(tmp_pa
         ("pid = os.fork()\nif not pid: os._exit(0)\nos.waitpid(pid, 0)", "os.fork"),
     ],
 )
-def test_the_watch_sees_what_it_is_there_for(tmp_path: Path, body: str, event: str):
+def test_the_watch_sees_what_it_is_there_for(tmp_path: Path, body: str, event: str) -> None:
     done = run_child(child(body), tmp_path)
     assert [name for name, _ in json.loads(done.stdout)[1]] == [event]
 
 
-def test_the_filter_ends_a_process_whose_library_opens_a_socket(tmp_path: Path):
+def test_the_filter_ends_a_process_whose_library_opens_a_socket(tmp_path: Path) -> None:
     probe = run_child(child(""), tmp_path)
     if not json.loads(probe.stdout)[0]:
         pytest.skip("this kernel has no seccomp filter")
@@ -116,7 +116,7 @@ def test_the_filter_ends_a_process_whose_library_opens_a_socket(tmp_path: Path):
     assert done.returncode < 0
 
 
-def test_openvino_that_was_imported_before_sends_nothing_from_here_on(tmp_path: Path):
+def test_openvino_that_was_imported_before_sends_nothing_from_here_on(tmp_path: Path) -> None:
     """Fakes in the place of the sender and of OpenVINO: the real ones would send."""
     program = """
 import sys, types

@@ -60,14 +60,16 @@ def broken(count: int) -> Run:
 
 
 @pytest.mark.parametrize("order", [("slow", "fast"), ("fast", "slow")])
-def test_the_fastest_setting_wins_by_three_percent_whichever_comes_first(order: tuple[str, ...]):
+def test_the_fastest_setting_wins_by_three_percent_whichever_comes_first(
+    order: tuple[str, ...],
+) -> None:
     machine = Machine()
     settings = {"slow": machine.setting(0.0515), "fast": machine.setting(0.0500)}
     found = machine.fastest({name: settings[name] for name in order})
     assert found.note.startswith("setting: fast (tried with 2 models: ")
 
 
-def test_a_machine_that_is_busy_during_one_short_trial_does_not_decide():
+def test_a_machine_that_is_busy_during_one_short_trial_does_not_decide() -> None:
     def load(call: int) -> float:  # the short trial of the first setting is 6 percent too slow
         return 1.06 if call < 9 else 1.0
 
@@ -76,20 +78,20 @@ def test_a_machine_that_is_busy_during_one_short_trial_does_not_decide():
     assert found.note.startswith("setting: fast (")
 
 
-def test_single_slow_calls_do_not_decide():
+def test_single_slow_calls_do_not_decide() -> None:
     machine = Machine(lambda call: 3.0 if call % 5 == 0 else 1.0)
     found = machine.fastest({"slow": machine.setting(0.0515), "fast": machine.setting(0.0500)})
     assert found.note.startswith("setting: fast (")
 
 
-def test_settings_that_are_far_apart_cost_no_longer_trial():
+def test_settings_that_are_far_apart_cost_no_longer_trial() -> None:
     machine = Machine()
     machine.fastest({"fast": machine.setting(0.05), "slow": machine.setting(0.08)})
     assert machine.calls == 2 * (1 + 2 * trial.SHORT.rounds)
 
 
 @pytest.mark.parametrize("call_s", [1e-4, 0.016, 0.07, 1.0])
-def test_a_trial_takes_seconds_whatever_a_call_takes(call_s: float):
+def test_a_trial_takes_seconds_whatever_a_call_takes(call_s: float) -> None:
     machine = Machine()
     machine.fastest({name: machine.setting(call_s) for name in ("a", "b", "c")})
     calls = 3 * (2 * (trial.SHORT.least + trial.LONG.least) + 2)  # made even where each is long
@@ -98,7 +100,7 @@ def test_a_trial_takes_seconds_whatever_a_call_takes(call_s: float):
     assert machine.now < limits + rests + calls * call_s
 
 
-def test_a_setting_that_raises_is_left_out_with_its_reason_and_the_others_are_tried():
+def test_a_setting_that_raises_is_left_out_with_its_reason_and_the_others_are_tried() -> None:
     machine = Machine()
     found = machine.fastest({"first": broken, "second": machine.setting(0.05, label=7.0)})
     assert found.note == (
@@ -107,7 +109,7 @@ def test_a_setting_that_raises_is_left_out_with_its_reason_and_the_others_are_tr
     assert found.forward(EXAMPLE).tolist() == [[[7.0]], [[7.0]]]
 
 
-def test_a_call_that_raises_leaves_its_setting_out():
+def test_a_call_that_raises_leaves_its_setting_out() -> None:
     def make(count: int) -> Run:
         def run(batches: list[Array]) -> list[Array]:
             raise MemoryError
@@ -119,7 +121,7 @@ def test_a_call_that_raises_leaves_its_setting_out():
     assert found.note.endswith("second 50.0 ms; first failed: MemoryError)")
 
 
-def test_where_all_settings_raise_the_error_is_the_first_ones():
+def test_where_all_settings_raise_the_error_is_the_first_ones() -> None:
     def other(count: int) -> Run:
         raise ValueError("another")
 
@@ -127,7 +129,7 @@ def test_where_all_settings_raise_the_error_is_the_first_ones():
         Machine().fastest({"first": broken, "second": other})
 
 
-def test_where_two_settings_together_need_too_much_the_short_trial_decides():
+def test_where_two_settings_together_need_too_much_the_short_trial_decides() -> None:
     machine, alive = Machine(), weakref.WeakSet[Run]()
 
     def scarce(seconds: float) -> Callable[[int], Run]:
@@ -144,14 +146,14 @@ def test_where_two_settings_together_need_too_much_the_short_trial_decides():
     assert found.note.endswith("; the longer trial failed: no room)")
 
 
-def test_the_setting_is_built_for_all_models_where_fewer_were_tried():
+def test_the_setting_is_built_for_all_models_where_fewer_were_tried() -> None:
     machine = Machine()
     found = machine.fastest({"only": machine.setting(0.05, label=2.0)}, num_models=5, tried=3)
     assert found.forward(EXAMPLE).shape == (5, 1, 1)
     assert "tried with 3 models" in found.note
 
 
-def test_what_was_tried_and_lost_is_released():
+def test_what_was_tried_and_lost_is_released() -> None:
     machine, alive = Machine(), weakref.WeakSet[Run]()
 
     def noted(seconds: float) -> Callable[[int], Run]:
@@ -171,6 +173,6 @@ def test_what_was_tried_and_lost_is_released():
 )
 def test_all_models_are_tried_or_some_that_leave_as_many_over(
     num_models: int, cores: int, tried: int
-):
+) -> None:
     assert trial.size(num_models, cores) == tried
     assert tried == num_models or (num_models - tried) % cores == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble.measure.agreement import TOLERANCES, check
+from ensemble.strategies.agreement import TOLERANCES, check
 
 REFERENCE = torch.tensor([[[1.0, 4.0, 2.0]], [[8.0, 0.0, 4.0]]])  # 2 models, 1 image, 3 classes
 
@@ -15,7 +15,7 @@ def changed(model: int, image: int, label: int, value: float) -> Tensor:
     return logits
 
 
-def test_the_error_is_the_largest_difference_over_the_largest_reference_of_the_model():
+def test_the_error_is_the_largest_difference_over_the_largest_reference_of_the_model() -> None:
     found = check(changed(0, 0, 1, 4.002), REFERENCE, tolerance=1e-3)
     assert found.max_rel_error == pytest.approx(0.002 / 4, rel=1e-3)
     assert found.top1 == [[1], [0]]
@@ -23,30 +23,30 @@ def test_the_error_is_the_largest_difference_over_the_largest_reference_of_the_m
     assert found.problem is None
 
 
-def test_an_error_above_the_tolerance_names_the_model_and_the_limit():
+def test_an_error_above_the_tolerance_names_the_model_and_the_limit() -> None:
     found = check(changed(1, 0, 2, 4.1), REFERENCE, tolerance=1e-3)
     assert found.problem == (
         "outputs disagree: model 1 is off by 1.2e-02 of its largest logit, limit 1e-03"
     )
 
 
-def test_a_swapped_pair_of_models_is_caught():
+def test_a_swapped_pair_of_models_is_caught() -> None:
     assert check(REFERENCE.flip(0), REFERENCE, tolerance=3e-2).problem is not None
 
 
-def test_a_swapped_pair_of_images_is_caught():
+def test_a_swapped_pair_of_images_is_caught() -> None:
     reference = REFERENCE.transpose(0, 1)
     assert check(reference.flip(1), reference, tolerance=3e-2).problem is not None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_disagree(value: float):
+def test_logits_that_are_not_finite_disagree(value: float) -> None:
     found = check(changed(1, 0, 0, value), REFERENCE, tolerance=1e-4)
     assert found.problem is not None
     assert "model 1" in found.problem
 
 
-def test_another_class_disagrees_unless_the_reference_holds_the_two_for_equal():
+def test_another_class_disagrees_unless_the_reference_holds_the_two_for_equal() -> None:
     reference = torch.tensor([[[10.0, 9.9]]])
     logits = torch.tensor([[[9.95, 9.96]]])
     assert check(logits, reference, tolerance=1.1e-2).problem is None
@@ -58,18 +58,18 @@ def test_another_class_disagrees_unless_the_reference_holds_the_two_for_equal():
     )
 
 
-def test_logits_of_another_shape_disagree():
+def test_logits_of_another_shape_disagree() -> None:
     found = check(REFERENCE[:1], REFERENCE, tolerance=1e-4)
     assert found.problem == "expected logits of shape (2, 1, 3), found (1, 1, 3)"
 
 
-def test_logits_that_are_all_zero_agree_with_zeros_alone():
+def test_logits_that_are_all_zero_agree_with_zeros_alone() -> None:
     zeros = torch.zeros(2, 1, 3)
     assert check(zeros, zeros, tolerance=1e-4).problem is None
     assert check(zeros + 1e-9, zeros, tolerance=1e-4).problem is not None
 
 
-def test_a_reference_that_is_not_finite_is_blamed_itself():
+def test_a_reference_that_is_not_finite_is_blamed_itself() -> None:
     broken = changed(0, 0, 0, float("nan"))
     found = check(broken, broken, tolerance=1e-4)
     assert found.problem == "the reference's own logits are not finite: bad weights?"
@@ -101,7 +101,9 @@ def assert_caught(found: Tensor, model: int, dtype: torch.dtype, tolerance: floa
 
 @TOLERANCES_BY_DTYPE
 @pytest.mark.parametrize("model", [0, 7, 15])
-def test_one_model_of_many_that_is_zero_is_caught(model: int, dtype: torch.dtype, tolerance: float):
+def test_one_model_of_many_that_is_zero_is_caught(
+    model: int, dtype: torch.dtype, tolerance: float
+) -> None:
     assert_caught(planted(model, torch.zeros(4, 10)), model, dtype, tolerance)
 
 
@@ -109,7 +111,7 @@ def test_one_model_of_many_that_is_zero_is_caught(model: int, dtype: torch.dtype
 @pytest.mark.parametrize(("model", "other"), [(15, 14), (1, 0), (14, 15)])
 def test_one_model_that_answers_with_anothers_logits_is_caught(
     model: int, other: int, dtype: torch.dtype, tolerance: float
-):
+) -> None:
     assert_caught(planted(model, DECADES[other]), model, dtype, tolerance)
 
 
@@ -117,7 +119,7 @@ def test_one_model_that_answers_with_anothers_logits_is_caught(
 @pytest.mark.parametrize(("model", "other"), [(0, 1), (0, 15), (14, 15)])
 def test_two_models_that_are_swapped_are_caught(
     model: int, other: int, dtype: torch.dtype, tolerance: float
-):
+) -> None:
     found = planted(model, DECADES[other])
     found[other] = DECADES[model]
     assert check(found.to(dtype), DECADES, tolerance=tolerance).problem is not None
@@ -126,7 +128,7 @@ def test_two_models_that_are_swapped_are_caught(
 @TOLERANCES_BY_DTYPE
 def test_noise_of_ten_times_the_tolerance_in_the_model_with_the_smallest_logits_is_caught(
     dtype: torch.dtype, tolerance: float
-):
+) -> None:
     noise = torch.rand(4, 10, generator=torch.Generator().manual_seed(1)) * 2 - 1
     largest = DECADES[15].abs().max()
     found = planted(15, DECADES[15] + 10 * tolerance * largest * noise / noise.abs().max())
@@ -136,11 +138,13 @@ def test_noise_of_ten_times_the_tolerance_in_the_model_with_the_smallest_logits_
 
 
 @TOLERANCES_BY_DTYPE
-def test_rounding_to_the_dtype_is_no_fault_at_any_scale(dtype: torch.dtype, tolerance: float):
+def test_rounding_to_the_dtype_is_no_fault_at_any_scale(
+    dtype: torch.dtype, tolerance: float
+) -> None:
     assert check(DECADES.to(dtype), DECADES, tolerance=tolerance).problem is None
 
 
-def test_a_wrong_class_of_a_model_with_small_logits_beside_large_ones_is_caught():
+def test_a_wrong_class_of_a_model_with_small_logits_beside_large_ones_is_caught() -> None:
     reference = torch.tensor([[[1000.0, 0.0]], [[1e-3, 0.9e-3]]])
     logits = torch.tensor([[[1000.0, 0.0]], [[0.9e-3, 1e-3]]])
     found = check(logits, reference, tolerance=3e-2)
@@ -155,7 +159,7 @@ def test_a_wrong_class_of_a_model_with_small_logits_beside_large_ones_is_caught(
     )
 
 
-def test_an_image_with_small_logits_is_held_to_its_own_scale():
+def test_an_image_with_small_logits_is_held_to_its_own_scale() -> None:
     reference = torch.tensor([[[100.0, 50.0], [20.0, 30.0]]])
     logits = reference + torch.tensor([[[0.009, 0.0], [0.0, 0.004]]])  # of 100 both are nothing
     found = check(logits, reference, tolerance=1e-4)
@@ -167,21 +171,21 @@ def test_an_image_with_small_logits_is_held_to_its_own_scale():
 
 
 @pytest.mark.parametrize("small", [0.0, 1e-6, 1e-3])
-def test_rounding_errors_of_an_image_whose_logits_cancel_are_no_fault(small: float):
+def test_rounding_errors_of_an_image_whose_logits_cancel_are_no_fault(small: float) -> None:
     reference = torch.tensor([[[100.0, 50.0], [small, -small]]])
     noise = torch.tensor([[[0.0, 0.0], [5e-4, -5e-4]]])  # 5e-6 of the model's largest logit
     assert check(reference + noise, reference, tolerance=1e-4).problem is None
     assert check(reference + 4 * noise, reference, tolerance=1e-4).problem is not None
 
 
-def test_sixteen_bits_are_held_to_the_scale_of_the_model_alone():
+def test_sixteen_bits_are_held_to_the_scale_of_the_model_alone() -> None:
     reference = torch.tensor([[[100.0, 50.0], [2.0, 1.0]]])
     logits = reference + torch.tensor([[[0.0, 0.0], [2.5, 0.0]]])
     assert check(logits.bfloat16(), reference, tolerance=3e-2).problem is None
     assert check(logits.float(), reference, tolerance=3e-2).problem is not None
 
 
-def test_a_model_whose_logits_are_all_zero_agrees_with_zeros_alone_beside_others():
+def test_a_model_whose_logits_are_all_zero_agrees_with_zeros_alone_beside_others() -> None:
     reference = DECADES.clone()
     reference[3] = 0.0
     found = reference.clone()

@@ -1,0 +1,143 @@
+"""One row under load: build every batch size -> play what the scenario asks -> figures."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from ensemble.errors import UnavailableError
+from ensemble.machine import memory, other_programs
+from ensemble.machine.devices import synchronize
+from ensemble.machine.timing import interleaved
+from ensemble.measure.bench import Bench
+from ensemble.measure.failure import reason
+from ensemble.measure.stages import Stage
+from ensemble.measure.start import tidy
+from ensemble.models import stacking
+from ensemble.options import Config
+from ensemble.records import Case, Load, Process, Result
+from ensemble.serving import ways
+from ensemble.serving.engine import Engine
+from ensemble.serving.play import Player
+from ensemble.serving.referee import OFFLINE, SERVER, SINGLE_STREAM
+from ensemble.serving.search import highest
+from ensemble.serving.ways import DisagreementError
+from ensemble.statistics import median
+
+BOUND_CALLS = 4.0  # the bound, in calls of the loop, where none was asked for
+CURVE = (0.4, 0.7)  # of the rate that is held: where the picture's curve is measured too
+SINGLE_STREAM_PERCENTILE = 90.0  # MLPerf's
+
+log = logging.getLogger(__name__)
+
+
+class TooSlowError(RuntimeError):
+    """No rate can be held: a single call takes longer than the bound."""
+
+
+def measure(
+    case: Case, bench: Bench, config: Config, *, progress: Stage, picked: str | None = None
+) -> Result:
+    """The row of a case under load; a failure is a row with its reason.
+
+    `picked` is not asked: `best` chooses anew for each batch size.
+    """
+    tidy()
+    row, dtype = Result(case, notes=bench.notes), getattr(torch, case.dtype)
+    device, cpu = bench.example.device, other_programs.read()
+    before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
+    try:
+        engine = ways.build(case, bench, max_batch=config.max_batch, progress=progress)
+        row = replace(row, notes=row.notes + _notes(engine), max_rel_error=engine.max_rel_error)
+        player = Player(case, config, engine, _bound_s(case, bench, config), progress)
+        load = _load(config, player)
+    except UnavailableError as error:
+        return replace(row, status="unavailable", error=str(error))
+    except (DisagreementError, TooSlowError) as error:
+        return replace(row, status="failed", error=str(error))
+    except Exception as error:
+        log.debug("%s failed", case, exc_info=True)
+        name = ways.plan(case).alone or ways.plan(case).together or case.strategy
+        why = reason(error, name, bench.models, bench.example, dtype)
+        return replace(row, status="failed", error=why)
+    peak = memory.peak_bytes(device) if peak_known else None
+    shared = sum(map(stacking.weight_bytes, bench.models)) if dtype == torch.float32 else 0
+    process = Process(
+        times_s=(),
+        reference_times_s=(),
+        build_s=engine.build_s,
+        first_call_s=engine.first_call_s,
+        peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
+        others_cpu_share=other_programs.share_of_others(cpu, other_programs.read()),
+        load=load,
+    )
+    problem = next((run.problem for run in load.runs if run.problem), None)
+    row = replace(row, processes=(process,))
+    return replace(row, status="failed", error=problem) if problem else row
+
+
+def _load(config: Config, player: Player) -> Load:
+    """Play what the scenario asks."""
+    if config.scenario == SINGLE_STREAM:
+        player.play("asked", 1 / player.call_s, percentile=SINGLE_STREAM_PERCENTILE)
+    elif config.scenario == OFFLINE:
+        player.play("asked", player.most_qps)
+    elif config.target_qps is not None:
+        player.play("asked", config.target_qps)
+    else:
+        _find(player)
+    percentile = config.latency_percentile
+    if config.scenario == SINGLE_STREAM:
+        percentile = SINGLE_STREAM_PERCENTILE
+    assert config.scenario is not None
+    bound_s = player.bound_s if config.scenario == SERVER else None
+    return Load(config.scenario, percentile, bound_s, tuple(player.runs))
+
+
+def _find(player: Player) -> None:
+    """Search the rate that is held, then fill the curve below it."""
+    if player.call_s > player.bound_s:
+        raise TooSlowError(
+            f"expected a bound of at least one call, {1e3 * player.call_s:.3g} ms, found"
+            f" {1e3 * player.bound_s:.3g} ms"
+        )
+
+    def hold(rate: float, draw: int) -> bool:
+        return player.play("confirm" if draw else "search", rate, draw=draw).valid
+
+    held = highest(hold, player.guess_qps())
+    if held is not None:
+        for share in CURVE:
+            player.play("curve", share * held)
+
+
+def _bound_s(case: Case, bench: Bench, config: Config) -> float:
+    """The bound that was asked for, or four times what the loop takes for one request."""
+    if config.latency_bound_ms is not None:
+        return 1e-3 * config.latency_bound_ms
+    one = bench.example if case.inputs == "shared" else bench.example[0]
+    models = bench.models if case.inputs == "shared" else bench.models[:1]
+
+    def call() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [model(one) for model in models]
+
+    rounds = interleaved(
+        [call],
+        warmup=config.warmup,
+        min_rounds=10,
+        min_seconds=0.5,
+        synchronize=lambda: synchronize(one.device),
+    )
+    return BOUND_CALLS * (median([sample.seconds for (sample,) in rounds]) or 0.0)
+
+
+def _notes(engine: Engine) -> tuple[str, ...]:
+    """How it was built, and what each batch size takes alone or together."""
+    times = ", ".join(f"{way.mode} {way.size}: {1e3 * way.seconds:.2f} ms" for way in engine.ways)
+    notes = (*engine.notes, f"batches ({times})")
+    if not engine.told_apart():
+        notes += ("the check under load is weak: answers to different images hardly differ",)
+    return notes

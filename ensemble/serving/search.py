@@ -1,0 +1,36 @@
+"""The highest rate that is held: bracketed, halved, confirmed. Pure: who plays a rate is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+STEP = 1.2  # between rates while looking for one that is held and one that is not
+CLOSE = 1.06  # how near these two must come
+GIVE_UP = 0.5  # of the guess
+LOWER = 0.95  # where the confirming run does not hold
+CONFIRM, MOST_CONFIRMS = 1, 4
+
+
+def highest(hold: Callable[[float, int], bool], guess_qps: float) -> float | None:
+    """The highest rate that `hold(rate, draw)` says yes to, within `CLOSE`; None if there is none.
+
+    `draw` numbers the arrivals: 0 while searching, so that all rates meet the same luck, and
+    another for each run that confirms, so that no rate is held by its luck.
+    """
+    low, high = 0.0, float("inf")
+    rate = guess_qps
+    while not low or high == float("inf"):
+        if hold(rate, 0):
+            low, rate = rate, rate * STEP
+        else:
+            high, rate = rate, rate / STEP
+        if rate < GIVE_UP * guess_qps:
+            return None
+    while high / low > CLOSE:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if hold(middle, 0) else (low, middle)
+    for draw in range(CONFIRM, CONFIRM + MOST_CONFIRMS):
+        if hold(low, draw):
+            return low
+        low *= LOWER
+    return None
