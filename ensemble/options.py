@@ -78,17 +78,16 @@ class Config:
 
     num_models: tuple[int, ...] = flag(
         SERVE,
-        "models in the ensemble; several values are measured one after another"
-        f" (default: one per file, {DEFAULT_NUM_MODELS} with a single file)",
+        "how many models; several values are measured one after another"
+        f" (default: one per file, else {DEFAULT_NUM_MODELS})",
         type=positive,
         nargs="+",
         metavar="N",
     )
     model_path: tuple[str, ...] | None = flag(
         SERVE,
-        ".pth, .pt or .safetensors; one file gives N independent copies, K files K different"
-        " models (default: torchvision's file for the architecture, else its download, else random"
-        " weights)",
+        ".pth, .pt or .safetensors: one file for N copies, or one per model"
+        " (default: torchvision's, else random weights)",
         nargs="+",
         metavar="PATH",
     )
@@ -98,7 +97,7 @@ class Config:
     image_path: str = flag(SERVE, "the image to predict", default=DEFAULT_IMAGE, metavar="PATH")
     image_size: tuple[int, ...] = flag(
         SERVE,
-        "side of the model's input; several values make a grid",
+        "side of the input; several make a grid",
         type=positive,
         nargs="+",
         default=[224],
@@ -106,7 +105,7 @@ class Config:
     )
     batch_size: tuple[int, ...] = flag(
         SERVE,
-        "images in a batch: the plain image and B - 1 augmented ones; several make a grid",
+        "the image and B - 1 augmented ones; several make a grid",
         type=positive,
         nargs="+",
         default=[1],
@@ -114,16 +113,20 @@ class Config:
     )
     inputs: str = flag(
         SERVE,
-        "per_model when each model gets a batch of its own (N tenants), not one for all",
+        "shared: one batch for all models; per_model: one for each (N tenants)",
         choices=("shared", "per_model"),
         default="shared",
+        metavar="WHICH",
     )
     device: str = flag(
-        RUN, "auto (the accelerator if there is one), cpu, cuda, cuda:1, xpu, mps", default="auto"
+        RUN,
+        "auto (an accelerator if there is one), cpu, cuda, cuda:1, xpu, mps",
+        default="auto",
+        metavar="NAME",
     )
     dtype: tuple[str, ...] = flag(
         RUN,
-        "float32, bfloat16, float16: of weights and inputs; the reference stays the float32 loop",
+        "of weights and inputs: float32, bfloat16, float16; the reference stays in float32",
         choices=("float32", "bfloat16", "float16"),
         nargs="+",
         default=["float32"],
@@ -131,7 +134,7 @@ class Config:
     )
     strategies: tuple[str, ...] = flag(
         RUN,
-        f"names of --list_strategies; {BEST}: the loop and the one expected to be the fastest here;"
+        f"names of --list_strategies; {BEST}: the loop and the one expected to be fastest here;"
         f" {ALL}: every one",
         choices=(*STRATEGIES, *HYBRIDS, BEST, ALL),
         nargs="+",
@@ -139,72 +142,71 @@ class Config:
         metavar="NAME",
     )
     threads: int | None = flag(
-        RUN, "CPU threads for torch (default: the cores)", type=thread_count, metavar="T"
+        RUN, "CPU threads of torch (default: the cores)", type=thread_count, metavar="T"
     )
     allocator: str = flag(
         RUN,
-        "retain when page faults explain a loss on the CPU: freed memory is kept (glibc)",
+        "system, or retain: keep freed memory (glibc), where page faults explain a loss",
         choices=("system", "retain"),
         default="system",
+        metavar="NAME",
     )
     seed: int = flag(
-        RUN, "for random weights and augmented images", type=seed_number, default=0, metavar="S"
+        RUN, "of random weights and augmented images", type=seed_number, default=0, metavar="S"
     )
     warmup: int = flag(
         MEASURE,
-        "untimed calls of each strategy and of the reference beside it",
+        "untimed calls of strategy and reference",
         type=not_negative,
         default=3,
         metavar="CALLS",
     )
     min_pairs: int = flag(
         MEASURE,
-        "time at least so many pairs of reference and strategy",
+        "pairs of reference and strategy to time, at least",
         type=positive,
         default=20,
         metavar="P",
     )
     min_seconds: float = flag(
         MEASURE,
-        "and for at least so long; raise it on a noisy machine",
+        "and for at least so long; more on a noisy machine",
         type=seconds,
         default=2.0,
         metavar="S",
     )
     processes: int = flag(
         MEASURE,
-        "fresh processes for each row, at most; 0: in this one, for a debugger or a profiler",
+        "fresh processes per row, at most; 0: this one, for a debugger or a profiler",
         type=not_negative,
         default=5,
         metavar="P",
     )
     precision: float = flag(
         MEASURE,
-        "after three processes, more only where half of the interval is wider than this",
+        "more than three processes only where half of the interval is wider than this",
         type=percent,
         default=5.0,
         metavar="PERCENT",
     )
     timeout_minutes: float = flag(
         MEASURE,
-        "give a process up that says nothing for so long",
+        "give up a process that is silent for so long",
         type=minutes,
         default=5.0,
         metavar="M",
     )
-    roofline: bool = switch(MEASURE, "add how much of this device's measured limits a row reaches")
-    self_check: bool = switch(
-        MEASURE, "add a row that times the reference against itself: the noise floor"
-    )
+    roofline: bool = switch(MEASURE, "add the share of this device's measured limits")
+    self_check: bool = switch(MEASURE, "add the reference against itself: the noise floor")
     max_minutes: float | None = flag(
         MEASURE,
-        "start no row after so long; what was not measured is said",
+        "start no row after so long, and say what is missing",
         type=minutes,
         metavar="M",
     )
     resume: str | None = flag(
         MEASURE,
-        "go on with the run of an --export_json file: measure only what it lacks",
+        "measure only what an --export_json file lacks",
         metavar="PATH",
     )
     scenario: str | None = flag(
@@ -261,8 +263,8 @@ class Config:
     export_markdown: str | None = flag(SHOW, "the same as a page to read", metavar="PATH")
     plot: str | None = flag(
         SHOW,
-        "draw time and speedup against N, .png or .svg; of a grid, a heat map too; under load,"
-        " latency against the offered rate",
+        "time and speedup against N, .png or .svg; of a grid, a heat map too; under load, latency"
+        " against the offered rate",
         metavar="PATH",
     )
     from_json: str | None = flag(
@@ -271,18 +273,16 @@ class Config:
         metavar="PATH",
     )
     baseline: str | None = flag(
-        SHOW, "compare with the run of an earlier --export_json file", metavar="PATH"
+        SHOW, "an earlier --export_json file to compare with", metavar="PATH"
     )
     fail_above: float | None = flag(
         SHOW,
-        "with --baseline: exit code 1 where a strategy is surely slower by more than this",
+        "exit code 1 where a strategy is surely slower than in --baseline by more than this",
         type=percent,
         metavar="PERCENT",
     )
-    list_strategies: bool = switch(SHOW, "print what strategies there are, and what each needs")
-    verbose: bool = switch(
-        SHOW, "also all columns, the model, the top 5 classes, raw times, why a row failed"
-    )
+    list_strategies: bool = switch(SHOW, "what strategies there are, and what each needs")
+    verbose: bool = switch(SHOW, "all columns and rows, the top 5 classes, raw times")
 
     def plain(self) -> dict[str, Any]:
         """As a result file has it: tuples are lists there."""
@@ -298,6 +298,23 @@ def in_flags(error: InputError) -> str:
     return flag + " ".join(error.message.split())
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's, in fewer lines: each default once and only where there is one, short lists."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=26, **options)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.dest == "help":
+            return action.help
+        values = action.default if isinstance(action.default, list) else [action.default]
+        return f"{action.help} (default: {' '.join(map(str, values))})"
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        many = action.nargs == argparse.ONE_OR_MORE
+        return f"{action.metavar} ..." if many else super()._format_args(action, default_metavar)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with usage errors in the one-line form of every other error."""
 
@@ -309,10 +326,11 @@ def make_parser() -> Parser:
     """The parser of all flags, made of the fields of `Config`."""
     parser = Parser(
         prog="resnet_vmap.py",
+        usage="%(prog)s [--FLAG [VALUE ...]] ...",
         description="Run N ResNets on one device by a Python loop and by other strategies, check"
         " that all compute the same logits, and say which is fastest here, by how much and how"
         " surely.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
@@ -329,9 +347,9 @@ def parse(argv: Sequence[str] | None) -> Config:
     parser = make_parser()
     options = vars(parser.parse_args(argv))
     if options["from_json"]:
-        _check_beside_from_json(parser, options)
+        _check_beside_from_json(_typed(parser, argv))
     else:
-        _check_load(parser, options)
+        _check_load(set(_typed(parser, argv)), options)
     paths = options["model_path"]
     if options["num_models"] is None:
         options["num_models"] = [len(paths) if paths and len(paths) > 1 else DEFAULT_NUM_MODELS]
@@ -363,9 +381,15 @@ def default_image() -> Path:
     return beside if beside.exists() else Path(sys.prefix) / "share" / "resnet-vmap" / DEFAULT_IMAGE
 
 
-def _check_beside_from_json(parser: Parser, options: dict[str, Any]) -> None:
-    given = [name for name, value in options.items() if value != parser.get_default(name)]
-    without_effect = [f"--{name}" for name in given if name not in BESIDE_FROM_JSON]
+def _typed(parser: Parser, argv: Sequence[str] | None) -> list[str]:
+    """The flags of a command line, those too that were given their default value."""
+    untouched = argparse.Namespace(**dict.fromkeys(field.name for field in fields(Config)))
+    found = vars(parser.parse_args(argv, untouched))  # a default is put only where nothing is
+    return [name for name, value in found.items() if value is not None]
+
+
+def _check_beside_from_json(typed: Sequence[str]) -> None:
+    without_effect = [f"--{name}" for name in typed if name not in BESIDE_FROM_JSON]
     if without_effect:
         raise InputError(
             f"expected no {', '.join(without_effect)} beside it: it shows a run that was made",
@@ -377,10 +401,9 @@ def _check_beside_from_json(parser: Parser, options: dict[str, Any]) -> None:
 NOT_UNDER_LOAD = ("batch_size", "roofline", "self_check", "baseline", "fail_above")
 
 
-def _check_load(parser: Parser, options: dict[str, Any]) -> None:
+def _check_load(given: set[str], options: dict[str, Any]) -> None:
     """Raise InputError for flags of load without a scenario, or that do not go with it."""
     load = {own.name for own in fields(Config) if own.metadata["group"] == LOAD}
-    given = {name for name, value in options.items() if value != parser.get_default(name)}
     scenario, asked = options["scenario"], set(options["strategies"])
     if scenario is None:
         for name in sorted(load & given):

@@ -1,6 +1,8 @@
 """Independently constructed torchvision models and their state dicts, for tests to compare with."""
 
+import copy
 import warnings
+from functools import cache
 
 import torch
 import torchvision
@@ -39,17 +41,36 @@ def hollow(arch: str, *, classes: int) -> dict[str, Tensor]:
 
 
 def lively(arch: str, seed: int) -> nn.Module:
-    """A model whose batch norms have statistics and scales that differ from the identity's."""
+    """A model whose batch norms have statistics and scales that differ from the identity's.
+
+    A VGG gets one linear layer: its three are 119 million numbers, and no convolution.
+    """
+    model = _drawn(arch, seed)
+    return copy.deepcopy(model)  # a test may change it
+
+
+@cache
+def _drawn(arch: str, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    model = torchvision.models.get_model(arch, weights=None, num_classes=7).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = torchvision.models.get_model(arch, weights=None, num_classes=7).eval()
+        if arch.startswith("vgg"):
+            model.classifier = nn.Linear(512 * 7 * 7, 7)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
                 for tensor in (module.weight, module.running_var):
                     assert tensor is not None
                     tensor.uniform_(0.5, 2, generator=generator)
                 for tensor in (module.bias, module.running_mean):
                     assert tensor is not None
                     tensor.normal_(0, 0.3, generator=generator)
+                assert module.num_batches_tracked is not None
+                module.num_batches_tracked.zero_()
+            elif isinstance(module, nn.Conv2d | nn.Linear):
+                bound = (6 / module.weight[0].numel()) ** 0.5  # values stay at about 1
+                module.weight.uniform_(-bound, bound, generator=generator)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.3, generator=generator)
     return model

@@ -165,6 +165,8 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--baseline", KITTEN], f"--baseline: {KITTEN}: "),
         (["--from_json", KITTEN], "--from_json: expected no --image_path beside it"),
         (["--from_json", "a", "--threads", "2", "--roofline"], "no --image_path, --threads, --roo"),
+        (["--from_json", "a", "--precision", "5"], "no --image_path, --precision beside it"),
+        (["--from_json", "a", "--dtype", "float32"], "no --image_path, --dtype beside it"),
         (["--export_json", "/proc/run.json"], "--export_json: expected to write in /proc"),
         (["--arch", "vit_b_16", "--image_size", "64"], "--image_size: vit_b_16 does not run at 64"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to"),
@@ -321,6 +323,21 @@ def test_help_and_usage_errors_answer_without_importing_torch(argv: list[str]) -
     )
     done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True)
     assert done.returncode == 0
+
+
+def test_help_is_a_screen_and_a_half_and_says_each_default_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 75
+    assert "(default: loop vmap)" in out
+    assert "(default: 0)" in out
+    assert not re.search(
+        r"default: None|default: False|default: \[|\(default[^()]*\) \(default", out
+    )
 
 
 def test_interrupted_the_program_keeps_and_shows_what_is_finished(

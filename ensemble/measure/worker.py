@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -39,6 +40,7 @@ def main() -> None:
     from ensemble.records import Result
     from ensemble.report.exports import row_of
 
+    gc.freeze()  # the garbage that a row collects is not in what was imported: 0.15 s each time
     say({"stage": READY})
     line = sys.stdin.readline()
     if not line:  # the parent has ended, or given up

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ensemble
 import resnet_vmap
 from ensemble.measure import processes, rounds, session
 from ensemble.measure.processes import Job
@@ -143,6 +145,27 @@ def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_pa
             assert torch.equal(tensor, found), name
     assert path in Path("/proc/self/maps").read_text()
     assert torch.equal(own.views(8), workload.views(8))
+
+
+def test_a_worker_has_its_models_and_images_on_the_accelerator(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under fake tensors, which need no GPU: what is mapped on the CPU goes to the device."""
+    from ensemble.machine import devices
+    from ensemble.measure import bench
+    from ensemble.models import workload as loading
+
+    path, cuda = str(tmp_path / "shared.pt"), torch.device("cuda")
+    workload.save_shared(path, (8,))
+    monkeypatch.setattr(devices, "select_device", lambda name: torch.device(name))
+    # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
+    with FakeTensorMode():
+        own = loading.load_shared(path, QUICK, device="cuda")
+        example = bench.make_example(own.views(8), case("vmap", inputs="per_model"))
+        logits = ensemble.build("vmap", own.models, example)(example)
+    assert {tensor.device.type for model in own.models for tensor in model.buffers()} == {"cuda"}
+    assert (logits.device.type, logits.shape, own.device) == ("cuda", (3, 1, 5), cuda)
 
 
 def test_a_worker_that_never_starts_is_given_up_after_one_time_limit(

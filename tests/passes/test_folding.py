@@ -21,7 +21,7 @@ def norms(model: nn.Module) -> int:
 )
 def test_a_folded_model_computes_the_same_with_the_norms_gone(arch: str, left: int) -> None:
     models = [lively(arch, seed) for seed in range(2)]
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = [model.double()(x.double()) for model in models]
         found = folding.folded([model.float() for model in models])

@@ -1,6 +1,7 @@
 """Every strategy of the registry gives the logits of the models themselves."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import functorch
 import pytest
@@ -17,6 +18,7 @@ from ensemble.models import stacking
 from ensemble.strategies import STRATEGIES
 from ensemble.strategies.built import Built
 from ensemble.strategies.concurrent import shares
+from tests.checkpoints import lively
 from tests.tiny import TinyNet, independent, tiny_models
 
 SHAPES = {"shared": (2, 3, 8, 8), "per_model": (3, 2, 3, 8, 8)}
@@ -40,12 +42,10 @@ def from_registry(*, slow: bool) -> list[object]:
     ]
 
 
-def resnets(arch: str, count: int) -> list[nn.Module]:
-    models: list[nn.Module] = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        models.append(torchvision.models.get_model(arch, num_classes=7).eval())
-    return models
+@cache
+def resnets(arch: str) -> list[nn.Module]:
+    """Two, which tests read and leave as they are."""
+    return [lively(arch, seed).requires_grad_(False) for seed in range(2)]
 
 
 def built(name: str, models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -88,7 +88,7 @@ def test_one_model_alone_is_an_ensemble(name: str) -> None:
 def test_resnets_give_the_logits_of_the_models_themselves(
     name: str, arch: str, per_model: bool
 ) -> None:
-    models = resnets(arch, 2)
+    models = resnets(arch)
     x = torch.randn((2, 1, 3, 32, 32) if per_model else (1, 3, 32, 32))
     own = built(name, models, x)
     assert largest_error(own.forward(x), independent(models, x)) < 1e-5
@@ -106,7 +106,7 @@ def test_resnets_give_the_logits_of_the_models_themselves(
 def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(
     name: str, arch: str
 ) -> None:
-    models, x = resnets(arch, 2), torch.randn(1, 3, 32, 32)
+    models, x = resnets(arch), torch.randn(1, 3, 32, 32)
     assert largest_error(ensemble.build(name, models, x)(x), independent(models, x)) < 1e-5
 
 
