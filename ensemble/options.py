@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ensemble.errors import InputError
-from ensemble.strategies import BEST, HYBRIDS, STRATEGIES
+from ensemble.strategies import BEST, HYBRIDS, STRATEGIES, TUNE_SECONDS
 
 Number = TypeVar("Number", int, float)
 DEFAULT_NUM_MODELS = 2
@@ -134,11 +134,10 @@ class Config:
     )
     strategies: tuple[str, ...] = flag(
         RUN,
-        f"names of --list_strategies; {BEST}: the loop and the one expected to be fastest here;"
-        f" {ALL}: every one",
-        choices=(*STRATEGIES, *HYBRIDS, BEST, ALL),
+        f"names of --list_strategies; {BEST}: the fastest here, found by trying; {ALL}: every one",
+        choices=(*STRATEGIES, *HYBRIDS, ALL),
         nargs="+",
-        default=["loop", "vmap"],
+        default=["loop", "vmap", BEST],
         metavar="NAME",
     )
     threads: int | None = flag(
@@ -188,6 +187,14 @@ class Config:
         type=percent,
         default=5.0,
         metavar="PERCENT",
+    )
+    tune_seconds: float = flag(
+        MEASURE,
+        f"begin no further candidate of {BEST} after so long; raise it, and --timeout_minutes,"
+        " where each one compiles",
+        type=seconds,
+        default=TUNE_SECONDS,
+        metavar="S",
     )
     timeout_minutes: float = flag(
         MEASURE,
@@ -263,8 +270,8 @@ class Config:
     export_markdown: str | None = flag(SHOW, "the same as a page to read", metavar="PATH")
     plot: str | None = flag(
         SHOW,
-        "time and speedup against N, .png or .svg; of a grid, a heat map too; under load, latency"
-        " against the offered rate",
+        "time and speedup against N, .png or .svg; of a grid, a heat map too; under load,"
+        " latency against the offered rate",
         metavar="PATH",
     )
     from_json: str | None = flag(
@@ -349,7 +356,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     if options["from_json"]:
         _check_beside_from_json(_typed(parser, argv))
     else:
-        _check_load(set(_typed(parser, argv)), options)
+        _check_load(_typed(parser, argv), options)
     paths = options["model_path"]
     if options["num_models"] is None:
         options["num_models"] = [len(paths) if paths and len(paths) > 1 else DEFAULT_NUM_MODELS]
@@ -401,9 +408,10 @@ def _check_beside_from_json(typed: Sequence[str]) -> None:
 NOT_UNDER_LOAD = ("batch_size", "roofline", "self_check", "baseline", "fail_above")
 
 
-def _check_load(given: set[str], options: dict[str, Any]) -> None:
+def _check_load(typed: Sequence[str], options: dict[str, Any]) -> None:
     """Raise InputError for flags of load without a scenario, or that do not go with it."""
     load = {own.name for own in fields(Config) if own.metadata["group"] == LOAD}
+    given = set(typed)
     scenario, asked = options["scenario"], set(options["strategies"])
     if scenario is None:
         for name in sorted(load & given):

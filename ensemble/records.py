@@ -150,6 +150,7 @@ class Process:
     build_s: float | None = None
     first_call_s: float | None = None
     peak_memory_bytes: int | None = None
+    tune_s: float | None = None  # of build_s, to choose among strategies; None where nothing was
     page_faults_per_call: float | None = None
     reference_page_faults_per_call: float | None = None
     others_cpu_share: float | None = None
@@ -186,6 +187,12 @@ class Result:
     least_s: float | None = None  # the least time that the device's measured limits allow
     bound: str | None = None  # which limit that is: compute or memory
     notes: tuple[str, ...] = ()
+    picked: str | None = None  # the strategy that `best` chose in its first process, for all
+
+    @property
+    def name(self) -> str:
+        """The strategy, and which it picked."""
+        return f"{self.case.strategy} ({self.picked})" if self.picked else self.case.strategy
 
     @cached_property
     def times_s(self) -> tuple[float, ...]:
@@ -197,7 +204,14 @@ class Result:
 
     @property
     def build_s(self) -> float | None:
-        return self._median_of("build_s")
+        """What choosing took where one process did so for all, and what the build took them."""
+        known = [own for own in self.processes if own.build_s is not None]
+        built = median([(own.build_s or 0.0) - (own.tune_s or 0.0) for own in known])
+        return None if built is None else built + (self.tune_s or 0.0)
+
+    @property
+    def tune_s(self) -> float | None:
+        return self._median_of("tune_s")
 
     @property
     def first_call_s(self) -> float | None:

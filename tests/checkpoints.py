@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torchvision
@@ -49,14 +49,14 @@ def lively(arch: str, seed: int) -> nn.Module:
     return copy.deepcopy(model)  # a test may change it
 
 
-@cache
+@lru_cache(maxsize=4)
 def _drawn(arch: str, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = torchvision.models.get_model(arch, weights=None, num_classes=7).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torchvision.models.get_model(arch, weights=None, num_classes=7)
         if arch.startswith("vgg"):
             model.classifier = nn.Linear(512 * 7 * 7, 7)
-    model.to_empty(device="cpu")
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -66,11 +66,4 @@ def _drawn(arch: str, seed: int) -> nn.Module:
                 for tensor in (module.bias, module.running_mean):
                     assert tensor is not None
                     tensor.normal_(0, 0.3, generator=generator)
-                assert module.num_batches_tracked is not None
-                module.num_batches_tracked.zero_()
-            elif isinstance(module, nn.Conv2d | nn.Linear):
-                bound = (6 / module.weight[0].numel()) ** 0.5  # values stay at about 1
-                module.weight.uniform_(-bound, bound, generator=generator)
-                if module.bias is not None:
-                    module.bias.normal_(0, 0.3, generator=generator)
-    return model
+    return model.eval()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.machine import timing
+from ensemble.strategies import duel
 from tests.checkpoints import SMALL, trained
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # these have the cores between them
@@ -25,8 +26,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times that no test looks at need no quiet before each call; a third of the suite's time."""
+    """Times that no test looks at need no quiet before each call, nor many of them; a third of the
+    suite's time."""
     monkeypatch.setattr(timing, "SETTLE_S", 0.0)
+    monkeypatch.setattr(duel, "SHORT_S", 0.0)
+    monkeypatch.setattr(duel, "LONG_S", 0.0)
+    monkeypatch.setattr(duel, "release", lambda: None)
 
 
 @pytest.fixture

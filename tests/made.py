@@ -29,7 +29,9 @@ ENVIRONMENT = Environment(
     weights="random",
     first_forward_s=0.25,
 )
-CONFIG: Config = replace(parse([]), num_models=(4,), image_path="kitten.jpg")
+CONFIG: Config = replace(
+    parse([]), num_models=(4,), image_path="kitten.jpg", strategies=("loop", "vmap")
+)
 
 _OF_CASE = set(Case.__dataclass_fields__)
 _OF_PROCESS = set(Process.__dataclass_fields__)

@@ -26,6 +26,7 @@ ROOT = Path(resnet_vmap.__file__).parent
 KITTEN = str(ROOT / "kitten.jpg")
 QUICK = ["--image_path", KITTEN, "--image_size", "32", "--warmup", "0"]
 QUICK += ["--min_pairs", "8", "--min_seconds", "0", "--processes", "0"]
+QUICK += ["--strategies", "loop", "vmap"]
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +334,7 @@ def test_help_is_a_screen_and_a_half_and_says_each_default_once(
         parse(["--help"])
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 75
-    assert "(default: loop vmap)" in out
+    assert "(default: loop vmap best)" in out
     assert "(default: 0)" in out
     assert not re.search(
         r"default: None|default: False|default: \[|\(default[^()]*\) \(default", out
@@ -393,7 +394,7 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
     )
     argv = ["--model_path", checkpoint, "--num_models", "8", "--batch_size", "16"]
     argv += ["--image_size", "112", "--warmup", "0", "--min_pairs", "1", "--min_seconds", "0"]
-    argv += ["--processes", "0"]
+    argv += ["--processes", "0", "--strategies", "loop", "vmap"]
     done = subprocess.run(
         [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
     )

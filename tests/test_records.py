@@ -1,6 +1,8 @@
 """What a record derives from its raw times."""
 
-from tests.made import ROW, changed
+from dataclasses import replace
+
+from tests.made import PROCESS, ROW, changed
 
 
 def test_the_speedup_is_the_median_of_the_ratios_of_pairs_and_not_a_ratio_of_medians() -> None:
@@ -26,3 +28,13 @@ def test_a_row_that_failed_has_no_speedup_even_where_it_has_times() -> None:
 def test_noise_is_the_worse_spread_of_the_two() -> None:
     noisy = changed(ROW, times_s=(1.0, 1.0, 1.0), reference_times_s=(1.0, 2.0, 3.0))
     assert noisy.noise == 0.5
+
+
+def test_the_build_of_a_row_holds_what_its_first_process_took_to_choose_for_all() -> None:
+    first = replace(PROCESS, build_s=7.0, tune_s=5.0)
+    others = (replace(PROCESS, build_s=1.0), replace(PROCESS, build_s=1.5))
+    row = replace(ROW, processes=(first, *others), picked="folded_loop")
+    assert row.build_s == 6.5  # 5, and the median of 2, 1 and 1.5
+    assert row.start_s == 6.7
+    assert row.name == "vmap (folded_loop)"
+    assert (ROW.tune_s, ROW.build_s, ROW.name) == (None, 0.1, "vmap")

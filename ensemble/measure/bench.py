@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.measure import roofline
-from ensemble.measure.agreement import TOLERANCES, check
 from ensemble.measure.failure import optional, reason
 from ensemble.measure.start import Started, start, tidy
 from ensemble.models import stacking
 from ensemble.models.workload import Workload
 from ensemble.records import REFERENCE, Case, Result
 from ensemble.strategies import STRATEGIES
+from ensemble.strategies.agreement import TOLERANCES, check
 
 Limits = dict[str, tuple[roofline.Limits | None, tuple[str, ...]]]  # by dtype, with notes
 

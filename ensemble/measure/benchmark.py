@@ -7,16 +7,13 @@ from functools import partial
 from itertools import groupby, product
 from typing import Protocol
 
-import torch
-from torch import nn
-
 from ensemble.measure import row
 from ensemble.measure.bench import Bench, make_bench, measure_limits, with_roofline
+from ensemble.measure.stages import Stage
 from ensemble.models.workload import Workload
 from ensemble.options import Config
-from ensemble.records import REFERENCE, SELF_CHECK, Case, Result
+from ensemble.records import SELF_CHECK, Case, Result
 from ensemble.report.words import case_name
-from ensemble.strategies import BEST, best
 
 # Called with what is measured in words, what is being done to it, and how much of that is done.
 Progress = Callable[[str, str, float], None]
@@ -25,21 +22,16 @@ Progress = Callable[[str, str, float], None]
 class Measure(Protocol):
     """Makes a row of a case."""
 
-    def __call__(
-        self, case: Case, bench: Bench, config: Config, *, progress: row.Stage
-    ) -> Result: ...
+    def __call__(self, case: Case, bench: Bench, config: Config, *, progress: Stage) -> Result: ...
 
 
-def plan(config: Config, models: Sequence[nn.Module], device: torch.device) -> list[Case]:
-    """The rows to measure, in their order: cell by cell of the grid.
-
-    `best` stands for the reference and the strategy that is picked.
-    """
+def plan(config: Config) -> list[Case]:
+    """The rows to measure, in their order: cell by cell of the grid."""
     cells = product(config.image_size, config.batch_size, config.num_models)
     return [
         Case(name, num_models, batch_size, image_size, dtype, config.inputs)
         for image_size, batch_size, num_models in cells
-        for name, dtype in _names(config, models[:num_models], device)
+        for name, dtype in _names(config)
     ]
 
 
@@ -73,14 +65,8 @@ def run(
             yield with_roofline(found, limits, workload)
 
 
-def _names(
-    config: Config, models: Sequence[nn.Module], device: torch.device
-) -> list[tuple[str, str]]:
+def _names(config: Config) -> list[tuple[str, str]]:
     """The strategies and dtypes of one cell, each once."""
-    names: list[tuple[str, str]] = []
-    for dtype, name in product(config.dtype, config.strategies):
-        picked = best.pick(models, device.type, dtype) if name == BEST else name
-        names += [(REFERENCE, "float32")] if name == BEST else []
-        names.append((picked, dtype))
+    names = [(name, dtype) for dtype, name in product(config.dtype, config.strategies)]
     names += [(SELF_CHECK, "float32")] if config.self_check else []
     return list(dict.fromkeys(names))

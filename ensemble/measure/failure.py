@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ensemble.errors import first_line
 from ensemble.measure.start import start, tidy
+from ensemble.report import words
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ def reason(
     error.__traceback__ = None  # it holds the frames that hold the memory
     fits = _fitting(name, models, example, dtype)
     advice = f"{fits} would fit" if fits else "not even 1 would fit"
-    return f"out of memory with {len(models)} models; {advice} (tried by halving)"
+    return f"out of memory with {words.count(len(models), 'model')}; {advice} (tried by halving)"
 
 
 def optional(figure: str, function: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:

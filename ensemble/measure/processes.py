@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.machine import memory
-from ensemble.measure.row import Stage
+from ensemble.measure.stages import Stage
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Result
@@ -90,7 +90,9 @@ class Worker:
         if not first:
             self._messages.put(first)
 
-    def measure(self, case: Case, *, number: int, progress: Stage) -> tuple[Result, Result | None]:
+    def measure(
+        self, case: Case, *, number: int, picked: str | None, progress: Stage
+    ) -> tuple[Result, Result | None]:
         """The row of a case, and the reference's half of its pairs where it has such.
 
         `number` counts the processes of the row, and is added to the seed that arrivals under load
@@ -103,6 +105,7 @@ class Worker:
         config = replace(self._job.config, seed=self._job.config.seed + number)
         task: dict[str, Any] = {"config": config.plain(), "case": asdict(case)}
         task |= {"shared": self._job.shared, "device": self._job.device, "row": self._job.row}
+        task["picked"] = picked
         with contextlib.suppress(BrokenPipeError):  # it has died: the reason is asked below
             self._process.stdin.write(json.dumps(task) + "\n")
             self._process.stdin.flush()
@@ -134,13 +137,14 @@ def measure(
     job: Job,
     cases: Iterator[Case],
     *,
+    picked: Callable[[Case], str | None],
     progress: Callable[[Case, str, float], None],
     number: Callable[[Case], int] = lambda case: 0,
 ) -> Iterator[tuple[Result, Result | None]]:
     """Each case in a worker of its own, one after another; `number` of its processes so far.
 
     Two at a time are started, because importing torch keeps one core busy for seconds; they then
-    wait, and measure one after the other.
+    wait, and measure one after the other. `picked` is asked what an earlier one chose for the case.
     """
     while pair := tuple(islice(cases, AT_ONCE)):
         with contextlib.ExitStack() as stack:
@@ -150,8 +154,12 @@ def measure(
                 worker.wait()
             for worker, case in zip(workers, pair, strict=True):
                 with worker:
-                    told = partial(progress, case)
-                    yield worker.measure(case, number=number(case), progress=told)
+                    yield worker.measure(
+                        case,
+                        number=number(case),
+                        picked=picked(case),
+                        progress=partial(progress, case),
+                    )
 
 
 def _python_path() -> str:

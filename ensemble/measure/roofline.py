@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ensemble.machine.devices import synchronize
+from ensemble.machine.timing import time_call
 from ensemble.models import stacking
 
 # Timed calls of each measurement, after one that is not; the fastest is the limit. Once BUDGET_S
@@ -90,10 +91,10 @@ def _least_seconds(function: Callable[[], object], device: torch.device) -> floa
     synchronize(device)
     begin, times = time.perf_counter(), list[float]()
     while len(times) < CALLS:
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+        sample = time_call(
+            function, synchronize=lambda: synchronize(device), clock=time.perf_counter
+        )
+        times.append(sample.seconds)
         if len(times) >= LEAST_CALLS and time.perf_counter() - begin >= BUDGET_S:
             break
     return min(times)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,31 +13,38 @@ from ensemble.errors import UnavailableError
 from ensemble.machine import other_programs
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import Sample, interleaved
-from ensemble.measure.agreement import TOLERANCES, check
 from ensemble.measure.bench import Bench
 from ensemble.measure.failure import reason
+from ensemble.measure.stages import BUILDING, TIMING, Stage, telling
 from ensemble.measure.start import Started, start, tidy
 from ensemble.options import Config
 from ensemble.records import REFERENCE, Case, Process, Result
 from ensemble.statistics import median
-
-# Called with what is being done to a row, and how much of it is done (0 to 1).
-Stage = Callable[[str, float], None]
+from ensemble.strategies.agreement import TOLERANCES, check
 
 log = logging.getLogger(__name__)
 
 
-def measure(case: Case, bench: Bench, config: Config, *, progress: Stage) -> Result:
-    """The row of a case, measured in this process; a failure is a row with its reason."""
+def measure(
+    case: Case, bench: Bench, config: Config, *, progress: Stage, picked: str | None = None
+) -> Result:
+    """The row of a case, measured in this process; a failure is a row with its reason.
+
+    picked: what an earlier process has chosen for this row, where it did.
+    """
     tidy()
     dtype = getattr(torch, case.dtype)
-    strategy = REFERENCE if case.is_self_check else case.strategy
-    row = Result(case, notes=bench.notes)
+    strategy = picked or (REFERENCE if case.is_self_check else case.strategy)
+    row = Result(case, notes=bench.notes, picked=picked)
     try:
-        progress("build and first call", 0.0)
+        progress(BUILDING, 0.0)
         started = bench.reference
         if not case.is_reference:
-            started = start(strategy, bench.models, bench.example, dtype)
+            with telling(strategy, progress):
+                started = start(
+                    *(strategy, bench.models, bench.example, dtype),
+                    tune_seconds=config.tune_seconds,
+                )
         row = _checked(row, started, bench)
         if row.error:
             return row
@@ -95,6 +102,7 @@ def _checked(row: Result, started: Started, bench: Bench) -> Result:
         error_float64=exact.max_rel_error if exact else None,
         top1=found.top1,
         top1_agreement=found.top1_agreement,
+        picked=started.choice.name if started.choice else row.picked,
     )
     return _failed(row, found.problem) if found.problem else row
 
@@ -106,6 +114,7 @@ def _untimed(started: Started) -> Process:
         build_s=started.build_s,
         first_call_s=started.first_call_s,
         peak_memory_bytes=started.peak_memory_bytes,
+        tune_s=started.choice.seconds if started.choice else None,
     )
 
 
@@ -124,7 +133,7 @@ def _time(
     ):
         rounds.append(samples)
         waited = (time.perf_counter() - begin) / config.min_seconds if config.min_seconds else 1.0
-        progress("timing", min(1.0, waited, len(rounds) / config.min_pairs))
+        progress(TIMING, min(1.0, waited, len(rounds) / config.min_pairs))
     ours = [samples[-1] for samples in rounds]
     paired = [] if case.is_reference else [samples[0] for samples in rounds]
     return replace(

@@ -77,7 +77,7 @@ def measure_all(
     `row` names the module whose `measure` makes a row of a case, `show_progress` is given how many
     rows there are to come. Ctrl-C, or the budget of minutes, ends it with what is finished.
     """
-    cases = benchmark.plan(config, workload.models, workload.device)
+    cases = benchmark.plan(config)
     order = {case: index for index, case in enumerate(cases)}
     missing = _missing(cases, run, config)
     if config.resume:
@@ -145,11 +145,15 @@ def _in_processes(
             rows[new.case] = rounds.merged(before, found)
             return rows[new.case]
 
+        def picked(case: Case) -> str | None:
+            return rows[case].picked if case in rows else None
+
         def is_wanted(case: Case) -> bool:
             return case in cases and rounds.wants_more(rows.get(case), config)
 
         for several in rounds.rounds(cases, rows, config):
-            for new, beside in processes.measure(job, several, progress=tell, number=number):
+            measured = processes.measure(job, several, picked=picked, progress=tell, number=number)
+            for new, beside in measured:
                 wanted = beside is not None and is_wanted(beside.case)
                 yield tuple(map(take, (new, beside) if beside and wanted else (new,)))
 

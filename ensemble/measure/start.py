@@ -18,9 +18,10 @@ from ensemble import strategies
 from ensemble.machine import memory
 from ensemble.machine.devices import synchronize
 from ensemble.models import stacking
+from ensemble.strategies import TUNE_SECONDS
 
 if TYPE_CHECKING:
-    from ensemble.strategies.built import Forward
+    from ensemble.strategies.built import Built, Choice, Forward
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,21 @@ class Started:
     first_call_s: float
     peak_memory_bytes: int | None
     notes: tuple[str, ...]
+    choice: Choice | None = None
 
     def call(self) -> Tensor:
         """The logits of the example, once more."""
         return self.forward(self.example)
 
 
-def start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype) -> Started:
+def start(
+    name: str,
+    models: Sequence[nn.Module],
+    example: Tensor,
+    dtype: torch.dtype,
+    *,
+    tune_seconds: float = TUNE_SECONDS,
+) -> Started:
     """Build a strategy and call it twice. Its peak memory counts its models and all it adds."""
     device = example.device
     before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
@@ -50,7 +59,7 @@ def start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.
     own_example = example.to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compilers, about their own tracing
-        built = strategies.make(name, own_models, own_example)
+        built = strategies.make(name, own_models, own_example, tune_seconds=tune_seconds)
         synchronize(device)
         ready = time.perf_counter()
         logits = built.forward(own_example)
@@ -70,7 +79,8 @@ def start(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.
         build_s=ready - begin,
         first_call_s=called - ready,
         peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
-        notes=_notes(built.note, caught),
+        notes=_notes(built, caught),
+        choice=built.choice,
     )
 
 
@@ -90,7 +100,8 @@ def _no_recompilation() -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _notes(note: str, caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
-    """The strategy's note, and each operation that vmap had no batching rule for."""
+def _notes(built: Built, caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    """What was chosen, the strategy's note, and what vmap had no batching rule for."""
     texts = dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)
-    return ((note,) if note else ()) + tuple(text for text in texts if "batching rule" in text)
+    own = (built.choice.note if built.choice else "", built.note)
+    return (*filter(None, own), *(text for text in texts if "batching rule" in text))

@@ -54,7 +54,9 @@ def main() -> None:
         say({"row": row_of(Result(case, status="failed", error=bench)), "reference": None})
         return
     result = measure(
-        case, bench, config, progress=lambda stage, done: say({"stage": stage, "done": done})
+        *(case, bench, config),
+        progress=lambda stage, done: say({"stage": stage, "done": done}),
+        picked=job["picked"],
     )
     beside = reference_row(result, bench)
     say({"row": row_of(result), "reference": beside and row_of(beside)})

@@ -21,6 +21,7 @@ from ensemble import files
 from ensemble.errors import InputError, first_line
 from ensemble.machine import memory
 from ensemble.models import stacking
+from ensemble.report import words
 
 _WRAPPERS = ("state_dict", "model")
 _COUNTER = ".num_batches_tracked"  # absent before torch 0.4.1, of no use to a forward
@@ -59,9 +60,9 @@ def load_models(
     Raises:
         InputError: a file that is not a usable checkpoint of `arch`, or K files for another N.
     """
-    count = len(paths) if num_models is None else num_models
-    if count < 1 or not paths or len(paths) not in (1, count):
-        found = f"{len(paths)} files for {count} models"
+    wanted = len(paths) if num_models is None else num_models
+    if wanted < 1 or not paths or len(paths) not in (1, wanted):
+        found = f"{words.count(len(paths), 'file')} for {words.count(wanted, 'model')}"
         message = f"expected one file, or one for each model, found {found}"
         raise InputError(message, argument="paths")
     expected = stacking.named_tensors(build_skeleton(arch, None))
@@ -69,8 +70,8 @@ def load_models(
         (str(path), _told(read_checkpoint(path), expected, source=str(path), say=say))
         for path in paths
     )
-    copies = count if len(paths) == 1 else 1
-    return _from_states(states, arch=arch, count=count, copies=copies, device=torch.device(device))
+    copies = wanted if len(paths) == 1 else 1
+    return _from_states(states, arch=arch, count=wanted, copies=copies, device=torch.device(device))
 
 
 def models_from_state(
@@ -227,8 +228,9 @@ def _allocate(template: nn.Module, num_models: int, device: torch.device) -> lis
     each, free = stacking.weight_bytes(template), memory.available_bytes(device)
     if free is not None and each * num_models > free:
         raise InputError(
-            f"{num_models} models need {each * num_models / 1e9:.1f} GB for their"
-            f" weights, {free / 1e9:.1f} GB are free on {device}: at most {free // each} fit",
+            f"the weights of {words.count(num_models, 'model')} need"
+            f" {each * num_models / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}:"
+            f" at most {free // each} fit",
             argument="num_models",
         )
     return stacking.allocate(template, num_models, device=device)

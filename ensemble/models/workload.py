@@ -41,7 +41,7 @@ class Workload:
     def device_name(self, config: Config) -> str:
         """Where it runs, in words."""
         chosen = "the CPU" if self.device.type == "cpu" else f"{self.device}, the accelerator here"
-        return chosen + (" (--device auto)" if config.device == "auto" else "")
+        return chosen + (" (found by itself)" if config.device == "auto" else "")
 
     def describe(self, config: Config, *, first_forward_s: float) -> Environment:
         """The environment of the measurements that are about to be taken."""

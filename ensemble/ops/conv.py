@@ -2,7 +2,7 @@
 
 `conv2d` and `max_pool2d` are operators of one model. Under `torch.vmap` over stacked weights their
 rules take the kernels of `ensemble.ops.kernels` on a CPU, on weights packed for the kernel that
-`ensemble.ops.cost` names; on CUDA batched matrix products (`ensemble.ops.matmul`); elsewhere
+`choose` names; on CUDA batched matrix products (`ensemble.ops.matmul`); elsewhere
 torch's own rule: one grouped or one wide convolution. Packing is an operator of its own, so that a
 traced graph can do it once, at build.
 """
@@ -60,15 +60,15 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tens
     options = stride, padding, dilation
     x, weight, bias, other = _stacked_first(tensors, in_dims)
     is_stacked = [dim is not None for dim in in_dims[:4]]
-    if _fits(x, weight, bias, is_stacked) and groups == 1:
-        geometry = _geometry(x, weight.shape[1], weight.shape[-2:], *options)
+    if _fits(x, weight, bias, is_stacked):
+        geometry = _geometry(x, weight.shape[1], weight.shape[-2:], *options, groups)
         fused = other is None or _is_like_result(other, x, geometry, stacked=is_stacked[3])
         kinds = _kinds(x, geometry)
         if kinds:
             own = (other, relu) if fused else (None, False)
-            result = _by_kernel(choose(geometry, kinds), x, weight, bias, *own, *options)
+            result = _by_kernel(choose(geometry, kinds), x, weight, bias, *own, *options, groups)
             return (result if fused else _finish(result, other, is_stacked[3], relu)), 0
-        if x.device.type == "cuda" and all(spread == 1 for spread in dilation):
+        if x.device.type == "cuda" and groups == 1 and all(spread == 1 for spread in dilation):
             result = matmul.conv2d(x, weight, stride, padding)
             result = result if bias is None else result + bias[:, None, :, None, None]
             return _finish(result, other, is_stacked[3], relu), 0
@@ -83,7 +83,7 @@ def _by_kernel(
     bias: Tensor | None,
     other: Tensor | None,
     relu: bool,
-    *options: Sequence[int],
+    *options: Any,
 ) -> Tensor:
     bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
     packed = pack_weight(weight, kind)
@@ -182,6 +182,7 @@ def packed_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     relu: bool,
 ) -> Tensor:
     """`conv2d` of N models: x `(N, B, C, H, W)`, or `(B, C, H, W)` for all of them.
@@ -189,14 +190,14 @@ def packed_conv2d(
     weight is of `pack_weight`, bias `(N, K)`, other and the result `(N, B, K, OH, OW)`.
     """
     operation = _conv2d_operation(
-        x, weight, bias, other, kind, kernel, stride, padding, dilation, relu
+        x, weight, bias, other, kind, kernel, stride, padding, dilation, groups, relu
     )
     return _run(operation, [x] if other is None else [x, other], num_models=len(bias))
 
 
 @packed_conv2d.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, other: Any, kind: int, *options: Any) -> Tensor:
-    kernel, stride, padding, dilation, _ = options
+    kernel, stride, padding, dilation, *_ = options
     return _fake(x, len(bias), _geometry(x, bias.shape[1], kernel, stride, padding, dilation))
 
 
@@ -231,8 +232,8 @@ X, OTHER, OUT = range(3)  # values of an operation by itself
 def _conv2d_operation(
     x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None, kind: int, *options: Any
 ) -> Operation:
-    kernel, stride, padding, dilation, relu = options
-    geometry = _geometry(x, bias.shape[1], kernel, stride, padding, dilation)
+    *sizes, relu = options
+    geometry = _geometry(x, bias.shape[1], *sizes)
     out_and_other = OUT, None if other is None else OTHER
     bias = bias.float().contiguous()
     return Operation(Kind(kind), geometry, X, *out_and_other, weight, bias, relu)
@@ -362,7 +363,7 @@ def _kinds(x: Tensor, geometry: Geometry) -> list[Kind]:
         return []
     pairs = x.dtype == torch.bfloat16 and can_run(Kind.DIRECT_PAIRS, geometry)
     direct = Kind.DIRECT_PAIRS if pairs else Kind.DIRECT
-    asked = (direct, Kind.WINOGRAD_2, Kind.WINOGRAD_4)
+    asked = (direct, Kind.WINOGRAD_2, Kind.WINOGRAD_4, Kind.STRASSEN, Kind.GROUPED)
     return [kind for kind in asked if can_run(kind, geometry)]
 
 
@@ -373,6 +374,7 @@ def _geometry(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int = 1,
 ) -> Geometry:
     images, channels, *size = x.shape[-4:]
     out_size = [
@@ -381,8 +383,18 @@ def _geometry(
             size, kernel, stride, padding, dilation, strict=True
         )
     ]
-    pairs = (_pair(own) for own in (kernel, stride, padding, dilation))
-    return Geometry(images, channels, _pair(size), out_channels, _pair(out_size), *pairs)
+    return Geometry(
+        images,
+        channels,
+        _pair(size),
+        out_channels,
+        _pair(out_size),
+        _pair(kernel),
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
+        groups,
+    )
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

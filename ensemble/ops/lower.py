@@ -103,51 +103,64 @@ def _writes(module: fx.GraphModule) -> list[str]:
 def _run_once(
     module: fx.GraphModule, values: Values, layers: dict[fx.Node, str]
 ) -> tuple[set[fx.Node], list[str]]:
-    """Run the graph, refusing Winograd where it errs; leave in `values` what x does not reach.
+    """Run the graph, refusing kernels where they err; leave in `values` what x does not reach.
 
-    Returns the nodes that x reaches, and the layers where Winograd was refused, with the reason.
-    A value is dropped once its last reader has run; what x reaches reads constants at every call.
+    Returns the nodes that x reaches, and the layers where a kernel was refused, with the reason.
     """
-    x = module.graph.find_nodes(op="placeholder")[-1]
-    reached, refused = {x}, []
+    reached, refused = _reached(module.graph), []
     readers = {node: len(node.users) for node in module.graph.nodes}
-
-    def run(node: fx.Node) -> None:
-        if node not in values:
-            arguments, options = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*arguments, **options)  # type: ignore[operator]
-        for source in node.all_input_nodes:
-            readers[source] -= source in reached or node not in reached
-            if not readers[source]:
-                del values[source]
-
     for node in module.graph.nodes:
         if node in values or node.op == "output":
             continue
-        if any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
         if node.op == "get_attr":
             values[node] = getattr(module, str(node.target))
         elif node.target is _CONV2D:
-            packing = node.args[1]
-            assert isinstance(packing, fx.Node)
+            packing = _node(node.args[1])
             problem = _make_accurate(node, packing, values)
             if problem:
                 refused.append(f"{layers.get(_node(packing.args[0]), node.name)}: {problem}")
-            run(packing)
-            run(node)
+            _run_node(packing, values, readers, reached)
+            _run_node(node, values, readers, reached)
         elif node.target is not _PACK or next(iter(node.users)).target is not _CONV2D:
-            run(node)  # but the packing of a convolution runs when that does
+            # but the packing of a convolution runs when that does
+            _run_node(node, values, readers, reached)
     for node in reached & values.keys():
         del values[node]
     return reached, refused
 
 
+def _reached(graph: fx.Graph) -> set[fx.Node]:
+    """The input of a call, and all nodes that depend on it."""
+    found = {graph.find_nodes(op="placeholder")[-1]}
+    for node in graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _run_node(
+    node: fx.Node, values: Values, readers: dict[fx.Node, int], reached: set[fx.Node]
+) -> None:
+    """Compute a node, unless that is done, and drop each value that it was the last to read.
+
+    A constant that a node which x reaches reads is not dropped: every call will read it.
+    """
+    if node not in values:
+        arguments, options = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        values[node] = node.target(*arguments, **options)  # type: ignore[operator]
+    for source in node.all_input_nodes:
+        if node in reached and source not in reached:
+            continue
+        readers[source] -= 1
+        if not readers[source]:
+            del values[source]
+
+
 def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
-    """Run a Winograd convolution, in smaller tiles or directly where it errs; say why it does."""
+    """Run a convolution that saves multiplications, another way where it errs; say why it does."""
     chosen: Any
     x, _, bias, other, chosen, kernel, *options = node.args
-    if not Kind(chosen).tile:
+    if not Kind(chosen).attempts:
         return ""
     weight, dtype = values[_node(packing.args[0])].float(), values[_node(x)].dtype
     inputs: list[Any] = [
@@ -156,15 +169,15 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
     exact = _one_by_one(weight, *inputs, *options)
     largest = exact.abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(exact.dtype).tiny)
     problems, kind = [], Kind.DIRECT
-    for tiled in sorted({Kind(chosen), Kind.WINOGRAD_2}, reverse=True):
-        packed = conv.pack_weight(weight, tiled)
-        found = conv.packed_conv2d(inputs[0], packed, *inputs[1:], tiled, kernel, *options)
+    for attempt in Kind(chosen).attempts:
+        packed = conv.pack_weight(weight, attempt)
+        found = conv.packed_conv2d(inputs[0], packed, *inputs[1:], attempt, kernel, *options)
         error = float(((found - exact).abs().amax((1, 2, 3, 4)) / largest).max())
         if error <= LARGEST_ERROR:
             values[packing], values[node] = packed, found.to(dtype)
-            kind = tiled
+            kind = attempt
             break
-        problems.append(f"{tiled.label} differs by {error:.0e}")
+        problems.append(f"{attempt.label} differs by {error:.0e}")
     packing.args = (packing.args[0], kind)
     node.args = (*node.args[:4], kind, *node.args[5:])
     return f"{kind.label}, for {' and '.join(problems)}" if problems else ""
@@ -178,6 +191,7 @@ def _one_by_one(
     stride: Any,
     padding: Any,
     dilation: Any,
+    groups: int,
     relu: bool,
 ) -> Tensor:
     """The same by torch's own convolution, model after model."""
@@ -185,7 +199,7 @@ def _one_by_one(
     others = [None] * len(weight) if other is None else other
     return torch.stack(
         [
-            conv.plain_conv2d(stride, padding, dilation, 1, relu, *own)
+            conv.plain_conv2d(stride, padding, dilation, groups, relu, *own)
             for own in zip(images, weight, bias, others, strict=True)
         ]
     )

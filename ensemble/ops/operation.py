@@ -19,6 +19,8 @@ class Kind(IntEnum):
     WINOGRAD_4 = 4
     MAX_POOL = 5
     HEAD = 6
+    GROUPED = 7
+    STRASSEN = 8
 
     @property
     def label(self) -> str:
@@ -26,9 +28,10 @@ class Kind(IntEnum):
         return _LABELS[self]
 
     @property
-    def tile(self) -> int:
-        """The side of Winograd's output tiles; 0 for other kernels."""
-        return {Kind.WINOGRAD_2: 2, Kind.WINOGRAD_4: 4}.get(self, 0)
+    def attempts(self) -> tuple[Kind, ...]:
+        """Kernels that save multiplications, whose results are less exact than a direct product's:
+        this one and those to try after it; of other kernels none."""
+        return _ATTEMPTS.get(self, ())
 
 
 _LABELS = {
@@ -38,6 +41,15 @@ _LABELS = {
     Kind.WINOGRAD_4: "Winograd F(4x4)",
     Kind.MAX_POOL: "max pooling",
     Kind.HEAD: "mean and linear",
+    Kind.GROUPED: "grouped",
+    Kind.STRASSEN: "Strassen",
+}
+
+
+_ATTEMPTS = {
+    Kind.WINOGRAD_2: (Kind.WINOGRAD_2,),
+    Kind.WINOGRAD_4: (Kind.WINOGRAD_4, Kind.WINOGRAD_2),
+    Kind.STRASSEN: (Kind.STRASSEN,),
 }
 
 
@@ -54,6 +66,7 @@ class Geometry:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    groups: int = 1
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ensemble.ops import kernels
 from ensemble.ops.operation import Kind, Operation
+from ensemble.ops.pages import in_large_pages
 from ensemble.ops.simd import FLOAT_BYTES
 from ensemble.ops.team import run_together
 from ensemble.ops.workers import PerProcess
@@ -63,7 +64,7 @@ class Program(nn.Module):
         scratch_bytes = max(kernels.scratch_bytes(own.kind, own.geometry) for own in operations)
         # Cleared, so that no call is the first to touch them.
         self._memory = [
-            [_new(size).zero_() for _ in range(threads)] for size in (arena_bytes, scratch_bytes)
+            [_kept(size).zero_() for _ in range(threads)] for size in (arena_bytes, scratch_bytes)
         ]
         self._arenas, self._scratches = (
             np.array([memory.data_ptr() for memory in own], np.int64) for own in self._memory
@@ -187,5 +188,12 @@ def _fill(step: np.void, operation: Operation, offsets: dict[int, int]) -> None:
 def _new(size: int) -> Tensor:
     """So many bytes, which begin at a line of the cache."""
     memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + size]
+
+
+def _kept(size: int) -> Tensor:
+    """The same for as long as the program lives, in large pages."""
+    memory = in_large_pages(size + ALIGNMENT)
     start = -memory.data_ptr() % ALIGNMENT
     return memory[start : start + size]

@@ -51,7 +51,7 @@ def _fastest(rows: Sequence[Result], references: Sequence[Result], varying: Coll
     """Which of the rows, all of one dtype, is the fastest, how surely, and what it costs."""
     where = f"Fastest with {place_name(rows[0].case, varying)}"
     best = sweep.fastest([*references, *rows])
-    unsure = [f"{row.case.strategy} ({row.inconclusive})" for row in rows if row.inconclusive]
+    unsure = [f"{row.name} ({row.inconclusive})" for row in rows if row.inconclusive]
     if best is None or (unsure and (best.speedup or 0) <= 1):
         return f"{where}: not sure enough to say, because of {', '.join(unsure)}."
     plain = next((row for row in rows if row.case.strategy == "vmap" and row is not best), None)
@@ -60,14 +60,14 @@ def _fastest(rows: Sequence[Result], references: Sequence[Result], varying: Coll
         nothing = "" if plain else f"; nothing else was faster than {_most(rows):.2f} times"
         return f"{where}: the loop itself{beside}{nothing}."
     if not sweep.surely_faster(best):
-        most = f"{best.case.strategy} {_times(best)}"
+        most = f"{best.name} {_times(best)}"
         return f"{where}: no strategy is surely faster than the loop; {most}{beside}."
-    sentence = f"{where}: {best.case.strategy}, {_times(best)}{beside}."
+    sentence = f"{where}: {best.name}, {_times(best)}{beside}."
     return f"{sentence}{_price(best, references)}{_shorter_calls(best, rows)}"
 
 
 def _times(row: Result) -> str:
-    """`2.96 times as fast as the loop (99% interval 2.89 to 3.12, 20 pairs)`, or why not."""
+    """`2.96 times as fast as the loop (95% interval 2.89 to 3.12)`, or why not."""
     interval = row.speedup_interval
     if row.inconclusive or interval is None or row.speedup is None:
         return f"cannot be told ({row.inconclusive or row.status})"
@@ -100,7 +100,7 @@ def _shorter_calls(best: Result, rows: Sequence[Result]) -> str:
     if not best.median_s or (shortest.median_s or 0.0) > (1 - NOISY) * best.median_s:
         return ""
     return (
-        f" But {shortest.case.strategy} had the shorter calls,"
+        f" But {shortest.name} had the shorter calls,"
         f" {1e3 * (shortest.median_s or 0):.3g} ms against {1e3 * best.median_s:.3g} ms: the loop"
         " ran faster beside it."
     )

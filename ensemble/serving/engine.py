@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ensemble.machine.devices import synchronize
-from ensemble.measure.agreement import TOLERANCES
 from ensemble.measure.start import Started
 from ensemble.serving.batcher import ALONE, Batch, Way
+from ensemble.strategies.agreement import TOLERANCES
 
 CLASSES = 32  # of each answer that are compared under load, spread over all classes
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from sys import maxsize
 
 from ensemble.machine import memory
-from ensemble.measure.row import Stage
+from ensemble.measure.stages import Stage
 from ensemble.options import Config
 from ensemble.records import Case, LoadRun
 from ensemble.serving import referee, simulation

@@ -13,7 +13,7 @@ from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import interleaved
 from ensemble.measure.bench import Bench
 from ensemble.measure.failure import reason
-from ensemble.measure.row import Stage
+from ensemble.measure.stages import Stage
 from ensemble.measure.start import tidy
 from ensemble.models import stacking
 from ensemble.options import Config
@@ -37,8 +37,13 @@ class TooSlowError(RuntimeError):
     """No rate can be held: a single call takes longer than the bound."""
 
 
-def measure(case: Case, bench: Bench, config: Config, *, progress: Stage) -> Result:
-    """The row of a case under load; a failure is a row with its reason."""
+def measure(
+    case: Case, bench: Bench, config: Config, *, progress: Stage, picked: str | None = None
+) -> Result:
+    """The row of a case under load; a failure is a row with its reason.
+
+    `picked` is not asked: `best` chooses anew for each batch size.
+    """
     tidy()
     row, dtype = Result(case, notes=bench.notes), getattr(torch, case.dtype)
     device, cpu = bench.example.device, other_programs.read()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import interleaved
-from ensemble.measure.agreement import TOLERANCES, check
 from ensemble.measure.bench import Bench
 from ensemble.measure.start import start
 from ensemble.records import Case
@@ -18,6 +17,7 @@ from ensemble.serving.batcher import ALONE, TOGETHER, Way, sizes
 from ensemble.serving.engine import Engine, Forwards, Key
 from ensemble.statistics import median
 from ensemble.strategies import HYBRIDS, STRATEGIES
+from ensemble.strategies.agreement import TOLERANCES, check
 
 TIMED_CALLS, TIMED_S = 5, 0.1  # of a way, at least
 

@@ -8,16 +8,20 @@ builder that cannot work here raises `ensemble.errors.UnavailableError` with the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
     from ensemble.strategies.built import Builder, Built, Forward
+
+BEST = "best"
+TUNE_SECONDS = 60.0  # a strategy that chooses among others begins none after so long
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,20 @@ class Strategy:
     needs: str = ""
     start: str = "at once"
     rounds_apart: bool = False  # fewer multiplications: compare its rounding with float64's
+    has_kernels: bool = False  # of its own, which are compiled once per installation
+    tunes: bool = False  # at build, for as long as it is told
     one_by_one: bool = False  # one model after another: under load, only those that are asked for
 
-    def builder(self) -> Builder:
-        found: Builder = getattr(import_module(f"{__name__}.{self.module}"), self.function)
-        return found
+    def builder(self, *, tune_seconds: float = TUNE_SECONDS) -> Builder:
+        own: Callable[..., Built] = getattr(
+            import_module(f"{__name__}.{self.module}"), self.function
+        )
+        return partial(own, tune_seconds=tune_seconds) if self.tunes else own
+
+
+_COMPILES = "up to 1 min"
+_CONVERTS = "seconds"
+_PEERS = "CPU, peers"  # requirements-peers.txt
 
 
 @dataclass(frozen=True)
@@ -48,16 +61,15 @@ class Hybrid:
     start: str = "as both"
 
 
-_COMPILES = "compiles: up to a minute"
-_CONVERTS = "converts: seconds"
-_PEERS = "requirements-peers.txt, a CPU"
-
 # A name says how: [cudagraph_][compiled_|prepacked_|folded_|lowered_]loop, vmap or concurrent.
 STRATEGIES = {
     "loop": Strategy(
         "eager", "loop", "one eager forward per model: the reference", one_by_one=True
     ),
     "vmap": Strategy("eager", "vmap", "functorch: one eager forward over the stacked state"),
+    "chunked_vmap": Strategy(
+        "chunked", "vmap", "vmap over some models at a time: the fastest chunk_size", tunes=True
+    ),
     "folded_loop": Strategy(
         "folded", "loop", "loop, batch norm folded, channels-last", one_by_one=True
     ),
@@ -76,19 +88,20 @@ STRATEGIES = {
         "prepacked",
         "loop",
         "folded_loop, weights in oneDNN's order, relu and sum fused",
-        "a CPU",
+        "CPU",
         one_by_one=True,
     ),
     "prepacked_concurrent": Strategy(
-        "prepacked", "concurrent", "the same, one model per core", "a CPU"
+        "prepacked", "concurrent", "the same, one model per core", "CPU"
     ),
     "lowered_vmap": Strategy(
         "lowered",
         "vmap",
         "vmap by operators with kernels of their own for N models",
-        "numba for its kernels, a CPU",
-        "seconds; once 15 s to compile kernels",
+        "CPU, numba",
+        "seconds; once 15 s",
         rounds_apart=True,
+        has_kernels=True,
     ),
     "concurrent": Strategy("concurrent", "eager", "folded models, one per core or stream"),
     "compiled_concurrent": Strategy(
@@ -139,7 +152,16 @@ STRATEGIES = {
         one_by_one=True,
     ),
     "jax": Strategy(
-        "peers", "jax", "JAX, jit, the faster of loop and vmap", f"{_PEERS}, a ResNet", _COMPILES
+        "peers", "jax", "JAX, jit, the faster of loop and vmap; ResNets", _PEERS, _COMPILES
+    ),
+    BEST: Strategy(
+        "best",
+        "fastest",
+        "the fastest of those above that are quick to build here, found by trying them",
+        start="seconds; on CUDA 1 min or more",
+        rounds_apart=True,
+        has_kernels=True,
+        tunes=True,
     ),
 }
 
@@ -151,10 +173,14 @@ HYBRIDS = {
     ),
 }
 
-BEST = "best"  # stands for the one of them that is expected to be the fastest
 
-
-def build(name: str, models: Sequence[nn.Module], example: Tensor) -> Forward:
+def build(
+    name: str,
+    models: Sequence[nn.Module],
+    example: Tensor,
+    *,
+    tune_seconds: float = TUNE_SECONDS,
+) -> Forward:
     """Build a strategy. Building and calling both run under `torch.inference_mode`.
 
     What the models hold is never changed, and any number of ensembles may be built of the same
@@ -165,9 +191,10 @@ def build(name: str, models: Sequence[nn.Module], example: Tensor) -> Forward:
     models may be freed.
 
     Args:
-        name: a key of `STRATEGIES`, or `BEST`.
+        name: a key of `STRATEGIES`; `best` tries those that could win here and keeps the fastest.
         models: N eval-mode models of one class, on one device, in one dtype.
         example: `(B, 3, H, W)`, seen by all models, or `(N, B, 3, H, W)`, one batch for each.
+        tune_seconds: after so long a strategy that chooses among others begins no further one.
 
     Returns:
         forward: x like `example` -> logits `(N, B, classes)`.
@@ -177,25 +204,25 @@ def build(name: str, models: Sequence[nn.Module], example: Tensor) -> Forward:
             in more than the values of their tensors (only `loop` and `prepacked_...` take them).
         UnavailableError: the strategy cannot run here.
     """
-    return make(name, models, example).forward
+    return make(name, models, example, tune_seconds=tune_seconds).forward
 
 
-def make(name: str, models: Sequence[nn.Module], example: Tensor) -> Built:
-    """`build`, with the strategy's note on how it was built."""
+def make(
+    name: str,
+    models: Sequence[nn.Module],
+    example: Tensor,
+    *,
+    tune_seconds: float = TUNE_SECONDS,
+) -> Built:
+    """`build`, with the strategy's note on how it was built, and what it chose."""
     import torch
 
-    from ensemble.strategies.built import Built
-
-    if name not in STRATEGIES and name != BEST:
+    if name not in STRATEGIES:
         raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
     _check_example(models, example)
-    if name == BEST:
-        from ensemble.strategies import best
-
-        name = best.pick(models, example.device.type, str(example.dtype).removeprefix("torch."))
     with torch.inference_mode():
-        built = STRATEGIES[name].builder()(models, example)
-    return Built(torch.inference_mode()(built.forward), built.note)
+        built = STRATEGIES[name].builder(tune_seconds=tune_seconds)(models, example)
+    return replace(built, forward=torch.inference_mode()(built.forward))
 
 
 def _check_example(models: Sequence[nn.Module], example: Tensor) -> None:

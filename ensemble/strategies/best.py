@@ -1,83 +1,86 @@
-"""`best`: the strategy that is expected to be the fastest, by a short table with its evidence."""
+"""`best`: the strategy that is the fastest here, found by trying those that could be."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ensemble.errors import UnavailableError
-from ensemble.models.stacking import skeleton
-from ensemble.passes.packing import why_not
-from ensemble.passes.tracing import traced
+from ensemble.models import stacking
+from ensemble.strategies import STRATEGIES, agreement, duel
+from ensemble.strategies.built import Built, Choice
 
-
-@dataclass(frozen=True)
-class Rule:
-    """Where a strategy is expected to win. None stands for anything."""
-
-    strategy: str
-    device: str | None = None
-    dtype: str | None = None
-    has_kernels: bool | None = None  # are its convolutions more to `ensemble.ops` than to torch?
-    most_models: int | None = None
-    evidence: str = "not measured"
-
-
-# The first that fits is taken. Evidence: result files, of which a test asks that what a rule picks
-# is within 5 % of the fastest row for its N.
-RULES = (
-    Rule("lowered_vmap", "cpu", "float32", True, evidence="tests/data/float32_*.json"),
-    Rule("lowered_vmap", "cpu", "bfloat16", True, evidence="tests/data/bfloat16_*.json"),
-    Rule("prepacked_concurrent", "cpu", evidence="tests/data/bfloat16_*.json"),
-    Rule(
-        "cudagraph_compiled_im2col_vmap", "cuda", "float32", True, evidence="tests/data/cuda_*.json"
+# What could win on a kind of device. The loop comes first: it is what all the others must beat.
+# Then the likely winners, so that the others are soon clearly behind; where each takes long to
+# build, what builds quickly, so that time that is over costs least.
+CANDIDATES = {
+    "cpu": (
+        "loop",
+        "lowered_vmap",
+        "prepacked_concurrent",
+        "concurrent",
+        "prepacked_loop",
+        "folded_vmap",
     ),
-    Rule(
-        "cudagraph_compiled_im2col_vmap", "cuda", None, True, 4, evidence="tests/data/cuda_*.json"
+    "cuda": (
+        "loop",
+        "cudagraph_concurrent",
+        "cudagraph_vmap",
+        "cudagraph_compiled_concurrent",
+        "cudagraph_compiled_im2col_vmap",
     ),
-    Rule("cudagraph_compiled_concurrent", "cuda", evidence="tests/data/cuda_*.json"),
-    Rule("folded_loop"),
-)
+}
+ELSEWHERE = ("loop", "folded_loop", "folded_vmap", "concurrent", "vmap")
+# What building one takes at most, in times of the models' weights: `lowered_vmap` of four ResNet-18
+# held 917 MB, their weights 187 MB.
+MOST_WEIGHTS = 5
 
 
-def pick(models: Sequence[nn.Module], device: str, dtype: str) -> str:
-    """The name of the strategy that the table gives for these models, of those that can run."""
-    try:
-        traced(skeleton(models[0]))
-    except UnavailableError:
-        return "loop"  # what all else is made of
-    has_kernels = _has_kernels(models[0], device, dtype)
-    for rule in RULES:
-        asked = (rule.device, rule.dtype, rule.has_kernels)
-        fits = all(
-            own is None or own == found
-            for own, found in zip(asked, (device, dtype, has_kernels), strict=True)
-        )
-        runs = rule.strategy != "prepacked_concurrent" or not why_not(device, getattr(torch, dtype))
-        if fits and runs and (rule.most_models is None or len(models) <= rule.most_models):
-            return rule.strategy
-    raise AssertionError("the last rule fits everything")
+def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -> Built:
+    """The fastest candidate, by duels on the example; all others are released.
+
+    Each must give the logits of the loop in float32, as a row of the table must.
+    """
+    begin = time.perf_counter()
+    names = CANDIDATES.get(example.device.type, ELSEWHERE)
+    x = example if example.std() > 0 else torch.randn_like(example)  # a blank one shows no error
+    found = duel.fastest(
+        {name: partial(STRATEGIES[name].builder(), models, example) for name in names},
+        x,
+        check=_checker(models, x),
+        seconds=tune_seconds,
+        bytes_each=MOST_WEIGHTS * sum(map(stacking.weight_bytes, models)),
+    )
+    assert found.built is not None
+    took = time.perf_counter() - begin - found.build_s[found.name]
+    note = f"picked {found.name} (tried: {found.tried})"
+    return Built(found.built.forward, found.built.note, Choice(found.name, note, took))
 
 
-def _has_kernels(model: nn.Module, device: str, dtype: str) -> bool:
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    plain = bool(convolutions) and all(conv.groups == 1 for conv in convolutions)
-    if device != "cpu":
-        return plain
-    # A panel of the kernels has at most 32 columns: to know it would take importing numba.
-    whole = all(conv.out_channels % 32 == 0 for conv in convolutions)
-    if not plain or not whole or find_spec("numba") is None:
-        return False
-    return dtype != "bfloat16" or _multiplies_pairs_best()
+def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]:
+    """Raises for logits that the loop in float32 does not give."""
+    reference, limit = _reference(models, x), agreement.TOLERANCES[x.dtype]
+
+    def check(logits: Tensor) -> None:
+        problem = agreement.check(logits, reference, tolerance=limit).problem
+        if problem:
+            raise ValueError(problem)
+
+    return check
 
 
-def _multiplies_pairs_best() -> bool:
-    """Does this CPU multiply pairs of bfloat16, and have no matrix unit, which oneDNN knows?"""
-    from ensemble.ops.simd import HAS_PAIRS
+def _reference(models: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The logits of the loop in float32, or wider, one model after another."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    inputs = x if x.dim() == 5 else [x] * len(models)
+    return torch.stack(
+        [_in(model, dtype)(own.to(dtype)) for model, own in zip(models, inputs, strict=True)]
+    )
 
-    has_matrix_unit = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return HAS_PAIRS and not has_matrix_unit()
+
+def _in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    own = next(model.parameters()).dtype
+    return model if own == dtype else stacking.cast([model], dtype)[0]

@@ -11,11 +11,22 @@ Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which strategy was chosen at build out of several, what was tried in one line, and what
+    choosing took beyond the build of the one chosen."""
+
+    name: str
+    note: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Built:
     """`forward(x)` -> logits `(N, B, classes)`, and a note on how it was built, empty for none."""
 
     forward: Forward
     note: str = ""
+    choice: Choice | None = None
 
 
 Builder = Callable[[Sequence[nn.Module], Tensor], Built]

@@ -26,14 +26,15 @@ def loop(models: Sequence[Callable[[Tensor], Tensor]], example: Tensor) -> Built
     return Built(lambda x: torch.stack([model(x) for model in models]))
 
 
-def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
-    """One forward of the stateless model, mapped over the stacked parameters and buffers."""
+def vmap(models: Sequence[nn.Module], example: Tensor, chunk_size: int | None = None) -> Built:
+    """One forward of the stateless model, mapped over the stacked parameters and buffers, of all
+    models at once or of so many."""
     state = stacking.stacked_state(models)
     stateless, parameter_names, buffer_names = stateless_model(models)
     parameters = tuple(state[name] for name in parameter_names)
     buffers = tuple(state[name] for name in buffer_names)
     in_dims = (0, 0, 0 if example.dim() == 5 else None)
-    mapped = torch.vmap(stateless, in_dims=in_dims)
+    mapped = torch.vmap(stateless, in_dims=in_dims, chunk_size=chunk_size)
     return Built(lambda x: mapped(parameters, buffers, x))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ensemble.machine.timing import Clock, interleaved
+from ensemble.report.words import count
 from ensemble.strategies.built import Built
 
 Array = np.ndarray
@@ -148,4 +149,4 @@ def _note(
         f"; {name} failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
         for name, error in refused.items()
     ]
-    return f"setting: {best} (tried with {trial} models: {tried}{''.join(failed)})"
+    return f"setting: {best} (tried with {count(trial, 'model')}: {tried}{''.join(failed)})"

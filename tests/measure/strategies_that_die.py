@@ -71,7 +71,7 @@ class Made(strategies.Strategy):
 
     own: Callable[..., Built] | None = None
 
-    def builder(self) -> Callable[..., Built]:
+    def builder(self, *, tune_seconds: float = 0.0) -> Callable[..., Built]:
         assert self.own is not None
         return self.own
 

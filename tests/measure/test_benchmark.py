@@ -29,8 +29,9 @@ class Made:
     make: Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]]
     summary: str = "made for a test"
     rounds_apart: bool = False
+    has_kernels: bool = False
 
-    def builder(self) -> Builder:
+    def builder(self, *, tune_seconds: float = 0.0) -> Builder:
         return lambda models, example: Built(self.make(models, example))
 
 
@@ -47,7 +48,7 @@ def run(config: Config) -> list[Result]:
 
 def started(config: Config, models: Sequence[nn.Module], views: Tensor) -> Iterator[Result]:
     """The rows of a configuration, as they come; images of another size are resized."""
-    cases = benchmark.plan(config, models, torch.device("cpu"))
+    cases = benchmark.plan(config)
 
     def sized(px: int) -> Tensor:
         return nn.functional.interpolate(views, (px, px))
@@ -278,7 +279,7 @@ def test_a_reference_that_fails_fails_each_row_of_its_n_and_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def short_of_memory(
-        name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype
+        name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype, **_: float
     ) -> Started:
         if len(models) > 2:
             raise torch.OutOfMemoryError
@@ -405,19 +406,17 @@ def test_the_reference_of_a_cell_is_built_once_for_all_dtypes(
     assert made == [torch.float32, torch.bfloat16]
 
 
-def test_best_stands_for_the_reference_and_what_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(best, "_multiplies_pairs_best", lambda: True)
-    rows = benchmark.plan(
-        replace(QUICK, strategies=("best",), dtype=("float32", "bfloat16"), self_check=True),
-        [torchvision.models.resnet18()],
-        torch.device("cpu"),
-    )
-    assert [(case.strategy, case.dtype) for case in rows] == [
-        ("loop", "float32"),
-        ("lowered_vmap", "float32"),
-        ("lowered_vmap", "bfloat16"),
-        ("self_check", "float32"),
-    ]
+def test_the_row_of_best_says_what_was_picked_what_was_tried_and_what_that_took() -> None:
+    config = replace(QUICK, strategies=("loop", "best"), dtype=("float32", "bfloat16"))
+    rows = [row for row in run(config) if row.case.strategy == "best"]
+    assert [row.case.dtype for row in rows] == ["float32", "bfloat16"]
+    for row in rows:
+        assert row.status == "ok"
+        assert row.picked in best.CANDIDATES["cpu"]
+        assert row.name == f"best ({row.picked})"
+        (note,) = (note for note in row.notes if note.startswith("picked "))
+        assert note.startswith(f"picked {row.picked} (tried: ")
+        assert 0 < (row.tune_s or 0) < (row.build_s or 0)
 
 
 def test_only_strategies_that_round_apart_bring_the_error_against_float64() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ensemble.options import Config
 from ensemble.records import Case, Process, Result, Run
 from ensemble.report import exports
 from ensemble.report.progress import show_progress
-from ensemble.strategies import STRATEGIES
+from ensemble.strategies import STRATEGIES, best
 from tests.made import CASE, CONFIG, ENVIRONMENT, ROW, changed
 from tests.measure import strategies_that_die
 from tests.tiny import tiny_models
@@ -71,7 +72,9 @@ def measured(
     rows, halves = {}, {}
     with processes.jobs(config, workload) as job:
         cases = [case(name) for name in names]
-        for row, beside in processes.measure(job, iter(cases), progress=lambda *_: None):
+        for row, beside in processes.measure(
+            job, iter(cases), picked=lambda _: None, progress=lambda *_: None
+        ):
             rows[row.case.strategy], halves[row.case.strategy] = row, beside
     return rows, halves
 
@@ -269,6 +272,26 @@ def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Worklo
     assert rows["kill"].status == "failed"
     assert rows["vmap"].speedup_interval is not None
     assert len(saved) == 4  # after each worker
+    again = exports.from_json(exports.to_json(done.run))
+    assert again == done.run
+
+
+def test_what_the_first_process_of_best_picks_the_others_run_too(workload: Workload) -> None:
+    config = replace(QUICK, strategies=("best",), min_pairs=18)
+    done = session.measure_all(
+        config,
+        Run(ENVIRONMENT, config.plain(), ()),
+        workload,
+        save=lambda _: None,
+        show_progress=lambda _: nullcontext(lambda *_: None),
+        say=lambda _: None,
+    )
+    (row,) = done.run.results
+    assert row.status == "ok", row.error
+    assert row.picked in best.CANDIDATES["cpu"]
+    assert [own.tune_s is not None for own in row.processes] == [True, False, False]
+    assert sum(note.startswith("picked ") for note in row.notes) == 1
+    assert (row.build_s or 0) > (row.processes[0].tune_s or 0) > 0
     again = exports.from_json(exports.to_json(done.run))
     assert again == done.run
 

@@ -301,9 +301,9 @@ def test_models_from_a_state_are_copies_of_it(small_state: State) -> None:
     assert_same_state(models[1], small_state)
 
 
-@pytest.mark.parametrize("num_models", [1, 3])
-def test_two_files_for_another_number_of_models_are_refused(num_models: int) -> None:
-    found = f"expected one file, or one for each model, found 2 files for {num_models} models"
+@pytest.mark.parametrize(("num_models", "models"), [(1, "1 model$"), (3, "3 models$")])
+def test_two_files_for_another_number_of_models_are_refused(num_models: int, models: str) -> None:
+    found = f"expected one file, or one for each model, found 2 files for {models}"
     with pytest.raises(InputError, match=f"paths: {found}"):
         weights.load_models(["a", "b"], arch=SMALL, device="cpu", num_models=num_models)
 
@@ -320,7 +320,7 @@ def test_more_models_than_memory_holds_are_refused_before_they_are_allocated(
     monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * each + 1)
     path = saved(small_state, tmp_path / "one.pth")
     assert len(weights.load_models([path], arch=SMALL, device="cpu", num_models=5)) == 5
-    with pytest.raises(InputError, match=r"num_models: 6 models need .* at most 5 fit"):
+    with pytest.raises(InputError, match=r"the weights of 6 models need .* at most 5 fit"):
         weights.load_models([path], arch=SMALL, device="cpu", num_models=6)
 
 

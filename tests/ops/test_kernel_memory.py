@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +41,7 @@ def check_guards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         assert all(bool((guard == NAN).all()) for guard in buffers)
 
     monkeypatch.setattr(program, "_new", guarded)
+    monkeypatch.setattr(program, "_kept", guarded)
     return check
 
 
@@ -67,9 +70,25 @@ def cases() -> list[tuple[Kind, Geometry]]:
         )
         for count, (rows, columns), (height, width) in product(channels, kernel_sizes, sizes)
     ]
+    # Halves of pixels, channels and outputs; and groups, down to one channel each, by strides.
+    wide = replace(geometries[0], images=1, channels=2 * WIDTH, out_channels=2 * PANEL)
+    for height, width in (*sizes, (7, 9)):
+        geometries.append(replace(wide, size=(height, width), out_size=(height, width)))
+    for share, (height, width), stride in product(shares(), sizes, (1, 2)):
+        out = (height - 1) // stride + 1, (width - 1) // stride + 1
+        own = Geometry(
+            *(2, 2 * PANEL, (height, width), 2 * PANEL, out),
+            *((3, 3), (stride, stride), (1, 1), (1, 1), 2 * PANEL // share),
+        )
+        geometries.append(own)
     convolutions = [kind for kind in Kind if kind not in (Kind.MAX_POOL, Kind.HEAD)]
     pairs = product(convolutions, geometries)
     return [(kind, geometry) for kind, geometry in pairs if kernels.can_run(kind, geometry)]
+
+
+def shares() -> list[int]:
+    """Channels of a group that some vectors hold several of, one, or a part of."""
+    return [share for share in (1, 2, 4, 8, 16, 32) if PANEL % share == 0]
 
 
 @pytest.mark.parametrize(("kind", "geometry"), cases())
@@ -77,23 +96,28 @@ def cases() -> list[tuple[Kind, Geometry]]:
 def test_a_convolution_stays_in_its_memory(
     kind: Kind, geometry: Geometry, threads: int, check_guards: Callable[[], None]
 ) -> None:
-    channels, kernel, pad = geometry.channels, geometry.kernel, geometry.padding
-    weight = torch.randn(2, PANEL, channels, *kernel) / (channels * kernel[0] * kernel[1]) ** 0.5
+    channels, out_channels, kernel = geometry.channels, geometry.out_channels, geometry.kernel
+    share = channels // geometry.groups
+    weight = torch.randn(2, out_channels, share, *kernel) / (share * kernel[0] * kernel[1]) ** 0.5
     packed = inside_guards(conv.pack_weight(weight, kind).float()).to(
         torch.bfloat16 if kind == Kind.DIRECT_PAIRS else torch.float32
     )
-    step = Operation(kind, geometry, 0, 1, 2, packed, inside_guards(torch.zeros(2, PANEL)))
+    step = Operation(kind, geometry, 0, 1, 2, packed, inside_guards(torch.zeros(2, out_channels)))
     run = program.Program(
         [step], inputs=[0, 2], outputs=[1], num_models=2, threads=threads, dtype=torch.float32
     )
     x, other = (
-        torch.randn(2, 2, channels, *geometry.size),
-        torch.randn(2, 2, PANEL, *geometry.out_size),
+        torch.randn(2, geometry.images, channels, *geometry.size),
+        torch.randn(2, geometry.images, out_channels, *geometry.out_size),
     )
     (found,) = run(x, other)
     check_guards()
+    options: Any = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     expected = torch.stack(
-        [torch.nn.functional.conv2d(*own, padding=pad) for own in zip(x, weight, strict=True)]
+        [
+            torch.nn.functional.conv2d(own, filters, None, *options)
+            for own, filters in zip(x, weight, strict=True)
+        ]
     )
     limit = 1e-4 if kind != Kind.DIRECT_PAIRS else 3e-2
     assert float((found - expected - other).abs().max() / expected.abs().max()) < limit

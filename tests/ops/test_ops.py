@@ -14,7 +14,6 @@ from ensemble.ops.operation import Geometry, Kind, Operation
 pytest.importorskip("numba")
 
 from ensemble.ops import kernels
-from ensemble.ops.kernels.run import team_size
 from ensemble.ops.program import Program
 from ensemble.ops.simd import HAS_PAIRS, PANEL, WIDTH
 
@@ -62,7 +61,7 @@ def test_each_kernel_computes_a_3x3_convolution_at_any_size(
     weight, bias = randn(2, out_channels, channels, 3, 3, seed=1) / 9, randn(2, out_channels)
     other = randn(2, images, out_channels, *size, seed=2) if added else None
     packed = conv.pack_weight(weight, kind)
-    found = conv.packed_conv2d(x, packed, bias, other, kind, [3, 3], ONE, ONE, ONE, added)
+    found = conv.packed_conv2d(x, packed, bias, other, kind, [3, 3], ONE, ONE, ONE, 1, added)
     assert error(found, exact(x, weight, bias, other, added, ONE, ONE, ONE)) < 1e-5
 
 
@@ -90,7 +89,7 @@ def test_the_direct_kernel_takes_every_geometry(
     weight, bias = randn(3, PANEL, channels, *kernel, seed=1) / 9, randn(3, PANEL)
     packed = conv.pack_weight(weight, Kind.DIRECT)
     options = stride, padding, dilation
-    found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, kernel, *options, False)
+    found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, kernel, *options, 1, False)
     assert error(found, exact(x, weight, bias, None, False, *options)) < 1e-5
 
 
@@ -109,7 +108,7 @@ def test_a_nan_in_the_input_comes_out_as_nan_through_relu() -> None:
     x, weight = torch.full((1, 1, WIDTH, 4, 4), torch.nan), randn(1, PANEL, WIDTH, 3, 3)
     for kind in (Kind.DIRECT, Kind.WINOGRAD_4):
         packed = conv.pack_weight(weight, kind)
-        options = ([3, 3], ONE, ONE, ONE, True)
+        options = ([3, 3], ONE, ONE, ONE, 1, True)
         found = conv.packed_conv2d(x, packed, torch.zeros(1, PANEL), None, kind, *options)
         assert bool(found.isnan().all())
 
@@ -149,6 +148,7 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
                 [2, 2],
                 ONE,
                 ONE,
+                1,
                 False,
             ),
         ),
@@ -237,7 +237,7 @@ def test_a_bias_is_read_by_its_strides() -> None:
     x, weight = randn(1, WIDTH, 6, 6), randn(2, PANEL, WIDTH, 3, 3) / 9
     bias = randn(PANEL, 2).T
     packed = conv.pack_weight(weight, Kind.DIRECT)
-    options = ([3, 3], ONE, ONE, ONE, False)
+    options = ([3, 3], ONE, ONE, ONE, 1, False)
     found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, *options)
     assert error(found, exact(x, weight, bias, None, False, ONE, ONE, ONE)) < 1e-5
 
@@ -250,7 +250,7 @@ def test_buffers_are_of_the_kernels_own_dtype_whatever_is_torchs_default(
     torch.set_default_dtype(dtype)
     try:
         packed = conv.pack_weight(weight, Kind.WINOGRAD_4)
-        options = ([3, 3], ONE, ONE, ONE, False)
+        options = ([3, 3], ONE, ONE, ONE, 1, False)
         found = conv.packed_conv2d(x, packed, bias, None, Kind.WINOGRAD_4, *options)
         pooled = conv.packed_max_pool2d(found, [2, 2], [2, 2], [0, 0])
     finally:
@@ -304,7 +304,7 @@ def test_without_numba_every_convolution_takes_torchs_own_rule(
 
 
 @pytest.mark.parametrize("num_models", [1, 2, 3, 5])
-@pytest.mark.parametrize("threads", [1, 2, 3, 6])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_a_program_gives_the_same_however_many_threads_share_the_models(
     num_models: int, threads: int
 ) -> None:
@@ -348,16 +348,6 @@ def test_a_program_gives_the_same_however_many_threads_share_the_models(
         assert error(found[1], three + b[:, None, :classes]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("left", "parts", "size"),
-    [(1, 2, 2), (4, 64, 16), (3, 64, 21), (5, 6, 1), (3, 4, 4), (2, 3, 3)],
-)
-def test_threads_share_what_is_left_in_teams_unless_many_would_idle(
-    left: int, parts: int, size: int
-) -> None:
-    assert team_size(left, parts) == size
-
-
 def geometry(channels: int, size: int, images: int = 1, stride: int = 1) -> Geometry:
     out = (size - 1) // stride + 1
     return Geometry(
@@ -389,6 +379,59 @@ def test_the_rule_takes_large_tiles_where_there_are_many_and_small_ones_where_we
     assert chosen(geometry(64, 56, stride=2)) == Kind.DIRECT
 
 
+def test_the_rule_takes_strassens_products_for_1x1_where_they_are_large_enough() -> None:
+    def rule(channels: int, out_channels: int, size: int) -> Kind:
+        plain = Geometry(
+            *(1, channels, (size, size), out_channels, (size, size)),
+            *((1, 1), (1, 1), (0, 0), (1, 1)),
+        )
+        return kernels.choose(plain, [Kind.DIRECT, Kind.STRASSEN])
+
+    assert rule(256, 256, 56) == rule(1024, 512, 14) == rule(2048, 1024, 7) == Kind.STRASSEN
+    assert rule(64, 64, 56) == Kind.DIRECT
+    assert rule(2048, 1024, 1) == Kind.DIRECT  # 7/4 of the weights would have to be read
+
+
+@pytest.mark.parametrize("channels", [2 * WIDTH, 64 * WIDTH])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (7, 7), (15, 28)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_seven_products_of_halves_are_a_1x1_convolution(
+    channels: int, size: tuple[int, int], stride: int
+) -> None:
+    x = randn(2, 2, channels, *size)
+    weight, bias = randn(2, 4 * PANEL, channels, 1, 1, seed=1) / channels**0.5, randn(2, 4 * PANEL)
+    options = [stride, stride], [0, 0], ONE
+    expected = exact(x, weight, bias, None, False, *options)
+    other = randn(*expected.shape, seed=2)
+    packed = conv.pack_weight(weight, Kind.STRASSEN)
+    found = conv.packed_conv2d(x, packed, bias, other, Kind.STRASSEN, ONE, *options, 1, True)
+    assert error(found, (expected + other).relu()) < 2e-6
+
+
+@pytest.mark.parametrize("share", [share for share in (1, 2, 4, 8, 16, 32) if PANEL % share == 0])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [([3, 3], ONE, ONE, ONE), ([3, 3], [2, 2], ONE, ONE), ([5, 2], [1, 2], [2, 3], [1, 2])],
+)
+@pytest.mark.parametrize("size", [(3, 5), (29, 30)])
+def test_the_grouped_kernel_takes_every_geometry(
+    share: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    size: tuple[int, int],
+) -> None:
+    x, bias = randn(2, 2, 2 * PANEL, *size), randn(2, 2 * PANEL)
+    weight = randn(2, 2 * PANEL, share, *kernel, seed=1) / 9
+    options = stride, padding, dilation, 2 * PANEL // share
+    expected = exact(x, weight, bias, None, False, *options)
+    other = randn(*expected.shape, seed=2)
+    packed = conv.pack_weight(weight, Kind.GROUPED)
+    found = conv.packed_conv2d(x, packed, bias, other, Kind.GROUPED, kernel, *options, True)
+    assert error(found, (expected + other).relu()) < 1e-6
+
+
 def test_in_pairs_of_bfloat16_only_much_larger_savings_are_worth_winograd() -> None:
     pairs = Kind.DIRECT_PAIRS
     assert chosen(geometry(64, 56), pairs) == Kind.WINOGRAD_4
@@ -408,6 +451,6 @@ def test_a_direct_convolution_in_pairs_is_that_of_the_rounded_numbers(
     bias = randn(2, PANEL, seed=2).bfloat16()
     options = [stride, stride], [kernel[0] // 2, kernel[1] // 2], ONE
     packed = conv.pack_weight(weight, Kind.DIRECT_PAIRS)
-    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_PAIRS, kernel, *options, True)
+    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_PAIRS, kernel, *options, 1, True)
     assert found.dtype == torch.bfloat16
     assert error(found, exact(x, weight, bias, other, True, *options)) < 2**-8

@@ -1,12 +1,20 @@
 """The table, and the sentences before and after it."""
 
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from ensemble.records import Result
-from ensemble.report.table import render_table
+from ensemble.report import exports
+from ensemble.report.table import WIDTH, render_strategies, render_table
 from ensemble.report.verdict import render_answer, render_remarks
 from ensemble.report.words import time_lines
+from ensemble.strategies import STRATEGIES
 from tests.made import ENVIRONMENT, LOOP, UNAVAILABLE, VMAP, changed
+
+DATA = Path(__file__).parents[1] / "data"
+STORED = sorted([*DATA.glob("*.json"), *DATA.glob("allocator/*.json")])
 
 
 def said(*rows: Result) -> str:
@@ -164,7 +172,42 @@ def test_the_default_table_fits_ninety_columns() -> None:
         VMAP, strategy="prepacked_concurrent", num_models=64, times_s=(1.2345,) * 20, build_s=123.4
     )
     rows = [changed(LOOP, num_models=64), wide, changed(wide, reference_times_s=(12.0,) * 20)]
-    assert max(map(len, render_table(rows).splitlines())) <= 90
+    assert max(map(len, render_table(rows).splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_the_default_table_of_every_stored_run_fits_ninety_columns(path: Path) -> None:
+    rows = [replace(row, notes=()) for row in exports.read(str(path), argument="path").results]
+    lines = render_table(rows).splitlines()
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= WIDTH
+
+
+def test_what_is_left_out_of_a_wide_table_is_said_and_shown_by_verbose() -> None:
+    long = changed(VMAP, strategy="s" * 25)
+    text = render_table([long])
+    assert "faults" not in text.splitlines()[2]
+    assert "\nLeft out for width: page faults; --verbose shows all.\n" in text
+    assert "12,000" in render_table([long], verbose=True)
+    assert "Left out" not in render_table([VMAP])
+
+
+def test_strategies_that_cannot_run_share_a_short_line_by_their_reason() -> None:
+    names = [name for name in STRATEGIES if name.startswith("cudagraph_")]
+    rows = [changed(UNAVAILABLE, strategy=name) for name in [*names, "jax"]]
+    assert render_table([LOOP, *rows]).endswith("Not available here: cudagraph_*, jax: no CUDA\n")
+    ran = changed(VMAP, strategy=names[0])
+    assert f"Not available here: {names[1]}, {names[2]}, " in render_table([ran, *rows[1:]])
+
+
+def test_the_table_of_strategies_has_them_all_in_a_hundred_columns_and_cuts_nothing() -> None:
+    text = render_strategies(STRATEGIES)
+    assert max(map(len, text.splitlines())) <= 100
+    assert {line.split()[0] for line in text.splitlines()} >= set(STRATEGIES)
+    assert "…" not in text
+    words = set(text.split())
+    for strategy in STRATEGIES.values():
+        assert words >= set(f"{strategy.summary} {strategy.needs} {strategy.start}".split())
 
 
 def test_colour_is_for_terminals_alone_and_says_faster_slower_and_failed() -> None:
@@ -236,3 +279,9 @@ def test_two_modes_are_told_with_what_tells_them_apart_and_no_winner_is_named() 
 def test_what_lies_between_processes_is_told_where_it_is_more_than_within_them() -> None:
     text = said(LOOP, of_processes((1.0, 0), (1.1, 0), (1.2, 0), (1.3, 0), (1.4, 0)))
     assert "vmap, 4 models: a process is sure to 0% of itself, processes lie 17% apart" in text
+
+
+def test_what_best_picked_stands_in_its_row_and_in_the_answer() -> None:
+    best = changed(VMAP, strategy="best", picked="lowered_vmap")
+    assert "Fastest with 4 models: best (lowered_vmap), 2.00 times as fast" in said(LOOP, best)
+    assert "\nbest (lowered_vmap)  4  " in render_table([LOOP, best])

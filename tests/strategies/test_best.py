@@ -1,6 +1,8 @@
-"""The rule that picks `best`."""
+"""`best` tries what could win here, and keeps the fastest."""
 
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,63 +11,56 @@ from torch import Tensor, nn
 
 import ensemble
 from ensemble import strategies
-from ensemble.report import exports, sweep
-from ensemble.strategies import STRATEGIES, best
+from ensemble.strategies import STRATEGIES, Strategy, best
+from ensemble.strategies.built import Builder, Built
 from tests.tiny import TinyNet, independent, tiny_models
 
-
-def models(arch: str, count: int = 2) -> list[nn.Module]:
-    torch.manual_seed(0)
-    return [torchvision.models.get_model(arch, num_classes=7).eval() for _ in range(count)]
+PEERS = [name for name, own in STRATEGIES.items() if own.module == "peers"]
 
 
-@pytest.mark.parametrize(
-    ("arch", "device", "dtype", "expected"),
-    [
-        ("resnet18", "cpu", "float32", "lowered_vmap"),
-        ("resnet50", "cpu", "float32", "lowered_vmap"),
-        ("resnext50_32x4d", "cpu", "float32", "prepacked_concurrent"),
-        ("mobilenet_v2", "cpu", "float32", "prepacked_concurrent"),
-        ("resnet18", "cuda", "float32", "cudagraph_compiled_im2col_vmap"),
-        ("resnext50_32x4d", "cuda", "float32", "cudagraph_compiled_concurrent"),
-        ("resnet18", "cuda", "bfloat16", "cudagraph_compiled_im2col_vmap"),
-        ("resnet18", "mps", "float16", "folded_loop"),
-    ],
-)
-def test_the_table_gives_a_strategy_for_every_device_dtype_and_architecture(
-    arch: str, device: str, dtype: str, expected: str
+@dataclass(frozen=True)
+class Made(Strategy):
+    """A strategy of this file."""
+
+    own: Builder | None = None
+
+    def builder(self, *, tune_seconds: float = 0.0) -> Builder:
+        assert self.own is not None
+        return self.own
+
+
+@pytest.fixture
+def candidates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts strategies of a test's own into the registry, and makes them the candidates."""
+
+    def install(**builders: Builder) -> None:
+        for name, own in builders.items():
+            monkeypatch.setitem(STRATEGIES, name, Made("", "", "made for a test", own=own))
+        monkeypatch.setitem(best.CANDIDATES, "cpu", ("loop", *builders))
+
+    return install
+
+
+def sleeping(seconds: float, off: float = 0.0) -> Builder:
+    """The logits of the models, `off` by so much, after so long."""
+
+    def build(models: Sequence[nn.Module], example: Tensor) -> Built:
+        def forward(x: Tensor) -> Tensor:
+            time.sleep(seconds)
+            return torch.stack([model(x) for model in models]) + off
+
+        return Built(forward, f"sleeps {seconds} s")
+
+    return build
+
+
+@pytest.mark.parametrize("names", [*best.CANDIDATES.values(), best.ELSEWHERE])
+def test_every_candidate_is_a_strategy_of_ours_and_the_loop_is_the_first(
+    names: tuple[str, ...],
 ) -> None:
-    assert best.pick(models(arch), device, dtype) == expected
-
-
-def test_with_many_models_in_half_precision_on_cuda_convolutions_side_by_side_are_picked() -> None:
-    assert best.pick(models("resnet18", 5), "cuda", "float16") == "cudagraph_compiled_concurrent"
-
-
-@pytest.mark.parametrize(
-    ("pairs", "expected"), [(True, "lowered_vmap"), (False, "prepacked_concurrent")]
-)
-def test_in_bfloat16_the_cpu_decides(
-    pairs: bool, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(best, "_multiplies_pairs_best", lambda: pairs)
-    assert best.pick(models("resnet18"), "cpu", "bfloat16") == expected
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("able", [True, False])
-def test_packed_weights_are_picked_only_where_onednn_computes_in_that_dtype(
-    dtype: str, able: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for kind in ("bf16", "fp16"):
-        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: able)
-    expected = "prepacked_concurrent" if able else "folded_loop"
-    assert best.pick(models("mobilenet_v2"), "cpu", dtype) == expected
-
-
-def test_without_onednn_what_needs_it_is_not_picked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert best.pick(models("mobilenet_v2"), "cpu", "float32") == "folded_loop"
+    assert set(names) <= set(STRATEGIES) - {"best", *PEERS}
+    assert names[0] == "loop"
+    assert len(set(names)) == len(names) <= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -75,6 +70,51 @@ def test_what_is_picked_runs_in_every_dtype(dtype: torch.dtype) -> None:
     assert ensemble.build("best", own, x)(x).dtype == dtype
 
 
+def test_the_fastest_is_kept_and_the_note_says_what_was_tried(
+    candidates: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates(slow=sleeping(0.05), fast=sleeping(0.01))
+    monkeypatch.setitem(best.CANDIDATES, "cpu", ("slow", "fast"))  # a loop of milliseconds wins
+    own, x = tiny_models(2), torch.randn(1, 3, 8, 8)
+    built = strategies.make("best", own, x)
+    assert built.choice is not None
+    assert built.choice.name == "fast"
+    assert built.choice.note.startswith("picked fast (tried: slow ")
+    assert built.note == "sleeps 0.01 s"
+    assert 0.1 < built.choice.seconds < 5
+    torch.testing.assert_close(built.forward(x), independent(own, x))
+
+
+def test_where_nothing_is_faster_it_is_the_loop(candidates: Callable[..., None]) -> None:
+    candidates(slow=sleeping(0.01))
+    built = strategies.make("best", tiny_models(2), torch.randn(1, 3, 8, 8))
+    assert built.choice is not None
+    assert built.choice.name == "loop"
+
+
+def test_a_fast_one_that_is_wrong_is_out_with_the_reason(candidates: Callable[..., None]) -> None:
+    def wrong(models: Sequence[nn.Module], example: Tensor) -> Built:
+        return Built(lambda x: torch.zeros(len(models), len(x), 5))
+
+    candidates(wrong=wrong)
+    own = tiny_models(2)
+    for x in (torch.randn(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)):
+        built = strategies.make("best", own, x)
+        assert built.choice is not None
+        assert built.choice.name == "loop"
+        assert "wrong: outputs disagree: model 0 is off by 1.0e+00" in built.choice.note
+
+
+def test_a_lack_of_memory_costs_the_candidate_alone(candidates: Callable[..., None]) -> None:
+    def greedy(models: Sequence[nn.Module], example: Tensor) -> Built:
+        raise torch.OutOfMemoryError("no room for 1 TB")
+
+    candidates(greedy=greedy)
+    built = strategies.make("best", tiny_models(2), torch.randn(1, 3, 8, 8))
+    assert built.choice is not None
+    assert built.choice.note == "picked loop (tried: greedy: no room for 1 TB)"
+
+
 def test_a_model_that_cannot_be_traced_is_run_by_the_loop() -> None:
     class Branching(TinyNet):
         def forward(self, x: Tensor) -> Tensor:
@@ -82,58 +122,24 @@ def test_a_model_that_cannot_be_traced_is_run_by_the_loop() -> None:
 
     own: list[nn.Module] = [Branching().eval() for _ in range(2)]
     x = torch.randn(1, 3, 8, 8)
-    torch.testing.assert_close(ensemble.build("best", own, x)(x), independent(own, x))
+    built = strategies.make("best", own, x)
+    assert built.choice is not None
+    assert built.choice.name == "loop"
+    assert "lowered_vmap: torch.fx cannot trace this model" in built.choice.note
+    torch.testing.assert_close(built.forward(x), independent(own, x))
 
 
-def test_without_numba_the_rule_does_not_pick_what_needs_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(best, "find_spec", lambda name: None)
-    assert best.pick(models("resnet18"), "cpu", "float32") == "prepacked_concurrent"
-
-
-def test_every_rule_names_a_strategy_and_the_last_fits_everything() -> None:
-    assert {rule.strategy for rule in best.RULES} <= set(STRATEGIES)
-    assert best.RULES[-1] == best.Rule("folded_loop")
+def test_models_that_differ_are_run_by_the_loop_or_one_after_another() -> None:
+    own: list[nn.Module] = [*tiny_models(1), torchvision.models.squeezenet1_1(num_classes=5).eval()]
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(
+        ensemble.build("best", own, x)(x), independent(own, x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_best_is_what_users_take_home() -> None:
-    x, own = torch.randn(1, 3, 64, 64), models("resnet18")
-    built = strategies.make("best", own, x)
+    torch.manual_seed(0)
+    own = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(2)]
+    built = strategies.make("best", own, torch.zeros(1, 3, 64, 64))
+    x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(built.forward(x), independent(own, x), rtol=1e-4, atol=1e-4)
-    assert built.note.startswith("kernels: ")
-
-
-STORED = sorted((Path(__file__).parents[1] / "data").glob("*.json"))
-PEERS = {"openvino", "onnxruntime", "jax"}
-
-
-def test_there_is_evidence_for_every_rule_that_names_some() -> None:
-    for rule in best.RULES:
-        if "*" in rule.evidence:
-            pattern = Path(rule.evidence).name
-            assert [path for path in STORED if path.match(pattern)]
-
-
-@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-def test_what_the_rule_picks_is_the_fastest_of_the_stored_rows(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Within 5 %, of what this package runs itself: other runtimes may not be installed."""
-    monkeypatch.setattr(best, "_multiplies_pairs_best", lambda: True)  # as the CPU of the files
-    run = exports.read(str(path), argument="from_json")
-    model = torchvision.models.get_model(run.config["arch"], weights=None)
-    for rows in sweep.cells(run.results).values():
-        for dtype in {row.case.dtype for row in rows}:
-            own = [
-                row for row in rows if row.case.dtype == dtype and row.case.strategy not in PEERS
-            ]
-            device = run.environment.device
-            picked = best.pick([model] * rows[0].case.num_models, device, dtype)
-            found = next((row for row in own if row.case.strategy == picked), None)
-            fastest = sweep.fastest(own)
-            if found is None and dtype == "float32" and len(own) == 1:
-                continue  # only the reference of a run in another dtype
-            assert found is not None
-            assert fastest is not None
-            assert (found.speedup or 0) >= 0.95 * (fastest.speedup or 0), fastest.case.strategy

@@ -1,7 +1,7 @@
 """Every strategy of the registry gives the logits of the models themselves."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import functorch
 import pytest
@@ -15,7 +15,7 @@ from ensemble import strategies
 from ensemble.errors import UnavailableError
 from ensemble.machine import devices
 from ensemble.models import stacking
-from ensemble.strategies import STRATEGIES
+from ensemble.strategies import BEST, STRATEGIES
 from ensemble.strategies.built import Built
 from ensemble.strategies.concurrent import shares
 from tests.checkpoints import lively
@@ -28,7 +28,7 @@ QUIETER_COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # o
 
 
 def takes_seconds(name: str) -> bool:
-    return name in PEERS or "compiled" in name
+    return name in PEERS or "compiled" in name or name == BEST
 
 
 def from_registry(*, slow: bool) -> list[object]:
@@ -42,7 +42,7 @@ def from_registry(*, slow: bool) -> list[object]:
     ]
 
 
-@cache
+@lru_cache(maxsize=1)
 def resnets(arch: str) -> list[nn.Module]:
     """Two, which tests read and leave as they are."""
     return [lively(arch, seed).requires_grad_(False) for seed in range(2)]

@@ -9,6 +9,7 @@ from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.kernels.run import ARRIVALS, STOP, run
 from ensemble.ops.operation import Geometry, Kind
+from ensemble.ops.pages import in_large_pages
 
 __all__ = [
     "ARRIVALS",
@@ -53,7 +54,8 @@ def empty_packed(weight: Tensor, kind: Kind) -> Tensor:
 
 def pack(weight: Tensor, kind: Kind) -> Tensor:
     """The weights of N models, `(N, K, C, R, S)`, as the kernel reads them."""
-    packed, fill = empty_packed(weight, kind), KERNELS[kind].pack
+    like, fill = empty_packed(weight, kind), KERNELS[kind].pack
+    packed = in_large_pages(like.nbytes).view(like.dtype).view(like.shape)
     assert fill is not None, kind
     for own, target in zip(weight, packed, strict=True):
         fill(own, target)

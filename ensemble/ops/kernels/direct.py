@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, multiply
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply
 from ensemble.ops.operation import Geometry
+from ensemble.ops.products import ADD_OTHER, RELU, START_FROM_C
 from ensemble.ops.simd import (
-    ADD_OTHER,
     FLOAT_BYTES,
     HAS_PAIRS,
     MAX_ROWS,
     PANEL,
-    RELU,
-    START_FROM_C,
     VECTOR_BYTES,
     WIDTH,
     load,
@@ -43,7 +41,7 @@ def is_planar(geometry: Geometry) -> bool:
 def _can_run(geometry: Geometry) -> bool:
     # Of few channels a row of the kernel is read as one run.
     gathered = not is_planar(geometry) or geometry.dilation[1] == 1
-    return gathered and geometry.out_channels % PANEL == 0
+    return gathered and geometry.out_channels % PANEL == 0 and geometry.groups == 1
 
 
 def _can_run_pairs(geometry: Geometry) -> bool:
@@ -209,7 +207,7 @@ def _gather_rows(step, x, padded, line, rows_at, first, count, rows, k, depth):
             _gather(step, x, target, first + row, own, k, depth)
 
 
-@jit
+@jit_within
 def _multiply_rows(step, rows_at, factors, out, other, start, count, rows, depth, flags, ahead):
     """Gathered rows times one panel of weights; `out` and `other` are the first pixel's."""
     whole = ceil(depth, WIDTH) * VECTOR_BYTES
@@ -248,7 +246,8 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
     longest = ceil(total, WIDTH) * WIDTH if planar else min(total, DEPTH)
     group = max(1, GROUP_BYTES // (longest * FLOAT_BYTES) // MAX_ROWS) * MAX_ROWS
     groups = ceil(pixels, group)
-    group = ceil(pixels, groups)
+    group = min(group, ceil(ceil(pixels, groups), MAX_ROWS) * MAX_ROWS)  # of whole blocks
+    groups = ceil(pixels, group)
     by_panels = groups < 4 * parts and panels >= parts
     group_part, group_parts = (0, 1) if by_panels else (part, parts)
     panel_part, panel_parts = (part, parts) if by_panels else (0, 1)

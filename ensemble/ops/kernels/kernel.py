@@ -10,7 +10,8 @@ import numpy as np
 from numba import njit
 
 from ensemble.ops.operation import Geometry
-from ensemble.ops.simd import HAS_PAIRS, MAX_ROWS, multiply_rows
+from ensemble.ops.products import multiply_rows
+from ensemble.ops.simd import HAS_PAIRS, MAX_ROWS, stand_alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ OPERANDS = ("x", "weight", "bias", "other", "out")
 _GEOMETRY = (
     *("images", "height", "width", "channels", "out_height", "out_width", "out_channels"),
     *("kernel_y", "kernel_x", "stride_y", "stride_x", "pad_y", "pad_x"),
-    *("dilation_y", "dilation_x"),
+    *("dilation_y", "dilation_x", "groups"),
 )
 STEP = np.dtype(
     [(f"{name}{part}", np.int64) for name in OPERANDS for part in ("", "_stride")]
@@ -44,7 +45,7 @@ class Kernel:
     # Of kernels with weights of `(N, K, C, R, S)`: the empty packed stack, and one model into it.
     empty: Callable[[Tensor], Tensor] | None = None
     pack: Callable[[Tensor, Tensor], None] | None = None
-    # In multiply-adds, of one model on one core, for `ensemble.ops.cost`.
+    # In multiply-adds, of one model on one core, for `choose`.
     cost: Callable[[Geometry], float] | None = None
 
 
@@ -65,12 +66,18 @@ def jit(function: Any) -> Any:
     return njit(nogil=True, error_model="numpy")(function)
 
 
+def jit_within(function: Any) -> Any:
+    """`jit` as part of whoever calls it: LLVM optimises a function again for each caller above it,
+    with all that it calls, so that what only hands on to large code costs most of the time."""
+    return njit(nogil=True, error_model="numpy", inline="always")(function)
+
+
 def fill_geometry(step: np.void, geometry: Geometry) -> None:
     """Write a geometry into a row of `STEP`."""
     step["images"], step["channels"] = geometry.images, geometry.channels
     step["height"], step["width"] = geometry.size
     step["out_height"], step["out_width"] = geometry.out_size
-    step["out_channels"] = geometry.out_channels
+    step["out_channels"], step["groups"] = geometry.out_channels, geometry.groups
     for name in ("kernel", "stride", "padding", "dilation"):
         short = "pad" if name == "padding" else name
         step[f"{short}_y"], step[f"{short}_x"] = getattr(geometry, name)
@@ -86,7 +93,8 @@ def _make_multiply() -> Any:
     """`multiply(pairs, rows, ...)`: the product of floats or of pairs for that many rows, one
     branch for each. Where the CPU knows no pairs, no step has any."""
     arguments = "a, b, c, c_stride, depth, start, other, flags, ahead"
-    lines, scope = [f"def multiply(pairs, rows, {arguments}):"], {}
+    lines = [f"def multiply(pairs, rows, {arguments}):", "    stand_alone()"]
+    scope = {"stand_alone": stand_alone}
     for pairs in (False, True) if HAS_PAIRS else (False,):
         for rows in range(1, MAX_ROWS + 1):
             name = f"product_{rows}_{pairs}"

@@ -1,8 +1,10 @@
 """The kernels by kind: a new one is a file in this folder, and a line here and in `Kind`."""
 
 from ensemble.ops.kernels.direct import DIRECT, DIRECT_PAIRS
+from ensemble.ops.kernels.grouped import GROUPED
 from ensemble.ops.kernels.head import HEAD
 from ensemble.ops.kernels.pooling import MAX_POOL
+from ensemble.ops.kernels.strassen import STRASSEN
 from ensemble.ops.kernels.winograd import WINOGRAD_2, WINOGRAD_4
 from ensemble.ops.operation import Kind
 
@@ -13,4 +15,6 @@ KERNELS = {
     Kind.WINOGRAD_4: WINOGRAD_4,
     Kind.MAX_POOL: MAX_POOL,
     Kind.HEAD: HEAD,
+    Kind.GROUPED: GROUPED,
+    Kind.STRASSEN: STRASSEN,
 }

@@ -13,8 +13,8 @@ from typing import Any
 
 from numba import njit
 
-from ensemble.ops import operation, simd
-from ensemble.ops.kernels.kernel import LOCAL, jit
+from ensemble.ops import operation, products, simd, taps
+from ensemble.ops.kernels.kernel import LOCAL, ceil, jit, jit_within
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.simd import fetch_add, give_way, load_shared, relax
 
@@ -42,10 +42,10 @@ def _address(base, stride, model, arena):
     return arena + base if stride == LOCAL else base + stride * model
 
 
-_dispatch = jit(_make_dispatch())
+_dispatch = jit_within(_make_dispatch())
 
 
-@jit
+@jit_within
 def _execute(step, model, arena, scratch, part, parts):
     """One step of one model, or the share of it that is `part` of `parts`."""
     x = _address(step.x, step.x_stride, model, arena)
@@ -78,11 +78,21 @@ def _wait(state, counter, arrivals):
     return True
 
 
+# Of a model's time, what a team does not share, and the most threads that still gain something: of
+# ResNets, whose steps were timed part by part (tests/schedule.py).
+UNSHARED, MOST_THREADS = 0.15, 8
+
+
 @jit
 def team_size(left, parts):
-    """Threads for each of `left` models, fewer than threads: all that there are, one model after
-    another, where teams for every model at once would leave a quarter of them idle."""
-    return parts // left if 4 * (parts % left) < parts else parts
+    """Threads for each of `left` models, fewer than threads, by which these take the least time:
+    teams of that size take a model each, and then the next ones."""
+    best, least = 1, float(left)
+    for size in range(1, min(parts, MOST_THREADS) + 1):
+        time = ceil(left, parts // size) * (UNSHARED + (1 - UNSHARED) / size)
+        if time < least:
+            best, least = size, time
+    return best
 
 
 def _make_run(sources: str) -> Any:
@@ -104,12 +114,15 @@ def _make_run(sources: str) -> Any:
         sources  # noqa: B018
         alone = num_models // parts * parts
         size = team_size(max(1, num_models - alone), parts)
-        team, arrivals = part // size, 0
+        teams, team, arrivals = parts // size, part // size, 0
         model = fetch_add(state + 8 * BEGUN, 1)
         together = model >= alone
         if together:
             model = alone + team
+        # A thread that no whole team is left for has nothing to share.
         while model < num_models and load_shared(state + 8 * STOP) == 0:
+            if together and team >= teams:
+                return
             for index in range(len(steps)):
                 arena, member, members = arenas[part], 0, 1
                 if together:
@@ -119,7 +132,7 @@ def _make_run(sources: str) -> Any:
                         return
                 _execute(steps[index], model, arena, scratches[part], member, members)
             if together:
-                model += parts // size
+                model += teams
             else:
                 model = fetch_add(state + 8 * BEGUN, 1)
                 if model >= alone:
@@ -133,6 +146,6 @@ def _make_run(sources: str) -> Any:
 
 
 # Every file that the code comes from.
-_FILES = [Path(str(module.__file__)) for module in (simd, operation)]
+_FILES = [Path(str(module.__file__)) for module in (simd, products, taps, operation)]
 _FILES += sorted(Path(__file__).parent.glob("*.py"))
 run = _make_run(hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, multiply
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply
 from ensemble.ops.operation import Geometry
 from ensemble.ops.simd import (
     FLOAT_BYTES,
@@ -46,7 +46,8 @@ _FILTER_TRANSFORMS = {
 
 def _can_run(geometry: Geometry) -> bool:
     whole = geometry.channels % WIDTH == 0 and geometry.out_channels % PANEL == 0
-    return whole and geometry.kernel == (3, 3) and geometry.stride == geometry.dilation == (1, 1)
+    plain = geometry.stride == geometry.dilation == (1, 1) and geometry.groups == 1
+    return whole and plain and geometry.kernel == (3, 3)
 
 
 def _cost(tile: int, geometry: Geometry) -> float:
@@ -264,7 +265,7 @@ def _transform_inputs(step, x, inputs, plane, first, count, rows, zeros, work):
             _input_tile_2(pixels, step.channels, target, line, plane, work)
 
 
-@jit
+@jit_within
 def _multiply_planes(step, inputs, plane_in, weight, products, plane_out, row_out, zeros, count):
     """One matrix product a plane."""
     planes, panels = (step.variant + 2) ** 2, step.out_channels // PANEL

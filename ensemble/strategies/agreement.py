@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 # Largest max_rel_error that counts as the same computation, by the strategy's dtype.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+TOLERANCES = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.bfloat16: 3e-2,
+    torch.float16: 3e-2,
+}
 # What rounding may do to a logit whatever the image: so many units in the last place of the model's
 # largest logit, in float32 1.5e-5 of it. Images whose logits were made to cancel were off by 2.4e-6
 # at most, in ResNet-152 by Winograd's kernels.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble.measure.agreement import TOLERANCES, check
+from ensemble.strategies.agreement import TOLERANCES, check
 
 REFERENCE = torch.tensor([[[1.0, 4.0, 2.0]], [[8.0, 0.0, 4.0]]])  # 2 models, 1 image, 3 classes
 

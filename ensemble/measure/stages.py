@@ -1,0 +1,34 @@
+"""What is being done to a row, as the progress tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from ensemble.strategies import STRATEGIES
+
+# Called with what is being done to a row, and how much of it is done (0 to 1).
+Stage = Callable[[str, float], None]
+
+BUILDING, TIMING = "build and first call", "timing"
+COMPILING = "compiling kernels, once per installation"
+
+
+@contextmanager
+def telling(strategy: str, progress: Stage) -> Iterator[None]:
+    """While it is built: tell when numba compiles kernels, which it does once and then keeps."""
+    if not STRATEGIES[strategy].has_kernels or find_spec("numba") is None:
+        yield
+        return
+    from numba.core import event
+
+    class Listener(event.Listener):
+        def on_start(self, _: object) -> None:
+            progress(COMPILING, 0.0)
+
+        def on_end(self, _: object) -> None:
+            progress(BUILDING, 0.0)
+
+    with event.install_listener("numba:compile", Listener()):
+        yield

@@ -1,0 +1,233 @@
+# mypy: ignore-errors
+# numba finds the types of these functions, from the arguments of `run`.
+"""A convolution of groups of channels, down to one channel a group: a product of taps, no matrix.
+
+An output reads few inputs, so that nothing is gathered: strips of the image are copied, with their
+zero borders, so that the pixels which neighbours read at a tap lie side by side.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within
+from ensemble.ops.operation import Geometry
+from ensemble.ops.products import ADD_OTHER, RELU
+from ensemble.ops.simd import (
+    FLOAT_BYTES,
+    REGISTERS,
+    VECTOR_BYTES,
+    WIDTH,
+    load,
+    splat,
+    stand_alone,
+    store,
+)
+from ensemble.ops.taps import multiply_taps
+
+STRIP_BYTES = 256 * 1024  # of padded input at a time
+PLANES = 4  # vectors of channels that are copied at a time, where groups are not wider
+# Pixels whose sums are in registers; what else is there is weights and inputs.
+SIZES = tuple(size for size in (14, 7, 4, 1) if size <= REGISTERS // 2 - 2)
+# Groups that lie side by side in a vector, by channels; wider ones fill whole vectors.
+LANES = tuple(lanes for lanes in (1, 2, 4, 8) if lanes < WIDTH)
+PER_LANE_PRODUCT = 4 / 3  # of the time of another product: an input is moved to its lanes
+
+
+def _can_run(geometry: Geometry) -> bool:
+    inputs = geometry.channels // geometry.groups
+    outputs = geometry.out_channels // geometry.groups
+    whole = geometry.channels % WIDTH == geometry.out_channels % WIDTH == 0
+    side_by_side = inputs == outputs and inputs in LANES
+    return whole and (side_by_side or inputs % WIDTH == outputs % WIDTH == 0)
+
+
+def _cost(geometry: Geometry) -> float:
+    inputs = geometry.channels // geometry.groups
+    factors = geometry.kernel[0] * geometry.kernel[1] * inputs * geometry.out_channels
+    products = geometry.images * geometry.out_size[0] * geometry.out_size[1] * factors
+    weighed = products * PER_LANE_PRODUCT if inputs < WIDTH else products
+    return cost(products=int(weighed), weight_bytes=4 * factors)
+
+
+def _scratch_bytes(geometry: Geometry) -> int:
+    planes = max(PLANES, geometry.channels // geometry.groups // WIDTH)
+    line = geometry.size[1] + 2 * geometry.padding[1] + geometry.stride[1]
+    reach = (geometry.kernel[0] - 1) * geometry.dilation[0] + 1
+    least = planes * line * reach * VECTOR_BYTES  # for one line of outputs
+    return max(STRIP_BYTES, least) + VECTOR_BYTES
+
+
+def _empty(weight: Tensor) -> Tensor:
+    """`(N, K / WIDTH, R * S, C, WIDTH)`, C channels of a group."""
+    num_models, out_channels, channels, rows, columns = weight.shape
+    shape = (num_models, out_channels // WIDTH, rows * columns, channels, WIDTH)
+    return weight.new_empty(shape, dtype=torch.float32)
+
+
+def _pack(weight: Tensor, target: Tensor) -> None:
+    vectors = weight.flatten(2).unflatten(0, (-1, WIDTH))
+    target.copy_(vectors.permute(0, 3, 2, 1))
+
+
+def _make_convolve() -> Any:
+    """`convolve(lanes, pixels, ...)`: the product for that many, one branch for each."""
+    arguments = "x, offsets, taps, weights, c, c_stride, start, other, flags"
+    lines = [f"def convolve(lanes, pixels, {arguments}):", "    stand_alone()"]
+    scope = {"stand_alone": stand_alone}
+    for lanes in (0, *LANES):
+        for pixels in SIZES:
+            name = f"taps_{lanes}_{pixels}"
+            scope[name] = multiply_taps(pixels, lanes)
+            lines.append(f"    if lanes == {lanes} and pixels == {pixels}:")
+            lines.append(f"        return {name}({arguments})")
+    exec("\n".join(lines), scope)
+    return scope["convolve"]
+
+
+_convolve = jit(_make_convolve())
+
+
+@jit
+def _pixels_at_once(width):
+    """How many, where the last ones of a row may be computed twice; each start costs two."""
+    best, least = 1, 3 * width
+    for size in SIZES:
+        time = ceil(width, size) * (size + 2)
+        if size <= width and time < least:
+            best, least = size, time
+    return best
+
+
+@jit
+def _blocks_at_once(blocks, planes):
+    """How many blocks of planes are copied together: divides `blocks`."""
+    count = 1
+    while blocks % (2 * count) == 0 and 2 * count * planes <= PLANES:
+        count *= 2
+    return count
+
+
+@jit
+def _copy_strip(step, image, channel, planes, first_y, lines, phase_width, strip):
+    """`lines` lines of some channels, from first_y (which may lie above the image) on.
+
+    Of each vector of channels, a plane; in each line the columns 0, stride, 2 stride, ... then 1,
+    1 + stride, ...: those that neighbours read at a tap are neighbours. Vectors that lie side by
+    side in the image are read one after another.
+    """
+    pixel_bytes = step.channels * FLOAT_BYTES
+    plane_bytes = lines * phase_width * step.stride_x * VECTOR_BYTES
+    own = image + channel * FLOAT_BYTES
+    target = strip
+    for y in range(first_y, first_y + lines):
+        source = own + y * step.width * pixel_bytes
+        inside = 0 <= y < step.height
+        for phase in range(step.stride_x):
+            for column in range(phase_width):
+                in_x = column * step.stride_x + phase - step.pad_x
+                if inside and 0 <= in_x < step.width:
+                    at = source + in_x * pixel_bytes
+                    for plane in range(planes):
+                        store(target + plane * plane_bytes, load(at + plane * VECTOR_BYTES))
+                else:
+                    for plane in range(planes):
+                        store(target + plane * plane_bytes, splat(np.float32(0)))
+                target += VECTOR_BYTES
+
+
+@jit
+def _find_taps(step, planes, lines, phase_width, offsets):
+    """Where in a strip a tap reads, from where the first one does; planes within taps."""
+    line_bytes = phase_width * step.stride_x * VECTOR_BYTES
+    for tap in range(step.kernel_y * step.kernel_x):
+        tap_y, tap_x = divmod(tap, step.kernel_x)
+        column, phase = divmod(tap_x * step.dilation_x, step.stride_x)
+        at = tap_y * step.dilation_y * line_bytes + (phase * phase_width + column) * VECTOR_BYTES
+        for plane in range(planes):
+            offsets[tap * planes + plane] = at + plane * lines * line_bytes
+
+
+@jit_within
+def _convolve_strip(step, strip, line_bytes, offsets, taps, factors, start, other, out, rows):
+    """One vector of outputs of some rows; out and other are those of the first pixel."""
+    share = step.channels // step.groups
+    lanes = share if share < WIDTH else 0
+    pixels = _pixels_at_once(step.out_width)
+    pixel_bytes = step.out_channels * FLOAT_BYTES
+    flags = (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
+    for row in range(rows):
+        line = strip + row * step.stride_y * line_bytes
+        for first in range(0, step.out_width, pixels):
+            x0 = min(first, step.out_width - pixels)
+            place = (row * step.out_width + x0) * pixel_bytes
+            _convolve(
+                lanes,
+                pixels,
+                line + x0 * VECTOR_BYTES,
+                offsets,
+                taps,
+                factors,
+                out + place,
+                pixel_bytes,
+                start,
+                other + place,
+                flags,
+            )
+
+
+@jit
+def _body(step, x, weight, bias, other, out, scratch, part, parts):
+    """Strips of the images, for each the channels that a vector of outputs reads.
+
+    weight is `(out_channels / WIDTH, taps, channels of a group, WIDTH)`.
+    """
+    share = step.channels // step.groups
+    planes = max(1, share // WIDTH)  # that a vector of outputs reads
+    at_once = planes * _blocks_at_once(step.channels // (planes * WIDTH), planes)
+    blocks = step.channels // (at_once * WIDTH)
+    vectors = step.out_channels // WIDTH // blocks
+    own_vectors = vectors * planes // at_once  # that read the same planes
+    phase_width = ceil(step.width + 2 * step.pad_x, step.stride_x)
+    line_bytes = phase_width * step.stride_x * VECTOR_BYTES
+    reach = (step.kernel_y - 1) * step.dilation_y + 1
+    most = (STRIP_BYTES // (at_once * line_bytes) - reach) // step.stride_y + 1
+    strips = ceil(step.out_height, max(1, min(most, step.out_height)))
+    rows = ceil(step.out_height, strips)
+    lines = (rows - 1) * step.stride_y + reach
+    taps = step.kernel_y * step.kernel_x * planes
+    table = np.empty(taps, np.int64)
+    _find_taps(step, planes, lines, phase_width, table)
+    offsets = table.ctypes.data
+    image_bytes = step.height * step.width * step.channels * FLOAT_BYTES
+    for index in range(part, step.images * strips * blocks, parts):
+        place, block = divmod(index, blocks)
+        image, strip = divmod(place, strips)
+        y0 = min(strip * rows, step.out_height - rows)
+        first_y, channel = y0 * step.stride_y - step.pad_y, block * at_once * WIDTH
+        own = x + image * image_bytes
+        _copy_strip(step, own, channel, at_once, first_y, lines, phase_width, scratch)
+        for vector in range(block * vectors, (block + 1) * vectors):
+            pixel = (image * step.out_height + y0) * step.out_width
+            at = (pixel * step.out_channels + vector * WIDTH) * FLOAT_BYTES
+            added = other + at if other != 0 else 0
+            factors = weight + vector * taps * min(share, WIDTH) * VECTOR_BYTES
+            start = bias + vector * VECTOR_BYTES
+            plane = (vector - block * vectors) // own_vectors * planes
+            _convolve_strip(
+                step,
+                scratch + plane * lines * line_bytes,
+                line_bytes,
+                offsets,
+                taps,
+                factors,
+                start,
+                added,
+                out + at,
+                rows,
+            )
+
+
+GROUPED = Kernel(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _cost)

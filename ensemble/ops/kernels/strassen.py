@@ -1,0 +1,264 @@
+# mypy: ignore-errors
+# numba finds the types of these functions, from the arguments of `run`.
+"""A 1x1 convolution as a matrix product in seven products of halves instead of eight.
+
+Pixels, channels and panels of weights are split into two; sums of the halves of weights are made
+once, those of pixels for a group of them, and each product is added to the quarters of the result
+that it belongs to while it is in registers. Strassen, Gaussian Elimination is not Optimal, Numer.
+Math. 13 (1969); sums within packing and kernel: Huang and others, Strassen's Algorithm Reloaded,
+SC16 (2016).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within
+from ensemble.ops.operation import Geometry
+from ensemble.ops.products import RELU, SUBTRACT, multiply_into_two
+from ensemble.ops.simd import (
+    FLOAT_BYTES,
+    MAX_ROWS,
+    PANEL,
+    VECTOR_BYTES,
+    WIDTH,
+    load,
+    stand_alone,
+    store,
+)
+
+OPERANDS = 7  # of pixels, and of weights: one for each product
+GROUP_BYTES = 256 * 1024  # of operands of pixels that are made at a time
+# Rows of a product: halves of a unit may overlap, so that not every number needs its own code.
+ROWS = tuple(
+    sorted({1, 2, MAX_ROWS // 3, MAX_ROWS // 2, 3 * MAX_ROWS // 4, MAX_ROWS - 1, MAX_ROWS})
+)
+QUARTER = MAX_ROWS * PANEL * FLOAT_BYTES  # bytes of a quarter of a unit's result
+PANEL_BYTES = PANEL * FLOAT_BYTES
+# Floats moved, to make an operand of pixels or to add a product, in the time of a multiply-add.
+PER_MOVED = 2
+
+
+def _can_run(geometry: Geometry) -> bool:
+    pointwise = geometry.kernel == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+    halves = geometry.channels % (2 * WIDTH) == geometry.out_channels % (2 * PANEL) == 0
+    return pointwise and halves
+
+
+def _cost(geometry: Geometry) -> float:
+    pixels = geometry.images * geometry.out_size[0] * geometry.out_size[1]
+    factors = geometry.channels * geometry.out_channels
+    moved = PER_MOVED * pixels * (2 * geometry.channels + 6 * geometry.out_channels)
+    products = (pixels * factors + moved) * OPERANDS // 8
+    return cost(products=products, weight_bytes=OPERANDS * factors)
+
+
+def _scratch_bytes(geometry: Geometry) -> int:
+    unit = OPERANDS * MAX_ROWS * geometry.channels // 2 * FLOAT_BYTES
+    units = max(1, GROUP_BYTES // unit)
+    return units * (unit + 4 * QUARTER)
+
+
+def _empty(weight: Tensor) -> Tensor:
+    """`(N, K / PANEL / 2, 7, C / 2, PANEL)`."""
+    num_models, out_channels, channels, _, _ = weight.shape
+    shape = (num_models, out_channels // PANEL // 2, OPERANDS, channels // 2, PANEL)
+    return weight.new_empty(shape, dtype=torch.float32)
+
+
+def _pack(weight: Tensor, target: Tensor) -> None:
+    """Summed in float64; in the order in which `_multiply_unit` reads them."""
+    for pair, rows in enumerate(weight.split(2 * PANEL)):
+        (b11, b12), (b21, b22) = (
+            half.split(PANEL, 1) for half in rows.flatten(1).double().mT.chunk(2)
+        )
+        sums = b11 + b22, b21 - b11, b11, b21 + b22, b12 - b22, b22, b11 + b12
+        for product, operand in enumerate(sums):
+            target[pair, product].copy_(operand)
+
+
+def _make_multiply() -> Any:
+    """`multiply(rows, ...)`: the product for that many rows, one branch for each."""
+    place = "base{0}, base_stride{0}, c{0}, c_stride{0}, other{0}, flags{0}"
+    arguments = f"a, b, depth, ahead, {place.format(1)}, {place.format(2)}"
+    lines = [f"def multiply(rows, {arguments}):", "    stand_alone()"]
+    scope = {"stand_alone": stand_alone}
+    for rows in ROWS:
+        scope[f"product_{rows}"] = multiply_into_two(rows)
+        lines.append(f"    if rows == {rows}:")
+        lines.append(f"        return product_{rows}({arguments})")
+    exec("\n".join(lines), scope)
+    return scope["multiply"]
+
+
+_multiply = jit(_make_multiply())
+
+
+@jit
+def _half(count):
+    """How many pixels make a half of `count`: the least of ROWS that twice is as many."""
+    for rows in ROWS:
+        if 2 * rows >= count:
+            break
+    return rows
+
+
+@jit
+def _pixel(step, x, index):
+    """The address of the input pixel of an output pixel."""
+    if step.stride_y == 1 and step.stride_x == 1:
+        return x + index * step.channels * FLOAT_BYTES
+    image, place = divmod(index, step.out_height * step.out_width)
+    y, x_ = divmod(place, step.out_width)
+    pixel = (image * step.height + y * step.stride_y) * step.width + x_ * step.stride_x
+    return x + pixel * step.channels * FLOAT_BYTES
+
+
+@jit
+def _add_up(step, x, first, count, rows, operands):
+    """The seven operands of `count` pixels: the first `rows` of them, and the last."""
+    half = step.channels // 2 * FLOAT_BYTES
+    size = rows * half
+    for row in range(rows):
+        upper = _pixel(step, x, first + row)
+        lower = _pixel(step, x, first + count - rows + row)
+        target = operands + row * VECTOR_BYTES
+        for channel in range(0, half, VECTOR_BYTES):
+            a11, a12 = load(upper + channel), load(upper + half + channel)
+            a21, a22 = load(lower + channel), load(lower + half + channel)
+            store(target, a11 + a22)
+            store(target + size, a22)
+            store(target + 2 * size, a21 + a22)
+            store(target + 3 * size, a12 - a22)
+            store(target + 4 * size, a11)
+            store(target + 5 * size, a11 + a12)
+            store(target + 6 * size, a21 - a11)
+            target += rows * VECTOR_BYTES
+
+
+@jit_within
+def _multiply_unit(
+    product, rows, a, b, depth, ahead, tile, bias, out, other, down, row_bytes, relu
+):
+    """One of the seven products, added to its quarters: in `tile`, or at last in `out`.
+
+    down: bytes from a pixel of the upper half of the result to that of the lower. A quarter begins
+    as the bias.
+    """
+    c11, c12, c21, c22 = tile, tile + QUARTER, tile + 2 * QUARTER, tile + 3 * QUARTER
+    right = PANEL_BYTES
+    bias2, out2, below = bias + right, out + right, out + down
+    other2 = other + right if other != 0 else 0
+    other_below = other + down if other != 0 else 0
+    other2_below = other2 + down if other != 0 else 0
+    p, r, s = PANEL_BYTES, row_bytes, SUBTRACT
+    if product == 0:
+        _multiply(rows, a, b, depth, ahead, bias, 0, c11, p, 0, 0, bias2, 0, c22, p, 0, 0)
+    elif product == 1:
+        _multiply(rows, a, b, depth, ahead, c11, p, c11, p, 0, 0, bias, 0, c21, p, 0, 0)
+    elif product == 2:
+        _multiply(
+            rows, a, b, depth, ahead, c21, p, below, r, other_below, relu, c22, p, c22, p, 0, s
+        )
+    elif product == 3:
+        _multiply(rows, a, b, depth, ahead, c11, p, c11, p, 0, 0, 0, 0, 0, 0, 0, 0)
+    elif product == 4:
+        _multiply(rows, a, b, depth, ahead, bias2, 0, c12, p, 0, 0, c22, p, c22, p, 0, 0)
+    elif product == 5:
+        _multiply(
+            rows, a, b, depth, ahead, c11, p, out, r, other, s + relu, c12, p, out2, r, other2, relu
+        )
+    else:
+        last = out2 + down
+        _multiply(rows, a, b, depth, ahead, c22, p, last, r, other2_below, relu, 0, 0, 0, 0, 0, 0)
+
+
+@jit_within
+def _multiply_group(
+    step, operands, unit_bytes, tiles, factors, bias, out, other, first, end, unit, following
+):
+    """All pixels of a group times a pair of panels: each operand of weights is read once.
+
+    What will be read next is fetched meanwhile: the next weights, or the pixels from `following` on
+    (0: none), in two products of a unit as much as it reads.
+    """
+    half, row_bytes = step.channels // 2, step.out_channels * FLOAT_BYTES
+    relu = RELU if step.relu else 0
+    for product in range(OPERANDS):
+        b = factors + product * half * PANEL_BYTES
+        for index in range(ceil(end - first, unit)):
+            start = first + index * unit
+            count = min(unit, end - start)
+            rows = _half(count)
+            a = operands + index * unit_bytes + product * rows * half * FLOAT_BYTES
+            place, down = start * row_bytes, (count - rows) * row_bytes
+            added = other + place if other != 0 else 0
+            tile = tiles + index * 4 * QUARTER
+            ahead = half * PANEL_BYTES
+            if following != 0 and product < 2:
+                ahead = following + (2 * index + product) * ahead - b
+            _multiply_unit(
+                product,
+                rows,
+                a,
+                b,
+                half,
+                ahead,
+                tile,
+                bias,
+                out + place,
+                added,
+                down,
+                row_bytes,
+                relu,
+            )
+
+
+@jit
+def _body(step, x, weight, bias, other, out, scratch, part, parts):
+    """Groups of units of pixels; for each, all pairs of panels.
+
+    weight is `(out_channels / PANEL / 2, 7, channels / 2, PANEL)`.
+    """
+    half = step.channels // 2
+    unit_bytes = OPERANDS * MAX_ROWS * half * FLOAT_BYTES
+    pixels = step.images * step.out_height * step.out_width
+    pairs = step.out_channels // PANEL // 2
+    unit = ceil(pixels, ceil(pixels, 2 * MAX_ROWS))
+    units = ceil(pixels, unit)
+    groups = ceil(units, max(1, GROUP_BYTES // unit_bytes))
+    by_pairs = groups < 4 * parts and pairs >= parts
+    if not by_pairs:
+        groups = max(groups, min(units, 4 * parts)) if parts > 1 else groups
+    group = ceil(units, groups) * unit
+    group_part, group_parts = (0, 1) if by_pairs else (part, parts)
+    pair_part, pair_parts = (part, parts) if by_pairs else (0, 1)
+    tiles = scratch
+    operands = scratch + ceil(units, groups) * 4 * QUARTER
+    for first in range(group_part * group, pixels, group_parts * group):
+        end = min(first + group, pixels)
+        for start in range(first, end, unit):
+            count = min(unit, end - start)
+            own = operands + (start - first) // unit * unit_bytes
+            _add_up(step, x, start, count, _half(count), own)
+        following = x + end * step.channels * FLOAT_BYTES
+        for pair in range(pair_part, pairs, pair_parts):
+            right = 2 * pair * PANEL_BYTES
+            _multiply_group(
+                step,
+                operands,
+                unit_bytes,
+                tiles,
+                weight + pair * OPERANDS * half * PANEL_BYTES,
+                bias + right,
+                out + right,
+                other + right if other != 0 else 0,
+                first,
+                end,
+                unit,
+                following if pair == pair_part and end < pixels else 0,
+            )
+
+
+STRASSEN = Kernel(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _cost)

@@ -1,0 +1,214 @@
+"""Is `best` the fastest of our own rows, on every family of torchvision's classifiers?
+
+`python -m tests.architectures` measures what tests/data/architectures/cases.jsonl lacks, a process
+for each architecture, saves after each case, and writes the page beside it: 40 cases, a quarter of
+an hour of a quiet machine with 2 cores. `--only NAME ...` measures these alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+DATA = Path(__file__).parent / "data" / "architectures"
+FILE, PAGE = DATA / "cases.jsonl", DATA / "README.md"
+
+ARCHITECTURES = (
+    *("alexnet", "vgg11_bn", "squeezenet1_1", "googlenet", "densenet121"),
+    *("resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "regnet_x_400mf"),
+    *("regnet_y_400mf", "mobilenet_v2", "mobilenet_v3_large", "mnasnet1_0", "shufflenet_v2_x1_0"),
+    *("efficientnet_b0", "efficientnet_v2_s", "convnext_tiny", "swin_t", "swin_v2_t"),
+)
+SIZES, COUNTS = (64, 224), (1, 3)
+# Our own that are built in seconds. Those that compile take up to minutes for a shape on a CPU.
+ROWS = (
+    *("loop", "vmap", "chunked_vmap", "folded_loop", "folded_vmap", "prepacked_loop"),
+    *("prepacked_concurrent", "lowered_vmap", "concurrent", "best"),
+)
+ROUNDS, LEAST_S = 7, 1.0
+CLOSE, NEEDED = 0.95, 0.95  # of the fastest; of the cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """All rows of one place, timed in rounds: a time of each row in each round."""
+
+    arch: str
+    px: int
+    num_models: int
+    picked: str
+    note: str
+    tune_s: float
+    times_s: Mapping[str, Sequence[float]]
+    out: Mapping[str, str]  # why a row is not there
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        return self.arch, self.px, self.num_models
+
+    def ratio(self, other: str) -> float:
+        """Of the other row's time and `best`'s, in the median of the rounds: above 1 best wins."""
+        pairs = zip(self.times_s[other], self.times_s["best"], strict=True)
+        return median(one / own for one, own in pairs)
+
+    @property
+    def of_the_fastest(self) -> float:
+        """How fast `best` is in times of the fastest other row, but the one that it picked: that is
+        the same built twice."""
+        rivals = self.times_s.keys() - {"best", self.picked}
+        return min(map(self.ratio, rivals))
+
+    @property
+    def is_close(self) -> bool:
+        return self.of_the_fastest >= CLOSE
+
+    @property
+    def is_behind_the_loop(self) -> bool:
+        return self.picked != "loop" and self.ratio("loop") < 1
+
+
+def read() -> dict[tuple[str, int, int], Case]:
+    """The cases that were measured."""
+    lines = FILE.read_text().splitlines() if FILE.exists() else []
+    cases = [Case(**json.loads(line)) for line in lines]
+    return {own.place: own for own in cases}
+
+
+def add(case: Case) -> None:
+    """A case is a line."""
+    DATA.mkdir(exist_ok=True)
+    with FILE.open("a") as file:
+        file.write(json.dumps(asdict(case)) + "\n")
+
+
+def places(arch: str, *, every: bool) -> list[tuple[str, int, int]]:
+    """Where an architecture is measured: both sizes, with either count at one of them, and with the
+    counts changed about for the next architecture."""
+    turned = ARCHITECTURES.index(arch) % 2
+    return [
+        (arch, px, count)
+        for row, px in enumerate(SIZES)
+        for column, count in enumerate(COUNTS)
+        if every or (row + column + turned) % 2 == 0
+    ]
+
+
+def page(cases: Sequence[Case]) -> str:
+    """What was picked, in times of the loop, and of the fastest other row."""
+    close, behind = sum(own.is_close for own in cases), sum(own.is_behind_the_loop for own in cases)
+    columns = [(px, count) for px in SIZES for count in COUNTS]
+    header = " | ".join(f"{px} px, N={count}" for px, count in columns)
+    found = {own.place: own for own in cases}
+    lines = [
+        "# `best` on torchvision's families",
+        "",
+        f"`best` was within {1 - CLOSE:.0%} of the fastest of our own rows in {close} of"
+        f" {len(cases)} cases, and behind the loop in {behind}. A cell: what it picked, its speed"
+        " in times of the loop, and in brackets in times of the fastest other row. Made by"
+        " `python -m tests.architectures`; raw times: [cases.jsonl](cases.jsonl).",
+        "",
+        f"| float32, batch 1 | {header} |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for arch in ARCHITECTURES:
+        cells = [_cell(found.get((arch, *place))) for place in columns]
+        lines.append(f"| {arch} | {' | '.join(cells)} |")
+    missed = [own for own in cases if not own.is_close]
+    lines += ["", "Further off:", ""] if missed else []
+    for own in missed:
+        rivals = own.times_s.keys() - {"best", own.picked}
+        fastest = min(rivals, key=own.ratio)
+        where = f"{own.arch}, {own.px} px, N={own.num_models}"
+        lines.append(f"- {where}: {fastest} is {1 / own.ratio(fastest):.2f} times as fast")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(case: Case | None) -> str:
+    if case is None:
+        return ""
+    return f"{case.picked} {case.ratio('loop'):.2f} ({case.of_the_fastest:.2f})"
+
+
+def measure(arch: str, px: int, num_models: int) -> Case:
+    """Build every row, compare it with the loop, and time all of them in rounds."""
+    import torch
+    import torchvision
+
+    from ensemble import strategies
+    from ensemble.machine.timing import interleaved
+    from ensemble.strategies.agreement import TOLERANCES, check
+    from ensemble.strategies.built import Built
+
+    torch.manual_seed(0)
+    models = [
+        torchvision.models.get_model(arch, weights=None).eval().requires_grad_(False)
+        for _ in range(num_models)
+    ]
+    x = torch.randn(1, 3, px, px)
+    reference = strategies.make("loop", models, x).forward(x)
+    rows: dict[str, Built] = {}
+    out: dict[str, str] = {}
+    for name in ROWS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of vmap, where it has no rule
+                own = strategies.make(name, models, x)
+                logits = own.forward(x)
+            problem = check(logits, reference, tolerance=TOLERANCES[x.dtype]).problem
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        if problem:
+            out[name] = problem
+        else:
+            rows[name] = own
+    choice = rows["best"].choice
+    assert choice is not None
+
+    def call(built: Built) -> Any:
+        return lambda: built.forward(x)
+
+    rounds = interleaved(
+        [call(own) for own in rows.values()],
+        warmup=1,
+        min_rounds=ROUNDS,
+        min_seconds=LEAST_S,
+        synchronize=lambda: None,
+    )
+    seconds = [[sample.seconds for sample in samples] for samples in rounds]
+    times = dict(zip(rows, map(list, zip(*seconds, strict=True)), strict=True))
+    return Case(arch, px, num_models, choice.name, choice.note, choice.seconds, times, out)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--all", action="store_true", help="both counts at both sizes: 80 cases")
+    parser.add_argument("--here", action="store_true", help="in this process")
+    options = parser.parse_args(argv)
+    for arch in options.only:
+        missing = [place for place in places(arch, every=options.all) if place not in read()]
+        if missing and not options.here:
+            command = [sys.executable, "-m", "tests.architectures", "--here", "--only", arch]
+            subprocess.run([*command, *(["--all"] if options.all else [])], check=True)
+            continue
+        for place in missing:
+            begin = time.monotonic()
+            case = measure(*place)
+            add(case)
+            took = time.monotonic() - begin
+            print(*place, _cell(case), f"in {took:.0f} s: {case.note}", flush=True)
+    if not options.here:
+        PAGE.write_text(page(list(read().values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Which candidate is the fastest, on a fake clock."""
+
+import weakref
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from ensemble.strategies import chunked, duel
+from ensemble.strategies.built import Built
+from ensemble.strategies.duel import Contest
+
+EXAMPLE = torch.ones(1, 3, 4, 4)
+
+
+class Machine:
+    """A clock that fake candidates move on; its calls take `load` times as long."""
+
+    def __init__(self, load: Callable[[int], float] = lambda call: 1.0) -> None:
+        self.now, self.calls, self.load = 0.0, 0, load
+        self.alive = weakref.WeakSet[Callable[[Tensor], Tensor]]()
+        self.most_alive = 0
+
+    def clock(self) -> float:
+        return self.now
+
+    def candidate(
+        self, seconds: float, *, build_s: float = 0.0, label: float = 1.0
+    ) -> Callable[[], Built]:
+        """A candidate whose call takes `seconds` and gives logits that are all `label`."""
+
+        def make() -> Built:
+            def forward(x: Tensor) -> Tensor:
+                self.now += seconds * self.load(self.calls)
+                self.calls += 1
+                return torch.full((2, 1, 5), label)
+
+            self.now += build_s
+            self.alive.add(forward)
+            self.most_alive = max(self.most_alive, len(self.alive))
+            return Built(forward)
+
+        return make
+
+    def fastest(
+        self, candidates: Mapping[str, Callable[[], Built]], *, seconds: float = 60.0, **more: int
+    ) -> Contest:
+        def check(logits: Tensor) -> None:
+            if not bool((logits == 1).all()):
+                raise ValueError("outputs disagree\nand more")
+
+        return duel.fastest(
+            candidates, EXAMPLE, check=check, seconds=seconds, clock=self.clock, **more
+        )
+
+
+def broken() -> Built:
+    raise RuntimeError("no such device\nand more")
+
+
+@pytest.fixture(autouse=True)
+def real_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lengths of duels as they are: other tests shorten them."""
+    monkeypatch.setattr(duel, "SHORT_S", 0.33)
+    monkeypatch.setattr(duel, "LONG_S", 1.0)
+
+
+@pytest.mark.parametrize("order", [("slow", "fast"), ("fast", "slow")])
+def test_the_fastest_wins_by_three_percent_whichever_comes_first(order: tuple[str, ...]) -> None:
+    machine = Machine()
+    own = {"slow": machine.candidate(0.0515), "fast": machine.candidate(0.05)}
+    found = machine.fastest({name: own[name] for name in order})
+    assert found.name == "fast"
+    assert found.times_s == pytest.approx({"slow": 0.0515, "fast": 0.05})
+
+
+def test_of_equals_the_first_stays() -> None:
+    machine = Machine()
+    found = machine.fastest({name: machine.candidate(0.05) for name in ("a", "b", "c")})
+    assert found.name == "a"
+    assert found.tried == "a 50 ms, b 50 ms, c 50 ms"
+
+
+def test_a_machine_that_slows_down_meanwhile_hits_both_alike() -> None:
+    machine = Machine(lambda call: 1.0 + call / 20)
+    own = {"slow": machine.candidate(0.055), "fast": machine.candidate(0.05)}
+    assert machine.fastest(own).name == "fast"
+
+
+def test_a_single_slow_call_does_not_decide() -> None:
+    machine = Machine(lambda call: 3.0 if call % 7 == 0 else 1.0)
+    own = {"slow": machine.candidate(0.055), "fast": machine.candidate(0.05)}
+    assert machine.fastest(own).name == "fast"
+
+
+def test_one_that_is_clearly_behind_costs_two_pairs_and_a_close_one_a_second() -> None:
+    clear, close = Machine(), Machine()
+    clear.fastest({"fast": clear.candidate(0.05), "slow": clear.candidate(0.08)})
+    assert clear.calls == 2 + 2 * 2 * 2  # a check of each; an untimed and a timed call of each
+    close.fastest({"fast": close.candidate(0.01), "slow": close.candidate(0.0101)})
+    assert 1.0 < close.now < 1.2
+
+
+@pytest.mark.parametrize("call_s", [1e-3, 0.016, 0.07])
+def test_a_duel_takes_about_a_third_of_a_second(call_s: float) -> None:
+    machine = Machine()
+    machine.fastest({"a": machine.candidate(call_s), "b": machine.candidate(1.2 * call_s)})
+    assert machine.now < 0.33 + (2 * 2 * duel.LEAST + 2) * 1.2 * call_s
+
+
+def test_candidates_that_raise_or_disagree_are_out_with_their_reason() -> None:
+    machine = Machine()
+    own = {"first": broken, "wrong": machine.candidate(0.01, label=2.0)}
+    found = machine.fastest({**own, "third": machine.candidate(0.05), "last": broken})
+    assert found.name == "third"
+    assert found.tried == ("first: no such device; wrong: outputs disagree; last: no such device")
+
+
+def test_where_all_raise_the_error_is_the_first_ones() -> None:
+    with pytest.raises(RuntimeError, match="no such device"):
+        Machine().fastest({"first": broken, "second": Machine().candidate(0.1, label=0.0)})
+
+
+def test_never_more_than_two_are_held_and_in_the_end_one() -> None:
+    machine = Machine()
+    times = (0.05, 0.04, 0.06, 0.03, 0.031)
+    found = machine.fastest({str(own): machine.candidate(own) for own in times})
+    assert found.name == "0.03"
+    assert machine.most_alive == 2
+    assert len(machine.alive) == 1
+
+
+def test_when_time_is_over_no_further_one_is_begun() -> None:
+    machine = Machine()
+    own = {name: machine.candidate(0.05, build_s=5.0) for name in ("a", "b", "c")}
+    found = machine.fastest(own, seconds=8.0)
+    assert list(found.build_s) == ["a", "b"]
+    assert found.tried.endswith("; c: not tried after 8 s (--tune_seconds)")
+
+
+def test_where_memory_is_short_no_further_one_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duel, "available_bytes", lambda device: 10**9)
+    machine = Machine()
+    own = {name: machine.candidate(0.05) for name in ("a", "b")}
+    assert machine.fastest(own, bytes_each=10**9).out == {}
+    found = machine.fastest(own, bytes_each=2 * 10**9)
+    assert found.tried == "b: not tried: may take 2.0 GB, 1.0 GB are left"
+
+
+def test_chunks_are_all_models_and_their_halves() -> None:
+    assert [chunked.sizes(count) for count in (1, 2, 6)] == [[1], [2, 1], [6, 3, 2, 1]]
