@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ensemble.serving import search, simulation
+from ensemble.serving import play, search, simulation
 from ensemble.serving.batcher import ALONE, Way
 from ensemble.serving.check import expected_wait_s, ideal_wait_s
 from ensemble.serving.library import library, shares
@@ -49,6 +49,16 @@ def test_the_guess_is_the_rate_at_which_the_tail_meets_the_bound() -> None:
     traffic = simulation.poisson(held, 100_000, [1.0], np.random.default_rng(5))
     late = [own for own in played(traffic) if own is not None and own > 4 * CALL_S]
     assert len(late) / 100_000 == pytest.approx(0.01, abs=0.006)
+
+
+def test_a_run_of_twenty_bounds_shows_a_rate_that_a_short_run_lets_pass() -> None:
+    bound_s, rate = 40 * CALL_S, 1.08 / CALL_S
+    tails = []
+    for bounds in (1.0, play.BOUNDS_LONG):
+        count = int(bounds * bound_s * rate)
+        traffic = simulation.poisson(rate, count, [1.0], np.random.default_rng(0))
+        tails.append(np.percentile([own or 0.0 for own in played(traffic)], 90))
+    assert tails[0] <= bound_s < tails[1]
 
 
 @pytest.mark.parametrize("limit", [37.0, 100.0, 290.0])
