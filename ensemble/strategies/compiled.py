@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
+from ensemble.errors import UnavailableError, first_line
 from ensemble.models import stacking
 from ensemble.models.stacking import stacked_state
 from ensemble.passes.folding import channels_last, folded
@@ -37,11 +40,29 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     mapped = torch.vmap(
         stacking.stateless(copies[0]), in_dims=(0, 0 if example.dim() == 5 else None)
     )
-    compiled, state = torch.compile(mapped, fullgraph=True, dynamic=False), stacked_state(copies)
+    compiled, state = as_one_graph(mapped), stacked_state(copies)
     return Built(lambda x: compiled(state, channels_last(x)))
+
+
+def as_one_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` through `torch.compile`, which its first call does.
+
+    What the compiler cannot do is said by that call as a refusal: Inductor fails, for one, on some
+    nets with adaptive poolings under vmap, within torch's own code.
+    """
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*arguments: Any) -> Tensor:
+        try:
+            return compiled(*arguments)
+        except BackendCompilerFailed as error:
+            reason = first_line(error.inner_exception)
+            raise UnavailableError(f"torch.compile cannot compile this model: {reason}") from error
+
+    return call
 
 
 def compiled_models(models: Sequence[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
     """Each model as a call of one and the same graph, with that model's weights."""
-    one = torch.compile(stacking.stateless(models[0]), fullgraph=True, dynamic=False)
+    one = as_one_graph(stacking.stateless(models[0]))
     return [partial(one, stacking.named_tensors(model)) for model in models]

@@ -18,6 +18,7 @@ from ensemble.ops import lower
 from ensemble.passes.folding import channels_last, folded
 from ensemble.passes.operators import state_of, with_operators
 from ensemble.strategies.built import Built
+from ensemble.strategies.compiled import as_one_graph
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -31,7 +32,7 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
     """The same through `torch.compile`: for where the operators are made of torch's own."""
-    forward = torch.compile(lower_vmap(models, example).forward, fullgraph=True, dynamic=False)
+    forward = as_one_graph(lower_vmap(models, example).forward)
     return Built(lambda x: forward(x.contiguous()))
 
 
