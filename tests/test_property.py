@@ -41,8 +41,9 @@ SLOW = [
 QUICK = [name for name in STRATEGIES if name not in SLOW]
 
 # Of a model's largest logit. A net that is itself worse conditioned than that is allowed so many
-# times what the plain loop loses in the same dtype.
-LIMITS = {torch.float32: (1e-4, 100), torch.bfloat16: (3e-2, 3)}
+# times what the plain loop loses in the same dtype; in 16 bits that loss is one draw of few
+# roundings (torch's own vmap was once off by 3.1 times as much).
+LIMITS = {torch.float32: (1e-4, 100), torch.bfloat16: (3e-2, 5)}
 # The plain loop's own error that makes a net useless for comparison.
 USELESS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 

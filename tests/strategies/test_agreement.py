@@ -79,7 +79,7 @@ def test_a_reference_that_is_not_finite_is_blamed_itself() -> None:
 # Planted faults. 16 models whose logits span six decades; 4 images, 10 classes.
 
 SCALES = torch.logspace(3, -3, 16).view(16, 1, 1)
-DECADES = torch.randn(16, 4, 10, generator=torch.Generator().manual_seed(0)) * SCALES
+DECADES = torch.randn(16, 4, 10, generator=torch.Generator().manual_seed(0)).double() * SCALES
 TOLERANCES_BY_DTYPE = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(dtype, limit) for dtype, limit in TOLERANCES.items()]
 )
