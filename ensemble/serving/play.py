@@ -28,6 +28,9 @@ from ensemble.statistics import queries_needed
 
 # A request that finds more waiting than can be answered in so many bounds is refused.
 QUEUE_BOUNDS = 2.0
+# A server that gets a twentieth too many falls behind by one bound in so many bounds: a run that is
+# to hold a rate is no shorter, or the queue that it would build up is not seen.
+BOUNDS_LONG = 20.0
 LATE = 2  # requests of a run that may be late: it is as long as the percentile then needs
 EARLY = 1.3  # the offline query holds more than is expected to be answered, to last long enough
 HEARTBEAT_S = 1.0
@@ -76,7 +79,7 @@ class Player:
             rate_qps=offered,
             percentile=share,
             bound_s=self.bound_s,
-            min_seconds=config.min_seconds,
+            min_seconds=self._min_seconds(purpose),
             min_queries=queries_needed(share, 0 if purpose == "curve" else LATE),
             seed=1000 * config.seed + draw,
         )
@@ -103,6 +106,12 @@ class Player:
             run = replace(run, offered_qps=None)
         self.runs.append(run)
         return run
+
+    def _min_seconds(self, purpose: str) -> float:
+        """How long a run is at least."""
+        if self._config.scenario != SERVER or purpose == "curve":
+            return self._config.min_seconds
+        return max(self._config.min_seconds, BOUNDS_LONG * self.bound_s)
 
     def _server(self, scenario: str) -> Server:
         capacity = maxsize  # the other scenarios decide themselves how many wait

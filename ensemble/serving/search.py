@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 STEP = 1.2  # between rates while looking for one that is held and one that is not
 CLOSE = 1.06  # how near these two must come
-GIVE_UP = 0.5  # of the guess
+GIVE_UP = 0.3  # of the guess
 LOWER = 0.95  # where the confirming run does not hold
 CONFIRM, MOST_CONFIRMS = 1, 4
 

@@ -13,7 +13,7 @@ from ensemble.measure.bench import Bench, make_bench
 from ensemble.options import Config
 from ensemble.records import Case, Result, Run
 from ensemble.report import exports
-from ensemble.serving import row, ways
+from ensemble.serving import play, row, ways
 from ensemble.serving.batcher import ALONE, TOGETHER, Batch, Way
 from ensemble.serving.engine import Engine
 from ensemble.serving.waiting import Request
@@ -32,6 +32,12 @@ CONFIG_UNDER_LOAD = replace(
     max_batch=2,
     processes=0,
 )
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates here are asked for, not searched: a run need not last for 20 bounds."""
+    monkeypatch.setattr(play, "BOUNDS_LONG", 0.0)
 
 
 def case(strategy: str, inputs: str = "shared") -> Case:
@@ -135,7 +141,8 @@ def test_at_far_more_than_is_held_requests_are_refused_and_the_accepted_do_not_w
     assert run.refused > 0
     assert run.answered + run.refused == run.requests
     assert found.held_qps is None
-    assert (run.longest_s or 9.0) < 0.3
+    assert (run.most_waiting or 9999) < run.requests / 4
+    assert (run.longest_s or 9.0) < 2.0  # a full queue, on a busy machine
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -155,7 +162,7 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
         return Built(forward)
 
     monkeypatch.setitem(strategies.STRATEGIES, "breaks", Strategy("eager", "loop", "breaks"))
-    monkeypatch.setattr(Strategy, "builder", lambda self, **options: breaks)
+    monkeypatch.setattr(Strategy, "builder", lambda self, **_: breaks)
     monkeypatch.setattr(ways, "TIMED_S", 0.0)
     own = case("breaks")
     views = torch.randn(16, 3, 8, 8)
