@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ensemble import options
-from ensemble.errors import InputError
+from ensemble.errors import InputError, RankError
+from ensemble.machine import launch
 from ensemble.options import Config
 from ensemble.records import Environment, Run
 from ensemble.report import exports, show
@@ -31,13 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn what went wrong into an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter of the table
+    if launch.rank() > 0:  # of several ranks the first speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        code = run(options.parse(argv))
+        config = options.parse(argv)
+        code = run(config) if launch.rank() == 0 else follow(config)
         sys.stdout.flush()
         return code
     except InputError as error:
-        print(f"error: {options.in_flags(error)}", file=sys.stderr)
+        tell(options.in_flags(error))
         return 2
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -64,11 +71,15 @@ def run(config: Config) -> int:
     session = serve(config, workload, Run(environment, config.plain(), ()), earlier, files)
     code = finish(config, session.run, baseline, files)
     show.show_left(session.stopped, session.left, session.planned)
-    return 130 if session.interrupted else code
+    return 130 if session.interrupted else int(session.broken) or code
 
 
 def load(config: Config) -> Workload:
     """N models and their images on the device. torch is imported here and not before."""
+    if launch.is_launched():
+        from ensemble.distributed import lead
+
+        return lead.load(config, say=print)
     from ensemble.models import workload
 
     return workload.load(config, say=print)
@@ -91,7 +102,11 @@ def serve(
 
     print("Serving multiple models")
     print(f"Running on {workload.device_name(config)}")
-    begun = session.resume(config, new, earlier)
+    begun, measure = session.resume(config, new, earlier), None
+    if launch.is_launched():
+        from ensemble.distributed import lead
+
+        measure = lead.measure
     return session.measure_all(
         config,
         begun,
@@ -100,7 +115,25 @@ def serve(
         show_progress=show_progress,
         say=print,
         row="ensemble.serving.row" if config.scenario else "ensemble.measure.row",
+        measure=measure,
     )
+
+
+def follow(config: Config) -> int:
+    """Under torchrun all ranks but the first: take the steps that it announces."""
+    from ensemble.distributed import follow
+
+    return follow.follow(config)
+
+
+def tell(error: str) -> None:
+    """Say what is wrong, in one line; of several ranks of torchrun one says it."""
+    if launch.is_launched():
+        from ensemble.distributed import faults
+
+        faults.tell(error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
 
 
 def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -> int:

@@ -1,4 +1,4 @@
-"""The exception that means "the user's input is wrong", and the one for "not on this machine"."""
+"""What goes wrong outside of this program: the user's input, this machine, another rank."""
 
 
 class InputError(ValueError):
@@ -14,6 +14,13 @@ class InputError(ValueError):
 
 class UnavailableError(RuntimeError):
     """A strategy cannot run here: the wrong device, or a package that is not installed."""
+
+
+class RankError(RuntimeError):
+    """Another rank of the run has ended, or says nothing: no step can be taken together any more.
+
+    Never the failure of one row: it ends the run.
+    """
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ensemble.errors import InputError
+from ensemble.machine import launch
 from ensemble.strategies import BEST, HYBRIDS, STRATEGIES, TUNE_SECONDS
 
 Number = TypeVar("Number", int, float)
@@ -118,6 +119,13 @@ class Config:
         default="shared",
         metavar="WHICH",
     )
+    reduce: str = flag(
+        SERVE,
+        "none: the logits of each model; mean: their probabilities' mean, an ensemble's answer",
+        choices=("none", "mean"),
+        default="none",
+        metavar="HOW",
+    )
     device: str = flag(
         RUN,
         "auto (an accelerator if there is one), cpu, cuda, cuda:1, xpu, mps",
@@ -198,7 +206,7 @@ class Config:
     )
     timeout_minutes: float = flag(
         MEASURE,
-        "give up a process that is silent for so long",
+        "give up a process, or a rank of torchrun, that is silent for so long",
         type=minutes,
         default=5.0,
         metavar="M",
@@ -336,7 +344,8 @@ def make_parser() -> Parser:
         usage="%(prog)s [--FLAG [VALUE ...]] ...",
         description="Run N ResNets on one device by a Python loop and by other strategies, check"
         " that all compute the same logits, and say which is fastest here, by how much and how"
-        " surely.",
+        " surely. On more devices, or hosts: torchrun --nproc_per_node 2 resnet_vmap.py ... shares"
+        " the models out over its ranks.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -350,7 +359,10 @@ def make_parser() -> Parser:
 
 
 def parse(argv: Sequence[str] | None) -> Config:
-    """The command line as a Config; raises InputError for a bad one."""
+    """The command line as a Config; raises InputError for a bad one.
+
+    Under torchrun each rank parses the same line; files are written, and checked, by the first.
+    """
     parser = make_parser()
     options = vars(parser.parse_args(argv))
     if options["from_json"]:
@@ -376,9 +388,16 @@ def parse(argv: Sequence[str] | None) -> Config:
         for name, value in options.items()
     }
     config = Config(**values)
+    if config.reduce == "mean" and config.inputs == "per_model":
+        message = "expected --inputs shared with it: tenants have no mean, found per_model"
+        raise InputError(message, argument="reduce")
+    if launch.is_launched() and not config.from_json:
+        _check_ranks(_typed(parser, argv))
+        config = replace(config, processes=0)
     if config.resume and not config.export_json:
         config = replace(config, export_json=config.resume)  # it goes on in its own file
-    check_paths(config)
+    if launch.rank() == 0:
+        check_paths(config)
     return config
 
 
@@ -404,8 +423,18 @@ def _check_beside_from_json(typed: Sequence[str]) -> None:
         )
 
 
+def _check_ranks(typed: Sequence[str]) -> None:
+    """Raise InputError for flags that do not apply under torchrun."""
+    if "processes" in typed:
+        message = "expected none under torchrun: rows are measured in its ranks themselves"
+        raise InputError(message, argument="processes")
+    if "scenario" in typed:
+        message = "expected no torchrun beside it: requests are served by one process"
+        raise InputError(message, argument="scenario")
+
+
 # Under load these mean nothing: a request is one image, and nothing is timed in pairs.
-NOT_UNDER_LOAD = ("batch_size", "roofline", "self_check", "baseline", "fail_above")
+NOT_UNDER_LOAD = ("batch_size", "reduce", "roofline", "self_check", "baseline", "fail_above")
 
 
 def _check_load(typed: Sequence[str], options: dict[str, Any]) -> None:

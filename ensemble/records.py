@@ -42,6 +42,11 @@ class Environment:
     page_fault_s: float | None
     weights: str
     first_forward_s: float  # of one model, the very first forward of the process
+    # Of a run over ranks of torchrun, by rank; None in a plain start.
+    ranks: int | None = None
+    backend: str | None = None  # what moves tensors between them: gloo or nccl
+    hosts: tuple[str, ...] | None = None
+    rank_devices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,9 @@ class Process:
     """What one fresh start of the program measured of a case. Unknown is None.
 
     `times_s` and `reference_times_s` are pairs, in their order; the reference's own row has none.
+    The last four are rounds that tell apart what a call over ranks consists of: the whole call, in
+    it the forward of the rank that took longest, that of the slowest shard while all others rest,
+    and all models on one rank.
     """
 
     times_s: tuple[float, ...]
@@ -155,6 +163,10 @@ class Process:
     reference_page_faults_per_call: float | None = None
     others_cpu_share: float | None = None
     load: Load | None = None
+    whole_s: tuple[float, ...] = ()
+    forward_s: tuple[float, ...] = ()
+    alone_s: tuple[float, ...] = ()
+    one_rank_s: tuple[float, ...] = ()
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -201,6 +213,42 @@ class Result:
     @cached_property
     def reference_times_s(self) -> tuple[float, ...]:
         return tuple(time for process in self.processes for time in process.reference_times_s)
+
+    @property
+    def whole_s(self) -> tuple[float, ...]:
+        return self._all("whole_s")
+
+    @property
+    def forward_s(self) -> tuple[float, ...]:
+        return self._all("forward_s")
+
+    @property
+    def alone_s(self) -> tuple[float, ...]:
+        return self._all("alone_s")
+
+    @property
+    def one_rank_s(self) -> tuple[float, ...]:
+        return self._all("one_rank_s")
+
+    @property
+    def parallel_efficiency(self) -> float | None:
+        """The slowest shard alone, while the other ranks rest, over the whole call."""
+        return _ratio(median(self.alone_s), median(self.whole_s))
+
+    @property
+    def interference(self) -> float | None:
+        """How much of a call the slowest forward loses to the other ranks' at the same time."""
+        return _share(median(self.forward_s), median(self.alone_s), median(self.whole_s))
+
+    @property
+    def communication(self) -> float | None:
+        """How much of a call is neither: moving input and logits, and waiting for each other."""
+        return _share(median(self.whole_s), median(self.forward_s), median(self.whole_s))
+
+    @property
+    def speedup_over_one_rank(self) -> float | None:
+        """One rank that holds all models over the whole call, by the same strategy."""
+        return _ratio(median(self.one_rank_s), median(self.whole_s))
 
     @property
     def build_s(self) -> float | None:
@@ -343,12 +391,23 @@ class Result:
             return None  # what is noisy is wide
         return "too noisy" if self.noise is not None and self.noise > TOO_NOISY else None
 
+    def _all(self, field: str) -> tuple[float, ...]:
+        return tuple(own for process in self.processes for own in getattr(process, field))
+
     def _known(self, field: str) -> list[Any]:
         values = [getattr(process, field) for process in self.processes]
         return [value for value in values if value is not None]
 
     def _median_of(self, field: str) -> float | None:
         return median(self._known(field))
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _share(more: float | None, less: float | None, whole: float | None) -> float | None:
+    return None if more is None or less is None else _ratio(more - less, whole)
 
 
 @dataclass(frozen=True)

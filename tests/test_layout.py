@@ -21,7 +21,7 @@ WINGS: tuple[str, ...] = (
     "models",
     "passes",
 )
-WINGS = (*WINGS, "strategies", "measure", "serving")
+WINGS = (*WINGS, "strategies", "measure", "serving", "distributed")
 FREE_OF_TORCH = (*GROUND, "strategies/__init__", "options", "report")
 
 

@@ -61,13 +61,13 @@ def describe(
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         argv=tuple(sys.argv),
-        git_commit=_git_commit(),
+        git_commit=git_commit(),
         platform=platform.platform(),
         python=platform.python_version(),
         torch=torch.__version__,
         torchvision=version("torchvision"),
         device=str(device),
-        device_name=_device_name(device),
+        device_name=device_name(device),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
@@ -80,7 +80,8 @@ def describe(
     )
 
 
-def _device_name(device: torch.device) -> str | None:
+def device_name(device: torch.device) -> str | None:
+    """What the device is called by its maker."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
         return module.get_device_name(device) if hasattr(module, "get_device_name") else None
@@ -92,7 +93,7 @@ def _device_name(device: torch.device) -> str | None:
     return next(names, None)
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of this program, with a + where its files were changed since."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     try:

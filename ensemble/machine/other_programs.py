@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +18,19 @@ class Reading:
     all_s: float | None
 
 
-def read() -> Reading:
-    """The readings of this moment; what the whole machine did is known on Linux only."""
+def read(beside: Sequence[int] = ()) -> Reading:
+    """The readings of this moment; what the whole machine did is known on Linux only.
+
+    `beside` are processes of this program: theirs is no other program's time.
+    """
+    own = time.process_time() + sum(map(_seconds_of, beside))
     try:
         # user nice system idle iowait irq softirq steal: steal is other machines' on this host.
         ticks = [int(value) for value in _STAT.read_text().split("\n", 1)[0].split()[1:9]]
         busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         busy = None
-    return Reading(time.perf_counter(), time.process_time(), busy)
+    return Reading(time.perf_counter(), own, busy)
 
 
 def share_of_others(before: Reading, after: Reading) -> float | None:
@@ -35,3 +40,13 @@ def share_of_others(before: Reading, after: Reading) -> float | None:
         return None
     others = (after.all_s - before.all_s) - (after.own_s - before.own_s)
     return min(1.0, max(0.0, others / wall / cores))
+
+
+def _seconds_of(pid: int) -> float:
+    """CPU time of a process so far; 0 where it has ended, or the platform does not tell."""
+    try:
+        # After the name, which may hold spaces: utime and stime are fields 14 and 15, see proc(5).
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return 0.0

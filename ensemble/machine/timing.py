@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ensemble.machine import memory
 
@@ -52,6 +53,7 @@ def interleaved(
     min_rounds: int,
     min_seconds: float,
     synchronize: Callable[[], None],
+    ready: Sequence[Callable[[], None]] | None = None,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
     page_faults: Callable[[], int | None] = memory.page_faults,
@@ -72,11 +74,18 @@ def interleaved(
     (16 ResNet-18: within 1 % for three strategies, 4 % for the loop, of the time after a call).
 
     Every function first runs `warmup` times, untimed. Ends after at least `min_rounds` rounds and
-    `min_seconds` seconds.
+    `min_seconds` seconds. Before each call of a function its `ready` is called, where there are
+    any, and is not timed.
     """
-    for function in functions:
+    before = ready or [lambda: None for _ in functions]
+
+    def untimed(index: int) -> object:
+        before[index]()
+        return functions[index]()
+
+    for index in range(len(functions)):
         for _ in range(warmup):
-            function()
+            untimed(index)
     begin, rounds, last = clock(), 0, dict[int, float]()
     order, draw = list(range(len(functions))), random.Random(0)
     while rounds < min_rounds or clock() - begin < min_seconds:
@@ -86,7 +95,8 @@ def interleaved(
             if last.get(index, 0.0) >= LONG_S:
                 sleep(SETTLE_S)
             else:
-                _settle(functions[index], synchronize, clock)
+                _settle(partial(untimed, index), synchronize, clock)
+            before[index]()
             samples[index] = time_call(
                 functions[index], synchronize=synchronize, clock=clock, page_faults=page_faults
             )

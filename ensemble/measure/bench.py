@@ -9,18 +9,33 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ensemble.errors import RankError
 from ensemble.measure import roofline
 from ensemble.measure.failure import optional, reason
 from ensemble.measure.start import Started, start, tidy
 from ensemble.models import stacking
 from ensemble.models.workload import Workload
+from ensemble.options import Config
 from ensemble.records import REFERENCE, Case, Result
 from ensemble.strategies import STRATEGIES
 from ensemble.strategies.agreement import TOLERANCES, check
+from ensemble.strategies.reducing import served
 
 Limits = dict[str, tuple[roofline.Limits | None, tuple[str, ...]]]  # by dtype, with notes
 
 WEAK = "the check is weak: with these weights the logits hardly depend on the image"
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Where the models of a cell run: on this device, or on the ranks of `ensemble.distributed`."""
+
+    start: Callable[[str, torch.dtype], Started]
+    reason: Callable[[Exception, str, torch.dtype], str]  # why a start or a call has failed
+    exact: Callable[[], Tensor]  # the logits in float64
+    # What else there is to measure of a row once its pairs are timed.
+    finish: Callable[[Started, Result], Result] = lambda _, row: row
+    beside: tuple[int, ...] = ()  # the other processes of this program on this machine
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class Bench:
     `images` is all that there are, `(count, 3, px, px)`; the example is made of the first of them.
     """
 
+    runner: Runner
     models: Sequence[nn.Module]
     images: Tensor
     example: Tensor
@@ -42,30 +58,52 @@ def make_bench(
     cases: Sequence[Case],
     models: Sequence[nn.Module],
     views: Callable[[int], Tensor],
+    config: Config,
 ) -> Bench | str:
-    """The bench of a cell, or why its reference failed, in one line.
+    """The bench of a cell on this device, or why its reference failed, in one line.
 
     Args:
         cases: rows of one cell.
         models: float32 models on the device, at least N of them.
         views: px -> `(count, 3, px, px)` float32 on the device.
+        config: what is served of the logits, and how long `best` may take to choose.
     """
     case = cases[0]
     chosen = models[: case.num_models]
     images = views(case.image_size)
     example = make_example(images, case)
+
+    def begin(name: str, dtype: torch.dtype) -> Started:
+        started = start(name, chosen, example, dtype, tune_seconds=config.tune_seconds)
+        return replace(started, serve=served(started.forward, config.reduce))
+
+    runner = Runner(
+        start=begin,
+        reason=lambda error, name, dtype: reason(error, name, chosen, example, dtype),
+        exact=partial(in_float64, chosen, example),
+    )
+    return assemble(cases, runner, chosen, images)
+
+
+def assemble(
+    cases: Sequence[Case], runner: Runner, models: Sequence[nn.Module], images: Tensor
+) -> Bench | str:
+    """The bench of a cell: its reference started, its check judged, and its logits in float64 where
+    a row of it asks for them."""
+    example = make_example(images, cases[0])
     tidy()
     try:
-        reference = start(REFERENCE, chosen, example, torch.float32)
+        reference = runner.start(REFERENCE, torch.float32)
         notes: tuple[str, ...] = (WEAK,) if _is_weak(reference) else ()
+    except RankError:
+        raise
     except Exception as error:
-        why = reason(error, REFERENCE, chosen, example, torch.float32)
-        return f"the reference failed: {why}"
+        return f"the reference failed: {runner.reason(error, REFERENCE, torch.float32)}"
     exact = None
     if any(rounds_apart(own) for own in cases):
-        exact, more = optional("error to float64", partial(in_float64, chosen, example))
+        exact, more = optional("error to float64", runner.exact)
         notes += more
-    return Bench(chosen, images, example, reference, exact, notes)
+    return Bench(runner, models, images, example, reference, exact, notes)
 
 
 def make_example(views: Tensor, case: Case) -> Tensor:
@@ -93,7 +131,8 @@ def with_roofline(row: Result, limits: Limits, workload: Workload) -> Result:
         return replace(row, notes=row.notes + notes)
     dtype = getattr(torch, row.case.dtype)
     example = make_example(workload.views(row.case.image_size), row.case)
-    asked = partial(roofline.work, workload.models[0], row.case.num_models, example, dtype)
+    count = workload.on_one_device(row.case.num_models)
+    asked = partial(roofline.work, workload.models[0], count, example, dtype)
     needed, notes = optional("roofline", asked)
     least_s, bound = needed.least_seconds(own) if needed else (None, None)
     return replace(row, least_s=least_s, bound=bound, notes=row.notes + notes)

@@ -42,6 +42,7 @@ def run(
     *,
     progress: Progress,
     measure: Measure = row.measure,
+    make: Callable[[Sequence[Case]], Bench | str] | None = None,
 ) -> Iterator[Result]:
     """Measure cases of `plan`; a failure costs its own row only.
 
@@ -50,13 +51,17 @@ def run(
         cases: what to measure, those of one cell together.
         workload: the first N of its models serve for each N; shared inputs are the first B of its
             views, per-model inputs the first N * B.
+        make: gives the bench of a cell (default: `make_bench`, on the workload's device).
     """
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
     for _, own in groupby(cases, key=lambda case: case.cell):
         cell = list(own)
         progress(case_name(cell[0]), "reference", 0.0)
-        bench = make_bench(cell, workload.models, workload.views)
+        if make is None:
+            bench = make_bench(cell, workload.models, workload.views, config)
+        else:
+            bench = make(cell)
         for case in cell:
             if isinstance(bench, str):
                 yield Result(case, status="failed", error=bench)

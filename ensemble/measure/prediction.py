@@ -33,9 +33,9 @@ def predict(config: Config, workload: Workload, *, say: Callable[[str], None]) -
         except (RuntimeError, AssertionError, ValueError) as error:
             message = f"{config.arch} does not run at {px} px: {first_line(error)}"
             raise InputError(message, argument="image_size") from error
-        for index, model in enumerate(models if len(paths) > 1 else models[:1]):
+        for index, logits in enumerate(workload.see(image, max(1, len(paths)))):
             source = f" ({paths[index]})" if len(paths) > 1 else ""
-            for line in _classes(model(image)[0], 5 if config.verbose else 1):
+            for line in _classes(logits, 5 if config.verbose else 1):
                 say(line + source)
     return first.seconds
 

@@ -6,21 +6,21 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from ensemble.errors import UnavailableError
+from ensemble.errors import RankError, UnavailableError
 from ensemble.machine import other_programs
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import Sample, interleaved
 from ensemble.measure.bench import Bench
-from ensemble.measure.failure import reason
 from ensemble.measure.stages import BUILDING, TIMING, Stage, telling
-from ensemble.measure.start import Started, start, tidy
+from ensemble.measure.start import Started, tidy
 from ensemble.options import Config
 from ensemble.records import REFERENCE, Case, Process, Result
 from ensemble.statistics import median
-from ensemble.strategies.agreement import TOLERANCES, check
+from ensemble.strategies.agreement import TOLERANCES, check, check_served
 
 log = logging.getLogger(__name__)
 
@@ -41,24 +41,24 @@ def measure(
         started = bench.reference
         if not case.is_reference:
             with telling(strategy, progress):
-                started = start(
-                    *(strategy, bench.models, bench.example, dtype),
-                    tune_seconds=config.tune_seconds,
-                )
-        row = _checked(row, started, bench)
+                started = bench.runner.start(strategy, dtype)
+        row = _checked(row, started, bench, config)
         if row.error:
             return row
-        process = _time(case, started, bench.reference, config, progress)
+        process = _time(case, started, bench, config, progress)
+        timed = bench.runner.finish(started, replace(row, processes=(process,)))
         # Later calls may differ from the first: memory that was freed is only now overwritten.
-        last = check(started.call(), bench.reference.logits, tolerance=TOLERANCES[dtype])
-        if last.problem:
-            return _failed(row, f"after its timed calls, {last.problem}")
-        return replace(row, processes=(process,))
+        problem = _problem_served(started, bench, config)
+        if problem:
+            return _failed(row, f"after its timed calls, {problem}")
+        return timed
+    except RankError:
+        raise
     except UnavailableError as error:
         return replace(row, status="unavailable", error=str(error))
     except Exception as error:
         log.debug("%s failed", case, exc_info=True)
-        return _failed(row, reason(error, strategy, bench.models, bench.example, dtype))
+        return _failed(row, bench.runner.reason(error, strategy, dtype))
 
 
 def reference_row(row: Result, bench: Bench) -> Result | None:
@@ -89,7 +89,7 @@ def _failed(row: Result, error: str) -> Result:
     return replace(row, status="failed", error=error)
 
 
-def _checked(row: Result, started: Started, bench: Bench) -> Result:
+def _checked(row: Result, started: Started, bench: Bench, config: Config) -> Result:
     """The row with how its logits compare with the reference's, failed where they do not agree."""
     limit = TOLERANCES[started.example.dtype]
     found = check(started.logits, bench.reference.logits, tolerance=limit)
@@ -104,7 +104,20 @@ def _checked(row: Result, started: Started, bench: Bench) -> Result:
         top1_agreement=found.top1_agreement,
         picked=started.choice.name if started.choice else row.picked,
     )
-    return _failed(row, found.problem) if found.problem else row
+    problem = found.problem
+    if not problem and config.reduce != "none":
+        problem = _problem_served(started, bench, config)
+    return _failed(row, problem) if problem else row
+
+
+def _problem_served(started: Started, bench: Bench, config: Config) -> str | None:
+    """What is wrong with what a call serves: logits, or the mean of their probabilities."""
+    return check_served(
+        started.call(),
+        bench.reference.logits,
+        reduce=config.reduce,
+        tolerance=TOLERANCES[started.example.dtype],
+    ).problem
 
 
 def _untimed(started: Started) -> Process:
@@ -118,14 +131,14 @@ def _untimed(started: Started) -> Process:
     )
 
 
-def _time(
-    case: Case, started: Started, reference: Started, config: Config, progress: Stage
-) -> Process:
+def _time(case: Case, started: Started, bench: Bench, config: Config, progress: Stage) -> Process:
     """Time the strategy in pairs with the reference; the reference row by itself."""
-    functions = [reference.call] if case.is_reference else [reference.call, started.call]
-    rounds, begin, before = [], time.perf_counter(), other_programs.read()
+    reference, beside = bench.reference, bench.runner.beside
+    both = [reference] if case.is_reference else [reference, started]
+    rounds, begin, before = [], time.perf_counter(), other_programs.read(beside)
     for samples in interleaved(
-        functions,
+        [partial(own.serve, own.example) for own in both],
+        ready=[own.ready for own in both],
         warmup=config.warmup,
         min_rounds=config.min_pairs,
         min_seconds=config.min_seconds,
@@ -142,7 +155,7 @@ def _time(
         reference_times_s=tuple(sample.seconds for sample in paired),
         page_faults_per_call=_page_faults(ours),
         reference_page_faults_per_call=_page_faults(paired),
-        others_cpu_share=other_programs.share_of_others(before, other_programs.read()),
+        others_cpu_share=other_programs.share_of_others(before, other_programs.read(beside)),
     )
 
 

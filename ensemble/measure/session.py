@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from importlib import import_module
 
-from ensemble.errors import InputError
+from ensemble.errors import InputError, RankError
 from ensemble.measure import benchmark, processes, rounds
 from ensemble.measure.bench import measure_limits, with_roofline
 from ensemble.models.workload import Workload
@@ -18,6 +18,11 @@ from ensemble.report.comparison import check_machine, differences
 from ensemble.report.words import case_name
 
 INTERRUPTED = "interrupted"
+# Gives the row of each case, as it comes, with others that changed by it.
+Measure = Callable[
+    [Config, Sequence[Case], Run, Workload, benchmark.Progress, str],
+    Generator[tuple[Result, ...], None, None],
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Session:
     planned: int
     left: tuple[Case, ...]
     stopped: str  # empty where nothing stopped it
+    broken: bool = False  # a rank has ended
 
     @property
     def interrupted(self) -> bool:
@@ -71,11 +77,14 @@ def measure_all(
     show_progress: Callable[[int], AbstractContextManager[benchmark.Progress]],
     say: Callable[[str], None],
     row: str = processes.ROW,
+    measure: Measure | None = None,
 ) -> Session:
     """Measure each case of the plan that `run` lacks, and save after each.
 
     `row` names the module whose `measure` makes a row of a case, `show_progress` is given how many
-    rows there are to come. Ctrl-C, or the budget of minutes, ends it with what is finished.
+    rows there are to come, `measure` gives the rows (default: in processes of their own, or where
+    there are none here). Ctrl-C, the budget of minutes, or a rank that ends, ends it with what is
+    finished.
     """
     cases = benchmark.plan(config)
     order = {case: index for index, case in enumerate(cases)}
@@ -83,8 +92,8 @@ def measure_all(
     if config.resume:
         say(f"Going on with {config.resume}: {len(missing)} of {len(cases)} rows are missing")
     deadline = time.monotonic() + 60 * (config.max_minutes or float("inf"))
-    stopped = ""
-    measure = _in_processes if config.processes else _here
+    stopped, broken = "", False
+    measure = measure or (_in_processes if config.processes else _here)
     try:
         with (
             show_progress(len(missing) * rounds.first_rounds(config)) as update,
@@ -100,8 +109,11 @@ def measure_all(
                     break
     except KeyboardInterrupt:
         stopped = INTERRUPTED
+    except RankError as error:
+        stopped, broken = str(error), True
     left = _missing(cases, run, config)
-    return Session(run, len(cases), left, stopped if stopped == INTERRUPTED or left else "")
+    stopped = stopped if stopped == INTERRUPTED or broken or left else ""
+    return Session(run, len(cases), left, stopped, broken)
 
 
 def _here(

@@ -7,7 +7,7 @@ import gc
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,11 +24,20 @@ if TYPE_CHECKING:
     from ensemble.strategies.built import Built, Choice, Forward
 
 
+def _at_once() -> None:
+    """Nothing to wait for."""
+
+
 @dataclass(frozen=True)
 class Started:
-    """A strategy after its build and first two calls."""
+    """A strategy after its build and first two calls.
+
+    `forward` gives logits; `serve`, which is timed, what is made of them. `ready` comes before each
+    call and is not timed: ranks meet there.
+    """
 
     forward: Forward
+    serve: Forward
     example: Tensor
     logits: Tensor
     build_s: float
@@ -36,10 +45,12 @@ class Started:
     peak_memory_bytes: int | None
     notes: tuple[str, ...]
     choice: Choice | None = None
+    ready: Callable[[], None] = _at_once
 
-    def call(self) -> Tensor:
-        """The logits of the example, once more."""
-        return self.forward(self.example)
+    def call(self, example: Tensor | None = None) -> Tensor:
+        """What is served of the example, once more; or of another that is like it."""
+        self.ready()
+        return self.serve(self.example if example is None else example)
 
 
 def start(
@@ -74,6 +85,7 @@ def start(
     shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
     return Started(
         forward=built.forward,
+        serve=built.forward,
         example=own_example,
         logits=logits,
         build_s=ready - begin,

@@ -20,8 +20,11 @@ def load(
     device: torch.device,
     seed: int,
     say: Callable[[str], None],
+    block: range | None = None,
 ) -> tuple[list[nn.Module], str]:
     """N eval-mode float32 models in one stack, and where their weights come from in a few words.
+
+    Of a `block`, a part of `range(num_models)`, only those models: no other file is read.
 
     Without files: the published file where it lies in the working folder, else its download, else
     random weights, which `say` is told of.
@@ -30,13 +33,18 @@ def load(
         InputError: no such architecture, or files that are not usable.
     """
     weights.check_arch(arch)
+    own = range(num_models) if block is None else block
     default = Path(pretrained.published_name(arch))
     paths = paths or ((str(default),) if default.exists() else None)
     if paths:
         source = ", ".join(paths)
         say(f"Loading resnet model from {source}")
         models = weights.load_models(
-            paths, arch=arch, device=device, num_models=num_models, say=say
+            paths[own.start : own.stop] if len(paths) > 1 else paths,
+            arch=arch,
+            device=device,
+            num_models=len(own),
+            say=say,
         )
         return models, source
     url = pretrained.published_url(arch)
@@ -49,9 +57,9 @@ def load(
             f"No {default} here and no download ({error.reason}): using random weights,"
             f" seeds {seeds}; the predicted class is meaningless, the timings are not."
         )
-        drawn = weights.random_models(num_models, arch=arch, device=device, seed=seed)
+        drawn = weights.random_models(len(own), arch=arch, device=device, seed=seed + own.start)
         return drawn, f"random, seeds {seeds}"
     models = weights.models_from_state(
-        state, arch=arch, source=url, num_models=num_models, device=device
+        state, arch=arch, source=url, num_models=len(own), device=device
     )
     return models, url

@@ -38,6 +38,14 @@ class Workload:
         }
         torch.save(content, path)
 
+    def see(self, image: Tensor, count: int) -> list[Tensor]:
+        """The logits of one image `(1, 3, H, W)` by each of the first models, `(classes,)` each."""
+        return [model(image)[0] for model in self.models[:count]]
+
+    def on_one_device(self, num_models: int) -> int:
+        """How many of N models one device holds: all."""
+        return num_models
+
     def device_name(self, config: Config) -> str:
         """Where it runs, in words."""
         chosen = "the CPU" if self.device.type == "cpu" else f"{self.device}, the accelerator here"
@@ -68,7 +76,7 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
         seed=config.seed,
         device=device,
     )
-    first = views(config.image_size[0])
+    views(config.image_size[0])
     models, weights = sources.load(
         config.model_path,
         arch=config.arch,
@@ -77,11 +85,16 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
         seed=config.seed,
         say=say,
     )
-    say(f"Loading image from {config.image_path}")
-    say(f"Converted image to shape {first[:1].shape}")
+    tell_image(config, views, say=say)
     if config.verbose:
         say(str(models[0]))
     return Workload(device, models, weights, views)
+
+
+def tell_image(config: Config, views: Views, *, say: Callable[[str], None]) -> None:
+    """Say which image was read, and what became of it."""
+    say(f"Loading image from {config.image_path}")
+    say(f"Converted image to shape {views(config.image_size[0])[:1].shape}")
 
 
 def load_shared(path: str, config: Config, *, device: str) -> Workload:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -18,13 +19,14 @@ from ensemble.statistics import (
 )
 
 # What makes a machine: figures of two that differ here are never set beside each other.
-MACHINE = ("platform", "device", "device_name", "cpu_capability", "cores")
+MACHINE = ("platform", "device", "device_name", "cpu_capability", "cores", "ranks", "backend")
 # What a run can be made with: a difference is said.
 SETTINGS = (
     "python torch torchvision threads tf32 cudnn_benchmark allocator weights".split()  # noqa: SIM905
 )
 # As above, of the configuration.
-OPTIONS = ("arch", "warmup", "min_seconds", "min_pairs", "seed")
+OPTIONS = ("arch", "warmup", "min_seconds", "min_pairs", "seed", "reduce")
+BEFORE = {"reduce": "none"}  # of files that are older than the option
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,12 @@ def differences(new: Run, old: Run) -> list[str]:
     values = [
         (name, getattr(new.environment, name), getattr(old.environment, name)) for name in SETTINGS
     ]
-    values += [(name, new.config.get(name), old.config.get(name)) for name in OPTIONS]
+    values += [(name, _option(new, name), _option(old, name)) for name in OPTIONS]
     return [f"{name}: {ours}, was {theirs}" for name, ours, theirs in values if ours != theirs]
+
+
+def _option(run: Run, name: str) -> Any:
+    return run.config.get(name, BEFORE.get(name))
 
 
 def ratio_interval_of_processes(

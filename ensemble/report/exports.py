@@ -30,7 +30,10 @@ _OF_LOAD_RUN = (
     *("p50_s", "p90_s", "p99_s", "requests", "answered", "refused", "failed", "valid"),
     *("why_not", "mean_batch", "wasted_share", "cpu_s_per_request", "overhead_s"),
 )
-_DERIVED = ("median_s", "iqr_s", "speedup", "speedup_interval", "roofline_share")
+_DERIVED = (
+    *("median_s", "iqr_s", "speedup", "speedup_interval", "roofline_share"),
+    *("parallel_efficiency", "communication", "interference", "speedup_over_one_rank"),
+)
 
 
 def to_json(run: Run) -> str:

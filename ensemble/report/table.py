@@ -238,6 +238,9 @@ COLUMNS = (
         always=False,
         silent="100.0%",
     ),
+    Column(
+        "parallel\nefficiency", lambda row: number(row.parallel_efficiency, ".0%"), always=False
+    ),
     LIMIT,
 )
 # By name: what a table that is too wide goes without, in this order, and what stands there instead.

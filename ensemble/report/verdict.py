@@ -36,6 +36,7 @@ def render_remarks(
     lines = []
     for index, rows in enumerate(sweep.cells(results).values()):
         for row in rows:
+            lines += _ranks(row, case_name(row.case, varying), environment)
             if row.speedup is None or row.case.is_reference:
                 continue
             lines += [_sentence(row, case_name(row.case, varying))] if verbose else []
@@ -137,6 +138,23 @@ def _sentence(row: Result, who: str) -> str:
             f" ({CONFIDENCE:.0%} interval {low:.2f} to {high:.2f}, {pairs})."
         )
     return f"{who}: {_times(row)}, {pairs}."
+
+
+def _ranks(row: Result, who: str, environment: Environment) -> list[str]:
+    """What a call over ranks consists of, and what it is worth against one rank."""
+    efficiency, communication = row.parallel_efficiency, row.communication
+    interference, over_one = row.interference, row.speedup_over_one_rank
+    if efficiency is None or communication is None or interference is None:
+        return []
+    ranks = count(environment.ranks or 1, "rank")
+    text = (
+        f"{who}, {ranks}: parallel efficiency {efficiency:.0%} (the slowest shard alone / the whole"
+        f" call); of the rest {communication:.1%} is communication and waiting,"
+        f" {interference:.1%} interference between ranks"
+    )
+    if over_one is not None:
+        text += f"; {over_one:.2f} times as fast as one rank with all models"
+    return [f"{text}."]
 
 
 def _two_modes(row: Result, who: str) -> list[str]:

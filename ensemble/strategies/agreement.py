@@ -1,9 +1,12 @@
 """Do a strategy's logits agree with the reference's? Asked before anything is timed."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ensemble.strategies.reducing import reduced
 
 # Largest max_rel_error that counts as the same computation, by the strategy's dtype.
 TOLERANCES = {
@@ -69,6 +72,25 @@ def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
         top1_agreement=float((found_top1 == expected_top1).double().mean()),
         problem=problem and f"outputs disagree: {problem}",
     )
+
+
+def check_served(served: Tensor, reference: Tensor, *, reduce: str, tolerance: float) -> Check:
+    """Compare what a call serves with what is to be made of the reference's logits.
+
+    Args:
+        served: logits `(N, B, classes)`, or their mean `(B, classes)`, see `strategies.reducing`.
+        reference: the reference's logits `(N, B, classes)`.
+        tolerance: for logits. Where each is off by d at most, a probability is off by
+            expm1(2 d) of itself at most, and so is a mean of probabilities.
+    """
+    if reduce == "none":
+        return check(served, reference, tolerance=tolerance)
+    expected = reduced(reference.double(), reduce)
+    largest = float(reference.abs().max())
+    limit = math.expm1(min(2 * tolerance * largest, 1.0)) if math.isfinite(largest) else tolerance
+    found = check(served.unsqueeze(0), expected.unsqueeze(0), tolerance=limit)
+    problem = found.problem and found.problem.replace("model 0", "the mean over the models")
+    return replace(found, problem=problem)
 
 
 def _excess(models: Tensor, images: Tensor, limits: Tensor, tolerance: float) -> str:

@@ -26,14 +26,17 @@ def test_an_unknown_reading_gives_no_share(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
-def test_a_busy_neighbour_is_seen() -> None:
+def test_a_busy_neighbour_is_seen_unless_it_belongs_to_this_program() -> None:
     neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        before = other_programs.read()
+        before = other_programs.read(), other_programs.read([neighbour.pid])
         time.sleep(1.0)
-        share = share_of_others(before, other_programs.read())
+        after = other_programs.read(), other_programs.read([neighbour.pid])
+        share, ours = map(share_of_others, before, after)
     finally:
         neighbour.kill()
         neighbour.wait()
     assert share is not None
+    assert ours is not None
     assert share > 0.5 / (os.cpu_count() or 1)
+    assert share - ours > 0.5 / (os.cpu_count() or 1)  # a process of this program is no other

@@ -1,0 +1,101 @@
+"""The constants of `model`, measured between two ranks, a line of JSON.
+
+`torchrun --nproc_per_node 2 -m ensemble.distributed.constants`
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from ensemble.distributed import group, placing
+from ensemble.distributed.group import Group
+from ensemble.distributed.model import CHANNELS, FLOAT_BYTES, PX, Constants
+from ensemble.machine import launch
+from ensemble.models import weights
+from ensemble.options import parse
+
+REPEATS, FORWARDS = 200, 100
+LARGE_BYTES = 8 * CHANNELS * PX * PX * FLOAT_BYTES  # a batch of 8
+MANY = 64  # messages, one after another
+TIMEOUT_S = 60.0
+
+
+def main() -> None:
+    """Measure, and let rank 0 say what it found."""
+    config = parse([])
+    place = placing.find(config, local_rank=launch.local_rank(), local_ranks=launch.local_ranks())
+    placing.pin(place)
+    torch.set_num_threads(place.threads)
+    joined = group.join(timeout_s=TIMEOUT_S)
+    found = measure(joined)
+    if joined.rank == 0:
+        print(json.dumps(asdict(found)))
+    group.leave()
+
+
+def measure(joined: Group) -> Constants:
+    """By messages between ranks 0 and 1, to and fro: Hockney's way."""
+    forwards = _forwards(joined)
+    nothing, large = torch.zeros(1), torch.zeros(LARGE_BYTES // FLOAT_BYTES)
+    small_s, large_s = (_median(joined, _to_and_fro(joined, own)) / 2 for own in (nothing, large))
+    one_s, many_s = (_median(joined, _taken_in(joined, [nothing] * own)) for own in (1, MANY))
+    return Constants(
+        model_s=statistics.median(forwards),
+        spread=statistics.stdev(map(math.log, forwards)),
+        step_s=small_s,
+        part_s=(many_s - one_s) / (MANY - 1),
+        bytes_per_s=LARGE_BYTES / (large_s - small_s),
+    )
+
+
+def _forwards(joined: Group) -> list[float]:
+    """Seconds of forwards of one ResNet-18 at 224 px, on both ranks at the same time."""
+    (model,) = weights.random_models(1, arch="resnet18", device=torch.device("cpu"), seed=0)
+    x = torch.zeros(1, CHANNELS, PX, PX)
+    with torch.inference_mode():
+        model(x)
+        joined.meet()
+        return [_seconds(lambda: model(x)) for _ in range(FORWARDS)]
+
+
+def _to_and_fro(joined: Group, content: Tensor) -> Callable[[], None]:
+    if joined.rank == 0:
+        return lambda: (joined.send(content, 1), joined.receive(content, 1))[-1]
+    return lambda: (joined.receive(content, 0), joined.send(content, 0))[-1]
+
+
+def _taken_in(joined: Group, parts: Sequence[Tensor]) -> Callable[[], None]:
+    """Messages from rank 1 to rank 0, which takes one after another, as at the end of a gather."""
+
+    def step() -> None:
+        for part in parts:
+            joined.receive(part, 1) if joined.rank == 0 else joined.send(part, 0)
+
+    return step
+
+
+def _median(joined: Group, step: Callable[[], None]) -> float:
+    """Of many, each of which begins when both are there."""
+    times = []
+    for _ in range(REPEATS):
+        joined.meet()
+        times.append(_seconds(step))
+    return statistics.median(times)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Rank 0: it announces each step, takes it with the others, checks what came of it, and times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from ensemble.distributed import faults, group, runner
+from ensemble.distributed.alike import Facts
+from ensemble.distributed.begin import begin
+from ensemble.distributed.follow import LEAVE
+from ensemble.distributed.member import Member
+from ensemble.distributed.sharding import blocks
+from ensemble.errors import InputError, RankError, first_line
+from ensemble.measure import benchmark
+from ensemble.measure.bench import Bench, assemble, make_example
+from ensemble.models import workload
+from ensemble.models.images import Views, read_image
+from ensemble.models.workload import Workload
+from ensemble.options import Config
+from ensemble.records import Case, Environment, Result, Run
+
+
+class Lead:
+    """Rank 0's side of every step."""
+
+    def __init__(self, member: Member, ranks: tuple[Facts, ...]) -> None:
+        self.member, self.ranks = member, ranks
+
+    def all(self, step: Callable[..., Any], *arguments: object, **own: object) -> Any:
+        """Announce a step of `Member`, and take it; `own` is what rank 0 alone has."""
+        self.member.group.tell((step.__name__, arguments))
+        return step(*arguments, **own)
+
+    def announce_call(self, key: str, reduce: str) -> None:
+        """All ranks come together; what follows is a call."""
+        self.member.group.tell((self.member.call.__name__, (key, reduce)))
+        self.member.group.meet()
+
+    def dismiss(self) -> None:
+        """The others may leave."""
+        self.member.group.tell((LEAVE, ()))
+        group.leave()
+
+
+@dataclass(frozen=True)
+class ShardedWorkload(Workload):
+    """Of the models those of rank 0; the images of all."""
+
+    lead: Lead
+
+    def see(self, image: Tensor, count: int) -> list[Tensor]:
+        if count <= len(self.models):
+            return super().see(image, count)
+        self.lead.all(self.lead.member.open, count, tuple(image.shape))
+        logits: list[Tensor] = self.lead.all(self.lead.member.see, image=image)
+        return logits
+
+    def on_one_device(self, num_models: int) -> int:
+        return len(blocks(num_models, len(self.lead.ranks))[0])
+
+    def device_name(self, config: Config) -> str:
+        hosts = list(dict.fromkeys(own.host for own in self.lead.ranks))
+        places = "; ".join(dict.fromkeys(own.place for own in self.lead.ranks))
+        backend = self.lead.member.group.backend
+        return f"{len(self.lead.ranks)} ranks on {', '.join(hosts)} by {backend}: {places}"
+
+    def describe(self, config: Config, *, first_forward_s: float) -> Environment:
+        ranks = self.lead.ranks
+        return replace(
+            super().describe(config, first_forward_s=first_forward_s),
+            ranks=len(ranks),
+            backend=self.lead.member.group.backend,
+            hosts=tuple(own.host for own in ranks),
+            rank_devices=tuple(
+                f"{own.place}{f', {own.device_name}' if own.device_name else ''}" for own in ranks
+            ),
+        )
+
+
+def load(config: Config, *, say: Callable[[str], None]) -> Workload:
+    """Join the other ranks, each with its share of the models; the workload of rank 0.
+
+    Raises:
+        InputError: bad input here, or a rank that cannot work or is not like this one.
+        RankError: a rank has ended.
+    """
+    with _explained():
+        member, ranks = begin(config, say=say)
+        per_model = max(config.num_models) if config.inputs == "per_model" else 1
+        views = Views(
+            read_image(config.image_path),
+            max(config.batch_size) * per_model,
+            seed=config.seed,
+            device=member.device,
+        )
+        workload.tell_image(config, views, say=say)
+        if config.verbose:
+            say(str(member.models[0]))
+        return ShardedWorkload(
+            member.device, member.models, member.weights, views, Lead(member, ranks)
+        )
+
+
+def measure(
+    config: Config,
+    cases: Sequence[Case],
+    run: Run,
+    own: Workload,
+    progress: benchmark.Progress,
+    row: str,
+) -> Generator[tuple[Result, ...]]:
+    """Each case on all ranks: what `session.measure_all` is given.
+
+    Raises:
+        RankError: a rank has ended; the message says which, and why.
+    """
+    assert isinstance(own, ShardedWorkload)
+    lead = own.lead
+
+    def make(cell: Sequence[Case]) -> Bench | str:
+        case = cell[0]
+        images = own.views(case.image_size)
+        example = make_example(images, case)
+        opened = lead.all(lead.member.open, case.num_models, tuple(example.shape))
+        problem = runner.problem(opened, lead.ranks)
+        ranked = runner.of_ranks(lead, example, config)
+        return problem or assemble(cell, ranked, own.models, images)
+
+    with _explained():
+        try:
+            for result in benchmark.run(
+                config, cases, own, progress=progress, measure=import_module(row).measure, make=make
+            ):
+                yield (result,)
+        except GeneratorExit:  # between two rows, where all wait for the next step
+            lead.dismiss()
+            raise
+        lead.dismiss()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A rank that is gone, by name and cause; asked with the connections closed, so that the other
+    ranks notice too and answer."""
+    try:
+        yield
+    except RankError as error:
+        group.leave()
+        raise RankError(faults.found(first_line(error))) from error
+    except InputError:
+        group.leave()
+        raise
+    except KeyboardInterrupt as error:
+        if faults.was_terminated():
+            group.leave()
+            raise RankError(faults.found("stopped by SIGTERM")) from error
+        faults.quiet()
+        raise

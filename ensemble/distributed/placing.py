@@ -1,0 +1,88 @@
+"""Where a rank runs: its device, its threads, and on a CPU the cores that are its own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ensemble.distributed.sharding import blocks
+from ensemble.errors import InputError
+from ensemble.options import Config
+
+THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The device of a rank by name, its CPU threads, and its cores where it is held to some."""
+
+    device: str
+    threads: int
+    cores: tuple[int, ...] | None
+
+    def words(self) -> str:
+        """`cpu, 1 thread, core 0`."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        cores = "not pinned"
+        if self.cores is not None:
+            names = " ".join(map(str, self.cores))
+            cores = f"core{'s' if len(self.cores) > 1 else ''} {names}"
+        return f"{self.device}, {threads}, {cores}"
+
+
+def find(config: Config, *, local_rank: int, local_ranks: int) -> Place:
+    """The place of a rank among those of its host.
+
+    Raises:
+        InputError: a device with an index of its own, which all ranks would share.
+    """
+    kind, _, index = config.device.partition(":")
+    if index:
+        message = f"expected {kind} under torchrun: a rank takes the device of its local rank"
+        raise InputError(f"{message}, found {config.device}", argument="device")
+    if kind == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        kind = accelerator.type if accelerator else "cpu"
+    available = _available_cores()
+    share = share_of(available, local_rank=local_rank, local_ranks=local_ranks)
+    threads = config.threads or _asked_threads(local_ranks) or len(share)
+    pinned = kind == "cpu" and threads <= len(share) and hasattr(os, "sched_setaffinity")
+    device = "cpu" if kind == "cpu" else f"{kind}:{local_rank}"
+    return Place(device, threads, share if pinned else None)
+
+
+def pin(place: Place) -> None:
+    """Hold this process, and the threads that it will start, to the cores of its place."""
+    if place.cores is not None:
+        os.sched_setaffinity(0, place.cores)
+
+
+def share_of(cores: tuple[int, ...], *, local_rank: int, local_ranks: int) -> tuple[int, ...]:
+    """The cores of one rank: apart from the others', or one of its own where ranks are more."""
+    if local_ranks > len(cores):
+        return (cores[local_rank % len(cores)],)
+    own = blocks(len(cores), local_ranks)[local_rank]
+    return cores[own.start : own.stop]
+
+
+def _available_cores() -> tuple[int, ...]:
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def _asked_threads(local_ranks: int) -> int | None:
+    """What the user set OMP_NUM_THREADS to. torchrun sets it to 1 for several ranks where nobody
+    has: its own environment, as it was started with, tells one from the other (Linux)."""
+    value = os.environ.get(THREADS, "")
+    if not value.isdigit() or int(value) < 1:
+        return None
+    try:
+        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None if value == "1" and local_ranks > 1 else int(value)
+    asked = any(line.startswith(f"{THREADS}=".encode()) for line in environment)
+    return int(value) if asked else None

@@ -1,0 +1,128 @@
+"""A cell over all ranks as the measuring of rows knows it: start, call, reason, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ensemble.distributed import alike
+from ensemble.distributed.alike import Facts
+from ensemble.distributed.member import Division, Outcome, key_of
+from ensemble.errors import UnavailableError, first_line
+from ensemble.measure.bench import Runner
+from ensemble.measure.start import Started
+from ensemble.options import Config
+from ensemble.records import Result
+
+if TYPE_CHECKING:
+    from ensemble.distributed.lead import Lead
+
+
+class RowError(RuntimeError):
+    """A rank could not do its part of a row; its text is the reason."""
+
+
+def of_ranks(lead: Lead, example: Tensor, config: Config) -> Runner:
+    """The runner of a cell that is open on all ranks; `example` is rank 0's."""
+    host = lead.ranks[0].host
+    return Runner(
+        start=lambda name, dtype: _start(lead, name, example, dtype, config.reduce),
+        reason=lambda error, name, dtype: _reason(error),
+        exact=lambda: _exact(lead, example),
+        finish=lambda started, row: _divided(lead, started, row),
+        beside=tuple(own.pid for own in lead.ranks[1:] if own.host == host),
+    )
+
+
+def problem(outcomes: Sequence[Outcome], ranks: Sequence[Facts]) -> str:
+    """Why a step has failed on some rank, by its name; on none: empty."""
+    return _named([own.error for own in outcomes], ranks)
+
+
+def _start(lead: Lead, name: str, example: Tensor, dtype: torch.dtype, reduce: str) -> Started:
+    """A strategy started on all ranks. Times and memory are those of the rank that took most."""
+    member, kind = lead.member, str(dtype).removeprefix("torch.")
+    outcomes: list[Outcome] = lead.all(member.build, name, kind, example=example)
+    reason = problem(outcomes, lead.ranks)
+    if reason:
+        unavailable = any(own.status == "unavailable" for own in outcomes)
+        raise UnavailableError(reason) if unavailable else RowError(reason)
+    key, own_example = key_of(name, kind), example.to(dtype)
+
+    def call(x: Tensor, how: str) -> Tensor:
+        served = member.call(key, how, x=x)
+        assert served is not None  # this is rank 0
+        return served
+
+    def forward(x: Tensor) -> Tensor:
+        lead.announce_call(key, "none")
+        return call(x, "none")
+
+    peaks = [own.peak_memory_bytes for own in outcomes if own.peak_memory_bytes is not None]
+    return Started(
+        forward=forward,
+        serve=lambda x: call(x, reduce),
+        example=own_example,
+        logits=forward(own_example),
+        build_s=max(own.build_s for own in outcomes),
+        first_call_s=max(own.first_call_s for own in outcomes),
+        peak_memory_bytes=max(peaks, default=None),
+        choice=outcomes[0].choice,
+        notes=tuple(dict.fromkeys(note for own in outcomes for note in own.notes)),
+        ready=lambda: lead.announce_call(key, reduce),
+    )
+
+
+def _exact(lead: Lead, example: Tensor) -> Tensor:
+    parts: list[Tensor | str] = lead.all(lead.member.exact, example=example)
+    reason = _named([own if isinstance(own, str) else "" for own in parts], lead.ranks)
+    if reason:
+        raise RowError(reason)
+    return torch.cat([own for own in parts if isinstance(own, Tensor)])
+
+
+def _divided(lead: Lead, started: Started, row: Result) -> Result:
+    """The row with what its calls consist of.
+
+    Raises:
+        RowError: a timed call has failed on a rank.
+    """
+    kind = row.case.dtype
+    name = "loop" if row.case.is_self_check else row.case.strategy
+    key = key_of(name, kind)
+    found: list[Division] = lead.all(lead.member.divide, key, x=started.example)
+    reason = _named([own.failed for own in found], lead.ranks)
+    if reason:
+        raise RowError(reason)
+    process = replace(
+        row.processes[0],
+        whole_s=found[0].whole_s,
+        forward_s=_slowest([own.forward_s for own in found]),
+        alone_s=_slowest([own.alone_s for own in found]),
+        one_rank_s=found[0].one_rank_s,
+    )
+    return replace(row, processes=(process,), notes=row.notes + found[0].notes)
+
+
+def _slowest(times: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """Of each round the rank that took longest."""
+    return tuple(map(max, zip(*times, strict=True)))
+
+
+def _named(reasons: Sequence[str], ranks: Sequence[Facts]) -> str:
+    """The first reason, with its rank where not all have the same."""
+    first = next((rank for rank, own in enumerate(reasons) if own), None)
+    if first is None:
+        return ""
+    same = len(set(reasons)) == 1
+    return reasons[first] if same else f"{alike.name(first, ranks[first])}: {reasons[first]}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RowError):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}"

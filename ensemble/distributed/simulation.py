@@ -1,0 +1,85 @@
+"""Runs over ranks that nobody has made: drawn from the model of a call, and labelled so.
+
+`python -m ensemble.distributed.simulation CONSTANTS.json PICTURE.png`, where the constants are what
+`ensemble.distributed.constants` printed; prints the table of `table`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ensemble.distributed.model import Constants, call, ranks_for
+from ensemble.report.pictures import COLOURS, DASHES, DPI, MARKS, STYLE
+
+RANKS = tuple(2**power for power in range(11))  # 1 to 1,024
+MODELS_PER_RANK = (1, 4, 16)
+SHARE = 0.1
+LABEL = "simulated: a model of the time of a call, not measured"
+
+
+def read(path: Path) -> Constants:
+    """The constants that were stored as they were printed."""
+    return Constants(**json.loads(path.read_text()))
+
+
+def table(constants: Constants) -> str:
+    """In Markdown: at how many ranks and models communication takes a tenth of a call."""
+    lines = [
+        "| models a rank | ranks | models | a call (ms) | broadcast (ms) | gather (ms) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for own in MODELS_PER_RANK:
+        ranks = ranks_for(constants, share=SHARE, models_per_rank=own)
+        if ranks is None:
+            lines.append(f"| {own} | never | | | | |")
+            continue
+        at = call(constants, models=own * ranks, ranks=ranks)
+        times = (at.whole_s, at.broadcast_s, at.gather_s)
+        cells = [f"{own}", f"{ranks:,}", f"{own * ranks:,}", *(f"{1e3 * own:.1f}" for own in times)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(constants: Constants, path: Path) -> None:
+    """Models per second, and the share of communication, against ranks; one line a shard size."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.6, 4.4), layout="constrained")
+        speed, share = figure.subplots(1, 2)
+        for own, *look in zip(MODELS_PER_RANK, COLOURS, MARKS, DASHES, strict=False):
+            name = f"{own} model{'s' if own > 1 else ''} a rank"
+            calls = [call(constants, models=own * ranks, ranks=ranks) for ranks in RANKS]
+            rates = [own * ranks / at.whole_s for ranks, at in zip(RANKS, calls, strict=True)]
+            _line(speed, RANKS, rates, name, look)
+            _line(share, RANKS[1:], [100 * at.communication for at in calls[1:]], name, look)
+        share.axhline(100 * SHARE, color="black", linewidth=0.8)
+        speed.set_ylabel("forwards of a model per second")
+        share.set_ylabel("communication, % of a call")
+        for axes in (speed, share):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(RANKS[::2], [f"{ranks:,}" for ranks in RANKS[::2]])
+            axes.set_xlabel("ranks")
+            axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+            axes.legend(frameon=False, fontsize=8)
+        figure.suptitle(LABEL, fontsize=10)
+        figure.savefig(path, dpi=DPI)
+
+
+def _line(
+    axes: Axes, ranks: Sequence[int], values: Sequence[float], name: str, look: Sequence[str]
+) -> None:
+    colour, mark, dash = look
+    axes.plot(ranks, values, label=name, color=colour, marker=mark, linestyle=dash, markersize=4)
+
+
+if __name__ == "__main__":
+    measured = read(Path(sys.argv[1]))
+    draw(measured, Path(sys.argv[2]))
+    print(table(measured), end="")
