@@ -55,7 +55,7 @@ def _within(
 positive = _within(1, inf, int, "a whole number of at least 1")
 not_negative = _within(0, inf, int, "a whole number of at least 0")
 thread_count = _within(1, 1025, int, "a whole number from 1 to 1024")
-# What torch's generators take, with room for one a model and a view.
+# What torch's generators take, with room for one a model and an image.
 seed_number = _within(0, 2**62, int, "a whole number from 0 to 2**62")
 minutes = _within(1e-9, inf, float, "a number of minutes above 0")
 seconds = _within(0, inf, float, "a number of seconds of at least 0")

@@ -41,18 +41,18 @@ class Bench:
 def make_bench(
     cases: Sequence[Case],
     models: Sequence[nn.Module],
-    views: Callable[[int], Tensor],
+    images_of: Callable[[int], Tensor],
 ) -> Bench | str:
     """The bench of a cell, or why its reference failed, in one line.
 
     Args:
         cases: rows of one cell.
         models: float32 models on the device, at least N of them.
-        views: px -> `(count, 3, px, px)` float32 on the device.
+        images_of: px -> `(count, 3, px, px)` float32 on the device.
     """
     case = cases[0]
     chosen = models[: case.num_models]
-    images = views(case.image_size)
+    images = images_of(case.image_size)
     example = make_example(images, case)
     tidy()
     try:
@@ -68,12 +68,12 @@ def make_bench(
     return Bench(chosen, images, example, reference, exact, notes)
 
 
-def make_example(views: Tensor, case: Case) -> Tensor:
+def make_example(images: Tensor, case: Case) -> Tensor:
     """`(B, 3, px, px)` for shared inputs, `(N, B, 3, px, px)` for per-model inputs."""
     if case.inputs == "shared":
-        return views[: case.batch_size]
-    own = views[: case.num_models * case.batch_size]
-    return own.reshape(case.num_models, case.batch_size, *views.shape[1:])
+        return images[: case.batch_size]
+    all_models = images[: case.num_models * case.batch_size]
+    return all_models.reshape(case.num_models, case.batch_size, *images.shape[1:])
 
 
 def measure_limits(dtypes: Sequence[str], device: torch.device) -> Limits:
@@ -92,7 +92,7 @@ def with_roofline(row: Result, limits: Limits, workload: Workload) -> Result:
     if own is None:
         return replace(row, notes=row.notes + notes)
     dtype = getattr(torch, row.case.dtype)
-    example = make_example(workload.views(row.case.image_size), row.case)
+    example = make_example(workload.images(row.case.image_size), row.case)
     asked = partial(roofline.work, workload.models[0], row.case.num_models, example, dtype)
     needed, notes = optional("roofline", asked)
     least_s, bound = needed.least_seconds(own) if needed else (None, None)
@@ -120,5 +120,5 @@ def _is_weak(reference: Started) -> bool:
     """Could the check not tell some model's right input from a blank one?"""
     blank = reference.forward(torch.zeros_like(reference.example))
     limit = 10 * TOLERANCES[torch.float32]
-    pairs = zip(blank.split(1), reference.logits.split(1), strict=True)
-    return not all(check(*pair, tolerance=limit).problem for pair in pairs)
+    of_models = zip(blank.split(1), reference.logits.split(1), strict=True)
+    return not all(check(*both, tolerance=limit).problem for both in of_models)

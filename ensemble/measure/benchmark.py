@@ -49,14 +49,14 @@ def run(
         config: how to measure.
         cases: what to measure, those of one cell together.
         workload: the first N of its models serve for each N; shared inputs are the first B of its
-            views, per-model inputs the first N * B.
+            images, per-model inputs the first N * B.
     """
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
     for _, own in groupby(cases, key=lambda case: case.cell):
         cell = list(own)
         progress(case_name(cell[0]), "reference", 0.0)
-        bench = make_bench(cell, workload.models, workload.views)
+        bench = make_bench(cell, workload.models, workload.images)
         for case in cell:
             if isinstance(bench, str):
                 yield Result(case, status="failed", error=bench)

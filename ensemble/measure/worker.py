@@ -49,7 +49,7 @@ def main() -> None:
     measure = import_module(job["row"]).measure
     config, case = config_of(job["config"]), Case(**job["case"])
     own = workload.load_shared(job["shared"], config, device=job["device"])
-    bench = make_bench([case], own.models, own.views)
+    bench = make_bench([case], own.models, own.images)
     if isinstance(bench, str):
         say({"row": row_of(Result(case, status="failed", error=bench)), "reference": None})
         return

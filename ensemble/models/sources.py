@@ -35,10 +35,9 @@ def load(
     if paths:
         source = ", ".join(paths)
         say(f"Loading resnet model from {source}")
-        models = weights.load_models(
+        return weights.load_models(
             paths, arch=arch, device=device, num_models=num_models, say=say
-        )
-        return models, source
+        ), source
     url = pretrained.published_url(arch)
     say(f"Loading resnet model from {url}")
     try:
@@ -51,7 +50,6 @@ def load(
         )
         drawn = weights.random_models(num_models, arch=arch, device=device, seed=seed)
         return drawn, f"random, seeds {seeds}"
-    models = weights.models_from_state(
+    return weights.models_from_state(
         state, arch=arch, source=url, num_models=num_models, device=device
-    )
-    return models, url
+    ), url

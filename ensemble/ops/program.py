@@ -73,7 +73,7 @@ class Program(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         steps = self._steps.copy()  # a call's own: nothing of it is left for the next one
-        held = [self._bind_input(steps, *pair) for pair in zip(self._inputs, inputs, strict=True)]
+        held = [self._bind_input(steps, *known) for known in zip(self._inputs, inputs, strict=True)]
         shapes = [(self._num_models, *shape) for shape in self._out_shapes]
         results = [
             _new(prod(shape) * FLOAT_BYTES).view(torch.float32).view(shape) for shape in shapes

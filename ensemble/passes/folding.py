@@ -22,7 +22,7 @@ def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
         ValueError: models that `stacking.check_alike` refuses.
     """
     stacking.check_alike(models)
-    pairs, template = _without_norms(models[0])
+    foldable, template = _without_norms(models[0])
     stacking.set_tensors(
         template,
         {
@@ -37,7 +37,7 @@ def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
         own, target = stacking.named_tensors(model), stacking.named_tensors(copy)
         for name in target.keys() & own.keys():
             target[name].copy_(own[name])
-        for conv_name, norm_name in pairs:
+        for conv_name, norm_name in foldable:
             weight, bias = _fold(model.get_submodule(conv_name), model.get_submodule(norm_name))
             target[f"{conv_name}.weight"].copy_(weight)
             target[f"{conv_name}.bias"].copy_(bias)
@@ -51,8 +51,8 @@ def _without_norms(model: nn.Module) -> tuple[list[tuple[str, str]], nn.Module]:
     looks at its modules (`isinstance(layer, nn.BatchNorm2d)`, `conv.bias is None`), none is folded.
     """
     graph = traced(stacking.skeleton(model)).graph
-    pairs, template = _foldable(model, graph), stacking.skeleton(model)
-    for conv_name, norm_name in pairs:
+    foldable, template = _foldable(model, graph), stacking.skeleton(model)
+    for conv_name, norm_name in foldable:
         conv = template.get_submodule(conv_name)
         if conv.bias is None:
             empty = torch.empty(conv.out_channels, dtype=conv.weight.dtype, device="meta")
@@ -62,7 +62,7 @@ def _without_norms(model: nn.Module) -> tuple[list[tuple[str, str]], nn.Module]:
         same = _listed(traced(template).graph) == _listed(graph)
     except UnavailableError:
         same = False
-    return (pairs, template) if same else ([], stacking.skeleton(model))
+    return (foldable, template) if same else ([], stacking.skeleton(model))
 
 
 def _listed(graph: fx.Graph) -> list[tuple[str, ...]]:
@@ -81,7 +81,7 @@ def channels_last(x: Tensor) -> Tensor:
 def _foldable(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
     """The names of each convolution and the batch norm that alone reads its result."""
     calls = replaceable_once(model, graph)
-    pairs = []
+    foldable = []
     for name, node in calls.items():
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -92,8 +92,8 @@ def _foldable(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
             and type(model.get_submodule(conv)) is nn.Conv2d
             and len(source.users) == 1
         ):
-            pairs.append((conv, name))
-    return pairs
+            foldable.append((conv, name))
+    return foldable
 
 
 def _has_statistics(module: nn.Module) -> bool:

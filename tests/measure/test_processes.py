@@ -57,8 +57,8 @@ def dying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def workload() -> Workload:
-    views = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Workload(torch.device("cpu"), tiny_models(3), "made up", {8: views}.__getitem__)
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Workload(torch.device("cpu"), tiny_models(3), "made up", {8: images}.__getitem__)
 
 
 def case(strategy: str, **changes: object) -> Case:
@@ -90,8 +90,8 @@ def test_a_worker_measures_what_this_process_would(workload: Workload) -> None:
         assert beside is not None
         assert beside.case == case("loop")
         assert beside.times_s == process.reference_times_s
-    models, views = workload.models, workload.views(8)
-    expected = [model(views[:1]).argmax(1).tolist() for model in models]
+    models, images = workload.models, workload.images(8)
+    expected = [model(images[:1]).argmax(1).tolist() for model in models]
     assert rows["vmap"].top1 == expected
 
 
@@ -147,7 +147,7 @@ def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_pa
         ):
             assert torch.equal(tensor, found), name
     assert path in Path("/proc/self/maps").read_text()
-    assert torch.equal(own.views(8), workload.views(8))
+    assert torch.equal(own.images(8), workload.images(8))
 
 
 def test_a_worker_has_its_models_and_images_on_the_accelerator(
@@ -165,7 +165,7 @@ def test_a_worker_has_its_models_and_images_on_the_accelerator(
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode():
         own = loading.load_shared(path, QUICK, device="cuda")
-        example = bench.make_example(own.views(8), case("vmap", inputs="per_model"))
+        example = bench.make_example(own.images(8), case("vmap", inputs="per_model"))
         logits = ensemble.build("vmap", own.models, example)(example)
     assert {tensor.device.type for model in own.models for tensor in model.buffers()} == {"cuda"}
     assert (logits.device.type, logits.shape, own.device) == ("cuda", (3, 1, 5), cuda)

@@ -82,8 +82,8 @@ def cases() -> list[tuple[Kind, Geometry]]:
         )
         geometries.append(own)
     convolutions = [kind for kind in Kind if kind not in (Kind.MAX_POOL, Kind.HEAD)]
-    pairs = product(convolutions, geometries)
-    return [(kind, geometry) for kind, geometry in pairs if kernels.can_run(kind, geometry)]
+    candidates = product(convolutions, geometries)
+    return [(kind, geometry) for kind, geometry in candidates if kernels.can_run(kind, geometry)]
 
 
 def shares() -> list[int]:
@@ -100,7 +100,7 @@ def test_a_convolution_stays_in_its_memory(
     share = channels // geometry.groups
     weight = torch.randn(2, out_channels, share, *kernel) / (share * kernel[0] * kernel[1]) ** 0.5
     packed = inside_guards(conv.pack_weight(weight, kind).float()).to(
-        torch.bfloat16 if kind == Kind.DIRECT_PAIRS else torch.float32
+        torch.bfloat16 if kind == Kind.DIRECT_BF16 else torch.float32
     )
     step = Operation(kind, geometry, 0, 1, 2, packed, inside_guards(torch.zeros(2, out_channels)))
     run = program.Program(
@@ -119,7 +119,7 @@ def test_a_convolution_stays_in_its_memory(
             for own, filters in zip(x, weight, strict=True)
         ]
     )
-    limit = 1e-4 if kind != Kind.DIRECT_PAIRS else 3e-2
+    limit = 1e-4 if kind != Kind.DIRECT_BF16 else 3e-2
     assert float((found - expected - other).abs().max() / expected.abs().max()) < limit
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("numba")
 
 from ensemble.ops import kernels
 from ensemble.ops.program import Program
-from ensemble.ops.simd import HAS_PAIRS, PANEL, WIDTH
+from ensemble.ops.simd import HAS_BF16_DOT, PANEL, WIDTH
 
 ONE = [1, 1]
 
@@ -432,25 +432,25 @@ def test_the_grouped_kernel_takes_every_geometry(
     assert error(found, (expected + other).relu()) < 1e-6
 
 
-def test_in_pairs_of_bfloat16_only_much_larger_savings_are_worth_winograd() -> None:
-    pairs = Kind.DIRECT_PAIRS
-    assert chosen(geometry(64, 56), pairs) == Kind.WINOGRAD_4
-    assert chosen(geometry(512, 7), pairs) == pairs
-    assert chosen(geometry(64, 56, stride=2), pairs) == pairs
+def test_in_bfloat16_only_much_larger_savings_are_worth_winograd() -> None:
+    bf16 = Kind.DIRECT_BF16
+    assert chosen(geometry(64, 56), bf16) == Kind.WINOGRAD_4
+    assert chosen(geometry(512, 7), bf16) == bf16
+    assert chosen(geometry(64, 56, stride=2), bf16) == bf16
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="needs a CPU that multiplies pairs of bfloat16")
+@pytest.mark.skipif(not HAS_BF16_DOT, reason="needs a CPU that multiplies bfloat16")
 @pytest.mark.parametrize("channels", [1, 3, 2 * WIDTH, 4 * WIDTH])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 7)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_direct_convolution_in_pairs_is_that_of_the_rounded_numbers(
+def test_a_direct_convolution_in_bfloat16_is_that_of_the_rounded_numbers(
     channels: int, kernel: tuple[int, int], stride: int
 ) -> None:
     x, other = randn(2, 2, channels, 9, 11).bfloat16(), None
     weight = randn(2, PANEL, channels, *kernel, seed=1).bfloat16()
     bias = randn(2, PANEL, seed=2).bfloat16()
     options = [stride, stride], [kernel[0] // 2, kernel[1] // 2], ONE
-    packed = conv.pack_weight(weight, Kind.DIRECT_PAIRS)
-    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_PAIRS, kernel, *options, 1, True)
+    packed = conv.pack_weight(weight, Kind.DIRECT_BF16)
+    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_BF16, kernel, *options, 1, True)
     assert found.dtype == torch.bfloat16
     assert error(found, exact(x, weight, bias, other, True, *options)) < 2**-8

@@ -45,8 +45,8 @@ def case(strategy: str, inputs: str = "shared") -> Case:
 
 
 def bench(own: Case) -> Bench:
-    views = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    made = make_bench([own], tiny_models(3), lambda px: views)
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = make_bench([own], tiny_models(3), lambda px: images)
     assert isinstance(made, Bench)
     return made
 
@@ -165,9 +165,9 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
     monkeypatch.setattr(Strategy, "builder", lambda self, **_: breaks)
     monkeypatch.setattr(ways, "TIMED_S", 0.0)
     own = case("breaks")
-    views = torch.randn(16, 3, 8, 8)
+    images = torch.randn(16, 3, 8, 8)
     calls = []
-    made = make_bench([own], tiny_models(3), lambda px: views)
+    made = make_bench([own], tiny_models(3), lambda px: images)
     assert isinstance(made, Bench)
     found = row.measure(own, made, CONFIG_UNDER_LOAD, progress=lambda *_: None)
     run = found.load_run

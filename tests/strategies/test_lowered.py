@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ensemble
 from ensemble import strategies
 from ensemble.models import stacking
-from ensemble.ops import lower
+from ensemble.ops import lowering
 from ensemble.passes.folding import folded
 from ensemble.passes.operators import with_operators
 from ensemble.strategies import lowered
@@ -130,7 +130,7 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> No
     operators = with_operators(copies[0], x)
     mapped = torch.vmap(stacking.stateless(operators), in_dims=(0, None))
     with torch.inference_mode():
-        found = lower.lower(mapped, state, x, threads=2)
+        found = lowering.lower(mapped, state, x, threads=2)
     assert not state
     called = [node.op for node in found.forward.graph.nodes]
     assert called == ["placeholder", "call_module", "call_function", "output"]

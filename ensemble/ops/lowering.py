@@ -229,23 +229,10 @@ def _make_program(
     from ensemble.ops.program import Program
 
     numbers = {node: index for index, node in enumerate(module.graph.nodes)}
-    operations: list[Operation] = []
-    inputs: list[fx.Node] = []
-    for node in nodes:
-        known = fx.node.map_arg(
-            node.args, lambda own: constants[own] if own in constants else own.meta["val"]
-        )
-        operation = conv.OPERATIONS[node.target](*known)  # type: ignore[operator, index]
-        x, other = _node(node.args[0]), None if operation.other is None else _node(node.args[3])
-        operations.append(
-            replace(
-                operation,
-                x=numbers[x],
-                other=None if other is None else numbers[other],
-                out=numbers[node],
-            )
-        )
-        inputs += [own for own in (x, other) if own is not None and own not in (*nodes, *inputs)]
+    operations = [_operation(node, numbers, constants) for node in nodes]
+    nodes_of = {number: node for node, number in numbers.items()}
+    read = [nodes_of[value] for step in operations for value in step.reads]
+    inputs = [node for node in dict.fromkeys(read) if node not in nodes]
     outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
     program = Program(
         operations,
@@ -266,6 +253,16 @@ def _make_program(
     for node in reversed(nodes):
         module.graph.erase_node(node)
     return operations
+
+
+def _operation(node: fx.Node, numbers: dict[fx.Node, int], constants: Values) -> Operation:
+    """The step of an operator, on values that are known by their numbers."""
+    known = fx.node.map_arg(
+        node.args, lambda value: constants[value] if value in constants else value.meta["val"]
+    )
+    operation = conv.OPERATIONS[node.target](*known)  # type: ignore[operator, index]
+    other = None if operation.other is None else numbers[_node(node.args[3])]
+    return replace(operation, x=numbers[_node(node.args[0])], other=other, out=numbers[node])
 
 
 def _node(value: object) -> fx.Node:
