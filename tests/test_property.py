@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -253,6 +254,7 @@ def explore(
     (checked if seed is None else hypothesis.seed(seed)(checked))()
 
 
+@pytest.mark.slow
 def test_random_nets_equal_the_loop_by_every_strategy() -> None:
     """In a process of its own: a kernel that is wrong may hang or end it."""
     done = subprocess.run(

@@ -35,9 +35,8 @@ def load(
     if paths:
         source = ", ".join(paths)
         say(f"Loading resnet model from {source}")
-        return weights.load_models(
-            paths, arch=arch, device=device, num_models=num_models, say=say
-        ), source
+        read = weights.load_models(paths, arch=arch, device=device, num_models=num_models, say=say)
+        return read, source
     url = pretrained.published_url(arch)
     say(f"Loading resnet model from {url}")
     try:

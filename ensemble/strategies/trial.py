@@ -64,16 +64,15 @@ def fastest(
 ) -> Built:
     """The forward of the setting that is fastest for the first `trial` models.
 
-    Each setting is built, timed and released before the next is built, so that none waits for the
-    memory or the threads of another. Those that come out close are then held together and timed in
-    interleaved rounds, as the row will be, with a rest between, in which the threads of the others
-    fall asleep. A setting that raises is left out, with its reason.
+    Each setting is built, timed and released before the next is built. Those that come out close
+    are then held together and timed in interleaved rounds, as the row will be, with a rest between,
+    in which the threads of the others sleep. A setting that raises is left out, with its reason.
 
     Raises:
         Exception: what the first setting raised, where all raise.
     """
-    batches = arrays(example, num_models)[:trial]
-    timed = partial(_times, batches=batches, clock=clock, sleep=sleep)
+    tried = arrays(example, num_models)[:trial]
+    timed = partial(_times, batches=tried, clock=clock, sleep=sleep)
     seconds, refused = _alone(settings, trial, timed)
     if not seconds:
         raise next(iter(refused.values()))
@@ -83,8 +82,8 @@ def fastest(
     if len(close) > 1:
         try:
             runs = {name: make(trial) for name, make in close.items()}
-            times = zip(runs, timed(list(runs.values()), effort=LONG), strict=True)
-            seconds |= {name: statistics.median(calls) for name, calls in times}
+            calls = timed(list(runs.values()), effort=LONG)
+            seconds |= dict(zip(runs, map(statistics.median, calls), strict=True))
         except Exception as error:  # two together may need more memory than there is
             refused["the longer trial"] = error.with_traceback(None)
     best = min(close, key=seconds.__getitem__)

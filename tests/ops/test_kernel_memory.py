@@ -172,6 +172,7 @@ def test_a_further_process_finds_the_kernels_compiled() -> None:
 WIDTHS = {4: ("nehalem", "+sse4.2"), 8: ("haswell", "+sse4.2,+avx,+avx2,+fma")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="features of x86")
 @pytest.mark.parametrize("width", [width for width in WIDTHS if width < WIDTH])
 def test_the_kernels_hold_at_narrower_vectors_too(width: int) -> None:
