@@ -52,10 +52,12 @@ def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
     limits = (tolerance * of_images).maximum(min(tolerance, rounding) * of_models)
     errors = (logits - reference).abs().amax(2)
     relative = (errors / of_models).amax(1)
-    if not bool((errors <= limits).all()):
-        problem = _excess(relative, errors / of_models, limits / of_models, tolerance)
-    else:
-        problem = _other_class(logits, reference, limits)
+    agrees = bool((errors <= limits).all())
+    problem = (
+        _other_class(logits, reference, limits)
+        if agrees
+        else _excess(relative, errors / of_models, limits / of_models, tolerance)
+    )
     top1 = logits.argmax(-1)
     return Check(
         max_rel_error=None if relative.isnan().any() else float(relative.max()),
