@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.passes.folding import folded
-from ensemble.strategies import telemetry, trial
+from ensemble.strategies import agreement, eager, telemetry, trial
 from ensemble.strategies.built import Built
 from ensemble.strategies.trial import Array, Run, Settings
 
@@ -41,7 +41,8 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
         ]
     cores = torch.get_num_threads()
     settings = _openvino_settings(core, graphs, cores=cores, precision=hint)
-    return trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
+    built = trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
+    return _checked(built, models, example)
 
 
 def _openvino_settings(core: Any, graphs: list[Any], *, cores: int, precision: str) -> Settings:
@@ -115,7 +116,8 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
         return lambda batches: list(pool.map(infer, ready, batches))
 
     settings = {"one after another": one_after_another, "one a core": one_a_core}
-    return trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
+    built = trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
+    return _checked(built, models, example)
 
 
 def jax(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -143,6 +145,26 @@ def _require(name: str, example: Tensor) -> Any:
 def _in_float32(models: Sequence[nn.Module]) -> Sequence[nn.Module]:
     is_float32 = next(models[0].parameters()).dtype == torch.float32
     return models if is_float32 else stacking.cast(models, torch.float32)
+
+
+def _checked(built: Built, models: Sequence[nn.Module], example: Tensor) -> Built:
+    """What was built, if it still computes what the models compute, for another image as well.
+
+    A conversion may be wrong without a word, and at later calls only: OpenVINO 2026.4 writes the
+    difference of a convolved constant and the input over that constant.
+
+    Raises:
+        UnavailableError: it computes something else.
+    """
+    reference = eager.loop(_in_float32(models), example).forward
+    tolerance = agreement.TOLERANCES[example.dtype]
+    for x in (example, example.flip(-1)):
+        problem = agreement.check(
+            built.forward(x), reference(x.float()), tolerance=tolerance
+        ).problem
+        if problem:
+            raise UnavailableError(f"converted, these models compute something else: {problem}")
+    return built
 
 
 def _infer(request: Any, batch: Array) -> Array:
