@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,7 +20,8 @@ def rounds(
 
     The first group is the rounds that every row gets, one after another, so that the processes of a
     row are spread over the run, and a slow minute of the machine does not hit one row alone. Each
-    later one is the rows that are still unsure. `rows` is read as it grows. The reference has no
+    later one is the rows that are still unsure, the most unsure first: time that runs out has gone
+    where it was needed. `rows` is read as it grows. The reference has no
     process of its own where it is timed beside another strategy of its cell; under load nothing is.
     """
     alone = {case.cell for case in cases} - {case.cell for case in cases if not case.is_reference}
@@ -32,7 +34,8 @@ def rounds(
         if (row := rows.get(case)) is None or (row.status == "ok" and len(row.processes) <= number)
     )
     for _ in range(config.processes - first):
-        yield (case for case in own if wants_more(rows.get(case), config))
+        unsure = [case for case in own if wants_more(rows.get(case), config)]
+        yield iter(sorted(unsure, key=lambda case: -_width(rows.get(case))))
     # Where all that was beside it has failed.
     yield (case for case in cases if case.is_reference and case not in rows)
 
@@ -48,6 +51,11 @@ def wants_more(row: Result | None, config: Config) -> bool:
         return True
     interval = row.speedup_interval
     return interval is not None and 100 * half_width(interval) > config.precision
+
+
+def _width(row: Result | None) -> float:
+    interval = row and row.speedup_interval
+    return half_width(interval) if interval else math.inf
 
 
 def first_rounds(config: Config) -> int:

@@ -226,6 +226,21 @@ def test_the_processes_of_a_row_are_spread_over_the_run() -> None:
     assert [own.strategy for own in first] == ["vmap", "folded_vmap"] * 3
 
 
+def test_the_most_unsure_row_comes_first_in_the_later_rounds() -> None:
+    cases = [case(name) for name in ("loop", "vmap", "folded_vmap", "concurrent")]
+    spreads = {"vmap": 0.2, "folded_vmap": 0.001, "concurrent": 0.5}
+    rows = {
+        case(name): Result(
+            case(name),
+            processes=tuple(Process((1.0 + spread * k,) * 8, (1.0,) * 8) for k in range(3)),
+        )
+        for name, spread in spreads.items()
+    }
+    groups = rounds.rounds(cases, rows, replace(QUICK, processes=5, precision=5.0))
+    assert list(next(groups)) == []
+    assert [unsure.strategy for unsure in next(groups)] == ["concurrent", "vmap"]
+
+
 def test_what_the_processes_of_a_row_share_is_asked_of_them_together() -> None:
     each = rounds.in_each(replace(QUICK, processes=5, min_pairs=20, min_seconds=2.0))
     assert each.min_pairs == 7

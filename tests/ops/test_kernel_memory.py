@@ -1,11 +1,13 @@
 """Kernels at every vector width write and read their own memory alone."""
 
+import ast
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +169,23 @@ def test_a_further_process_finds_the_kernels_compiled() -> None:
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
     assert found.stdout == "1\n"
+
+
+def test_the_kernels_on_disk_belong_to_every_file_that_they_come_from() -> None:
+    """A file that is left out could be changed, and the old kernels would still run."""
+    module = sys.modules["ensemble.ops.kernels.run"]
+    found, new = set[str](), {module.__name__}
+    while new - found:
+        name = (new - found).pop()
+        found.add(name)
+        source = Path(str(sys.modules[name].__file__)).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("ensemble.ops"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                new |= {str(node.module), *names} & sys.modules.keys() - {"ensemble.ops"}
+    files = {Path(str(sys.modules[name].__file__)) for name in found}
+    assert {"simd.py", "taps.py", "winograd.py"} <= {file.name for file in files}
+    assert files <= set(module._FILES)
 
 
 WIDTHS = {4: ("nehalem", "+sse4.2"), 8: ("haswell", "+sse4.2,+avx,+avx2,+fma")}
