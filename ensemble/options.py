@@ -341,11 +341,11 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
-    for own in fields(Config):
-        options = dict(own.metadata)
+    for option in fields(Config):
+        options = dict(option.metadata)
         name = options.pop("group")
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        group.add_argument(f"--{own.name}", **options)
+        group.add_argument(f"--{option.name}", **options)
     return parser
 
 
@@ -410,7 +410,7 @@ NOT_UNDER_LOAD = ("batch_size", "roofline", "self_check", "baseline", "fail_abov
 
 def _check_load(typed: Sequence[str], options: dict[str, Any]) -> None:
     """Raise InputError for flags of load without a scenario, or that do not go with it."""
-    load = {own.name for own in fields(Config) if own.metadata["group"] == LOAD}
+    load = {option.name for option in fields(Config) if option.metadata["group"] == LOAD}
     given = set(typed)
     scenario, asked = options["scenario"], set(options["strategies"])
     if scenario is None:

@@ -101,8 +101,8 @@ class Described:
     """Prints as the call that makes it, with what differs from the defaults."""
 
     def __repr__(self) -> str:
-        own = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        given = [f"{name}={value!r}" for name, value, default in own if value != default]
+        entries = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        given = [f"{name}={value!r}" for name, value, default in entries if value != default]
         return f"{type(self).__name__}({', '.join(given)})"
 
 

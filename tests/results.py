@@ -56,8 +56,8 @@ def settings_table() -> list[str]:
     ]
     for name, setting in SETTINGS.items():
         run = read(name)
-        rows = {own.case.strategy: own for own in run.results if not own.case.is_reference}
-        most = max(len(own.processes) for own in run.results)
+        rows = {row.case.strategy: row for row in run.results if not row.case.is_reference}
+        most = max(len(row.processes) for row in run.results)
         cells = " | ".join(figure(rows.get(strategy)) for strategy in STRATEGIES)
         lines.append(f"| [{setting}]({name}.json) | {most} | {cells} |")
     return lines
@@ -111,8 +111,11 @@ def said(name: str) -> list[str]:
 
 def machine(run: Run) -> str:
     """Where a run was made."""
-    own = run.environment
-    return f"{own.device_name}, {own.cores} cores, torch {own.torch}, {own.date[:10]}"
+    environment = run.environment
+    return (
+        f"{environment.device_name}, {environment.cores} cores, torch {environment.torch},"
+        f" {environment.date[:10]}"
+    )
 
 
 TEMPLATE = """# Results: stored runs

@@ -62,7 +62,7 @@ def make_bench(
         why = reason(error, REFERENCE, chosen, example, torch.float32)
         return f"the reference failed: {why}"
     exact = None
-    if any(rounds_apart(own) for own in cases):
+    if any(map(rounds_apart, cases)):
         exact, more = optional("error to float64", partial(in_float64, chosen, example))
         notes += more
     return Bench(chosen, images, example, reference, exact, notes)
@@ -88,14 +88,14 @@ def with_roofline(row: Result, limits: Limits, workload: Workload) -> Result:
     """The row with the least time that the device's limits allow, where those were measured."""
     if row.case.dtype not in limits:
         return row
-    own, notes = limits[row.case.dtype]
-    if own is None:
+    limit, notes = limits[row.case.dtype]
+    if limit is None:
         return replace(row, notes=row.notes + notes)
     dtype = getattr(torch, row.case.dtype)
     example = make_example(workload.images(row.case.image_size), row.case)
     asked = partial(roofline.work, workload.models[0], row.case.num_models, example, dtype)
     needed, notes = optional("roofline", asked)
-    least_s, bound = needed.least_seconds(own) if needed else (None, None)
+    least_s, bound = needed.least_seconds(limit) if needed else (None, None)
     return replace(row, least_s=least_s, bound=bound, notes=row.notes + notes)
 
 
@@ -110,8 +110,8 @@ def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:
     with torch.inference_mode():
         return torch.stack(
             [
-                stacking.cast([model], torch.float64)[0](own.double())
-                for model, own in zip(models, inputs, strict=True)
+                stacking.cast([model], torch.float64)[0](batch.double())
+                for model, batch in zip(models, inputs, strict=True)
             ]
         )
 

@@ -53,8 +53,8 @@ def run(
     """
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
-    for _, own in groupby(cases, key=lambda case: case.cell):
-        cell = list(own)
+    for _, group in groupby(cases, key=lambda case: case.cell):
+        cell = list(group)
         progress(case_name(cell[0]), "reference", 0.0)
         bench = make_bench(cell, workload.models, workload.images)
         for case in cell:

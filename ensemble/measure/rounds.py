@@ -25,16 +25,18 @@ def rounds(
     process of its own where it is timed beside another strategy of its cell; under load nothing is.
     """
     alone = {case.cell for case in cases} - {case.cell for case in cases if not case.is_reference}
-    own = [case for case in cases if config.scenario or not case.is_reference or case.cell in alone]
+    timed = [
+        case for case in cases if config.scenario or not case.is_reference or case.cell in alone
+    ]
     first = first_rounds(config)
     yield (
         case
         for number in range(first)
-        for case in own
+        for case in timed
         if (row := rows.get(case)) is None or (row.status == "ok" and len(row.processes) <= number)
     )
     for _ in range(config.processes - first):
-        unsure = [case for case in own if wants_more(rows.get(case), config)]
+        unsure = [case for case in timed if wants_more(rows.get(case), config)]
         yield iter(sorted(unsure, key=lambda case: -_width(rows.get(case))))
     # Where all that was beside it has failed.
     yield (case for case in cases if case.is_reference and case not in rows)
@@ -98,7 +100,7 @@ def merged(row: Result | None, new: Result) -> Result:
 
 
 def _largest(*values: float | None) -> float | None:
-    return max((own for own in values if own is not None), default=None)
+    return max((value for value in values if value is not None), default=None)
 
 
 def _head(note: str) -> str:

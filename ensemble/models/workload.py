@@ -33,7 +33,7 @@ class Workload:
         """Write models and images to a file that other processes map: see `load_shared`."""
         content = {
             "skeleton": stacking.skeleton(self.models[0]),
-            "state": {name: own.cpu() for name, own in stacked_state(self.models).items()},
+            "state": {name: stack.cpu() for name, stack in stacked_state(self.models).items()},
             "images": {px: self.images(px).cpu() for px in image_sizes},
         }
         torch.save(content, path)

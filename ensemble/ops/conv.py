@@ -65,8 +65,8 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tens
         fused = other is None or _is_like_result(other, x, geometry, stacked=is_stacked[3])
         kinds = _kinds(x, geometry)
         if kinds:
-            own = (other, relu) if fused else (None, False)
-            result = _by_kernel(choose(geometry, kinds), x, weight, bias, *own, *options, groups)
+            ending = (other, relu) if fused else (None, False)
+            result = _by_kernel(choose(geometry, kinds), x, weight, bias, *ending, *options, groups)
             return (result if fused else _finish(result, other, is_stacked[3], relu)), 0
         if x.device.type == "cuda" and groups == 1 and all(spread == 1 for spread in dilation):
             result = matmul.conv2d(x, weight, stride, padding)
@@ -341,8 +341,8 @@ def _stacked_first(tensors: Sequence[Any], in_dims: Sequence[int | None]) -> lis
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, is_stacked: Sequence[bool]) -> bool:
     """A batch of images, and weights and bias of each model, all of one dtype?"""
     batched = x.dim() == (5 if is_stacked[0] else 4)
-    own = is_stacked[1] and (bias is None or is_stacked[2])
-    return batched and own and all(t is None or t.dtype == x.dtype for t in (weight, bias))
+    stacked = is_stacked[1] and (bias is None or is_stacked[2])
+    return batched and stacked and all(t is None or t.dtype == x.dtype for t in (weight, bias))
 
 
 def _is_like_result(other: Tensor, x: Tensor, geometry: Geometry, *, stacked: bool) -> bool:

@@ -164,7 +164,7 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
         return ""
     weight, dtype = values[_node(packing.args[0])].float(), values[_node(x)].dtype
     inputs: list[Any] = [
-        None if own is None else values[_node(own)].float() for own in (x, bias, other)
+        None if operand is None else values[_node(operand)].float() for operand in (x, bias, other)
     ]
     exact = _one_by_one(weight, *inputs, *options)
     largest = exact.abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(exact.dtype).tiny)
@@ -199,8 +199,8 @@ def _one_by_one(
     others = [None] * len(weight) if other is None else other
     return torch.stack(
         [
-            conv.plain_conv2d(stride, padding, dilation, groups, relu, *own)
-            for own in zip(images, weight, bias, others, strict=True)
+            conv.plain_conv2d(stride, padding, dilation, groups, relu, *operands)
+            for operands in zip(images, weight, bias, others, strict=True)
         ]
     )
 
@@ -214,8 +214,8 @@ def _runs(graph: fx.Graph, reached: set[fx.Node], constants: Values) -> list[lis
     for node in graph.nodes:
         if node not in reached:
             continue
-        weights = [own for own in node.args[1:3] if isinstance(own, fx.Node)]
-        if node.target in conv.OPERATIONS and all(own in constants for own in weights):
+        weights = [weight for weight in node.args[1:3] if isinstance(weight, fx.Node)]
+        if node.target in conv.OPERATIONS and all(weight in constants for weight in weights):
             runs[-1].append(node)
         elif runs[-1]:
             runs.append([])

@@ -34,9 +34,9 @@ def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
     device = next(models[0].parameters()).device
     copies = stacking.allocate(template, len(models), device=device)
     for model, copy in zip(models, copies, strict=True):
-        own, target = stacking.named_tensors(model), stacking.named_tensors(copy)
-        for name in target.keys() & own.keys():
-            target[name].copy_(own[name])
+        source, target = stacking.named_tensors(model), stacking.named_tensors(copy)
+        for name in target.keys() & source.keys():
+            target[name].copy_(source[name])
         for conv_name, norm_name in foldable:
             weight, bias = _fold(model.get_submodule(conv_name), model.get_submodule(norm_name))
             target[f"{conv_name}.weight"].copy_(weight)
@@ -106,10 +106,11 @@ def _has_statistics(module: nn.Module) -> bool:
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    own, other = stacking.named_tensors(conv), stacking.named_tensors(norm)
-    weight, bias = own["weight"].double(), own["bias"].double() if "bias" in own else None
-    mean, variance = other["running_mean"].double(), other["running_var"].double()
-    scale = other["weight"].double() if "weight" in other else None
-    shift = other["bias"].double() if "bias" in other else None
+    of_conv, of_norm = stacking.named_tensors(conv), stacking.named_tensors(norm)
+    weight = of_conv["weight"].double()
+    bias = of_conv["bias"].double() if "bias" in of_conv else None
+    mean, variance = of_norm["running_mean"].double(), of_norm["running_var"].double()
+    scale = of_norm["weight"].double() if "weight" in of_norm else None
+    shift = of_norm["bias"].double() if "bias" in of_norm else None
     assert isinstance(norm, nn.BatchNorm2d)
     return fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)

@@ -95,14 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     bad = False
     for load in asked.loads:
-        own = measure(load, call_s=1e-3 * asked.call_ms, seconds=asked.seconds, seed=asked.seed)
-        off, drawn = own.found_s / own.ideal_s - 1, own.found_s / own.expected_s - 1
+        waits = measure(load, call_s=1e-3 * asked.call_ms, seconds=asked.seconds, seed=asked.seed)
+        off, drawn = waits.found_s / waits.ideal_s - 1, waits.found_s / waits.expected_s - 1
         bad |= abs(off) > WITHIN
         print(
-            f"load {load:.0%}, {own.requests} requests: mean wait {1e3 * own.found_s:.3f} ms;"
-            f" an ideal server, same arrivals {1e3 * own.ideal_s:.3f} ms ({off:+.1%});"
-            f" M/D/1, all arrivals {1e3 * own.expected_s:.3f} ms ({drawn:+.1%});"
-            f" overhead {1e6 * own.overhead_s:.0f} us a request",
+            f"load {load:.0%}, {waits.requests} requests: mean wait {1e3 * waits.found_s:.3f} ms;"
+            f" an ideal server, same arrivals {1e3 * waits.ideal_s:.3f} ms ({off:+.1%});"
+            f" M/D/1, all arrivals {1e3 * waits.expected_s:.3f} ms ({drawn:+.1%});"
+            f" overhead {1e6 * waits.overhead_s:.0f} us a request",
             flush=True,
         )
     return int(bad)

@@ -46,7 +46,7 @@ class Contest:
     @property
     def tried(self) -> str:
         """What was tried, in one line: the milliseconds of a call, and why one is out."""
-        times = [f"{name} {1e3 * own:.3g} ms" for name, own in self.times_s.items()]
+        times = [f"{name} {1e3 * seconds:.3g} ms" for name, seconds in self.times_s.items()]
         out = [f"{name}: {first_line(error)}" for name, error in self.out.items()]
         return "; ".join([", ".join(times), *out] if times else out)
 

@@ -27,7 +27,7 @@ def loop(models: Sequence[Callable[[Tensor], Tensor]], example: Tensor) -> Built
     """One forward a model, one after another. Naive on purpose: this is the reference."""
     if example.dim() == 5:
         return Built(
-            lambda x: torch.stack([model(own) for model, own in zip(models, x, strict=True)])
+            lambda x: torch.stack([model(batch) for model, batch in zip(models, x, strict=True)])
         )
     return Built(lambda x: torch.stack([model(x) for model in models]))
 

@@ -91,7 +91,8 @@ def test_the_classes_are_those_that_each_model_finds_in_its_own_images() -> None
     images = torch.randn(6, 3, 8, 8)
     models = tiny_models(3)
     expected = [
-        model(own).argmax(1).tolist() for model, own in zip(models, images.split(2), strict=True)
+        model(batch).argmax(1).tolist()
+        for model, batch in zip(models, images.split(2), strict=True)
     ]
     rows = started(config, models, images)
     assert [row.top1 for row in rows] == [expected, expected]

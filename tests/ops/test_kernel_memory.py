@@ -78,11 +78,11 @@ def cases() -> list[tuple[Kind, Geometry]]:
         geometries.append(replace(wide, size=(height, width), out_size=(height, width)))
     for share, (height, width), stride in product(shares(), sizes, (1, 2)):
         out = (height - 1) // stride + 1, (width - 1) // stride + 1
-        own = Geometry(
+        geometry = Geometry(
             *(2, 2 * PANEL, (height, width), 2 * PANEL, out),
             *((3, 3), (stride, stride), (1, 1), (1, 1), 2 * PANEL // share),
         )
-        geometries.append(own)
+        geometries.append(geometry)
     convolutions = [kind for kind in Kind if kind not in (Kind.MAX_POOL, Kind.HEAD)]
     candidates = product(convolutions, geometries)
     return [(kind, geometry) for kind, geometry in candidates if kernels.can_run(kind, geometry)]
@@ -117,8 +117,8 @@ def test_a_convolution_stays_in_its_memory(
     options: Any = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     expected = torch.stack(
         [
-            torch.nn.functional.conv2d(own, filters, None, *options)
-            for own, filters in zip(x, weight, strict=True)
+            torch.nn.functional.conv2d(batch, filters, None, *options)
+            for batch, filters in zip(x, weight, strict=True)
         ]
     )
     limit = 1e-4 if kind != Kind.DIRECT_BF16 else 3e-2

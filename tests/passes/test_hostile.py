@@ -465,9 +465,9 @@ def test_a_net_that_tempts_a_pass_computes_what_the_models_compute(
             ensemble.build(strategy, models, x)
         return
     forward = ensemble.build(strategy, models, x)
-    for own in (other, x, other):  # what a call leaves in memory is not what the next one needs
-        expected = independent(models, own)
-        torch.testing.assert_close(forward(own.clone()), expected, rtol=1e-4, atol=1e-4)
+    for images in (other, x, other):  # what a call leaves in memory is not what the next one needs
+        expected = independent(models, images)
+        torch.testing.assert_close(forward(images.clone()), expected, rtol=1e-4, atol=1e-4)
 
 
 class WritesIntoShared(Net):

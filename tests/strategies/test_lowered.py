@@ -28,7 +28,10 @@ def in_float64(models: Sequence[nn.Module], x: Tensor) -> Tensor:
     inputs = x.double() if x.dim() == 5 else [x.double()] * len(models)
     with torch.no_grad():
         return torch.stack(
-            [copy.deepcopy(model).double()(own) for model, own in zip(models, inputs, strict=True)]
+            [
+                copy.deepcopy(model).double()(batch)
+                for model, batch in zip(models, inputs, strict=True)
+            ]
         )
 
 

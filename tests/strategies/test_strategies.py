@@ -91,10 +91,10 @@ def test_resnets_give_the_logits_of_the_models_themselves(
 ) -> None:
     models = resnets(arch)
     x = torch.randn((2, 1, 3, 32, 32) if per_model else (1, 3, 32, 32))
-    own = built(name, models, x)
-    assert largest_error(own.forward(x), independent(models, x)) < 1e-5
+    made = built(name, models, x)
+    assert largest_error(made.forward(x), independent(models, x)) < 1e-5
     if name in PEERS:
-        assert own.note.startswith("setting: ")
+        assert made.note.startswith("setting: ")
 
 
 @pytest.mark.parametrize(
