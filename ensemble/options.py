@@ -56,7 +56,7 @@ def _within(
 positive = _within(1, inf, int, "a whole number of at least 1")
 not_negative = _within(0, inf, int, "a whole number of at least 0")
 thread_count = _within(1, 1025, int, "a whole number from 1 to 1024")
-# What torch's generators take, with room for one a model and a view.
+# What torch's generators take, with room for one a model and an image.
 seed_number = _within(0, 2**62, int, "a whole number from 0 to 2**62")
 minutes = _within(1e-9, inf, float, "a number of minutes above 0")
 seconds = _within(0, inf, float, "a number of seconds of at least 0")
@@ -350,11 +350,11 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
-    for own in fields(Config):
-        options = dict(own.metadata)
+    for option in fields(Config):
+        options = dict(option.metadata)
         name = options.pop("group")
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        group.add_argument(f"--{own.name}", **options)
+        group.add_argument(f"--{option.name}", **options)
     return parser
 
 
@@ -439,7 +439,7 @@ NOT_UNDER_LOAD = ("batch_size", "reduce", "roofline", "self_check", "baseline", 
 
 def _check_load(typed: Sequence[str], options: dict[str, Any]) -> None:
     """Raise InputError for flags of load without a scenario, or that do not go with it."""
-    load = {own.name for own in fields(Config) if own.metadata["group"] == LOAD}
+    load = {option.name for option in fields(Config) if option.metadata["group"] == LOAD}
     given = set(typed)
     scenario, asked = options["scenario"], set(options["strategies"])
     if scenario is None:

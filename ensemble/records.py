@@ -172,7 +172,7 @@ class Process:
     def ratios(self) -> tuple[float, ...]:
         """Reference time / strategy time of each pair."""
         pairs = zip(self.reference_times_s, self.times_s, strict=False)
-        return tuple(reference / own for reference, own in pairs)
+        return tuple(reference / time for reference, time in pairs)
 
     @cached_property
     def speedup(self) -> float | None:
@@ -253,8 +253,8 @@ class Result:
     @property
     def build_s(self) -> float | None:
         """What choosing took where one process did so for all, and what the build took them."""
-        known = [own for own in self.processes if own.build_s is not None]
-        built = median([(own.build_s or 0.0) - (own.tune_s or 0.0) for own in known])
+        known = [process for process in self.processes if process.build_s is not None]
+        built = median([(process.build_s or 0.0) - (process.tune_s or 0.0) for process in known])
         return None if built is None else built + (self.tune_s or 0.0)
 
     @property
@@ -322,13 +322,13 @@ class Result:
     def process_speedups(self) -> tuple[float, ...]:
         """The speedup that each process found."""
         found = (process.speedup for process in self.processes)
-        return tuple(own for own in found if own is not None)
+        return tuple(speedup for speedup in found if speedup is not None)
 
     @cached_property
     def within_processes(self) -> float | None:
         """How sure a process is of itself: the half width of its own interval, the median."""
         intervals = (bootstrap_interval(process.ratios) for process in self.processes)
-        return median([half_width(own) for own in intervals if own is not None])
+        return median([half_width(interval) for interval in intervals if interval is not None])
 
     @cached_property
     def between_processes(self) -> float | None:
@@ -354,8 +354,8 @@ class Result:
     @property
     def held_range(self) -> tuple[float, float] | None:
         """The least and the most that the processes held; None unless all held something."""
-        found = [own.load.held_qps for own in self.processes if own.load is not None]
-        held = [own for own in found if own is not None]
+        found = [process.load.held_qps for process in self.processes if process.load is not None]
+        held = [rate for rate in found if rate is not None]
         return (min(held), max(held)) if held and len(held) == len(found) else None
 
     @property

@@ -58,7 +58,7 @@ class Case:
     def ratio(self, other: str) -> float:
         """Of the other row's time and `best`'s, in the median of the rounds: above 1 best wins."""
         pairs = zip(self.times_s[other], self.times_s["best"], strict=True)
-        return median(one / own for one, own in pairs)
+        return median(one / best for one, best in pairs)
 
     @property
     def of_the_fastest(self) -> float:
@@ -80,7 +80,7 @@ def read() -> dict[tuple[str, int, int], Case]:
     """The cases that were measured."""
     lines = FILE.read_text().splitlines() if FILE.exists() else []
     cases = [Case(**json.loads(line)) for line in lines]
-    return {own.place: own for own in cases}
+    return {case.place: case for case in cases}
 
 
 def add(case: Case) -> None:
@@ -104,10 +104,11 @@ def places(arch: str, *, every: bool) -> list[tuple[str, int, int]]:
 
 def page(cases: Sequence[Case]) -> str:
     """What was picked, in times of the loop, and of the fastest other row."""
-    close, behind = sum(own.is_close for own in cases), sum(own.is_behind_the_loop for own in cases)
+    close = sum(case.is_close for case in cases)
+    behind = sum(case.is_behind_the_loop for case in cases)
     columns = [(px, count) for px in SIZES for count in COUNTS]
     header = " | ".join(f"{px} px, N={count}" for px, count in columns)
-    found = {own.place: own for own in cases}
+    found = {case.place: case for case in cases}
     lines = [
         "# `best` on torchvision's families",
         "",
@@ -122,13 +123,13 @@ def page(cases: Sequence[Case]) -> str:
     for arch in ARCHITECTURES:
         cells = [_cell(found.get((arch, *place))) for place in columns]
         lines.append(f"| {arch} | {' | '.join(cells)} |")
-    missed = [own for own in cases if not own.is_close]
+    missed = [case for case in cases if not case.is_close]
     lines += ["", "Further off:", ""] if missed else []
-    for own in missed:
-        rivals = own.times_s.keys() - {"best", own.picked}
-        fastest = min(rivals, key=own.ratio)
-        where = f"{own.arch}, {own.px} px, N={own.num_models}"
-        lines.append(f"- {where}: {fastest} is {1 / own.ratio(fastest):.2f} times as fast")
+    for case in missed:
+        rivals = case.times_s.keys() - {"best", case.picked}
+        fastest = min(rivals, key=case.ratio)
+        where = f"{case.arch}, {case.px} px, N={case.num_models}"
+        lines.append(f"- {where}: {fastest} is {1 / case.ratio(fastest):.2f} times as fast")
     return "\n".join(lines) + "\n"
 
 
@@ -161,15 +162,15 @@ def measure(arch: str, px: int, num_models: int) -> Case:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of vmap, where it has no rule
-                own = strategies.make(name, models, x)
-                logits = own.forward(x)
+                built = strategies.make(name, models, x)
+                logits = built.forward(x)
             problem = check(logits, reference, tolerance=TOLERANCES[x.dtype]).problem
         except Exception as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if problem:
             out[name] = problem
         else:
-            rows[name] = own
+            rows[name] = built
     choice = rows["best"].choice
     assert choice is not None
 
@@ -177,7 +178,7 @@ def measure(arch: str, px: int, num_models: int) -> Case:
         return lambda: built.forward(x)
 
     rounds = interleaved(
-        [call(own) for own in rows.values()],
+        [call(built) for built in rows.values()],
         warmup=1,
         min_rounds=ROUNDS,
         min_seconds=LEAST_S,

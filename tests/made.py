@@ -41,9 +41,9 @@ def changed(row: Result, **changes: Any) -> Result:
     """The row, measured in one process, with other fields of its own, its case or its process."""
     case = {name: value for name, value in changes.items() if name in _OF_CASE}
     process = {name: value for name, value in changes.items() if name in _OF_PROCESS}
-    own = {name: value for name, value in changes.items() if name not in {*case, *process}}
+    rest = {name: value for name, value in changes.items() if name not in {*case, *process}}
     processes = tuple(replace(one, **process) for one in row.processes)
-    return replace(row, case=replace(row.case, **case), processes=processes, **own)
+    return replace(row, case=replace(row.case, **case), processes=processes, **rest)
 
 
 LOOP = changed(

@@ -101,8 +101,8 @@ class Described:
     """Prints as the call that makes it, with what differs from the defaults."""
 
     def __repr__(self) -> str:
-        own = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        given = [f"{name}={value!r}" for name, value, default in own if value != default]
+        entries = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        given = [f"{name}={value!r}" for name, value, default in entries if value != default]
         return f"{type(self).__name__}({', '.join(given)})"
 
 
@@ -456,25 +456,48 @@ def nets() -> st.SearchStrategy[Net]:
     )
 
 
+_SOURCES = st.sampled_from([0, 0, 0, 0, 1, 2])
+_OTHERS = st.sampled_from([1, 1, 0, 2, 3])
+_FLAGS = st.sampled_from([False, False, True])
+
+
 def _steps() -> st.SearchStrategy[Step]:
-    source = st.sampled_from([0, 0, 0, 0, 1, 2])
-    other = st.sampled_from([1, 1, 0, 2, 3])
-    flag = st.sampled_from([False, False, True])
-    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    sum_names, activations = list(SUMS), [*ACTIVATION_MODULES, *ACTIVATIONS]
+    plain, conv = _convolutions()
+    activations = ["ReLU", "functional", *ACTIVATION_MODULES, *ACTIVATIONS]
+    activate = st.builds(Activate, source=_SOURCES, how=st.sampled_from(activations))
+    norm = st.builds(
+        Norm,
+        source=_SOURCES,
+        affine=st.sampled_from([True, True, False]),
+        tracked=st.sampled_from([True] * 9 + [False]),
+    )
+    sums = st.sampled_from(["+", *SUMS])
+    added = st.builds(Sum, source=_SOURCES, how=sums, other=_OTHERS)
+    constants = ["channel", "flat", "full", "row", "scalar", "conv", "number"]
+    constant = st.builds(SumWith, source=_SOURCES, how=sums, what=st.sampled_from(constants))
+    again = st.builds(Again, source=_SOURCES, layer_before=st.integers(0, 3), tied=_FLAGS)
+    concat = st.builds(Concat, source=_SOURCES, other=_OTHERS)
+    often = [plain, conv, norm, activate, added]
+    rare = [*_poolings(), constant, again, concat, st.builds(Unused)]
+    return st.one_of(*often, *often, conv, *rare)
+
+
+def _convolutions() -> tuple[st.SearchStrategy[Step], st.SearchStrategy[Step]]:
+    """Such as most nets have, and all that torch can do."""
+    two = st.tuples(st.integers(1, 3), st.integers(1, 3))
     plain = st.builds(
         Conv,
-        source=source,
+        source=_SOURCES,
         width=st.sampled_from([32, None, 64]),
         stride=st.sampled_from([1, 1, 2]),
-        bias=flag,
+        bias=_FLAGS,
     )
     conv = st.builds(
         Conv,
-        source=source,
+        source=_SOURCES,
         width=st.sampled_from([32, None, 64, 32, 8, 24, 16, 96]),
-        kernel=st.sampled_from([3, 1, 3, 5, 2, 7]) | pair,
-        stride=st.sampled_from([1, 1, 2, 3]) | pair,
+        kernel=st.sampled_from([3, 1, 3, 5, 2, 7]) | two,
+        stride=st.sampled_from([1, 1, 2, 3]) | two,
         padding=st.sampled_from([1, 0, 2, "same", "valid", (1, 0), (0, 2), 3]),
         mode=st.sampled_from(["zeros", "zeros", "zeros", "reflect", "replicate", "circular"]),
         dilation=st.sampled_from([1, 1, 1, 2, (1, 2), (2, 1)]),
@@ -482,62 +505,36 @@ def _steps() -> st.SearchStrategy[Step]:
         bias=st.booleans(),
         functional=st.sampled_from([False, False, False, True]),
     )
-    activate = st.builds(
-        Activate, source=source, how=st.sampled_from(["ReLU", "functional", *activations])
-    )
-    max_pool = st.builds(
+    return plain, conv
+
+
+def _poolings() -> list[st.SearchStrategy[Step]]:
+    largest = st.builds(
         MaxPool,
-        source=source,
+        source=_SOURCES,
         kernel=st.sampled_from([3, 2, (2, 3), (3, 1)]),
         stride=st.sampled_from([2, None, 1, (1, 2)]),
         padding=st.sampled_from([1, 0, (0, 1)]),
         dilation=st.sampled_from([1, 1, 2]),
-        ceil_mode=flag,
+        ceil_mode=_FLAGS,
         how=st.sampled_from(["module", "module", "functional", "indices"]),
     )
-    average_pool = st.builds(
+    average = st.builds(
         AveragePool,
-        source=source,
+        source=_SOURCES,
         kernel=st.sampled_from([2, 3, (2, 1)]),
         stride=st.sampled_from([None, 1, 2]),
         padding=st.sampled_from([0, 1]),
-        ceil_mode=flag,
+        ceil_mode=_FLAGS,
         include_pad=st.booleans(),
     )
-    adaptive_pool = st.builds(
+    adaptive = st.builds(
         AdaptivePool,
-        source=source,
+        source=_SOURCES,
         size=st.sampled_from([2, 1, 3, (1, 1), (2, 3), (None, 2)]),
-        largest=flag,
+        largest=_FLAGS,
     )
-    norm = st.builds(
-        Norm,
-        source=source,
-        affine=st.sampled_from([True, True, False]),
-        tracked=st.sampled_from([True] * 9 + [False]),
-    )
-    added = st.builds(Sum, source=source, how=st.sampled_from(["+", *sum_names]), other=other)
-    constant = st.builds(
-        SumWith,
-        source=source,
-        how=st.sampled_from(["+", *sum_names]),
-        what=st.sampled_from(["channel", "flat", "full", "row", "scalar", "conv", "number"]),
-    )
-    again = st.builds(Again, source=source, layer_before=st.integers(0, 3), tied=flag)
-    concat = st.builds(Concat, source=source, other=other)
-    often = [plain, conv, norm, activate, added]
-    return st.one_of(
-        *often,
-        *often,
-        conv,
-        max_pool,
-        average_pool,
-        adaptive_pool,
-        constant,
-        again,
-        concat,
-        st.builds(Unused),
-    )
+    return [largest, average, adaptive]
 
 
 def _tied(conv: nn.Conv2d) -> nn.Conv2d:

@@ -42,7 +42,7 @@ class Measured:
 
     def seconds(self, size: int) -> float:
         """One model by a team; sizes in between as the next smaller one that was measured."""
-        known = max(own for own in self.team_s if own <= size)
+        known = max(team for team in self.team_s if team <= size)
         return self.team_s[known] + (self.steps * BARRIER_S if size > 1 else 0.0)
 
 
@@ -76,8 +76,8 @@ def use(measured: Measured, num_models: int, cores: int, seconds: float) -> floa
 def read() -> list[Measured]:
     """What was measured."""
     return [
-        Measured(**own | {"team_s": {int(size): s for size, s in own["team_s"].items()}})
-        for own in json.loads(FILE.read_text())["nets"]
+        Measured(**net | {"team_s": {int(size): s for size, s in net["team_s"].items()}})
+        for net in json.loads(FILE.read_text())["nets"]
     ]
 
 
@@ -85,14 +85,14 @@ def page(nets: Sequence[Measured], team_size: TeamSize) -> str:
     """A table a net: milliseconds of a call, and the use of the cores, by N and C."""
     counts, cores = (1, 4, 6, 16), (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
     lines = []
-    for own in nets:
-        lines.append(f"{own.arch}, {own.px} px: ms a call (use of the cores) on C cores")
+    for net in nets:
+        lines.append(f"{net.arch}, {net.px} px: ms a call (use of the cores) on C cores")
         lines.append("   N" + "".join(f"{number:>13}" for number in cores))
         for count in counts:
             cells = []
             for number in cores:
-                seconds = simulate(own, count, number, team_size)
-                cells.append(f"{1e3 * seconds:.2f} ({use(own, count, number, seconds):.0%})")
+                seconds = simulate(net, count, number, team_size)
+                cells.append(f"{1e3 * seconds:.2f} ({use(net, count, number, seconds):.0%})")
             lines.append(f"{count:>4}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
 
@@ -117,7 +117,7 @@ def measure(arch: str, px: int) -> Measured:
     x = torch.randn(1, 3, px, px)
     with torch.inference_mode():
         module = lowered.lower_vmap(models, x).forward
-        (program,) = (own for own in module.modules() if isinstance(own, Program))
+        (program,) = (part for part in module.modules() if isinstance(part, Program))
         module(x)
     steps = program._steps.copy()
     (value,) = program._inputs
@@ -151,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="time the shares on this machine")
     if parser.parse_args(argv).measure:
-        nets = [measure(*own) for own in NETS]
+        nets = [measure(*net) for net in NETS]
         content: dict[str, Any] = {"made_with": "python -m tests.schedule --measure"}
-        content["nets"] = [asdict(own) for own in nets]
+        content["nets"] = [asdict(net) for net in nets]
         FILE.write_text(json.dumps(content, indent=1) + "\n")
     from ensemble.ops.kernels.run import team_size
 

@@ -41,5 +41,5 @@ def test_the_page_counts_the_cases_and_names_those_that_are_further_off() -> Non
 def test_the_stored_page_is_what_its_file_says() -> None:
     cases = list(architectures.read().values())
     assert architectures.PAGE.read_text() == architectures.page(cases)
-    assert sum(own.is_close for own in cases) >= architectures.NEEDED * len(cases)
-    assert not any(own.is_behind_the_loop for own in cases)
+    assert sum(case.is_close for case in cases) >= architectures.NEEDED * len(cases)
+    assert not any(case.is_behind_the_loop for case in cases)

@@ -379,7 +379,7 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(
 def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_ones(
     checkpoint: str,
 ) -> None:
-    """With 150 MB of address space left, vmap over 8 models at batch 16 does not fit."""
+    """With 50 MB of address space left, vmap over 4 models at batch 16 does not fit."""
     program = (
         "import resource, sys, torch, functorch, torchvision, resnet_vmap\n"
         "from ensemble.measure import row\n"
@@ -387,20 +387,20 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
         "def measure(case, *rest, **options):\n"
         "    if case.strategy == 'vmap':\n"
         "        now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "        resource.setrlimit(resource.RLIMIT_AS, (now + 150_000_000, -1))\n"
+        "        resource.setrlimit(resource.RLIMIT_AS, (now + 50_000_000, -1))\n"
         "    return measured(case, *rest, **options)\n"
         "row.measure = measure\n"
         "sys.exit(resnet_vmap.main(sys.argv[1:]))"
     )
-    argv = ["--model_path", checkpoint, "--num_models", "8", "--batch_size", "16"]
-    argv += ["--image_size", "112", "--warmup", "0", "--min_pairs", "1", "--min_seconds", "0"]
+    argv = ["--model_path", checkpoint, "--num_models", "4", "--batch_size", "16"]
+    argv += ["--image_size", "64", "--warmup", "0", "--min_pairs", "1", "--min_seconds", "0"]
     argv += ["--processes", "0", "--strategies", "loop", "vmap"]
     done = subprocess.run(
         [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1, done.stderr
     assert re.search(
-        r"vmap, 8 models: failed: out of memory with 8 models; (not even 1|[124]) would fit",
+        r"vmap, 4 models: failed: out of memory with 4 models; (not even 1|[12]) would fit",
         done.stdout,
     ), done.stdout
     assert "1 (reference)" in done.stdout
@@ -414,18 +414,27 @@ def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, part = tmp_path / "whole.json", tmp_path / "part.json"
-    argv = [*QUICK, "--model_path", checkpoint, "--num_models", "1", "2", "--batch_size", "1", "2"]
+    argv = [*QUICK, "--model_path", checkpoint, "--num_models", "1", "2"]
     assert resnet_vmap.main([*argv, "--export_json", str(whole)]) == 0
     argv += ["--max_minutes", "1e-6"]
     assert resnet_vmap.main([*argv, "--export_json", str(part)]) == 0
     captured = capsys.readouterr()
-    assert "1 of 8 rows are finished; not finished: vmap, 1 model, batch 1; " in captured.err
+    assert "1 of 4 rows are finished; not finished: vmap, 1 model; " in captured.err
     assert rows_of(part) == rows_of(whole)[:1]
     first = exports.read(str(part), argument="").results
     assert resnet_vmap.main([*argv[:-2], "--resume", str(part)]) == 0
-    assert "7 of 8 rows are missing" in capsys.readouterr().out
+    assert "3 of 4 rows are missing" in capsys.readouterr().out
     assert rows_of(part) == rows_of(whole)
     assert exports.read(str(part), argument="").results[:1] == first
+
+
+@pytest.fixture(scope="module")
+def finished_run(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a whole run of the loop."""
+    path = tmp_path_factory.mktemp("run") / "run.json"
+    argv = [*QUICK, "--model_path", checkpoint, "--strategies", "loop", "--export_json", str(path)]
+    assert resnet_vmap.main(argv) == 0
+    return path
 
 
 @pytest.mark.parametrize(
@@ -441,18 +450,18 @@ def test_a_run_of_another_machine_version_or_setting_is_not_resumed(
     change: dict[str, Any],
     message: str,
     checkpoint: str,
+    finished_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "run.json"
-    argv = [*QUICK, "--model_path", checkpoint, "--strategies", "loop"]
-    assert resnet_vmap.main([*argv, "--export_json", str(path)]) == 0
-    document = json.loads(path.read_text())
+    document = json.loads(finished_run.read_text())
     for part, values in change.items():
         document[part] |= values
     path.write_text(json.dumps(document))
     before = path.read_bytes()
-    assert resnet_vmap.main([*argv, "--resume", str(path)]) == 2
+    argv = [*QUICK, "--model_path", checkpoint, "--strategies", "loop", "--resume", str(path)]
+    assert resnet_vmap.main(argv) == 2
     assert message in capsys.readouterr().err
     assert path.read_bytes() == before
 

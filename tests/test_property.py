@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -35,8 +36,8 @@ HANG_S = 120  # of one strategy's build and calls
 # Seconds a net: these are drawn now and then, and in the long profile only.
 SLOW = [
     name
-    for name, own in STRATEGIES.items()
-    if own.module == "peers" or "compiled" in name or own.tunes
+    for name, strategy in STRATEGIES.items()
+    if strategy.module == "peers" or "compiled" in name or strategy.tunes
 ]
 QUICK = [name for name in STRATEGIES if name not in SLOW]
 
@@ -99,22 +100,22 @@ def prepare(case: Case) -> Prepared | None:
     generator = torch.Generator().manual_seed(0)
     example, *inputs = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     if case.channels_last:
-        inputs = [own.movedim(-3, -1).contiguous().movedim(-1, -3) for own in inputs]
+        inputs = [x.movedim(-3, -1).contiguous().movedim(-1, -3) for x in inputs]
     doubled = [copy.deepcopy(model).double() for model in models]
     expected = [loop(doubled, x.double()) for x in inputs]
     losses = [relative_error(loop(models, x), y) for x, y in zip(inputs, expected, strict=True)]
-    own = float(torch.tensor(losses).max())  # NaN where a model's logits are all 0
-    if not own <= USELESS[dtype]:
+    loss = float(torch.tensor(losses).max())  # NaN where a model's logits are all 0
+    if not loss <= USELESS[dtype]:
         return None
     least, factor = LIMITS[dtype]
-    return Prepared(models, example, inputs, expected, max(least, factor * own))
+    return Prepared(models, example, inputs, expected, max(least, factor * loss))
 
 
 def loop(models: Sequence[nn.Module], x: Tensor) -> Tensor:
     """What each model makes of its own input, without any code of `ensemble`."""
     inputs = x if x.dim() == 5 else [x] * len(models)
     with torch.no_grad():
-        return torch.stack([model(own) for model, own in zip(models, inputs, strict=True)])
+        return torch.stack([model(batch) for model, batch in zip(models, inputs, strict=True)])
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -133,7 +134,7 @@ def run(name: str, case: Case, prepared: Prepared) -> str | None:
         Exception: whatever else it raises, which is a failure as well.
     """
     before = [_state(model) for model in prepared.models]
-    given = [own.clone() for own in prepared.inputs]
+    given = [x.clone() for x in prepared.inputs]
     # Memory that was freed, or is used again, is overwritten by the later calls.
     calls = list(zip(prepared.inputs, prepared.expected, strict=True)) * 2
     found, refusal = list[Tensor](), None
@@ -150,8 +151,8 @@ def run(name: str, case: Case, prepared: Prepared) -> str | None:
         off = relative_error(logits, expected)
         assert logits.dtype == prepared.example.dtype, f"{name} gives {logits.dtype}"
         assert off <= prepared.limit, f"{name} is off by {off:.1e}, limit {prepared.limit:.1e}"
-    for x, own in zip(prepared.inputs, given, strict=True):
-        assert torch.equal(x, own), f"{name} writes over its input"
+    for x, original in zip(prepared.inputs, given, strict=True):
+        assert torch.equal(x, original), f"{name} writes over its input"
     for model, state in zip(prepared.models, before, strict=True):
         _check_same(state, _state(model), name)
     return refusal
@@ -253,6 +254,7 @@ def explore(
     (checked if seed is None else hypothesis.seed(seed)(checked))()
 
 
+@pytest.mark.slow
 def test_random_nets_equal_the_loop_by_every_strategy() -> None:
     """In a process of its own: a kernel that is wrong may hang or end it."""
     done = subprocess.run(

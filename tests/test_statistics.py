@@ -49,7 +49,7 @@ def test_the_interval_covers_the_true_median_of_skewed_noise_as_often_as_it_says
 
 def test_the_interval_of_processes_is_students_where_that_is_the_wider() -> None:
     # Mean of the logarithms 0, deviation 0.1; t for 2 degrees of freedom 4.303: e ** 0.2484.
-    low, high = interval_of_processes([float(np.exp(own)) for own in (-0.1, 0.0, 0.1)]) or (0, 0)
+    low, high = interval_of_processes([float(np.exp(log)) for log in (-0.1, 0.0, 0.1)]) or (0, 0)
     assert (low, high) == pytest.approx((np.exp(-0.24843), np.exp(0.24843)), rel=1e-4)
     assert interval_of_processes([1.5]) is None
     assert interval_of_processes([2.0, 2.0, 2.0]) == pytest.approx((2.0, 2.0))

@@ -38,4 +38,4 @@ def independent(models: Sequence[nn.Module], x: Tensor) -> Tensor:
     """What each model by itself makes of its own input, without any code of `ensemble`."""
     inputs = x if x.dim() == 5 else [x] * len(models)
     with torch.no_grad():
-        return torch.stack([model(own) for model, own in zip(models, inputs, strict=True)])
+        return torch.stack([model(batch) for model, batch in zip(models, inputs, strict=True)])

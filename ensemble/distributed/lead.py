@@ -20,7 +20,7 @@ from ensemble.errors import InputError, RankError, first_line
 from ensemble.measure import benchmark
 from ensemble.measure.bench import Bench, assemble, make_example
 from ensemble.models import workload
-from ensemble.models.images import Views, read_image
+from ensemble.models.images import AugmentedImages, read_image
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Environment, Result, Run
@@ -93,17 +93,17 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     with _explained():
         member, ranks = begin(config, say=say)
         per_model = max(config.num_models) if config.inputs == "per_model" else 1
-        views = Views(
+        images = AugmentedImages(
             read_image(config.image_path),
             max(config.batch_size) * per_model,
             seed=config.seed,
             device=member.device,
         )
-        workload.tell_image(config, views, say=say)
+        workload.tell_image(config, images, say=say)
         if config.verbose:
             say(str(member.models[0]))
         return ShardedWorkload(
-            member.device, member.models, member.weights, views, Lead(member, ranks)
+            member.device, member.models, member.weights, images, Lead(member, ranks)
         )
 
 
@@ -125,7 +125,7 @@ def measure(
 
     def make(cell: Sequence[Case]) -> Bench | str:
         case = cell[0]
-        images = own.views(case.image_size)
+        images = own.images(case.image_size)
         example = make_example(images, case)
         opened = lead.all(lead.member.open, case.num_models, tuple(example.shape))
         problem = runner.problem(opened, lead.ranks)

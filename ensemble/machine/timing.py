@@ -1,4 +1,18 @@
-"""Time functions against each other in interleaved rounds. Knows nothing of models."""
+"""Time functions against each other in interleaved rounds. Knows nothing of models.
+
+The calls of a round run in an order drawn anew, always the same for the same number of
+functions: a drift of the machine's speed, and whatever being second costs, then fall on all
+alike. Drawn and not alternating, because a period of two locks in with what the allocator and
+the caches repeat: two identical loops, alternated, differed by 2.2 % from process to process
+(deviation of the median ratio of 20 rounds), drawn by 0.9 %.
+
+Before each timed call the same function runs untimed for at least `SETTLE_S`, so that it meets
+the state that its own kind leaves, as it does when serving: OpenMP's threads spin for some 5 ms
+after the last parallel loop, and slowed a strategy with threads of its own from 46 to 54 ms
+(N=4) when the loop had run just before it. A function that takes `LONG_S` or more rests for
+`SETTLE_S` instead: the threads then sleep, and what the caches lack is little beside its time
+(16 ResNet-18: within 1 % for three strategies, 4 % for the loop, of the time after a call).
+"""
 
 import random
 import time
@@ -58,21 +72,9 @@ def interleaved(
     sleep: Callable[[float], None] = time.sleep,
     page_faults: Callable[[], int | None] = memory.page_faults,
 ) -> Iterator[tuple[Sample, ...]]:
-    """Yield rounds; in each, every function is timed once, in the order of `functions`.
+    """Yield rounds; in each, every function is timed once, in a drawn order; see the module.
 
-    The calls of a round run in an order drawn anew, always the same for the same number of
-    functions: a drift of the machine's speed, and whatever being second costs, then fall on all
-    alike. Drawn and not alternating, because a period of two locks in with what the allocator and
-    the caches repeat: two identical loops, alternated, differed by 2.2 % from process to process
-    (deviation of the median ratio of 20 rounds), drawn by 0.9 %.
-
-    Before each timed call the same function runs untimed for at least `SETTLE_S`, so that it meets
-    the state that its own kind leaves, as it does when serving: OpenMP's threads spin for some 5 ms
-    after the last parallel loop, and slowed a strategy with threads of its own from 46 to 54 ms
-    (N=4) when the loop had run just before it. A function that takes `LONG_S` or more rests for
-    `SETTLE_S` instead: the threads then sleep, and what the caches lack is little beside its time
-    (16 ResNet-18: within 1 % for three strategies, 4 % for the loop, of the time after a call).
-
+    A round's samples stand in the order of `functions`.
     Every function first runs `warmup` times, untimed. Ends after at least `min_rounds` rounds and
     `min_seconds` seconds. Before each call of a function its `ready` is called, where there are
     any, and is not timed.
@@ -86,6 +88,7 @@ def interleaved(
     for index in range(len(functions)):
         for _ in range(warmup):
             untimed(index)
+    timed = partial(time_call, synchronize=synchronize, clock=clock, page_faults=page_faults)
     begin, rounds, last = clock(), 0, dict[int, float]()
     order, draw = list(range(len(functions))), random.Random(0)
     while rounds < min_rounds or clock() - begin < min_seconds:
@@ -97,9 +100,7 @@ def interleaved(
             else:
                 _settle(partial(untimed, index), synchronize, clock)
             before[index]()
-            samples[index] = time_call(
-                functions[index], synchronize=synchronize, clock=clock, page_faults=page_faults
-            )
+            samples[index] = timed(functions[index])
             last[index] = samples[index].seconds
         yield tuple(samples[index] for index in range(len(functions)))
         rounds += 1

@@ -57,7 +57,7 @@ class Bench:
 def make_bench(
     cases: Sequence[Case],
     models: Sequence[nn.Module],
-    views: Callable[[int], Tensor],
+    images_of: Callable[[int], Tensor],
     config: Config,
 ) -> Bench | str:
     """The bench of a cell on this device, or why its reference failed, in one line.
@@ -65,12 +65,12 @@ def make_bench(
     Args:
         cases: rows of one cell.
         models: float32 models on the device, at least N of them.
-        views: px -> `(count, 3, px, px)` float32 on the device.
+        images_of: px -> `(count, 3, px, px)` float32 on the device.
         config: what is served of the logits, and how long `best` may take to choose.
     """
     case = cases[0]
     chosen = models[: case.num_models]
-    images = views(case.image_size)
+    images = images_of(case.image_size)
     example = make_example(images, case)
 
     def begin(name: str, dtype: torch.dtype) -> Started:
@@ -100,18 +100,18 @@ def assemble(
     except Exception as error:
         return f"the reference failed: {runner.reason(error, REFERENCE, torch.float32)}"
     exact = None
-    if any(rounds_apart(own) for own in cases):
+    if any(map(rounds_apart, cases)):
         exact, more = optional("error to float64", runner.exact)
         notes += more
     return Bench(runner, models, images, example, reference, exact, notes)
 
 
-def make_example(views: Tensor, case: Case) -> Tensor:
+def make_example(images: Tensor, case: Case) -> Tensor:
     """`(B, 3, px, px)` for shared inputs, `(N, B, 3, px, px)` for per-model inputs."""
     if case.inputs == "shared":
-        return views[: case.batch_size]
-    own = views[: case.num_models * case.batch_size]
-    return own.reshape(case.num_models, case.batch_size, *views.shape[1:])
+        return images[: case.batch_size]
+    all_models = images[: case.num_models * case.batch_size]
+    return all_models.reshape(case.num_models, case.batch_size, *images.shape[1:])
 
 
 def measure_limits(dtypes: Sequence[str], device: torch.device) -> Limits:
@@ -126,15 +126,15 @@ def with_roofline(row: Result, limits: Limits, workload: Workload) -> Result:
     """The row with the least time that the device's limits allow, where those were measured."""
     if row.case.dtype not in limits:
         return row
-    own, notes = limits[row.case.dtype]
-    if own is None:
+    limit, notes = limits[row.case.dtype]
+    if limit is None:
         return replace(row, notes=row.notes + notes)
     dtype = getattr(torch, row.case.dtype)
-    example = make_example(workload.views(row.case.image_size), row.case)
+    example = make_example(workload.images(row.case.image_size), row.case)
     count = workload.on_one_device(row.case.num_models)
     asked = partial(roofline.work, workload.models[0], count, example, dtype)
     needed, notes = optional("roofline", asked)
-    least_s, bound = needed.least_seconds(own) if needed else (None, None)
+    least_s, bound = needed.least_seconds(limit) if needed else (None, None)
     return replace(row, least_s=least_s, bound=bound, notes=row.notes + notes)
 
 
@@ -149,8 +149,8 @@ def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:
     with torch.inference_mode():
         return torch.stack(
             [
-                stacking.cast([model], torch.float64)[0](own.double())
-                for model, own in zip(models, inputs, strict=True)
+                stacking.cast([model], torch.float64)[0](batch.double())
+                for model, batch in zip(models, inputs, strict=True)
             ]
         )
 
@@ -159,5 +159,5 @@ def _is_weak(reference: Started) -> bool:
     """Could the check not tell some model's right input from a blank one?"""
     blank = reference.forward(torch.zeros_like(reference.example))
     limit = 10 * TOLERANCES[torch.float32]
-    pairs = zip(blank.split(1), reference.logits.split(1), strict=True)
-    return not all(check(*pair, tolerance=limit).problem for pair in pairs)
+    of_models = zip(blank.split(1), reference.logits.split(1), strict=True)
+    return not all(check(*both, tolerance=limit).problem for both in of_models)

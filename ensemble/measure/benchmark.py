@@ -50,16 +50,16 @@ def run(
         config: how to measure.
         cases: what to measure, those of one cell together.
         workload: the first N of its models serve for each N; shared inputs are the first B of its
-            views, per-model inputs the first N * B.
+            images, per-model inputs the first N * B.
         make: gives the bench of a cell (default: `make_bench`, on the workload's device).
     """
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
-    for _, own in groupby(cases, key=lambda case: case.cell):
-        cell = list(own)
+    for _, group in groupby(cases, key=lambda case: case.cell):
+        cell = list(group)
         progress(case_name(cell[0]), "reference", 0.0)
         if make is None:
-            bench = make_bench(cell, workload.models, workload.views, config)
+            bench = make_bench(cell, workload.models, workload.images, config)
         else:
             bench = make(cell)
         for case in cell:

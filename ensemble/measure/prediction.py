@@ -24,7 +24,7 @@ def predict(config: Config, workload: Workload, *, say: Callable[[str], None]) -
         InputError: the architecture does not run at this image size.
     """
     px, paths = config.image_size[0], config.model_path or ()
-    image, models = workload.views(px)[:1], workload.models
+    image, models = workload.images(px)[:1], workload.models
     with torch.inference_mode():
         try:
             first = time_call(

@@ -146,13 +146,13 @@ def measure(
     Two at a time are started, because importing torch keeps one core busy for seconds; they then
     wait, and measure one after the other. `picked` is asked what an earlier one chose for the case.
     """
-    while pair := tuple(islice(cases, AT_ONCE)):
+    while together := tuple(islice(cases, AT_ONCE)):
         with contextlib.ExitStack() as stack:
-            workers = [stack.enter_context(Worker(job)) for _ in pair]
-            progress(pair[0], "start", 0.0)
+            workers = [stack.enter_context(Worker(job)) for _ in together]
+            progress(together[0], "start", 0.0)
             for worker in workers:
                 worker.wait()
-            for worker, case in zip(workers, pair, strict=True):
+            for worker, case in zip(workers, together, strict=True):
                 with worker:
                     yield worker.measure(
                         case,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,20 +20,24 @@ def rounds(
 
     The first group is the rounds that every row gets, one after another, so that the processes of a
     row are spread over the run, and a slow minute of the machine does not hit one row alone. Each
-    later one is the rows that are still unsure. `rows` is read as it grows. The reference has no
+    later one is the rows that are still unsure, the most unsure first: time that runs out has gone
+    where it was needed. `rows` is read as it grows. The reference has no
     process of its own where it is timed beside another strategy of its cell; under load nothing is.
     """
     alone = {case.cell for case in cases} - {case.cell for case in cases if not case.is_reference}
-    own = [case for case in cases if config.scenario or not case.is_reference or case.cell in alone]
+    timed = [
+        case for case in cases if config.scenario or not case.is_reference or case.cell in alone
+    ]
     first = first_rounds(config)
     yield (
         case
         for number in range(first)
-        for case in own
+        for case in timed
         if (row := rows.get(case)) is None or (row.status == "ok" and len(row.processes) <= number)
     )
     for _ in range(config.processes - first):
-        yield (case for case in own if wants_more(rows.get(case), config))
+        unsure = [case for case in timed if wants_more(rows.get(case), config)]
+        yield iter(sorted(unsure, key=lambda case: -_width(rows.get(case))))
     # Where all that was beside it has failed.
     yield (case for case in cases if case.is_reference and case not in rows)
 
@@ -48,6 +53,11 @@ def wants_more(row: Result | None, config: Config) -> bool:
         return True
     interval = row.speedup_interval
     return interval is not None and 100 * half_width(interval) > config.precision
+
+
+def _width(row: Result | None) -> float:
+    interval = row and row.speedup_interval
+    return half_width(interval) if interval else math.inf
 
 
 def first_rounds(config: Config) -> int:
@@ -90,7 +100,7 @@ def merged(row: Result | None, new: Result) -> Result:
 
 
 def _largest(*values: float | None) -> float | None:
-    return max((own for own in values if own is not None), default=None)
+    return max((value for value in values if value is not None), default=None)
 
 
 def _head(note: str) -> str:

@@ -125,8 +125,8 @@ def _here(
     row: str,
 ) -> Generator[tuple[Result, ...]]:
     """Each case in this process."""
-    own: benchmark.Measure = import_module(row).measure
-    for result in benchmark.run(config, cases, workload, progress=progress, measure=own):
+    measure: benchmark.Measure = import_module(row).measure
+    for result in benchmark.run(config, cases, workload, progress=progress, measure=measure):
         yield (result,)
 
 

@@ -48,8 +48,8 @@ def main() -> None:
     job = json.loads(line)
     measure = import_module(job["row"]).measure
     config, case = config_of(job["config"]), Case(**job["case"])
-    own = workload.load_shared(job["shared"], config, device=job["device"])
-    bench = make_bench([case], own.models, own.views, config)
+    shared = workload.load_shared(job["shared"], config, device=job["device"])
+    bench = make_bench([case], shared.models, shared.images, config)
     if isinstance(bench, str):
         say({"row": row_of(Result(case, status="failed", error=bench)), "reference": None})
         return
@@ -66,7 +66,7 @@ def config_of(values: dict[str, Any]) -> Config:
     """A configuration of its plain values, see `Config.plain`."""
     tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     names = {field.name for field in fields(Config)}
-    return Config(**{name: own for name, own in (values | tuples).items() if name in names})
+    return Config(**{name: value for name, value in (values | tuples).items() if name in names})
 
 
 def _own_output() -> IO[str]:

@@ -68,8 +68,8 @@ def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
     return preset(image)
 
 
-class Views:
-    """px -> `(count, 3, px, px)` float32 on a device: see `views`. Each size is made once."""
+class AugmentedImages:
+    """px -> `(count, 3, px, px)` float32 on a device: see `augmented`. Each size is made once."""
 
     def __init__(self, image: Image.Image, count: int, *, seed: int, device: torch.device) -> None:
         self._image, self._count, self._seed, self._device = image, count, seed, device
@@ -77,18 +77,18 @@ class Views:
 
     def __call__(self, px: int) -> Tensor:
         if px not in self._made:
-            made = views(self._image, self._count, image_size=px, seed=self._seed)
+            made = augmented(self._image, self._count, image_size=px, seed=self._seed)
             self._made[px] = made.to(self._device)
         return self._made[px]
 
 
-def views(image: Image.Image, count: int, *, image_size: int, seed: int) -> Tensor:
-    """`(count, 3, image_size, image_size)`: the plain image, then differently augmented views.
+def augmented(image: Image.Image, count: int, *, image_size: int, seed: int) -> Tensor:
+    """`(count, 3, image_size, image_size)`: the plain image, then it, augmented differently.
 
-    View k depends on `seed` and k alone, so a larger batch begins with the smaller one.
+    Image k depends on `seed` and k alone, so a larger batch begins with the smaller one.
 
     Raises:
-        InputError: more views than memory holds.
+        InputError: more images than memory holds.
     """
     plain = preprocess(image, image_size=image_size)
     needed, free = count * plain.nbytes, memory.available_bytes(torch.device("cpu"))

@@ -23,7 +23,7 @@ def described(model: nn.Module) -> dict[str, object]:
     of functions, and other objects by their class and attributes. Parameters, buffers and the tree
     of submodules are left to the caller.
     """
-    registered = {id(own): ("registered", name) for name, own in _registered(model)}
+    registered = {id(part): ("registered", name) for name, part in _registered(model)}
     found = {}
     for path, module in model.named_modules():
         written = {_written_by(hook) for hook in module._forward_pre_hooks.values()}
@@ -72,7 +72,7 @@ def _described(value: Any, registered: Mapping[int, object], seen: dict[int, int
     if isinstance(value, Tensor):
         return "tensor", str(value.dtype), tuple(value.shape), _bytes(value)
     if isinstance(value, Mapping):
-        return [type(value).__name__, *(of(key, own) for key, own in value.items())]
+        return [type(value).__name__, *(of(key, item) for key, item in value.items())]
     if isinstance(value, list | tuple):
         return [type(value).__name__, *of(*value)]
     if isinstance(value, set | frozenset):

@@ -33,20 +33,20 @@ def load(
         InputError: no such architecture, or files that are not usable.
     """
     weights.check_arch(arch)
-    own = range(num_models) if block is None else block
+    block = range(num_models) if block is None else block
     default = Path(pretrained.published_name(arch))
     paths = paths or ((str(default),) if default.exists() else None)
     if paths:
         source = ", ".join(paths)
         say(f"Loading resnet model from {source}")
-        models = weights.load_models(
-            paths[own.start : own.stop] if len(paths) > 1 else paths,
+        read = weights.load_models(
+            paths[block.start : block.stop] if len(paths) > 1 else paths,
             arch=arch,
             device=device,
-            num_models=len(own),
+            num_models=len(block),
             say=say,
         )
-        return models, source
+        return read, source
     url = pretrained.published_url(arch)
     say(f"Loading resnet model from {url}")
     try:
@@ -57,9 +57,8 @@ def load(
             f"No {default} here and no download ({error.reason}): using random weights,"
             f" seeds {seeds}; the predicted class is meaningless, the timings are not."
         )
-        drawn = weights.random_models(len(own), arch=arch, device=device, seed=seed + own.start)
+        drawn = weights.random_models(len(block), arch=arch, device=device, seed=seed + block.start)
         return drawn, f"random, seeds {seeds}"
-    models = weights.models_from_state(
-        state, arch=arch, source=url, num_models=len(own), device=device
-    )
-    return models, url
+    return weights.models_from_state(
+        state, arch=arch, source=url, num_models=len(block), device=device
+    ), url

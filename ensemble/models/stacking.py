@@ -17,18 +17,20 @@ from ensemble.models import likeness
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of `model` by its qualified name, detached (memory shared)."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {name: tensor.detach() for name, tensor in own.items()}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
     """Every name of a tensor of `model` -> the name that `named_tensors` has it under."""
-    first = {id(own): name for name, own in (*model.named_buffers(), *model.named_parameters())}
+    first = {
+        id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())
+    }
     every = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     )
-    return {name: first[id(own)] for name, own in every}
+    return {name: first[id(tensor)] for name, tensor in every}
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -65,10 +67,10 @@ def allocate(
             device=device,
             dtype=wanted,
         )
-        for own, part in zip(parts, stacked, strict=True):
-            own[name] = part
-    for model, own in zip(models, parts, strict=True):
-        set_tensors(model, own)
+        for tensors, part in zip(parts, stacked, strict=True):
+            tensors[name] = part
+    for model, tensors in zip(models, parts, strict=True):
+        set_tensors(model, tensors)
     return models
 
 
@@ -108,11 +110,11 @@ def stacked_state(models: Sequence[nn.Module]) -> dict[str, Tensor]:
         ValueError: models that `check_alike` refuses.
     """
     check_alike(models)
-    own = [named_tensors(model) for model in models]
+    sources = [named_tensors(model) for model in models]
     with torch.inference_mode(False), torch.no_grad():
         state = {}
-        for name in own[0]:
-            tensors = [tensors[name] for tensors in own]
+        for name in sources[0]:
+            tensors = [tensors[name] for tensors in sources]
             stacked = _as_one(tensors)
             state[name] = torch.stack(tensors) if stacked is None else stacked
         return state
@@ -147,15 +149,15 @@ def check_alike(models: Sequence[nn.Module]) -> None:
             raise ValueError(f"{where}: expected a {expected} like model 0, found a {found}")
         if any(module.training for module in model.modules()):
             raise ValueError(f"{where}: expected eval mode, found train mode; call model.eval()")
-        own, tied = named_tensors(model), first_names(model)
-        differing = sorted(own.keys() ^ tensors.keys()) or sorted(
+        state, tied = named_tensors(model), first_names(model)
+        differing = sorted(state.keys() ^ tensors.keys()) or sorted(
             name for name, _ in names.items() ^ tied.items()
         )
         if differing:
             raise ValueError(
                 f"{where}: expected the tensors of model 0, they differ in {differing[0]}"
             )
-        for name, tensor in own.items():
+        for name, tensor in state.items():
             expected, found = _signature(tensors[name]), _signature(tensor)
             if expected != found:
                 raise ValueError(f"{where}: expected {name} to be {expected}, found {found}")
@@ -165,7 +167,7 @@ def check_alike(models: Sequence[nn.Module]) -> None:
         plain = attributes if model is first else plain
         unlike = [key for key in plain | attributes if plain.get(key) != attributes.get(key)]
         if unlike:
-            expected, found = (likeness.value(own, unlike[0]) for own in (first, model))
+            expected, found = (likeness.value(one, unlike[0]) for one in (first, model))
             raise ValueError(f"{where}: expected {unlike[0]} to be {expected}, found {found}")
 
 
@@ -178,7 +180,9 @@ def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     first, step = tensors[0], tensors[0].numel()
     try:
         stacked = first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
-        together = all(own.is_set_to(part) for own, part in zip(tensors, stacked, strict=True))
+        together = all(
+            tensor.is_set_to(part) for tensor, part in zip(tensors, stacked, strict=True)
+        )
     except RuntimeError:  # the storage ends before the stack would, or the tensors are fake
         return None
     return stacked if together else None
@@ -195,6 +199,6 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         module = model.get_submodule(path)
         if first not in made:
             is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
-            own = tensors[first]
-            made[first] = nn.Parameter(own, requires_grad=False) if is_parameter else own
+            tensor = tensors[first]
+            made[first] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         setattr(module, leaf, made[first])

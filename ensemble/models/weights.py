@@ -124,9 +124,9 @@ def without_prefix(state: State, expected: Collection[str]) -> tuple[State, str]
     it, none.
     """
     parts = zip(*(name.split(".")[:-1] for name in state), strict=False)
-    shared = [own[0] for own in takewhile(lambda own: len(set(own)) == 1, parts)]
+    shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, parts)]
     prefixes = [".".join([*shared[:count], ""]) for count in range(len(shared) + 1)]
-    hits = [sum(name.removeprefix(own) in expected for name in state) for own in prefixes]
+    hits = [sum(name.removeprefix(prefix) in expected for name in state) for prefix in prefixes]
     prefix = prefixes[hits.index(max(hits))]
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}, prefix
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ensemble.errors import InputError
 from ensemble.machine import devices, memory
-from ensemble.models import images, sources, stacking
-from ensemble.models.images import Views
+from ensemble.models import sources, stacking
+from ensemble.models.images import AugmentedImages, read_image
 from ensemble.models.stacking import stacked_state
 from ensemble.options import Config
 from ensemble.records import Environment
@@ -27,14 +27,14 @@ class Workload:
     device: torch.device
     models: Sequence[nn.Module]
     weights: str  # where they come from, in a few words
-    views: Callable[[int], Tensor]  # px -> (count, 3, px, px), float32 on the device
+    images: Callable[[int], Tensor]  # px -> (count, 3, px, px), float32 on the device
 
     def save_shared(self, path: str, image_sizes: Sequence[int]) -> None:
         """Write models and images to a file that other processes map: see `load_shared`."""
         content = {
             "skeleton": stacking.skeleton(self.models[0]),
-            "state": {name: own.cpu() for name, own in stacked_state(self.models).items()},
-            "views": {px: self.views(px).cpu() for px in image_sizes},
+            "state": {name: stack.cpu() for name, stack in stacked_state(self.models).items()},
+            "images": {px: self.images(px).cpu() for px in image_sizes},
         }
         torch.save(content, path)
 
@@ -70,13 +70,13 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     device = prepare(config, device=config.device)
     per_model = max(config.num_models) if config.inputs == "per_model" else 1
     under_load = IMAGES_UNDER_LOAD if config.scenario else 1
-    views = Views(
-        images.read_image(config.image_path),
+    augmented = AugmentedImages(
+        read_image(config.image_path),
         max(max(config.batch_size) * per_model, under_load),
         seed=config.seed,
         device=device,
     )
-    views(config.image_size[0])
+    augmented(config.image_size[0])
     models, weights = sources.load(
         config.model_path,
         arch=config.arch,
@@ -85,16 +85,16 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
         seed=config.seed,
         say=say,
     )
-    tell_image(config, views, say=say)
+    tell_image(config, augmented, say=say)
     if config.verbose:
         say(str(models[0]))
-    return Workload(device, models, weights, views)
+    return Workload(device, models, weights, augmented)
 
 
-def tell_image(config: Config, views: Views, *, say: Callable[[str], None]) -> None:
+def tell_image(config: Config, images: AugmentedImages, *, say: Callable[[str], None]) -> None:
     """Say which image was read, and what became of it."""
     say(f"Loading image from {config.image_path}")
-    say(f"Converted image to shape {views(config.image_size[0])[:1].shape}")
+    say(f"Converted image to shape {images(config.image_size[0])[:1].shape}")
 
 
 def load_shared(path: str, config: Config, *, device: str) -> Workload:
@@ -103,13 +103,13 @@ def load_shared(path: str, config: Config, *, device: str) -> Workload:
     Its file is mapped: on a CPU the models are pages of the system's cache, read once for all
     processes, and are there before anything is timed.
     """
-    own = prepare(config, device=device)
+    here = prepare(config, device=device)
     content = torch.load(path, mmap=True, weights_only=False, map_location="cpu")
-    state: Mapping[str, Tensor] = {name: t.to(own) for name, t in content["state"].items()}
-    views: Mapping[int, Tensor] = {px: images.to(own) for px, images in content["views"].items()}
-    memory.touch([*state.values(), *views.values()])
+    state: Mapping[str, Tensor] = {name: t.to(here) for name, t in content["state"].items()}
+    sizes: Mapping[int, Tensor] = {px: batch.to(here) for px, batch in content["images"].items()}
+    memory.touch([*state.values(), *sizes.values()])
     models = stacking.from_stack(content["skeleton"], state)
-    return Workload(own, models, "another process", views.__getitem__)
+    return Workload(here, models, "another process", sizes.__getitem__)
 
 
 def prepare(config: Config, *, device: str) -> torch.device:

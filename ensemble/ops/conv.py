@@ -65,8 +65,8 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tens
         fused = other is None or _is_like_result(other, x, geometry, stacked=is_stacked[3])
         kinds = _kinds(x, geometry)
         if kinds:
-            own = (other, relu) if fused else (None, False)
-            result = _by_kernel(choose(geometry, kinds), x, weight, bias, *own, *options, groups)
+            ending = (other, relu) if fused else (None, False)
+            result = _by_kernel(choose(geometry, kinds), x, weight, bias, *ending, *options, groups)
             return (result if fused else _finish(result, other, is_stacked[3], relu)), 0
         if x.device.type == "cuda" and groups == 1 and all(spread == 1 for spread in dilation):
             result = matmul.conv2d(x, weight, stride, padding)
@@ -341,8 +341,8 @@ def _stacked_first(tensors: Sequence[Any], in_dims: Sequence[int | None]) -> lis
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, is_stacked: Sequence[bool]) -> bool:
     """A batch of images, and weights and bias of each model, all of one dtype?"""
     batched = x.dim() == (5 if is_stacked[0] else 4)
-    own = is_stacked[1] and (bias is None or is_stacked[2])
-    return batched and own and all(t is None or t.dtype == x.dtype for t in (weight, bias))
+    stacked = is_stacked[1] and (bias is None or is_stacked[2])
+    return batched and stacked and all(t is None or t.dtype == x.dtype for t in (weight, bias))
 
 
 def _is_like_result(other: Tensor, x: Tensor, geometry: Geometry, *, stacked: bool) -> bool:
@@ -358,11 +358,11 @@ def _is_ours(x: Tensor) -> bool:
 
 
 def _kinds(x: Tensor, geometry: Geometry) -> list[Kind]:
-    """The kernels that can run a convolution of x; in bfloat16 pairs rather than floats."""
+    """The kernels that can run a convolution of x; in bfloat16 rather than in float32."""
     if not _is_ours(x):
         return []
-    pairs = x.dtype == torch.bfloat16 and can_run(Kind.DIRECT_PAIRS, geometry)
-    direct = Kind.DIRECT_PAIRS if pairs else Kind.DIRECT
+    bf16 = x.dtype == torch.bfloat16 and can_run(Kind.DIRECT_BF16, geometry)
+    direct = Kind.DIRECT_BF16 if bf16 else Kind.DIRECT
     asked = (direct, Kind.WINOGRAD_2, Kind.WINOGRAD_4, Kind.STRASSEN, Kind.GROUPED)
     return [kind for kind in asked if can_run(kind, geometry)]
 
@@ -386,18 +386,18 @@ def _geometry(
     return Geometry(
         images,
         channels,
-        _pair(size),
+        _y_and_x(size),
         out_channels,
-        _pair(out_size),
-        _pair(kernel),
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
+        _y_and_x(out_size),
+        _y_and_x(kernel),
+        _y_and_x(stride),
+        _y_and_x(padding),
+        _y_and_x(dilation),
         groups,
     )
 
 
-def _pair(values: Sequence[int]) -> tuple[int, int]:
+def _y_and_x(values: Sequence[int]) -> tuple[int, int]:
     y, x = values
     return int(y), int(x)
 
@@ -405,7 +405,9 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 def _head_geometry(x: Tensor, out_channels: int) -> Geometry:
     images, channels, *size = x.shape[-4:]
     one = (1, 1)
-    return Geometry(images, channels, _pair(size), out_channels, one, _pair(size), one, (0, 0), one)
+    return Geometry(
+        images, channels, _y_and_x(size), out_channels, one, _y_and_x(size), one, (0, 0), one
+    )
 
 
 def _fake(x: Tensor, num_models: int, geometry: Geometry) -> Tensor:

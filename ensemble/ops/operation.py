@@ -14,7 +14,7 @@ class Kind(IntEnum):
     """Which kernel runs a step; its number stands in a program's table."""
 
     DIRECT = 1
-    DIRECT_PAIRS = 2
+    DIRECT_BF16 = 2
     WINOGRAD_2 = 3
     WINOGRAD_4 = 4
     MAX_POOL = 5
@@ -36,7 +36,7 @@ class Kind(IntEnum):
 
 _LABELS = {
     Kind.DIRECT: "direct",
-    Kind.DIRECT_PAIRS: "direct in bfloat16",
+    Kind.DIRECT_BF16: "direct in bfloat16",
     Kind.WINOGRAD_2: "Winograd F(2x2)",
     Kind.WINOGRAD_4: "Winograd F(4x4)",
     Kind.MAX_POOL: "max pooling",
@@ -55,7 +55,7 @@ _ATTEMPTS = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution or pooling of one model, channels-last in memory. Pairs are (y, x)."""
+    """A convolution or pooling of one model, channels-last in memory. Two numbers are (y, x)."""
 
     images: int
     channels: int

@@ -31,7 +31,7 @@ from ensemble.ops.simd import (
 START_FROM_C, ADD_OTHER, RELU, SUBTRACT = 1, 2, 4, 8
 
 
-def multiply_rows(rows: int, *, pairs: bool = False) -> Any:
+def multiply_rows(rows: int, *, bf16: bool = False) -> Any:
     """The inner loop of a matrix product for `rows` rows and one panel of columns.
 
     The intrinsic `(a, b, c, c_stride, depth, start, other, flags, ahead)`: c, `rows` rows of a
@@ -39,14 +39,14 @@ def multiply_rows(rows: int, *, pairs: bool = False) -> Any:
     a is `(depth / WIDTH, rows, WIDTH)`, its last block whole also where depth is not; b is
     `(depth, PANEL)`. `start` is one panel, the same for all rows (the bias). `flags` is a sum of
     `START_FROM_C`, `ADD_OTHER` and `RELU`. What lies `ahead` bytes after b is fetched meanwhile:
-    the weights of N models come from memory at every call. With `pairs` each element of a and b is
-    a pair of bfloat16, of which both products are added to the sum, a float.
+    the weights of N models come from memory at every call. With `bf16` each element of a and b is
+    two bfloat16, of which both products are added to the sum, a float.
     """
 
     @intrinsic
     def multiply(typing_context, a, b, c, c_stride, depth, start, other, flags, ahead):
         def generate(context, builder, signature, arguments):
-            _multiply_rows(builder, rows, pairs, arguments)
+            _multiply_rows(builder, rows, bf16, arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), generate
@@ -115,7 +115,7 @@ class Block:
                     address = builder.add(start, constant(column * VECTOR_BYTES))
                     builder.store(load_at(builder, pointer_to(builder, address)), total)
 
-    def multiply(self, a: ir.Value, panel: ir.Value, index: ir.Value, pairs: bool) -> None:
+    def multiply(self, a: ir.Value, panel: ir.Value, index: ir.Value, bf16: bool) -> None:
         """Add the products of one factor of each row and one row of the panel."""
         builder = self.builder
         block = builder.udiv(index, constant(WIDTH))
@@ -131,7 +131,7 @@ class Block:
             everywhere = repeated(builder, factor)
             for column, values in enumerate(columns):
                 total = self.sums[row, column]
-                added = _multiply_add(builder, pairs, everywhere, values, builder.load(total))
+                added = _multiply_add(builder, bf16, everywhere, values, builder.load(total))
                 builder.store(added, total)
 
     def add(self, other: ir.Value) -> None:
@@ -172,7 +172,7 @@ class Block:
 
 
 def _multiply_rows(
-    builder: ir.IRBuilder, rows: int, pairs: bool, arguments: Sequence[ir.Value]
+    builder: ir.IRBuilder, rows: int, bf16: bool, arguments: Sequence[ir.Value]
 ) -> None:
     a, b, c, c_stride, depth, start, other, flags, ahead = arguments
 
@@ -187,7 +187,7 @@ def _multiply_rows(
         row = builder.mul(loop.index, constant(PANEL))
         panel = builder.gep(pointer_to(builder, b), [row])
         _prefetch(builder, panel, ahead)
-        block.multiply(a, panel, loop.index, pairs)
+        block.multiply(a, panel, loop.index, bf16)
     with builder.if_then(asked(ADD_OTHER)):
         block.add(other)
     with builder.if_then(asked(RELU)):
@@ -213,8 +213,8 @@ def _multiply_into_two(builder: ir.IRBuilder, rows: int, arguments: Sequence[ir.
     count = builder.select(has_second, constant(2), constant(1))
     with cgutils.for_range(builder, count, intp=INT) as loop:  # the code stands once for both
         is_first = builder.icmp_signed("==", loop.index, constant(0))
-        pairs = zip(first, second, strict=True)
-        block.add_to([builder.select(is_first, *pair) for pair in pairs])
+        choices = zip(first, second, strict=True)
+        block.add_to([builder.select(is_first, *either) for either in choices])
 
 
 def _prefetch(builder: ir.IRBuilder, panel: ir.Value, ahead: ir.Value) -> None:
@@ -243,9 +243,9 @@ def _fetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
 
 
 def _multiply_add(
-    builder: ir.IRBuilder, pairs: bool, factor: ir.Value, values: ir.Value, total: ir.Value
+    builder: ir.IRBuilder, bf16: bool, factor: ir.Value, values: ir.Value, total: ir.Value
 ) -> ir.Value:
-    if pairs:
+    if bf16:
         code = "vdpbf16ps $3, $2, $0"
         return assemble(builder, code, "=v,0,v,v", (total, factor, values))
     return builder.fadd(builder.fmul(factor, values, flags=FUSE), total, flags=FUSE)

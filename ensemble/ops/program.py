@@ -61,19 +61,22 @@ class Program(nn.Module):
         self._steps = np.zeros(len(operations), kernels.STEP)
         for step, operation in zip(self._steps, operations, strict=True):
             _fill(step, operation, offsets)
-        scratch_bytes = max(kernels.scratch_bytes(own.kind, own.geometry) for own in operations)
+        scratch_bytes = max(
+            kernels.scratch_bytes(operation.kind, operation.geometry) for operation in operations
+        )
         # Cleared, so that no call is the first to touch them.
         self._memory = [
             [_kept(size).zero_() for _ in range(threads)] for size in (arena_bytes, scratch_bytes)
         ]
         self._arenas, self._scratches = (
-            np.array([memory.data_ptr() for memory in own], np.int64) for own in self._memory
+            np.array([memory.data_ptr() for memory in memories], np.int64)
+            for memories in self._memory
         )
         self._lock = PerProcess(threading.Lock)
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         steps = self._steps.copy()  # a call's own: nothing of it is left for the next one
-        held = [self._bind_input(steps, *pair) for pair in zip(self._inputs, inputs, strict=True)]
+        held = [self._bind_input(steps, *known) for known in zip(self._inputs, inputs, strict=True)]
         shapes = [(self._num_models, *shape) for shape in self._out_shapes]
         results = [
             _new(prod(shape) * FLOAT_BYTES).view(torch.float32).view(shape) for shape in shapes
@@ -89,8 +92,8 @@ class Program(nn.Module):
     def _bind_input(self, steps: np.ndarray, value: int, x: Tensor) -> Tensor:
         """x in the order in which its readers read it; to be kept while they run."""
         expected = self._in_shapes[value]
-        own = (x.shape[1:] if x.dim() == 5 and len(x) == self._num_models else x.shape) == expected
-        if not own or x.dtype != self._dtype or x.device.type != "cpu":
+        fits = (x.shape[1:] if x.dim() == 5 and len(x) == self._num_models else x.shape) == expected
+        if not fits or x.dtype != self._dtype or x.device.type != "cpu":
             raise ValueError(
                 f"expected an input of shape {expected}, or {(self._num_models, *expected)}, in"
                 f" {self._dtype} on the CPU, found {tuple(x.shape)} in {x.dtype} on {x.device}"
@@ -163,10 +166,10 @@ def _in_shapes(operations: Sequence[Operation]) -> dict[int, tuple[int, ...]]:
     """What each value that is read must be for one model: (B, C, H, W)."""
     shapes: dict[int, tuple[int, ...]] = {}
     for operation in operations:
-        own = operation.geometry
-        shapes[operation.x] = own.images, own.channels, *own.size
+        geometry = operation.geometry
+        shapes[operation.x] = geometry.images, geometry.channels, *geometry.size
         if operation.other is not None:
-            shapes[operation.other] = own.images, own.out_channels, *own.out_size
+            shapes[operation.other] = geometry.images, geometry.out_channels, *geometry.out_size
     return shapes
 
 

@@ -41,8 +41,8 @@ def _registers(features: set[str]) -> tuple[int, int]:
 
 
 WIDTH, REGISTERS = _registers(_features())
-# Does this CPU multiply pairs of bfloat16 and add both products to a float, in one instruction?
-HAS_PAIRS = "avx512bf16" in _features()
+# Does this CPU multiply bfloat16 by twos, both products added to a float, in one instruction?
+HAS_BF16_DOT = "avx512bf16" in _features()
 VECTOR_BYTES = WIDTH * FLOAT_BYTES
 PANEL_VECTORS = 2  # columns of a matrix product that are summed together, in vectors
 PANEL = PANEL_VECTORS * WIDTH
@@ -111,10 +111,10 @@ def store_float(typing_context, address, value):
 
 
 @intrinsic
-def pair(typing_context, low, high):
-    """Two vectors of floats, rounded to bfloat16, as one of pairs: elements 0 and 1, 2 and 3, ...
+def to_bf16(typing_context, low, high):
+    """Two vectors of floats, rounded to bfloat16, as one: two numbers in the room of a float.
 
-    The pairs are 32 bits each and travel as a vector of floats that is never computed with.
+    It travels as a vector of floats that is never computed with.
     """
 
     def generate(context, builder, signature, arguments):

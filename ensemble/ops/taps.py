@@ -57,8 +57,8 @@ def _multiply_taps(
     channels = lanes or WIDTH
     with cgutils.for_range(builder, taps, intp=INT) as loop:
         inputs = builder.add(x, builder.load(builder.gep(table, [loop.index])))
-        own = builder.mul(loop.index, constant(channels * VECTOR_BYTES))
-        factors = builder.add(weights, own)
+        offset = builder.mul(loop.index, constant(channels * VECTOR_BYTES))
+        factors = builder.add(weights, offset)
         if lanes:
             for first in range(0, channels, _CHANNELS_AT_ONCE):
                 chunk = range(first, min(first + _CHANNELS_AT_ONCE, channels))
@@ -67,8 +67,8 @@ def _multiply_taps(
             with cgutils.for_range(builder, constant(WIDTH // _CHANNELS_AT_ONCE), intp=INT) as part:
                 first = builder.mul(part.index, constant(_CHANNELS_AT_ONCE))
                 at = builder.add(inputs, builder.mul(first, constant(FLOAT_BYTES)))
-                own = builder.add(factors, builder.mul(first, constant(VECTOR_BYTES)))
-                _add_channels(builder, block, range(_CHANNELS_AT_ONCE), lanes, at, own)
+                vectors = builder.add(factors, builder.mul(first, constant(VECTOR_BYTES)))
+                _add_channels(builder, block, range(_CHANNELS_AT_ONCE), lanes, at, vectors)
     with builder.if_then(asked_flag(builder, flags, ADD_OTHER)):
         block.add(other)
     with builder.if_then(asked_flag(builder, flags, RELU)):
@@ -86,8 +86,10 @@ def _add_channels(
 ) -> None:
     """Add the products of some input channels of a tap to the sums of all pixels."""
     weights = [
-        load_at(builder, pointer_to(builder, builder.add(factors, constant(own * VECTOR_BYTES))))
-        for own in channels
+        load_at(
+            builder, pointer_to(builder, builder.add(factors, constant(channel * VECTOR_BYTES)))
+        )
+        for channel in channels
     ]
     for (pixel, _), total in block.sums.items():
         at = pointer_to(builder, builder.add(inputs, constant(pixel * VECTOR_BYTES)))

@@ -104,8 +104,8 @@ def _is(
     functions: set[Callable[..., Any]],
 ) -> bool:
     if node.op == "call_module":
-        own = module.get_submodule(str(node.target))
-        return type(own) in modules and is_bare(own)
+        submodule = module.get_submodule(str(node.target))
+        return type(submodule) in modules and is_bare(submodule)
     if node.op == "call_function":
         return node.target in functions and "out" not in node.kwargs
     return node.op in ("placeholder", "get_attr", "output")

@@ -22,7 +22,7 @@ def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
         ValueError: models that `stacking.check_alike` refuses.
     """
     stacking.check_alike(models)
-    pairs, template = _without_norms(models[0])
+    foldable, template = _without_norms(models[0])
     stacking.set_tensors(
         template,
         {
@@ -34,10 +34,10 @@ def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
     device = next(models[0].parameters()).device
     copies = stacking.allocate(template, len(models), device=device)
     for model, copy in zip(models, copies, strict=True):
-        own, target = stacking.named_tensors(model), stacking.named_tensors(copy)
-        for name in target.keys() & own.keys():
-            target[name].copy_(own[name])
-        for conv_name, norm_name in pairs:
+        source, target = stacking.named_tensors(model), stacking.named_tensors(copy)
+        for name in target.keys() & source.keys():
+            target[name].copy_(source[name])
+        for conv_name, norm_name in foldable:
             weight, bias = _fold(model.get_submodule(conv_name), model.get_submodule(norm_name))
             target[f"{conv_name}.weight"].copy_(weight)
             target[f"{conv_name}.bias"].copy_(bias)
@@ -51,8 +51,8 @@ def _without_norms(model: nn.Module) -> tuple[list[tuple[str, str]], nn.Module]:
     looks at its modules (`isinstance(layer, nn.BatchNorm2d)`, `conv.bias is None`), none is folded.
     """
     graph = traced(stacking.skeleton(model)).graph
-    pairs, template = _foldable(model, graph), stacking.skeleton(model)
-    for conv_name, norm_name in pairs:
+    foldable, template = _foldable(model, graph), stacking.skeleton(model)
+    for conv_name, norm_name in foldable:
         conv = template.get_submodule(conv_name)
         if conv.bias is None:
             empty = torch.empty(conv.out_channels, dtype=conv.weight.dtype, device="meta")
@@ -62,7 +62,7 @@ def _without_norms(model: nn.Module) -> tuple[list[tuple[str, str]], nn.Module]:
         same = _listed(traced(template).graph) == _listed(graph)
     except UnavailableError:
         same = False
-    return (pairs, template) if same else ([], stacking.skeleton(model))
+    return (foldable, template) if same else ([], stacking.skeleton(model))
 
 
 def _listed(graph: fx.Graph) -> list[tuple[str, ...]]:
@@ -81,7 +81,7 @@ def channels_last(x: Tensor) -> Tensor:
 def _foldable(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
     """The names of each convolution and the batch norm that alone reads its result."""
     calls = replaceable_once(model, graph)
-    pairs = []
+    foldable = []
     for name, node in calls.items():
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -92,8 +92,8 @@ def _foldable(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
             and type(model.get_submodule(conv)) is nn.Conv2d
             and len(source.users) == 1
         ):
-            pairs.append((conv, name))
-    return pairs
+            foldable.append((conv, name))
+    return foldable
 
 
 def _has_statistics(module: nn.Module) -> bool:
@@ -106,10 +106,11 @@ def _has_statistics(module: nn.Module) -> bool:
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    own, other = stacking.named_tensors(conv), stacking.named_tensors(norm)
-    weight, bias = own["weight"].double(), own["bias"].double() if "bias" in own else None
-    mean, variance = other["running_mean"].double(), other["running_var"].double()
-    scale = other["weight"].double() if "weight" in other else None
-    shift = other["bias"].double() if "bias" in other else None
+    of_conv, of_norm = stacking.named_tensors(conv), stacking.named_tensors(norm)
+    weight = of_conv["weight"].double()
+    bias = of_conv["bias"].double() if "bias" in of_conv else None
+    mean, variance = of_norm["running_mean"].double(), of_norm["running_var"].double()
+    scale = of_norm["weight"].double() if "weight" in of_norm else None
+    shift = of_norm["bias"].double() if "bias" in of_norm else None
     assert isinstance(norm, nn.BatchNorm2d)
     return fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)

@@ -36,7 +36,9 @@ class MaxPool2d(nn.Module):
     def __init__(self, original: nn.MaxPool2d) -> None:
         super().__init__()
         options = (original.kernel_size, original.stride, original.padding)
-        self.options = tuple([own, own] if isinstance(own, int) else list(own) for own in options)
+        self.options = tuple(
+            [option, option] if isinstance(option, int) else list(option) for option in options
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return conv.max_pool2d(x, *self.options)
@@ -58,7 +60,7 @@ def with_operators(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
     example: `(B, C, H, W)`. What the operators do not fit, or is more than its call, stays.
     """
-    fused = fuse(model, example, lambda own, _, relu: Conv2d(own, relu=relu), in_place=False)
+    fused = fuse(model, example, lambda layer, _, relu: Conv2d(layer, relu=relu), in_place=False)
     for name, nodes in replaceable(fused, fused.graph).items():
         module = fused.get_submodule(name)
         if not all(is_images(node.args[0]) for node in nodes):
@@ -88,11 +90,11 @@ def _take_pooling(fused: fx.GraphModule, node: fx.Node, linear: nn.Linear) -> No
     pools = replaceable(fused, fused.graph)
     if not isinstance(pool, fx.Node) or pool not in pools.get(str(pool.target), ()):
         return
-    own, images = fused.get_submodule(str(pool.target)), pool.args[0]
+    pooling, images = fused.get_submodule(str(pool.target)), pool.args[0]
     assert isinstance(images, fx.Node)
     if (
-        type(own) is nn.AdaptiveAvgPool2d
-        and own.output_size in (1, (1, 1))
+        type(pooling) is nn.AdaptiveAvgPool2d
+        and pooling.output_size in (1, (1, 1))
         and is_images(images)
         and len(flat.users) == len(pool.users) == 1
         and effects(fused, fresh=node).may_run_at(pool, node, reading=images)

@@ -60,16 +60,18 @@ def replaceable(model: nn.Module, graph: fx.Graph) -> dict[str, list[fx.Node]]:
     for node in graph.find_nodes(op="call_module"):
         sites[str(node.target)].append(node)
     read = {str(node.target).rpartition(".")[0] for node in graph.find_nodes(op="get_attr")}
-    names = Counter(id(own) for _, own in model.named_modules(remove_duplicate=False))
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(
         id(tensor)
-        for module in {id(own): own for own in model.modules()}.values()
+        for module in {id(module): module for module in model.modules()}.values()
         for tensor in _own_tensors(module)
     )
 
     def is_its_calls(name: str) -> bool:
         module = model.get_submodule(name)
-        alone = names[id(module)] == 1 and all(owners[id(own)] == 1 for own in _own_tensors(module))
+        alone = names[id(module)] == 1 and all(
+            owners[id(tensor)] == 1 for tensor in _own_tensors(module)
+        )
         return alone and name not in read and is_bare(module)
 
     return {
@@ -117,13 +119,13 @@ def signature(node: object) -> Signature | None:
 
 def is_images(node: object) -> bool:
     """Is it a batch of images, `(B, C, H, W)`?"""
-    own = signature(node)
-    return own is not None and len(own.shape) == 4
+    known = signature(node)
+    return known is not None and len(known.shape) == 4
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
-    own = (*module._parameters.values(), *module._buffers.values())
-    return [tensor for tensor in own if tensor is not None]
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _passes_one_value(node: fx.Node) -> bool:

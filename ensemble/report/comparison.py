@@ -131,7 +131,9 @@ def render(comparisons: Sequence[Comparison], new: Run, old: Run) -> str:
     lines = [f"Baseline of {old.environment.date}, commit {old.environment.git_commit}:"]
     lines += [f"  differs in {difference}" for difference in differences(new, old)]
     lines += [f"  {_sentence(comparison)}" for comparison in comparisons]
-    missing = {row.case for row in new.results} - {own.row.case for own in comparisons}
+    missing = {row.case for row in new.results} - {
+        comparison.row.case for comparison in comparisons
+    }
     if missing:
         names = ", ".join(
             f"{case.strategy} N={case.num_models}" for case in sorted(missing, key=str)
@@ -148,19 +150,19 @@ def _compare(row: Result, old: Result, confidence: float) -> Comparison:
     else:
         medians, before = _times(row.processes[0]), _times(old.processes[0])
         interval = ratio_interval(medians, before, confidence)
-    two_modes = any(len(modes(own)) > 1 for own in (_medians(row), _medians(old)))
+    two_modes = any(len(modes(values)) > 1 for values in (_medians(row), _medians(old)))
     return Comparison(row, float(np.median(medians) / np.median(before)), interval, two_modes)
 
 
 def _medians(row: Result) -> list[float]:
     """The median of each process that timed something."""
-    return [float(np.median(_times(own))) for own in row.processes if own.times_s]
+    return [float(np.median(_times(process))) for process in row.processes if process.times_s]
 
 
 def _times(process: Process) -> list[float]:
     """In seconds for a row without pairs, else in times of the reference of the same pair."""
     pairs = zip(process.times_s, process.reference_times_s, strict=False)
-    return [own / other for own, other in pairs] or list(process.times_s)
+    return [time / other for time, other in pairs] or list(process.times_s)
 
 
 def _sentence(comparison: Comparison) -> str:

@@ -215,14 +215,17 @@ def result_of(row: Mapping[str, Any]) -> Result:
     processes = row.get("processes")
     if processes is None:
         processes = [row] if row["times_s"] or row["build_s"] is not None else []
-    values = {"case": _record(Case, row), "processes": [_process_of(own) for own in processes]}
+    values = {
+        "case": _record(Case, row),
+        "processes": [_process_of(process) for process in processes],
+    }
     return _record(Result, {**row, **values})
 
 
 def _process_of(values: Mapping[str, Any]) -> Process:
     load = values.get("load")
     if load is not None:
-        load = _record(Load, {**load, "runs": [_record(LoadRun, own) for own in load["runs"]]})
+        load = _record(Load, {**load, "runs": [_record(LoadRun, run) for run in load["runs"]]})
     return _record(Process, {**values, "load": load})
 
 
@@ -241,8 +244,8 @@ def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
 
 def _check_times(result: Result) -> None:
     for times in (result.times_s, result.reference_times_s):
-        numbers = all(isinstance(own, int | float) for own in times)
-        if not numbers or not all(0 < own < math.inf for own in times):
+        numbers = all(isinstance(time, int | float) for time in times)
+        if not numbers or not all(0 < time < math.inf for time in times):
             raise ValueError(
                 f"expected times in seconds above 0, found others in the row {result.case.strategy}"
             )

@@ -56,7 +56,7 @@ def render_remarks(results: Sequence[Result], *, verbose: bool = False) -> str:
                 f"{_growth(run)}"
             )
         if verbose and row.load is not None:
-            lines += [f"{who}: {_one(own)}" for own in row.load.runs]
+            lines += [f"{who}: {_one(played)}" for played in row.load.runs]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -111,7 +111,7 @@ def _changes(rows: Sequence[Result], load: Load) -> list[str]:
 
 def _one(run: LoadRun) -> str:
     rate = "" if run.offered_qps is None else f" at {_rate(run.offered_qps)} per second"
-    tails = ", ".join(f"{_ms(own) or '-'}" for own in (run.p50_s, run.p90_s, run.p99_s))
+    tails = ", ".join(f"{_ms(latency) or '-'}" for latency in (run.p50_s, run.p90_s, run.p99_s))
     verdict = "valid" if run.valid else run.why_not
     return f"{run.purpose}{rate}: {run.requests} requests, p50, p90, p99 {tails} ms: {verdict}"
 

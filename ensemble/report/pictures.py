@@ -132,7 +132,7 @@ def _line(
     for row in sorted(rows, key=lambda row: row.case.num_models):
         if speedup and row.speedup_interval and not row.inconclusive:
             points.append((row.case.num_models, row.speedup, *row.speedup_interval))
-            dots += [(row.case.num_models, own) for own in row.process_speedups]
+            dots += [(row.case.num_models, value) for value in row.process_speedups]
         elif not speedup:
             points.append((row.case.num_models, row.median_s, *_quartiles(row)))
     if not points:

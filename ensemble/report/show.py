@@ -50,7 +50,7 @@ def compare(run: Run, baseline: Run | None, fail_above: float | None) -> bool:
         return False
     compared = comparison.compare(run, baseline)
     print(comparison.render(compared, run, baseline), end="")
-    return fail_above is not None and any(own.surely_slower(fail_above) for own in compared)
+    return fail_above is not None and any(row.surely_slower(fail_above) for row in compared)
 
 
 def check_baseline(config: Config, environment: Environment, baseline: Run | None) -> None:

@@ -81,11 +81,11 @@ def calls_to_pay_back(row: Result, reference: Result) -> float | None:
     Both sides spend their build and first call; None where the strategy is not surely faster.
     """
     spent = [row.build_s, row.first_call_s, reference.build_s, reference.first_call_s]
-    own, other = row.median_s, row.reference_median_s
-    if None in spent or own is None or other is None or not surely_faster(row):
+    call, reference_call = row.median_s, row.reference_median_s
+    if None in spent or call is None or reference_call is None or not surely_faster(row):
         return None
     build, first, reference_build, reference_first = (float(value or 0) for value in spent)
-    return max(0.0, (build + first - reference_build - reference_first) / (other - own))
+    return max(0.0, (build + first - reference_build - reference_first) / (reference_call - call))
 
 
 def extra_memory(row: Result, reference: Result) -> int | None:

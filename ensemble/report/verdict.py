@@ -20,8 +20,8 @@ def render_answer(results: Sequence[Result]) -> str:
         compared = [row for row in rows if row.speedup is not None and not row.case.is_reference]
         compared = [row for row in compared if not row.case.is_self_check]
         for dtype in dict.fromkeys(row.case.dtype for row in compared):
-            own = [row for row in compared if row.case.dtype == dtype]
-            lines.append(_fastest(own, references, varying))
+            of_dtype = [row for row in compared if row.case.dtype == dtype]
+            lines.append(_fastest(of_dtype, references, varying))
     if len({row.case.num_models for row in results}) > 1:
         lines += [_break_even(rows) for rows in sweep.lines(results).values()]
     return "\n".join(lines or [NOTHING]) + "\n"
@@ -169,7 +169,7 @@ def _two_modes(row: Result, who: str) -> list[str]:
         low, high = f"{speedups[0]:.2f}", f"{speedups[-1]:.2f}"
         found = low if low == high else f"{low} to {high}"
         faults = median(
-            [own for i in group if (own := row.processes[i].page_faults_per_call) is not None]
+            [number for i in group if (number := row.processes[i].page_faults_per_call) is not None]
         )
         counted = "" if faults is None else f" ({faults:,.0f} page faults per call)"
         told.append(f"{found} in {len(group)} of {total} processes{counted}")
@@ -180,7 +180,7 @@ def _two_modes(row: Result, who: str) -> list[str]:
 
 
 def _differ(faults: Sequence[float | None]) -> bool:
-    known = [own for own in faults if own is not None]
+    known = [number for number in faults if number is not None]
     return len(known) > 1 and max(known) > 2 * min(known) + 1000
 
 

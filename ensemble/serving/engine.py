@@ -42,9 +42,9 @@ class Engine:
     ) -> None:
         self._forwards, self._images = forwards, images.unbind()
         self.ways, self.max_rel_error = tuple(ways), max_rel_error
-        self.build_s = sum(own.build_s for way in forwards.values() for own in way.started)
+        self.build_s = sum(started.build_s for way in forwards.values() for started in way.started)
         self.first_call_s = sum(
-            own.first_call_s for way in forwards.values() for own in way.started
+            started.first_call_s for way in forwards.values() for started in way.started
         )
         notes = (note for way in forwards.values() for note in way.started[0].notes)
         self.notes = tuple(dict.fromkeys(notes))
@@ -59,9 +59,9 @@ class Engine:
         for slots, requests in zip(forwards.slots, batch.requests, strict=True):
             for slot, request in zip(slots, requests, strict=False):
                 slot.copy_(self._images[request.image])
-        own = batch.lanes[0] if len(forwards.started) > 1 else 0
+        lane = batch.lanes[0] if len(forwards.started) > 1 else 0
         begin = time.perf_counter()
-        logits = forwards.started[own].forward(forwards.input)
+        logits = forwards.started[lane].forward(forwards.input)
         synchronize(logits.device)
         seconds = time.perf_counter() - begin
         return self._wrong(batch, logits), seconds
@@ -77,8 +77,8 @@ class Engine:
 
     def told_apart(self) -> bool:
         """Do any two answers of a model differ by more than twice what is let pass as right?"""
-        for own, limit in zip(self._expected, self._limits, strict=True):
-            apart = np.abs(own[:, None] - own[None]).max(2)
+        for logits, limit in zip(self._expected, self._limits, strict=True):
+            apart = np.abs(logits[:, None] - logits[None]).max(2)
             np.fill_diagonal(apart, np.inf)
             if apart.min() <= 2 * limit:
                 return False
@@ -92,9 +92,9 @@ class Engine:
             errors = np.abs(found[:, : len(images)] - self._expected[:, images]).max(2)
             return int((~(errors <= self._limits[:, None]).all(0)).sum())
         wrong = 0
-        for own, lane, requests in zip(found, batch.lanes, batch.requests, strict=True):
+        for answers, lane, requests in zip(found, batch.lanes, batch.requests, strict=True):
             if requests:
                 images = [request.image for request in requests]
-                errors = np.abs(own[: len(images)] - self._expected[lane, images]).max(1)
+                errors = np.abs(answers[: len(images)] - self._expected[lane, images]).max(1)
                 wrong += int((~(errors <= self._limits[lane])).sum())
         return wrong

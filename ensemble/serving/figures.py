@@ -17,7 +17,7 @@ def record(
 ) -> LoadRun:
     """What came of a run: percentiles are of answered requests, where these suffice."""
     missed = set(tally.missed)
-    accepted = [own for at, own in enumerate(ruling.latencies_s) if at not in missed]
+    accepted = [latency for at, latency in enumerate(ruling.latencies_s) if at not in missed]
     counted = tally.answered + tally.refused + tally.failed
     problem = None
     if tally.errors:

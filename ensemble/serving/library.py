@@ -22,5 +22,7 @@ def library(images: int, of_lanes: Sequence[float]) -> tuple[tuple[int, int], ..
     if len(of_lanes) == 1:
         return tuple((image, 0) for image in range(images))
     entries = max(ENTRIES, 16 * len(of_lanes))
-    lanes = [lane for lane, own in enumerate(of_lanes) for _ in range(max(1, round(own * entries)))]
+    lanes = [
+        lane for lane, share in enumerate(of_lanes) for _ in range(max(1, round(share * entries)))
+    ]
     return tuple((index % images, lane) for index, lane in enumerate(lanes))

@@ -87,7 +87,9 @@ class Player:
         stage = f"{purpose} {rate_qps:.4g} per second" if scenario == SERVER else scenario
         play = referee.Play(
             order,
-            arrive=lambda found: server.arrive([(own, *self._library[at]) for own, at in found]),
+            arrive=lambda found: server.arrive(
+                [(ident, *self._library[at]) for ident, at in found]
+            ),
             finish=server.finish,
             entries=len(self._library),
             log=self._log_folder(),
@@ -132,8 +134,8 @@ class Player:
             return None
         case = self._case
         name = f"{case.strategy}_{case.num_models}x{case.image_size}px_{case.dtype}"
-        own = f"seed{self._config.seed}_run{len(self.runs) + 1}"
-        return Path(self._config.load_log) / name / own
+        folder = f"seed{self._config.seed}_run{len(self.runs) + 1}"
+        return Path(self._config.load_log) / name / folder
 
 
 def _share(begin: float, expected_s: float) -> float:

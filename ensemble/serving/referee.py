@@ -65,7 +65,7 @@ def load() -> Any:
 def answer(idents: Sequence[int]) -> None:
     """Tell that requests are done."""
     module = load()
-    module.QuerySamplesComplete([module.QuerySampleResponse(own, 0, 0) for own in idents])
+    module.QuerySamplesComplete([module.QuerySampleResponse(ident, 0, 0) for ident in idents])
 
 
 class Play:
@@ -119,7 +119,8 @@ class Play:
     def _start(self, out: Path) -> None:
         module = load()
         sut = module.ConstructSUT(
-            lambda samples: self._arrive([(own.id, own.index) for own in samples]), self._finish
+            lambda samples: self._arrive([(sample.id, sample.index) for sample in samples]),
+            self._finish,
         )
         nothing: Callable[[list[int]], None] = lambda indices: None  # noqa: E731
         library = module.ConstructQSL(self._entries, self._entries, nothing, nothing)

@@ -132,13 +132,13 @@ class Server:
                 self._fail(batch, f"{type(error).__name__}: {first_line(error)}")
                 continue
             self._answer([request.ident for lane in batch.requests for request in lane])
-            own = self.tally
-            own.answered += batch.count
-            own.wrong += wrong
-            own.batches += 1
-            own.slots += batch.slots
-            own.computing_s += seconds
-            own.serving_s += self._clock() - begin
+            tally = self.tally
+            tally.answered += batch.count
+            tally.wrong += wrong
+            tally.batches += 1
+            tally.slots += batch.slots
+            tally.computing_s += seconds
+            tally.serving_s += self._clock() - begin
 
     def _next(self) -> Batch | None:
         """The next batch; None when closed and nobody waits."""

@@ -89,6 +89,8 @@ def guess(
             max_batch=max_batch,
             max_wait_s=max_wait_s,
         )
-        tail = float(np.percentile([own for own in found if own is not None], percentile))
+        tail = float(
+            np.percentile([latency for latency in found if latency is not None], percentile)
+        )
         low, high = (middle, high) if tail <= bound_s else (low, middle)
     return (low + high) / 2

@@ -60,9 +60,9 @@ class Waiting:
         taken = []
         for index in lanes:
             lane = self._lanes[index]
-            own = list(islice(lane, most))
-            for _ in own:
+            requests = list(islice(lane, most))
+            for _ in requests:
                 lane.popleft()
-            self._count -= len(own)
-            taken.append(own)
+            self._count -= len(requests)
+            taken.append(requests)
         return taken

@@ -60,17 +60,17 @@ def build(
         DisagreementError: the logits of a way are not the reference's.
         Exception: what a strategy raises.
     """
-    own = plan(case)
+    chosen = plan(case)
     expected = reference_logits(bench)
     images = bench.images.to(getattr(torch, case.dtype))
-    modes = {ALONE: own.alone, TOGETHER: own.together}
+    modes = {ALONE: chosen.alone, TOGETHER: chosen.together}
     keys = [(mode, size) for mode, name in modes.items() if name for size in sizes(max_batch)]
     forwards, ways, largest = dict[Key, Forwards](), list[Way](), list[float]()
     for index, (mode, size) in enumerate(keys):
         progress(f"build {mode} {size}", index / len(keys))
         name = modes[mode]
         assert name is not None
-        made, errors = _start(name, mode, size, own.lanes, case, bench, images, expected)
+        made, errors = _start(name, mode, size, chosen.lanes, case, bench, images, expected)
         forwards[mode, size] = made
         largest += errors
     for (mode, size), made in forwards.items():
@@ -97,23 +97,23 @@ def _start(
 ) -> tuple[Forwards, list[float]]:
     """The forwards of a way, checked on the first images, with the largest error of each."""
     picked = [index % len(images) for index in range(size)]
-    own = images[picked]
+    example = images[picked]
     ensemble = [bench.models]
     if mode == TOGETHER:
-        own = own.expand(lanes, *own.shape).contiguous()
+        example = example.expand(lanes, *example.shape).contiguous()
     elif lanes > 1 or case.inputs == "per_model":
         ensemble = [bench.models[lane : lane + 1] for lane in range(lanes)]
     dtype = getattr(torch, case.dtype)
     started, errors = [], list[float]()
     for lane, models in enumerate(ensemble):
-        made = start(name, models, own.float(), dtype)
+        made = start(name, models, example.float(), dtype)
         reference = expected[lane : lane + 1] if len(ensemble) > 1 else expected
         found = check(made.logits, reference[: len(models), picked], tolerance=TOLERANCES[dtype])
         if found.problem:
             raise DisagreementError(f"batch {size} {mode}: {found.problem}")
         errors += [found.max_rel_error or 0.0]
         started.append(made)
-    x = own.clone()
+    x = example.clone()
     slots = tuple(lane.unbind() for lane in (x if x.dim() == 5 else x[None]))
     return Forwards(tuple(started), x, slots), errors
 

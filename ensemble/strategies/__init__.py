@@ -39,10 +39,10 @@ class Strategy:
     one_by_one: bool = False  # one model after another: under load, only those that are asked for
 
     def builder(self, *, tune_seconds: float = TUNE_SECONDS) -> Builder:
-        own: Callable[..., Built] = getattr(
+        builder: Callable[..., Built] = getattr(
             import_module(f"{__name__}.{self.module}"), self.function
         )
-        return partial(own, tune_seconds=tune_seconds) if self.tunes else own
+        return partial(builder, tune_seconds=tune_seconds) if self.tunes else builder
 
 
 _COMPILES = "up to 1 min"

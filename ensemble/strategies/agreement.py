@@ -54,22 +54,18 @@ def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
     of_models = of_images.amax(1, keepdim=True).clamp_min(torch.finfo(reference.dtype).tiny)
     limits = (tolerance * of_images).maximum(min(tolerance, rounding) * of_models)
     errors = (logits - reference).abs().amax(2)
-    found_top1, expected_top1 = logits.argmax(-1), reference.argmax(-1)
-    margins = reference.amax(-1) - reference.gather(-1, found_top1.unsqueeze(-1)).squeeze(-1)
     relative = (errors / of_models).amax(1)
-    problem = None
-    if not bool((errors <= limits).all()):
-        problem = _excess(relative, errors / of_models, limits / of_models, tolerance)
-    elif bool((margins > limits).any()):
-        model, image = (margins > limits).nonzero().tolist()[0]
-        classes = (
-            f"{found_top1[model, image]} where the reference has {expected_top1[model, image]}"
-        )
-        problem = f"model {model} predicts class {classes} for image {image}"
+    agrees = bool((errors <= limits).all())
+    problem = (
+        _other_class(logits, reference, limits)
+        if agrees
+        else _excess(relative, errors / of_models, limits / of_models, tolerance)
+    )
+    top1 = logits.argmax(-1)
     return Check(
         max_rel_error=None if relative.isnan().any() else float(relative.max()),
-        top1=found_top1.tolist(),
-        top1_agreement=float((found_top1 == expected_top1).double().mean()),
+        top1=top1.tolist(),
+        top1_agreement=float((top1 == reference.argmax(-1)).double().mean()),
         problem=problem and f"outputs disagree: {problem}",
     )
 
@@ -91,6 +87,20 @@ def check_served(served: Tensor, reference: Tensor, *, reduce: str, tolerance: f
     found = check(served.unsqueeze(0), expected.unsqueeze(0), tolerance=limit)
     problem = found.problem and found.problem.replace("model 0", "the mean over the models")
     return replace(found, problem=problem)
+
+
+def _other_class(logits: Tensor, reference: Tensor, limits: Tensor) -> str | None:
+    """The first image whose class the reference holds for less than its own by more than `limits`
+    `(N, B)`."""
+    found = logits.argmax(-1)
+    margins = reference.amax(-1) - reference.gather(-1, found.unsqueeze(-1)).squeeze(-1)
+    wrong = (margins > limits).nonzero().tolist()
+    if not wrong:
+        return None
+    model, image = wrong[0]
+    expected = reference[model, image].argmax()
+    classes = f"{found[model, image]} where the reference has {expected}"
+    return f"model {model} predicts class {classes} for image {image}"
 
 
 def _excess(models: Tensor, images: Tensor, limits: Tensor, tolerance: float) -> str:

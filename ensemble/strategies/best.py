@@ -77,10 +77,10 @@ def _reference(models: Sequence[nn.Module], x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     inputs = x if x.dim() == 5 else [x] * len(models)
     return torch.stack(
-        [_in(model, dtype)(own.to(dtype)) for model, own in zip(models, inputs, strict=True)]
+        [_in(model, dtype)(batch.to(dtype)) for model, batch in zip(models, inputs, strict=True)]
     )
 
 
 def _in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    own = next(model.parameters()).dtype
-    return model if own == dtype else stacking.cast([model], dtype)[0]
+    found = next(model.parameters()).dtype
+    return model if found == dtype else stacking.cast([model], dtype)[0]

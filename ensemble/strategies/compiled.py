@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
 from ensemble.errors import UnavailableError, first_line
 from ensemble.models import stacking
@@ -47,8 +47,8 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
 def as_one_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` through `torch.compile`, which its first call does.
 
-    What the compiler cannot do is said by that call as a refusal: Inductor fails, for one, on some
-    nets with adaptive poolings under vmap, within torch's own code.
+    What dynamo cannot trace as one graph, and what the compiler cannot do, is said by that call as
+    a refusal: Inductor fails, for one, on some nets with adaptive poolings under vmap.
     """
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -58,6 +58,9 @@ def as_one_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         except BackendCompilerFailed as error:
             reason = first_line(error.inner_exception)
             raise UnavailableError(f"torch.compile cannot compile this model: {reason}") from error
+        except Unsupported as error:
+            reason = first_line(error)
+            raise UnavailableError(f"torch.compile cannot trace this model: {reason}") from error
 
     return call
 

@@ -68,7 +68,7 @@ def _over_cores(models: Sequence[One], example: Tensor) -> Forward:
         x = channels_last(x)
         logits: dict[int, Tensor] = {}
         for threads in widths:  # the leftover models after the whole rounds, not among them
-            parts = [indices for indices, own in plan if own == threads]
+            parts = [indices for indices, width in plan if width == threads]
             done = pools()[threads].map(lambda indices: work(indices, x), parts)
             for indices, outputs in zip(parts, done, strict=True):
                 logits |= dict(zip(indices, outputs, strict=True))
@@ -126,8 +126,8 @@ def _over_streams(models: Sequence[One], example: Tensor) -> Forward:
                 x.record_stream(stream)
         for stream in streams:
             caller.wait_stream(stream)
-        for own in logits:
-            own.record_stream(caller)
+        for tensor in logits:
+            tensor.record_stream(caller)
         return torch.stack(logits)
 
     return forward

@@ -1,6 +1,6 @@
 """Which of several ways to the same logits is the fastest here? Each against the fastest so far.
 
-A candidate is built, checked, and timed in pairs with the fastest of those before it; the slower of
+A candidate is built, checked, and timed in turns with the fastest of those before it; the slower of
 the two is released at once. So at most two are held, and each is judged by calls that lie right
 beside those of the one that it must beat, whatever the machine does meanwhile.
 """
@@ -22,8 +22,8 @@ from ensemble.machine.memory import available_bytes, release
 from ensemble.machine.timing import Clock, interleaved
 from ensemble.strategies.built import Built, Forward
 
-# A duel lasts so long, and at least so many pairs; while the two are within CLOSE of each other it
-# goes on to LONG_S. It ends after two pairs that both say CLEAR.
+# A duel lasts so long, and at least so many rounds; while the two are within CLOSE of each other it
+# goes on to LONG_S. It ends after two rounds that both say CLEAR.
 SHORT_S, LONG_S, LEAST = 0.33, 1.0, 3
 CLOSE, CLEAR = 1.08, 1.3
 MARGIN = 1.02  # who comes later must win by so much: of equals the first one stays
@@ -46,7 +46,7 @@ class Contest:
     @property
     def tried(self) -> str:
         """What was tried, in one line: the milliseconds of a call, and why one is out."""
-        times = [f"{name} {1e3 * own:.3g} ms" for name, own in self.times_s.items()]
+        times = [f"{name} {1e3 * seconds:.3g} ms" for name, seconds in self.times_s.items()]
         out = [f"{name}: {first_line(error)}" for name, error in self.out.items()]
         return "; ".join([", ".join(times), *out] if times else out)
 
@@ -128,10 +128,10 @@ def _challenge(
 def _duel(
     champion: Forward, challenger: Forward, example: Tensor, clock: Clock
 ) -> tuple[float, float, float]:
-    """The median seconds of both, and of the pairs' ratios: above 1 the challenger is faster."""
-    pairs: list[tuple[float, float]] = []
+    """The median seconds of both, and of the rounds' ratios: above 1 the challenger is faster."""
+    rounds: list[tuple[float, float]] = []
     begin = clock()
-    for pair in interleaved(
+    for champions, challengers in interleaved(
         [partial(champion, example), partial(challenger, example)],
         warmup=0,  # the untimed calls before each timed one are enough
         min_rounds=LEAST,
@@ -139,12 +139,11 @@ def _duel(
         synchronize=lambda: synchronize(example.device),
         clock=clock,
     ):
-        pairs.append((pair[0].seconds, pair[1].seconds))
-        if is_decided([own / other for own, other in pairs], clock() - begin):
+        rounds.append((champions.seconds, challengers.seconds))
+        if is_decided([one / another for one, another in rounds], clock() - begin):
             break
-    own, other = zip(*pairs, strict=True)
-    ratio = statistics.median(one / another for one, another in pairs)
-    return statistics.median(own), statistics.median(other), ratio
+    times = [statistics.median(one) for one in zip(*rounds, strict=True)]
+    return times[0], times[1], statistics.median(one / another for one, another in rounds)
 
 
 def is_decided(ratios: list[float], passed: float) -> bool:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.strategies.built import Built
+
+# torch's words, by the number of dimensions on both sides.
+_WRITES_INTO_SHARED = re.compile("vmap: inplace|doesn't match the broadcast shape")
 
 try:
     import functorch
@@ -21,7 +27,7 @@ def loop(models: Sequence[Callable[[Tensor], Tensor]], example: Tensor) -> Built
     """One forward a model, one after another. Naive on purpose: this is the reference."""
     if example.dim() == 5:
         return Built(
-            lambda x: torch.stack([model(own) for model, own in zip(models, x, strict=True)])
+            lambda x: torch.stack([model(batch) for model, batch in zip(models, x, strict=True)])
         )
     return Built(lambda x: torch.stack([model(x) for model in models]))
 
@@ -34,8 +40,29 @@ def vmap(models: Sequence[nn.Module], example: Tensor, chunk_size: int | None = 
     parameters = tuple(state[name] for name in parameter_names)
     buffers = tuple(state[name] for name in buffer_names)
     in_dims = (0, 0, 0 if example.dim() == 5 else None)
-    mapped = torch.vmap(stateless, in_dims=in_dims, chunk_size=chunk_size)
+    mapped = over_models(torch.vmap(stateless, in_dims=in_dims, chunk_size=chunk_size))
     return Built(lambda x: mapped(parameters, buffers, x))
+
+
+def over_models(mapped: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A vmapped forward that refuses in words what torch's vmap cannot do.
+
+    A model may write into what it made of its input alone: `y = relu(x); y += norm(x)`. Where the
+    models share x they share that y too, which has no room for what differs from model to model.
+    """
+
+    def call(*arguments: Any) -> Tensor:
+        try:
+            return mapped(*arguments)
+        except (RuntimeError, ValueError) as error:
+            if not _WRITES_INTO_SHARED.search(str(error)):
+                raise
+            message = (
+                "vmap cannot write what differs by model into what the models share (in place)"
+            )
+            raise UnavailableError(message) from error
+
+    return call
 
 
 def stateless_model(

@@ -44,8 +44,8 @@ def forwards(models: Sequence[nn.Module], example: Tensor) -> tuple[Run, Run]:
     many = jax.jit(jax.vmap(forward, (0, 0 if example.dim() == 5 else None)))
 
     def loop(batches: list[np.ndarray]) -> list[np.ndarray]:
-        logits = [one(own, batch) for own, batch in zip(states, batches, strict=True)]
-        return [np.asarray(own) for own in logits]
+        logits = [one(weights, batch) for weights, batch in zip(states, batches, strict=True)]
+        return [np.asarray(array) for array in logits]
 
     def vmap(batches: list[np.ndarray]) -> list[np.ndarray]:
         x = np.stack(batches) if example.dim() == 5 else batches[0]

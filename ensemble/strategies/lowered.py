@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.models.stacking import stacked_state, stateless
-from ensemble.ops import lower
+from ensemble.ops import lowering
 from ensemble.passes.folding import channels_last, folded
 from ensemble.passes.operators import state_of, with_operators
 from ensemble.strategies.built import Built
 from ensemble.strategies.compiled import as_one_graph
+from ensemble.strategies.eager import over_models
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -36,12 +37,12 @@ def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
     return Built(lambda x: forward(x.contiguous()))
 
 
-def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lower.Lowered:
+def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lowering.Lowered:
     """The vmapped forward of the folded models by the operators of `ensemble.ops`, lowered."""
     per_model, copies = example.dim() == 5, folded(models)
     graph = with_operators(copies[0], channels_last(example[0] if per_model else example))
     state = state_of(graph, stacked_state(copies), copies[0], len(copies))
-    mapped = torch.vmap(stateless(graph), in_dims=(0, 0 if per_model else None))
+    mapped = over_models(torch.vmap(stateless(graph), in_dims=(0, 0 if per_model else None)))
     del copies, graph  # the state is freed tensor by tensor, as it is packed
     # A trace holds for inputs that lie in memory as its example does.
-    return lower.lower(mapped, state, example.contiguous(), threads=torch.get_num_threads())
+    return lowering.lower(mapped, state, example.contiguous(), threads=torch.get_num_threads())

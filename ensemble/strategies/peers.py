@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.passes.folding import folded
-from ensemble.strategies import telemetry, trial
+from ensemble.strategies import agreement, eager, telemetry, trial
 from ensemble.strategies.built import Built
-from ensemble.strategies.trial import Array, Run
+from ensemble.strategies.trial import Array, Run, Settings
 
 
 def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -36,13 +36,18 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer that reads torch modules
         graphs = [
-            package.convert_model(model, example_input=torch.from_numpy(own), input=own.shape)
-            for model, own in zip(_in_float32(models), inputs, strict=True)
+            package.convert_model(model, example_input=torch.from_numpy(batch), input=batch.shape)
+            for model, batch in zip(_in_float32(models), inputs, strict=True)
         ]
     cores = torch.get_num_threads()
+    settings = _openvino_settings(core, graphs, cores=cores, precision=hint)
+    built = trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
+    return _checked(built, models, example)
 
-    def requests(count: int, **settings: object) -> list[Any]:
-        config = settings | {"INFERENCE_PRECISION_HINT": hint}
+
+def _openvino_settings(core: Any, graphs: list[Any], *, cores: int, precision: str) -> Settings:
+    def requests(count: int, **config: object) -> list[Any]:
+        config["INFERENCE_PRECISION_HINT"] = precision
         return [
             core.compile_model(graph, "CPU", config).create_infer_request()
             for graph in graphs[:count]
@@ -50,7 +55,7 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
 
     def one_after_another(count: int) -> Run:
         ready = requests(count, PERFORMANCE_HINT="LATENCY", INFERENCE_NUM_THREADS=cores)
-        return lambda batches: [_infer(*pair) for pair in zip(ready, batches, strict=True)]
+        return lambda batches: list(map(_infer, ready, batches))
 
     def one_a_core(count: int) -> Run:
         ready = requests(count, NUM_STREAMS=1, INFERENCE_NUM_THREADS=1)
@@ -69,12 +74,11 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
 
         return run
 
-    settings = {
+    return {
         "one after another": one_after_another,
         "one a core": one_a_core,
         "throughput hint": throughput,
     }
-    return trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
 
 
 def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -105,14 +109,15 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
 
     def one_after_another(count: int) -> Run:
         ready = sessions(count, cores)
-        return lambda batches: [infer(*pair) for pair in zip(ready, batches, strict=True)]
+        return lambda batches: list(map(infer, ready, batches))
 
     def one_a_core(count: int) -> Run:
         ready, pool = sessions(count, 1), ThreadPoolExecutor(cores)
         return lambda batches: list(pool.map(infer, ready, batches))
 
     settings = {"one after another": one_after_another, "one a core": one_a_core}
-    return trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
+    built = trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
+    return _checked(built, models, example)
 
 
 def jax(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -140,6 +145,26 @@ def _require(name: str, example: Tensor) -> Any:
 def _in_float32(models: Sequence[nn.Module]) -> Sequence[nn.Module]:
     is_float32 = next(models[0].parameters()).dtype == torch.float32
     return models if is_float32 else stacking.cast(models, torch.float32)
+
+
+def _checked(built: Built, models: Sequence[nn.Module], example: Tensor) -> Built:
+    """What was built, if it still computes what the models compute, for another image as well.
+
+    A conversion may be wrong without a word, and at later calls only: OpenVINO 2026.4 writes the
+    difference of a convolved constant and the input over that constant.
+
+    Raises:
+        UnavailableError: it computes something else.
+    """
+    reference = eager.loop(_in_float32(models), example).forward
+    tolerance = agreement.TOLERANCES[example.dtype]
+    for x in (example, example.flip(-1)):
+        problem = agreement.check(
+            built.forward(x), reference(x.float()), tolerance=tolerance
+        ).problem
+        if problem:
+            raise UnavailableError(f"converted, these models compute something else: {problem}")
+    return built
 
 
 def _infer(request: Any, batch: Array) -> Array:

@@ -18,6 +18,9 @@ from ensemble.strategies.built import Built
 
 Array = np.ndarray
 Run = Callable[[list[Array]], list[Array]]  # each model's batch -> each model's logits
+Settings = Mapping[
+    str, Callable[[int], Run]
+]  # name -> what makes a run of the first so many models
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def size(num_models: int, cores: int) -> int:
 
 
 def fastest(
-    settings: Mapping[str, Callable[[int], Run]],
+    settings: Settings,
     example: Tensor,
     num_models: int,
     *,
@@ -61,32 +64,26 @@ def fastest(
 ) -> Built:
     """The forward of the setting that is fastest for the first `trial` models.
 
-    Each setting is built, timed and released before the next is built, so that none waits for the
-    memory or the threads of another. Those that come out close are then held together and timed in
-    interleaved rounds, as the row will be, with a rest between, in which the threads of the others
-    fall asleep. A setting that raises is left out, with its reason.
+    Each setting is built, timed and released before the next is built. Those that come out close
+    are then held together and timed in interleaved rounds, as the row will be, with a rest between,
+    in which the threads of the others sleep. A setting that raises is left out, with its reason.
 
     Raises:
         Exception: what the first setting raised, where all raise.
     """
-    batches = arrays(example, num_models)[:trial]
-    timed = partial(_times, batches=batches, clock=clock, sleep=sleep)
-    seconds: dict[str, float] = {}
-    refused: dict[str, Exception] = {}
-    for name, make in settings.items():
-        try:
-            seconds[name] = min(timed([make(trial)], effort=SHORT)[0])
-        except Exception as error:
-            refused[name] = error.with_traceback(None)  # it holds the frames that hold the memory
+    tried = arrays(example, num_models)[:trial]
+    timed = partial(_times, batches=tried, clock=clock, sleep=sleep)
+    seconds, refused = _alone(settings, trial, timed)
     if not seconds:
         raise next(iter(refused.values()))
-    close = [name for name, own in seconds.items() if own <= CLOSE * min(seconds.values())]
+    least = min(seconds.values())
+    close = {name: settings[name] for name in seconds if seconds[name] <= CLOSE * least}
     runs: dict[str, Run] = {}
     if len(close) > 1:
         try:
-            runs = {name: settings[name](trial) for name in close}
-            times = zip(runs, timed(list(runs.values()), effort=LONG), strict=True)
-            seconds |= {name: statistics.median(own) for name, own in times}
+            runs = {name: make(trial) for name, make in close.items()}
+            calls = timed(list(runs.values()), effort=LONG)
+            seconds |= dict(zip(runs, map(statistics.median, calls), strict=True))
         except Exception as error:  # two together may need more memory than there is
             refused["the longer trial"] = error.with_traceback(None)
     best = min(close, key=seconds.__getitem__)
@@ -101,10 +98,24 @@ def fastest(
     return Built(forward, _note(best, trial, seconds, refused))
 
 
+def _alone(
+    settings: Settings, trial: int, timed: Callable[..., list[tuple[float, ...]]]
+) -> tuple[dict[str, float], dict[str, Exception]]:
+    """Each setting's fastest call, with no other beside it; and what those raised that failed."""
+    seconds: dict[str, float] = {}
+    refused: dict[str, Exception] = {}
+    for name, make in settings.items():
+        try:
+            seconds[name] = min(timed([make(trial)], effort=SHORT)[0])
+        except Exception as error:
+            refused[name] = error.with_traceback(None)  # it holds the frames that hold the memory
+    return seconds, refused
+
+
 def arrays(x: Tensor, num_models: int) -> list[Array]:
     """Each model's batch in float32, numpy knowing no bfloat16; shared ones share their memory."""
     x = x.float().contiguous()
-    return [own.numpy() for own in x] if x.dim() == 5 else [x.numpy()] * num_models
+    return [batch.numpy() for batch in x] if x.dim() == 5 else [x.numpy()] * num_models
 
 
 def _times(
@@ -144,7 +155,7 @@ def _note(
     best: str, trial: int, seconds: Mapping[str, float], refused: Mapping[str, Exception]
 ) -> str:
     """One line."""
-    tried = ", ".join(f"{name} {own * 1e3:.1f} ms" for name, own in seconds.items())
+    tried = ", ".join(f"{name} {call * 1e3:.1f} ms" for name, call in seconds.items())
     failed = [
         f"; {name} failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
         for name, error in refused.items()

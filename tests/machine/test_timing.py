@@ -129,7 +129,7 @@ def test_what_another_function_leaves_behind_falls_on_an_untimed_call(
         clock.spend(0.005 if last[-3:] == [name] * 3 else 0.008)
 
     rounds = rounds_of([lambda: work("a"), lambda: work("b")], clock, min_rounds=10)
-    assert [[round(own.seconds, 6) for own in pair] for pair in rounds] == [[0.005, 0.005]] * 10
+    assert [[round(call.seconds, 6) for call in pair] for pair in rounds] == [[0.005, 0.005]] * 10
 
 
 def test_a_function_that_takes_long_rests_before_its_call_instead_of_being_called_twice() -> None:

@@ -69,14 +69,14 @@ def chatter(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
 class Made(strategies.Strategy):
     """A strategy of this file."""
 
-    own: Callable[..., Built] | None = None
+    build: Callable[..., Built] | None = None
 
     def builder(self, *, tune_seconds: float = 0.0) -> Callable[..., Built]:
-        assert self.own is not None
-        return self.own
+        assert self.build is not None
+        return self.build
 
 
 def install() -> None:
     """Put them into the registry."""
-    for own in (kill, crash, hang, leave, hoard, chatter):
-        strategies.STRATEGIES[own.__name__] = Made("", "", "made for a test", own=own)
+    for build in (kill, crash, hang, leave, hoard, chatter):
+        strategies.STRATEGIES[build.__name__] = Made("", "", "made for a test", build=build)

@@ -41,17 +41,17 @@ def looping(models: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def run(config: Config) -> list[Result]:
     torch.manual_seed(0)
-    views = torch.randn(max(config.batch_size) * max(config.num_models), 3, 8, 8)
+    images = torch.randn(max(config.batch_size) * max(config.num_models), 3, 8, 8)
     models = tiny_models(max(config.num_models))
-    return list(started(config, models, views))
+    return list(started(config, models, images))
 
 
-def started(config: Config, models: Sequence[nn.Module], views: Tensor) -> Iterator[Result]:
+def started(config: Config, models: Sequence[nn.Module], images: Tensor) -> Iterator[Result]:
     """The rows of a configuration, as they come; images of another size are resized."""
     cases = benchmark.plan(config)
 
     def sized(px: int) -> Tensor:
-        return nn.functional.interpolate(views, (px, px))
+        return nn.functional.interpolate(images, (px, px))
 
     workload = Workload(torch.device("cpu"), models, "made up", sized)
     return benchmark.run(config, cases, workload, progress=lambda *_: None)
@@ -88,12 +88,13 @@ def test_both_strategies_agree_and_are_timed_in_pairs_with_the_reference(inputs:
 def test_the_classes_are_those_that_each_model_finds_in_its_own_images() -> None:
     config = replace(QUICK, inputs="per_model", batch_size=(2,))
     torch.manual_seed(0)
-    views = torch.randn(6, 3, 8, 8)
+    images = torch.randn(6, 3, 8, 8)
     models = tiny_models(3)
     expected = [
-        model(own).argmax(1).tolist() for model, own in zip(models, views.split(2), strict=True)
+        model(batch).argmax(1).tolist()
+        for model, batch in zip(models, images.split(2), strict=True)
     ]
-    rows = started(config, models, views)
+    rows = started(config, models, images)
     assert [row.top1 for row in rows] == [expected, expected]
 
 

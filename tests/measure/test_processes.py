@@ -57,8 +57,8 @@ def dying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def workload() -> Workload:
-    views = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Workload(torch.device("cpu"), tiny_models(3), "made up", {8: views}.__getitem__)
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Workload(torch.device("cpu"), tiny_models(3), "made up", {8: images}.__getitem__)
 
 
 def case(strategy: str, **changes: object) -> Case:
@@ -90,8 +90,8 @@ def test_a_worker_measures_what_this_process_would(workload: Workload) -> None:
         assert beside is not None
         assert beside.case == case("loop")
         assert beside.times_s == process.reference_times_s
-    models, views = workload.models, workload.views(8)
-    expected = [model(views[:1]).argmax(1).tolist() for model in models]
+    models, images = workload.models, workload.images(8)
+    expected = [model(images[:1]).argmax(1).tolist() for model in models]
     assert rows["vmap"].top1 == expected
 
 
@@ -140,14 +140,14 @@ def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_pa
 
     path = str(tmp_path / "shared.pt")
     workload.save_shared(path, (8,))
-    own = loading.load_shared(path, QUICK, device="cpu")
-    for model, other in zip(workload.models, own.models, strict=True):
+    loaded = loading.load_shared(path, QUICK, device="cpu")
+    for model, other in zip(workload.models, loaded.models, strict=True):
         for (name, tensor), found in zip(
             model.state_dict().items(), other.state_dict().values(), strict=True
         ):
             assert torch.equal(tensor, found), name
     assert path in Path("/proc/self/maps").read_text()
-    assert torch.equal(own.views(8), workload.views(8))
+    assert torch.equal(loaded.images(8), workload.images(8))
 
 
 def test_a_worker_has_its_models_and_images_on_the_accelerator(
@@ -164,11 +164,11 @@ def test_a_worker_has_its_models_and_images_on_the_accelerator(
     # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode():
-        own = loading.load_shared(path, QUICK, device="cuda")
-        example = bench.make_example(own.views(8), case("vmap", inputs="per_model"))
-        logits = ensemble.build("vmap", own.models, example)(example)
-    assert {tensor.device.type for model in own.models for tensor in model.buffers()} == {"cuda"}
-    assert (logits.device.type, logits.shape, own.device) == ("cuda", (3, 1, 5), cuda)
+        loaded = loading.load_shared(path, QUICK, device="cuda")
+        example = bench.make_example(loaded.images(8), case("vmap", inputs="per_model"))
+        logits = ensemble.build("vmap", loaded.models, example)(example)
+    assert {tensor.device.type for model in loaded.models for tensor in model.buffers()} == {"cuda"}
+    assert (logits.device.type, logits.shape, loaded.device) == ("cuda", (3, 1, 5), cuda)
 
 
 def test_a_worker_that_never_starts_is_given_up_after_one_time_limit(
@@ -188,17 +188,17 @@ def run_rounds(
     cases = [case(name) for name in ("loop", *speedups)]
     rows: dict[Case, Result] = {}
     for several in rounds.rounds(cases, rows, config):
-        for own in several:
-            before = rows.get(own)
+        for asked in several:
+            before = rows.get(asked)
             number = len(before.processes) if before else 0
-            if own.strategy == failing:
-                new = Result(own, status="failed", error="broke")
+            if asked.strategy == failing:
+                new = Result(asked, status="failed", error="broke")
             else:
-                ratio = 1.0 if own.is_reference else speedups[own.strategy][number]
-                reference = () if own.is_reference else (0.1,) * 8
-                new = Result(own, processes=(Process((0.1 / ratio,) * 8, reference),))
-            rows[own] = rounds.merged(before, new)
-    counts = {own.strategy: len(row.processes) for own, row in rows.items()}
+                ratio = 1.0 if asked.is_reference else speedups[asked.strategy][number]
+                reference = () if asked.is_reference else (0.1,) * 8
+                new = Result(asked, processes=(Process((0.1 / ratio,) * 8, reference),))
+            rows[asked] = rounds.merged(before, new)
+    counts = {asked.strategy: len(row.processes) for asked, row in rows.items()}
     return counts if not speedups or failing else {name: counts[name] for name in speedups}
 
 
@@ -223,7 +223,22 @@ def test_a_row_that_failed_gets_no_more_and_the_reference_then_runs_by_itself() 
 def test_the_processes_of_a_row_are_spread_over_the_run() -> None:
     cases = [case(name) for name in ("loop", "vmap", "folded_vmap")]
     first = next(rounds.rounds(cases, {}, replace(QUICK, processes=5)))
-    assert [own.strategy for own in first] == ["vmap", "folded_vmap"] * 3
+    assert [asked.strategy for asked in first] == ["vmap", "folded_vmap"] * 3
+
+
+def test_the_most_unsure_row_comes_first_in_the_later_rounds() -> None:
+    cases = [case(name) for name in ("loop", "vmap", "folded_vmap", "concurrent")]
+    spreads = {"vmap": 0.2, "folded_vmap": 0.001, "concurrent": 0.5}
+    rows = {
+        case(name): Result(
+            case(name),
+            processes=tuple(Process((1.0 + spread * k,) * 8, (1.0,) * 8) for k in range(3)),
+        )
+        for name, spread in spreads.items()
+    }
+    groups = rounds.rounds(cases, rows, replace(QUICK, processes=5, precision=5.0))
+    assert list(next(groups)) == []
+    assert [unsure.strategy for unsure in next(groups)] == ["concurrent", "vmap"]
 
 
 def test_what_the_processes_of_a_row_share_is_asked_of_them_together() -> None:
@@ -289,7 +304,7 @@ def test_what_the_first_process_of_best_picks_the_others_run_too(workload: Workl
     (row,) = done.run.results
     assert row.status == "ok", row.error
     assert row.picked in best.CANDIDATES["cpu"]
-    assert [own.tune_s is not None for own in row.processes] == [True, False, False]
+    assert [process.tune_s is not None for process in row.processes] == [True, False, False]
     assert sum(note.startswith("picked ") for note in row.notes) == 1
     assert (row.build_s or 0) > (row.processes[0].tune_s or 0) > 0
     again = exports.from_json(exports.to_json(done.run))
@@ -315,7 +330,7 @@ def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resume
     begun = measure(config, run)
     counts = {row.case.strategy: len(row.processes) for row in begun.run.results}
     assert (begun.stopped, counts) == ("1e-06 minutes are over", {"loop": 1, "vmap": 1})
-    assert [own.strategy for own in begun.left] == ["loop", "vmap"]
+    assert [asked.strategy for asked in begun.left] == ["loop", "vmap"]
     unbounded = replace(config, max_minutes=None)
     rows = measure(unbounded, session.resume(unbounded, run, begun.run)).run.results
     assert [len(row.processes) for row in rows] == [3, 3]

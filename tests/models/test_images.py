@@ -1,4 +1,4 @@
-"""Image files, preprocessing and augmented views."""
+"""Image files, preprocessing and augmented images."""
 
 import re
 import struct
@@ -225,7 +225,7 @@ def test_floating_pixels_without_a_known_range_are_refused(tmp_path: Path) -> No
     assert_refused(path, "expected a whole image file, .*pixels are floating")
 
 
-# Views
+# Augmented images
 
 
 @pytest.fixture(scope="module")
@@ -234,20 +234,20 @@ def image(kitten: Path) -> Image.Image:
 
 
 def test_the_first_view_is_the_plain_image_and_all_views_differ(image: Image.Image) -> None:
-    batch = images.views(image, 4, image_size=32, seed=0)
+    batch = images.augmented(image, 4, image_size=32, seed=0)
     assert torch.equal(batch[0], images.preprocess(image, image_size=32))
     apart = [(batch[i] - batch[j]).abs().mean() for i in range(4) for j in range(i)]
     assert min(apart) > 0.05
 
 
 def test_a_larger_batch_begins_with_the_smaller_one(image: Image.Image) -> None:
-    small = images.views(image, 2, image_size=32, seed=3)
-    assert torch.equal(images.views(image, 4, image_size=32, seed=3)[:2], small)
+    small = images.augmented(image, 2, image_size=32, seed=3)
+    assert torch.equal(images.augmented(image, 4, image_size=32, seed=3)[:2], small)
 
 
 def test_another_seed_gives_other_views_of_the_same_plain_image(image: Image.Image) -> None:
-    batch = images.views(image, 2, image_size=32, seed=0)
-    other = images.views(image, 2, image_size=32, seed=100)
+    batch = images.augmented(image, 2, image_size=32, seed=0)
+    other = images.augmented(image, 2, image_size=32, seed=100)
     assert torch.equal(batch[0], other[0])
     assert not torch.allclose(batch[1], other[1])
 
@@ -258,7 +258,7 @@ def test_views_leave_the_global_random_state_alone(
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.get_rng_state()
-    images.views(image, 2, image_size=32, seed=0)
+    images.augmented(image, 2, image_size=32, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     assert seeded == []
 
@@ -268,9 +268,9 @@ def test_more_views_than_memory_holds_are_refused_before_they_are_made(
 ) -> None:
     each = 3 * 32 * 32 * 4
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * each)
-    assert len(images.views(image, 2, image_size=32, seed=0)) == 2
+    assert len(images.augmented(image, 2, image_size=32, seed=0)) == 2
     with pytest.raises(InputError, match=r"batch_size: 3 images of 32 px .* at most 2 fit"):
-        images.views(image, 3, image_size=32, seed=0)
+        images.augmented(image, 3, image_size=32, seed=0)
 
 
 def test_views_of_a_panorama_take_no_more_pixels_than_the_model_sees(
@@ -284,7 +284,7 @@ def test_views_of_a_panorama_take_no_more_pixels_than_the_model_sees(
         return plain(image, image_size=image_size)
 
     monkeypatch.setattr(images, "preprocess", spy)
-    images.views(Image.new("RGB", (3000, 30)), 2, image_size=28, seed=0)
+    images.augmented(Image.new("RGB", (3000, 30)), 2, image_size=28, seed=0)
     assert sizes == [(3000, 30), (32, 32)]
 
 

@@ -32,7 +32,7 @@ def assert_values(state: State, expected: list[State]) -> None:
     """Row n of every stacked tensor is the tensor of model n."""
     assert state.keys() == expected[0].keys()
     for name, tensor in state.items():
-        assert torch.equal(tensor, torch.stack([own[name] for own in expected])), name
+        assert torch.equal(tensor, torch.stack([tensors[name] for tensors in expected])), name
 
 
 def addresses(state: State) -> dict[str, int]:
@@ -105,8 +105,8 @@ def test_foreign_models_are_copied_into_one_stack_and_left_as_they_are(
     assert [addresses(model.state_dict()) for model in models] == before
     for tensor in state.values():
         tensor.zero_()
-    for model, own in zip(models, expected, strict=True):
-        assert all(torch.equal(t, own[name]) for name, t in model.state_dict().items())
+    for model, tensors in zip(models, expected, strict=True):
+        assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
 
 
 def test_a_single_foreign_model_is_its_own_stack() -> None:
@@ -122,8 +122,8 @@ def test_allocated_models_in_another_order_are_stacked_in_that_order(order: slic
     models = allocated(3)[order]
     expected = values(models)
     assert_values(stacking.stacked_state(models), expected)
-    for model, own in zip(models, expected, strict=True):
-        assert all(torch.equal(t, own[name]) for name, t in model.state_dict().items())
+    for model, tensors in zip(models, expected, strict=True):
+        assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
 
 
 def test_models_of_two_stacks_are_copied_into_one() -> None:
@@ -263,7 +263,8 @@ def test_cast_models_are_rounded_copies_in_one_stack(dtype: torch.dtype) -> None
     expected = values(models)
     copies = stacking.cast(models, dtype)
     rounded = [
-        {n: t.to(dtype) if t.is_floating_point() else t for n, t in own.items()} for own in expected
+        {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        for tensors in expected
     ]
     state = stacking.stacked_state(copies)
     assert_values(state, rounded)

@@ -136,18 +136,20 @@ def test_nothing_is_said_of_names_as_they_should_be(small_state: State, tmp_path
 @pytest.mark.parametrize("arch", [SMALL, "resnet18", "densenet121", "squeezenet1_0", "vgg11"])
 @pytest.mark.parametrize("prefix", ["", "features.", "model.features.", "fc.", "layer1."])
 def test_only_what_is_not_the_architectures_own_is_taken_off(arch: str, prefix: str) -> None:
-    own = hollow(arch, classes=10)
-    state = {prefix + name: tensor for name, tensor in own.items()}
-    found, taken = weights.without_prefix(state, own)
-    assert (list(found), taken) == (list(own), prefix)
+    expected = hollow(arch, classes=10)
+    state = {prefix + name: tensor for name, tensor in expected.items()}
+    found, taken = weights.without_prefix(state, expected)
+    assert (list(found), taken) == (list(expected), prefix)
 
 
 def test_a_part_of_an_architecture_keeps_the_names_that_its_tensors_share() -> None:
-    own = hollow("vgg11", classes=10)
-    part = {name: tensor for name, tensor in own.items() if name.startswith("features.")}
-    assert weights.without_prefix(part, own) == (part, "")
-    assert weights.without_prefix({"model." + n: t for n, t in part.items()}, own)[1] == "model."
-    assert weights.without_prefix({"fc.bias": torch.ones(1)}, own)[1] == ""
+    expected = hollow("vgg11", classes=10)
+    part = {name: tensor for name, tensor in expected.items() if name.startswith("features.")}
+    assert weights.without_prefix(part, expected) == (part, "")
+    assert (
+        weights.without_prefix({"model." + n: t for n, t in part.items()}, expected)[1] == "model."
+    )
+    assert weights.without_prefix({"fc.bias": torch.ones(1)}, expected)[1] == ""
 
 
 def test_a_lightning_checkpoint_loads(small_state: State, tmp_path: Path) -> None:

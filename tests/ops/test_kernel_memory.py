@@ -1,11 +1,13 @@
 """Kernels at every vector width write and read their own memory alone."""
 
+import ast
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,14 +78,14 @@ def cases() -> list[tuple[Kind, Geometry]]:
         geometries.append(replace(wide, size=(height, width), out_size=(height, width)))
     for share, (height, width), stride in product(shares(), sizes, (1, 2)):
         out = (height - 1) // stride + 1, (width - 1) // stride + 1
-        own = Geometry(
+        geometry = Geometry(
             *(2, 2 * PANEL, (height, width), 2 * PANEL, out),
             *((3, 3), (stride, stride), (1, 1), (1, 1), 2 * PANEL // share),
         )
-        geometries.append(own)
+        geometries.append(geometry)
     convolutions = [kind for kind in Kind if kind not in (Kind.MAX_POOL, Kind.HEAD)]
-    pairs = product(convolutions, geometries)
-    return [(kind, geometry) for kind, geometry in pairs if kernels.can_run(kind, geometry)]
+    candidates = product(convolutions, geometries)
+    return [(kind, geometry) for kind, geometry in candidates if kernels.can_run(kind, geometry)]
 
 
 def shares() -> list[int]:
@@ -100,7 +102,7 @@ def test_a_convolution_stays_in_its_memory(
     share = channels // geometry.groups
     weight = torch.randn(2, out_channels, share, *kernel) / (share * kernel[0] * kernel[1]) ** 0.5
     packed = inside_guards(conv.pack_weight(weight, kind).float()).to(
-        torch.bfloat16 if kind == Kind.DIRECT_PAIRS else torch.float32
+        torch.bfloat16 if kind == Kind.DIRECT_BF16 else torch.float32
     )
     step = Operation(kind, geometry, 0, 1, 2, packed, inside_guards(torch.zeros(2, out_channels)))
     run = program.Program(
@@ -115,11 +117,11 @@ def test_a_convolution_stays_in_its_memory(
     options: Any = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     expected = torch.stack(
         [
-            torch.nn.functional.conv2d(own, filters, None, *options)
-            for own, filters in zip(x, weight, strict=True)
+            torch.nn.functional.conv2d(batch, filters, None, *options)
+            for batch, filters in zip(x, weight, strict=True)
         ]
     )
-    limit = 1e-4 if kind != Kind.DIRECT_PAIRS else 3e-2
+    limit = 1e-4 if kind != Kind.DIRECT_BF16 else 3e-2
     assert float((found - expected - other).abs().max() / expected.abs().max()) < limit
 
 
@@ -169,9 +171,27 @@ def test_a_further_process_finds_the_kernels_compiled() -> None:
     assert found.stdout == "1\n"
 
 
+def test_the_kernels_on_disk_belong_to_every_file_that_they_come_from() -> None:
+    """A file that is left out could be changed, and the old kernels would still run."""
+    module = sys.modules["ensemble.ops.kernels.run"]
+    found, new = set[str](), {module.__name__}
+    while new - found:
+        name = (new - found).pop()
+        found.add(name)
+        source = Path(str(sys.modules[name].__file__)).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("ensemble.ops"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                new |= {str(node.module), *names} & sys.modules.keys() - {"ensemble.ops"}
+    files = {Path(str(sys.modules[name].__file__)) for name in found}
+    assert {"simd.py", "taps.py", "winograd.py"} <= {file.name for file in files}
+    assert files <= set(module._FILES)
+
+
 WIDTHS = {4: ("nehalem", "+sse4.2"), 8: ("haswell", "+sse4.2,+avx,+avx2,+fma")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="features of x86")
 @pytest.mark.parametrize("width", [width for width in WIDTHS if width < WIDTH])
 def test_the_kernels_hold_at_narrower_vectors_too(width: int) -> None:

@@ -21,8 +21,8 @@ def test_the_product_is_the_convolution_of_each_model(
     images = x if per_model else x.expand(3, *x.shape)
     expected = torch.stack(
         [
-            functional.conv2d(image, own, stride=stride, padding=padding)
-            for image, own in zip(images, weight, strict=True)
+            functional.conv2d(image, filters, stride=stride, padding=padding)
+            for image, filters in zip(images, weight, strict=True)
         ]
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

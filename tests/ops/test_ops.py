@@ -15,7 +15,7 @@ pytest.importorskip("numba")
 
 from ensemble.ops import kernels
 from ensemble.ops.program import Program
-from ensemble.ops.simd import HAS_PAIRS, PANEL, WIDTH
+from ensemble.ops.simd import HAS_BF16_DOT, PANEL, WIDTH
 
 ONE = [1, 1]
 
@@ -36,8 +36,8 @@ def exact(
     images = x if x.dim() == 5 else x.expand(len(weight), *x.shape)
     result = torch.stack(
         [
-            functional.conv2d(own.double(), w.double(), b.double(), *options)
-            for own, w, b in zip(images, weight, bias, strict=True)
+            functional.conv2d(batch.double(), w.double(), b.double(), *options)
+            for batch, w, b in zip(images, weight, bias, strict=True)
         ]
     )
     result = result if other is None else result + other
@@ -184,16 +184,17 @@ def test_vmap_gives_what_a_loop_gives_whatever_the_kernel(
         randn(3, 2, out_channels, 6, 6, seed=3),
     )
     tensors = tuple(
-        (own if dim == 0 else own[0]).to(dtype) for own, dim in zip(stacked, in_dims, strict=True)
+        (stack if dim == 0 else stack[0]).to(dtype)
+        for stack, dim in zip(stacked, in_dims, strict=True)
     )
     options = (ONE, ONE, ONE, groups, True)
-    found = torch.vmap(lambda *own: conv.conv2d(*own, *options), in_dims=in_dims)(*tensors)
+    found = torch.vmap(lambda *each: conv.conv2d(*each, *options), in_dims=in_dims)(*tensors)
     for index in range(3):
-        own = [
+        operands = [
             tensor if dim is None else tensor[index]
             for tensor, dim in zip(tensors, in_dims, strict=True)
         ]
-        expected = conv.conv2d(*own, *options).double()
+        expected = conv.conv2d(*operands, *options).double()
         assert error(found[index].double(), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -214,8 +215,10 @@ def test_a_summand_is_broadcast_for_each_model_as_it_is_for_one(
         lambda x, w, other: conv.conv2d(x, w, None, other, ONE, ONE, ONE, 1, True), in_dims
     )(*arguments)
     for index in range(3):
-        own = [t if dim is None else t[index] for t, dim in zip(arguments, in_dims, strict=True)]
-        expected = conv.conv2d(own[0], own[1], None, own[2], ONE, ONE, ONE, 1, True)
+        operands = [
+            t if dim is None else t[index] for t, dim in zip(arguments, in_dims, strict=True)
+        ]
+        expected = conv.conv2d(operands[0], operands[1], None, operands[2], ONE, ONE, ONE, 1, True)
         assert error(found[index], expected) < 1e-5
 
 
@@ -226,11 +229,13 @@ def test_any_one_tensor_alone_may_be_stacked(which: int, images: int) -> None:
     tensors[3] = randn(images, PANEL, 6, 6)
     stacked = randn(4, *tensors[which].shape, seed=7)  # type: ignore[union-attr]
     in_dims = tuple(0 if index == which else None for index in range(4))
-    own = [stacked if index == which else tensor for index, tensor in enumerate(tensors)]
-    found = torch.vmap(lambda *each: conv.conv2d(*each, ONE, ONE, ONE, 1, False), in_dims)(*own)
+    operands = [stacked if index == which else tensor for index, tensor in enumerate(tensors)]
+    found = torch.vmap(lambda *each: conv.conv2d(*each, ONE, ONE, ONE, 1, False), in_dims)(
+        *operands
+    )
     for index in range(4):
-        own[which] = stacked[index]
-        assert error(found[index], conv.conv2d(*own, ONE, ONE, ONE, 1, False)) < 1e-5
+        operands[which] = stacked[index]
+        assert error(found[index], conv.conv2d(*operands, ONE, ONE, ONE, 1, False)) < 1e-5
 
 
 def test_a_bias_is_read_by_its_strides() -> None:
@@ -271,7 +276,7 @@ def test_the_rule_only_chooses_what_is_right_for_the_channels(
     x = randn(2, 1, channels, size, size).to(dtype)
     weight = (randn(2, out_channels, channels, 3, 3, seed=1) / 9).to(dtype)
     bias = randn(2, out_channels, seed=2).to(dtype)
-    mapped = torch.vmap(lambda *own: conv.conv2d(*own, None, ONE, ONE, ONE, 1, False))
+    mapped = torch.vmap(lambda *each: conv.conv2d(*each, None, ONE, ONE, ONE, 1, False))
     found = mapped(x, weight, bias).double()
     expected = exact(x, weight, bias, None, False, ONE, ONE, ONE)
     assert error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
@@ -432,25 +437,25 @@ def test_the_grouped_kernel_takes_every_geometry(
     assert error(found, (expected + other).relu()) < 1e-6
 
 
-def test_in_pairs_of_bfloat16_only_much_larger_savings_are_worth_winograd() -> None:
-    pairs = Kind.DIRECT_PAIRS
-    assert chosen(geometry(64, 56), pairs) == Kind.WINOGRAD_4
-    assert chosen(geometry(512, 7), pairs) == pairs
-    assert chosen(geometry(64, 56, stride=2), pairs) == pairs
+def test_in_bfloat16_only_much_larger_savings_are_worth_winograd() -> None:
+    bf16 = Kind.DIRECT_BF16
+    assert chosen(geometry(64, 56), bf16) == Kind.WINOGRAD_4
+    assert chosen(geometry(512, 7), bf16) == bf16
+    assert chosen(geometry(64, 56, stride=2), bf16) == bf16
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="needs a CPU that multiplies pairs of bfloat16")
+@pytest.mark.skipif(not HAS_BF16_DOT, reason="needs a CPU that multiplies bfloat16")
 @pytest.mark.parametrize("channels", [1, 3, 2 * WIDTH, 4 * WIDTH])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 7)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_direct_convolution_in_pairs_is_that_of_the_rounded_numbers(
+def test_a_direct_convolution_in_bfloat16_is_that_of_the_rounded_numbers(
     channels: int, kernel: tuple[int, int], stride: int
 ) -> None:
     x, other = randn(2, 2, channels, 9, 11).bfloat16(), None
     weight = randn(2, PANEL, channels, *kernel, seed=1).bfloat16()
     bias = randn(2, PANEL, seed=2).bfloat16()
     options = [stride, stride], [kernel[0] // 2, kernel[1] // 2], ONE
-    packed = conv.pack_weight(weight, Kind.DIRECT_PAIRS)
-    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_PAIRS, kernel, *options, 1, True)
+    packed = conv.pack_weight(weight, Kind.DIRECT_BF16)
+    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_BF16, kernel, *options, 1, True)
     assert found.dtype == torch.bfloat16
     assert error(found, exact(x, weight, bias, other, True, *options)) < 2**-8

@@ -154,10 +154,10 @@ def test_forwards_of_several_programs_called_from_several_threads_neither_hang_n
     code = """
 other = ensemble.build("lowered_vmap", models[:4], x)
 wrong = []
-def work(own, right):
+def work(function, right):
     for _ in range(100):
-        if not torch.equal(own(x), right):
-            wrong.append(own)
+        if not torch.equal(function(x), right):
+            wrong.append(function)
 calls = [(forward, expected), (other, other(x)), (forward, expected)]
 threads = [threading.Thread(target=work, args=call) for call in calls]
 [thread.start() for thread in threads]

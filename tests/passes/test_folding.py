@@ -25,9 +25,9 @@ def test_a_folded_model_computes_the_same_with_the_norms_gone(arch: str, left: i
     with torch.no_grad():
         expected = [model.double()(x.double()) for model in models]
         found = folding.folded([model.float() for model in models])
-        for own, reference in zip(found, expected, strict=True):
-            assert norms(own) == left
-            error = (own(folding.channels_last(x)).double() - reference).abs().max()
+        for model, reference in zip(found, expected, strict=True):
+            assert norms(model) == left
+            error = (model(folding.channels_last(x)).double() - reference).abs().max()
             assert float(error / reference.abs().max()) < 2e-5
 
 
@@ -43,9 +43,9 @@ def test_the_models_that_are_folded_stay_as_they_were() -> None:
 def test_folded_models_are_slices_of_one_channels_last_stack() -> None:
     models = folding.folded(tiny_models(3))
     stack = stacking.stacked_state(models)["conv.weight"]
-    own = models[1].get_parameter("conv.weight")
-    assert stack[1].data_ptr() == own.data_ptr()
-    assert own.is_contiguous(memory_format=torch.channels_last)
+    weight = models[1].get_parameter("conv.weight")
+    assert stack[1].data_ptr() == weight.data_ptr()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 2, 3, 4, 5)])

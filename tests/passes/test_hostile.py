@@ -465,9 +465,37 @@ def test_a_net_that_tempts_a_pass_computes_what_the_models_compute(
             ensemble.build(strategy, models, x)
         return
     forward = ensemble.build(strategy, models, x)
-    for own in (other, x, other):  # what a call leaves in memory is not what the next one needs
-        expected = independent(models, own)
-        torch.testing.assert_close(forward(own.clone()), expected, rtol=1e-4, atol=1e-4)
+    for images in (other, x, other):  # what a call leaves in memory is not what the next one needs
+        expected = independent(models, images)
+        torch.testing.assert_close(forward(images.clone()), expected, rtol=1e-4, atol=1e-4)
+
+
+class WritesIntoShared(Net):
+    """It adds what differs by model, in place, to what all models make of a shared image."""
+
+    def prepare(self) -> None:
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = functional.relu(x)
+        shared += self.norm(x)
+        return self.fc(self.mean(self.first(shared)).flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("strategy", [*REWRITING, "compiled_vmap", "best"])
+def test_what_vmap_cannot_write_is_computed_or_refused_in_words(
+    strategy: str, batch_size: int
+) -> None:
+    models, x = models_of(WritesIntoShared, 3), torch.randn(batch_size, 3, 8, 8)
+    if strategy in ("vmap", "compiled_vmap"):
+        words = "torch.compile cannot trace" if "compiled" in strategy else "vmap cannot write"
+        with pytest.raises(UnavailableError, match=words):
+            ensemble.build(strategy, models, x)(x)
+        return
+    found = ensemble.build(strategy, models, x)(x)
+    torch.testing.assert_close(found, independent(models, x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_norm_of_its_own_class_is_not_folded() -> None:

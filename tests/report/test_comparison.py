@@ -73,7 +73,7 @@ def test_rows_that_only_one_run_has_or_that_were_not_timed_are_named() -> None:
     failed = changed(VMAP, strategy="jax", times_s=(), reference_times_s=(), status="failed")
     new = run(LOOP, VMAP, failed, changed(VMAP, num_models=8))
     found = compare(new, run(LOOP, VMAP, changed(VMAP, strategy="jax")))
-    assert [own.row.case.strategy for own in found] == ["loop", "vmap"]
+    assert [compared.row.case.strategy for compared in found] == ["loop", "vmap"]
     text = render(found, new, run())
     assert "without times in both runs, not compared: jax N=4, vmap N=8" in text
 
@@ -108,8 +108,8 @@ def test_other_settings_are_said() -> None:
 
 def of_processes(*speedups: float) -> Result:
     processes = tuple(
-        replace(VMAP.processes[0], times_s=(0.1 / own,) * 8, reference_times_s=(0.1,) * 8)
-        for own in speedups
+        replace(VMAP.processes[0], times_s=(0.1 / speedup,) * 8, reference_times_s=(0.1,) * 8)
+        for speedup in speedups
     )
     return replace(VMAP, processes=processes)
 
@@ -153,7 +153,7 @@ def share_that_fails(*kinds: str, runs: int) -> float:
             )
             for _ in range(2)
         )
-        failed += any(own.surely_slower(0) for own in compare(new, old))
+        failed += any(compared.surely_slower(0) for compared in compare(new, old))
     return failed / runs
 
 

@@ -87,7 +87,7 @@ def test_a_row_that_holds_nothing_has_no_rate_and_a_reason() -> None:
 
 def test_the_table_has_the_figures_of_the_run_that_is_shown() -> None:
     table = load.render_table([LOOP, VMAP])
-    (line,) = [own for own in table.splitlines() if own.startswith("vmap")]
+    (line,) = [line for line in table.splitlines() if line.startswith("vmap")]
     figures = "vmap 4 90 20.0 30.0 50.0 1.50 25% 4.0 0.10 1.5"
     assert line.split() == figures.split()
 

@@ -53,12 +53,12 @@ def test_lines_are_by_strategy_dtype_batch_and_px_in_the_order_of_n() -> None:
 
 
 def test_the_build_is_paid_back_by_what_each_call_wins() -> None:
-    own = changed(VMAP, build_s=5.0, first_call_s=1.0)  # 0.05 s a call against 0.1 s
+    vmap = changed(VMAP, build_s=5.0, first_call_s=1.0)  # 0.05 s a call against 0.1 s
     loop = changed(LOOP, build_s=0.2, first_call_s=0.3)
-    assert calls_to_pay_back(own, loop) == pytest.approx((6.0 - 0.5) / 0.05)
-    assert calls_to_pay_back(changed(own, build_s=0.0, first_call_s=0.0), loop) == 0
-    assert calls_to_pay_back(changed(own, times_s=(0.2,) * 20), loop) is None
-    assert calls_to_pay_back(changed(own, build_s=None), loop) is None
+    assert calls_to_pay_back(vmap, loop) == pytest.approx((6.0 - 0.5) / 0.05)
+    assert calls_to_pay_back(changed(vmap, build_s=0.0, first_call_s=0.0), loop) == 0
+    assert calls_to_pay_back(changed(vmap, times_s=(0.2,) * 20), loop) is None
+    assert calls_to_pay_back(changed(vmap, build_s=None), loop) is None
 
 
 def test_memory_over_the_loop_is_a_difference_and_unknown_where_either_is() -> None:

@@ -44,15 +44,15 @@ def case(strategy: str, inputs: str = "shared") -> Case:
     return replace(CASE, strategy=strategy, num_models=3, image_size=8, inputs=inputs)
 
 
-def bench(own: Case) -> Bench:
-    views = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    made = make_bench([own], tiny_models(3), lambda px: views, CONFIG_UNDER_LOAD)
+def bench(asked: Case) -> Bench:
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = make_bench([asked], tiny_models(3), lambda px: images, CONFIG_UNDER_LOAD)
     assert isinstance(made, Bench)
     return made
 
 
-def measured(own: Case, config: Config = CONFIG_UNDER_LOAD) -> Result:
-    return row.measure(own, bench(own), config, progress=lambda *_: None)
+def measured(asked: Case, config: Config = CONFIG_UNDER_LOAD) -> Result:
+    return row.measure(asked, bench(asked), config, progress=lambda *_: None)
 
 
 def batches(made: Engine, lanes: int) -> list[Batch]:
@@ -81,8 +81,8 @@ def batches(made: Engine, lanes: int) -> list[Batch]:
 def test_every_way_gives_each_request_its_own_answer_and_a_mix_up_is_seen(
     strategy: str, inputs: str, expected: set[tuple[str, int]]
 ) -> None:
-    own = case(strategy, inputs)
-    made = ways.build(own, bench(own), max_batch=2, progress=lambda *_: None)
+    asked = case(strategy, inputs)
+    made = ways.build(asked, bench(asked), max_batch=2, progress=lambda *_: None)
     assert {(way.mode, way.size) for way in made.ways} == expected
     assert made.told_apart()
     assert (made.max_rel_error or 0.0) < 1e-5
@@ -164,12 +164,12 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
     monkeypatch.setitem(strategies.STRATEGIES, "breaks", Strategy("eager", "loop", "breaks"))
     monkeypatch.setattr(Strategy, "builder", lambda self, **_: breaks)
     monkeypatch.setattr(ways, "TIMED_S", 0.0)
-    own = case("breaks")
-    views = torch.randn(16, 3, 8, 8)
+    asked = case("breaks")
+    images = torch.randn(16, 3, 8, 8)
     calls = []
-    made = make_bench([own], tiny_models(3), lambda px: views, CONFIG_UNDER_LOAD)
+    made = make_bench([asked], tiny_models(3), lambda px: images, CONFIG_UNDER_LOAD)
     assert isinstance(made, Bench)
-    found = row.measure(own, made, CONFIG_UNDER_LOAD, progress=lambda *_: None)
+    found = row.measure(asked, made, CONFIG_UNDER_LOAD, progress=lambda *_: None)
     run = found.load_run
     assert found.status == "failed"
     assert run is not None

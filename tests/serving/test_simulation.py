@@ -22,7 +22,7 @@ def played(traffic: Traffic, *, capacity: int = 10**9, ways: list[Way] = ONE) ->
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_one_server_of_fixed_calls_waits_as_pollaczek_and_khinchine_say(load: float) -> None:
     traffic = simulation.poisson(load / CALL_S, 60_000, [1.0], np.random.default_rng(0))
-    waits = [(own or 0.0) - CALL_S for own in played(traffic)]
+    waits = [(latency or 0.0) - CALL_S for latency in played(traffic)]
     assert sum(waits) / len(waits) == pytest.approx(ideal_wait_s(traffic.times_s, CALL_S), rel=1e-6)
     assert sum(waits) / len(waits) == pytest.approx(expected_wait_s(load, CALL_S), rel=0.05)
 
@@ -38,7 +38,7 @@ def test_latencies_of_a_few_arrivals_by_hand() -> None:
 def test_under_overload_the_accepted_ones_wait_no_longer_than_the_queue_is() -> None:
     traffic = simulation.poisson(2 / CALL_S, 5000, [1.0], np.random.default_rng(1))
     found = played(traffic, capacity=10)
-    accepted = [own for own in found if own is not None]
+    accepted = [latency for latency in found if latency is not None]
     assert max(accepted) <= 11.001 * CALL_S
     assert len(accepted) / len(found) == pytest.approx(0.5, abs=0.03)
 
@@ -47,7 +47,7 @@ def test_the_guess_is_the_rate_at_which_the_tail_meets_the_bound() -> None:
     options = {"shares": [1.0], "percentile": 99, "max_batch": 1, "max_wait_s": 0.0}
     held = simulation.guess(ONE, bound_s=4 * CALL_S, **options)  # type: ignore[arg-type]
     traffic = simulation.poisson(held, 100_000, [1.0], np.random.default_rng(5))
-    late = [own for own in played(traffic) if own is not None and own > 4 * CALL_S]
+    late = [latency for latency in played(traffic) if latency is not None and latency > 4 * CALL_S]
     assert len(late) / 100_000 == pytest.approx(0.01, abs=0.006)
 
 
@@ -57,7 +57,7 @@ def test_a_run_of_twenty_bounds_shows_a_rate_that_a_short_run_lets_pass() -> Non
     for bounds in (1.0, play.BOUNDS_LONG):
         count = int(bounds * bound_s * rate)
         traffic = simulation.poisson(rate, count, [1.0], np.random.default_rng(0))
-        tails.append(np.percentile([own or 0.0 for own in played(traffic)], 90))
+        tails.append(np.percentile([latency or 0.0 for latency in played(traffic)], 90))
     assert tails[0] <= bound_s < tails[1]
 
 

@@ -30,7 +30,7 @@ def full(*lanes: int, capacity: int = 99) -> Waiting:
 
 
 def numbers(taken: object) -> list[list[int]]:
-    return [[own.number for own in lane] for lane in taken]  # type: ignore[attr-defined]
+    return [[one.number for one in lane] for lane in taken]  # type: ignore[attr-defined]
 
 
 def test_who_came_first_is_taken_first_and_others_keep_waiting() -> None:
@@ -63,9 +63,9 @@ def test_nothing_is_lost_and_nothing_comes_twice_in_a_thousand_random_steps() ->
         if waiting.offer(request(number, draw.randrange(3))):
             expected.append(number)
         if len(waiting) and draw.random() < 0.4:
-            found += [own.number for lane in take(waiting, ways).requests for own in lane]
+            found += [one.number for lane in take(waiting, ways).requests for one in lane]
     while len(waiting):
-        found += [own.number for lane in take(waiting, ways).requests for own in lane]
+        found += [one.number for lane in take(waiting, ways).requests for one in lane]
     assert sorted(found) == expected
     assert waiting.most == 7
 

@@ -15,18 +15,18 @@ from ensemble.strategies import STRATEGIES, Strategy, best
 from ensemble.strategies.built import Builder, Built
 from tests.tiny import TinyNet, independent, tiny_models
 
-PEERS = [name for name, own in STRATEGIES.items() if own.module == "peers"]
+PEERS = [name for name, strategy in STRATEGIES.items() if strategy.module == "peers"]
 
 
 @dataclass(frozen=True)
 class Made(Strategy):
     """A strategy of this file."""
 
-    own: Builder | None = None
+    build: Builder | None = None
 
     def builder(self, *, tune_seconds: float = 0.0) -> Builder:
-        assert self.own is not None
-        return self.own
+        assert self.build is not None
+        return self.build
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts strategies of a test's own into the registry, and makes them the candidates."""
 
     def install(**builders: Builder) -> None:
-        for name, own in builders.items():
-            monkeypatch.setitem(STRATEGIES, name, Made("", "", "made for a test", own=own))
+        for name, build in builders.items():
+            monkeypatch.setitem(STRATEGIES, name, Made("", "", "made for a test", build=build))
         monkeypatch.setitem(best.CANDIDATES, "cpu", ("loop", *builders))
 
     return install
@@ -65,9 +65,9 @@ def test_every_candidate_is_a_strategy_of_ours_and_the_loop_is_the_first(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_what_is_picked_runs_in_every_dtype(dtype: torch.dtype) -> None:
-    own = [model.to(dtype) for model in tiny_models(2)]
+    models = [model.to(dtype) for model in tiny_models(2)]
     x = torch.randn(1, 3, 8, 8, dtype=dtype)
-    assert ensemble.build("best", own, x)(x).dtype == dtype
+    assert ensemble.build("best", models, x)(x).dtype == dtype
 
 
 def test_the_fastest_is_kept_and_the_note_says_what_was_tried(
@@ -75,14 +75,14 @@ def test_the_fastest_is_kept_and_the_note_says_what_was_tried(
 ) -> None:
     candidates(slow=sleeping(0.05), fast=sleeping(0.01))
     monkeypatch.setitem(best.CANDIDATES, "cpu", ("slow", "fast"))  # a loop of milliseconds wins
-    own, x = tiny_models(2), torch.randn(1, 3, 8, 8)
-    built = strategies.make("best", own, x)
+    models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
+    built = strategies.make("best", models, x)
     assert built.choice is not None
     assert built.choice.name == "fast"
     assert built.choice.note.startswith("picked fast (tried: slow ")
     assert built.note == "sleeps 0.01 s"
     assert 0.1 < built.choice.seconds < 5
-    torch.testing.assert_close(built.forward(x), independent(own, x))
+    torch.testing.assert_close(built.forward(x), independent(models, x))
 
 
 def test_where_nothing_is_faster_it_is_the_loop(candidates: Callable[..., None]) -> None:
@@ -97,9 +97,9 @@ def test_a_fast_one_that_is_wrong_is_out_with_the_reason(candidates: Callable[..
         return Built(lambda x: torch.zeros(len(models), len(x), 5))
 
     candidates(wrong=wrong)
-    own = tiny_models(2)
+    models = tiny_models(2)
     for x in (torch.randn(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)):
-        built = strategies.make("best", own, x)
+        built = strategies.make("best", models, x)
         assert built.choice is not None
         assert built.choice.name == "loop"
         assert "wrong: outputs disagree: model 0 is off by 1.0e+00" in built.choice.note
@@ -120,26 +120,29 @@ def test_a_model_that_cannot_be_traced_is_run_by_the_loop() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if x.sum() > 0 else super().forward(-x)
 
-    own: list[nn.Module] = [Branching().eval() for _ in range(2)]
+    models: list[nn.Module] = [Branching().eval() for _ in range(2)]
     x = torch.randn(1, 3, 8, 8)
-    built = strategies.make("best", own, x)
+    built = strategies.make("best", models, x)
     assert built.choice is not None
     assert built.choice.name == "loop"
     assert "lowered_vmap: torch.fx cannot trace this model" in built.choice.note
-    torch.testing.assert_close(built.forward(x), independent(own, x))
+    torch.testing.assert_close(built.forward(x), independent(models, x))
 
 
 def test_models_that_differ_are_run_by_the_loop_or_one_after_another() -> None:
-    own: list[nn.Module] = [*tiny_models(1), torchvision.models.squeezenet1_1(num_classes=5).eval()]
+    models: list[nn.Module] = [
+        *tiny_models(1),
+        torchvision.models.squeezenet1_1(num_classes=5).eval(),
+    ]
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(
-        ensemble.build("best", own, x)(x), independent(own, x), rtol=1e-4, atol=1e-5
+        ensemble.build("best", models, x)(x), independent(models, x), rtol=1e-4, atol=1e-5
     )
 
 
 def test_best_is_what_users_take_home() -> None:
     torch.manual_seed(0)
-    own = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(2)]
-    built = strategies.make("best", own, torch.zeros(1, 3, 64, 64))
+    models = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(2)]
+    built = strategies.make("best", models, torch.zeros(1, 3, 64, 64))
     x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(built.forward(x), independent(own, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(built.forward(x), independent(models, x), rtol=1e-4, atol=1e-4)

@@ -118,8 +118,7 @@ def test_calls_from_several_threads_do_not_mix(name: str, num_models: int) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("num_models", [2, 3])
+@pytest.mark.parametrize(("name", "num_models"), [*zip(NAMES, (2, 3), strict=True)])
 def test_a_process_that_is_forked_after_a_call_can_call_too(name: str, num_models: int) -> None:
     program = """
 import os, sys, torch, ensemble

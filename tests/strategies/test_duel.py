@@ -69,8 +69,8 @@ def real_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("order", [("slow", "fast"), ("fast", "slow")])
 def test_the_fastest_wins_by_three_percent_whichever_comes_first(order: tuple[str, ...]) -> None:
     machine = Machine()
-    own = {"slow": machine.candidate(0.0515), "fast": machine.candidate(0.05)}
-    found = machine.fastest({name: own[name] for name in order})
+    candidates = {"slow": machine.candidate(0.0515), "fast": machine.candidate(0.05)}
+    found = machine.fastest({name: candidates[name] for name in order})
     assert found.name == "fast"
     assert found.times_s == pytest.approx({"slow": 0.0515, "fast": 0.05})
 
@@ -84,14 +84,14 @@ def test_of_equals_the_first_stays() -> None:
 
 def test_a_machine_that_slows_down_meanwhile_hits_both_alike() -> None:
     machine = Machine(lambda call: 1.0 + call / 20)
-    own = {"slow": machine.candidate(0.055), "fast": machine.candidate(0.05)}
-    assert machine.fastest(own).name == "fast"
+    candidates = {"slow": machine.candidate(0.055), "fast": machine.candidate(0.05)}
+    assert machine.fastest(candidates).name == "fast"
 
 
 def test_a_single_slow_call_does_not_decide() -> None:
     machine = Machine(lambda call: 3.0 if call % 7 == 0 else 1.0)
-    own = {"slow": machine.candidate(0.055), "fast": machine.candidate(0.05)}
-    assert machine.fastest(own).name == "fast"
+    candidates = {"slow": machine.candidate(0.055), "fast": machine.candidate(0.05)}
+    assert machine.fastest(candidates).name == "fast"
 
 
 def test_one_that_is_clearly_behind_costs_two_pairs_and_a_close_one_a_second() -> None:
@@ -111,8 +111,8 @@ def test_a_duel_takes_about_a_third_of_a_second(call_s: float) -> None:
 
 def test_candidates_that_raise_or_disagree_are_out_with_their_reason() -> None:
     machine = Machine()
-    own = {"first": broken, "wrong": machine.candidate(0.01, label=2.0)}
-    found = machine.fastest({**own, "third": machine.candidate(0.05), "last": broken})
+    candidates = {"first": broken, "wrong": machine.candidate(0.01, label=2.0)}
+    found = machine.fastest({**candidates, "third": machine.candidate(0.05), "last": broken})
     assert found.name == "third"
     assert found.tried == ("first: no such device; wrong: outputs disagree; last: no such device")
 
@@ -125,7 +125,7 @@ def test_where_all_raise_the_error_is_the_first_ones() -> None:
 def test_never_more_than_two_are_held_and_in_the_end_one() -> None:
     machine = Machine()
     times = (0.05, 0.04, 0.06, 0.03, 0.031)
-    found = machine.fastest({str(own): machine.candidate(own) for own in times})
+    found = machine.fastest({str(seconds): machine.candidate(seconds) for seconds in times})
     assert found.name == "0.03"
     assert machine.most_alive == 2
     assert len(machine.alive) == 1
@@ -133,8 +133,8 @@ def test_never_more_than_two_are_held_and_in_the_end_one() -> None:
 
 def test_when_time_is_over_no_further_one_is_begun() -> None:
     machine = Machine()
-    own = {name: machine.candidate(0.05, build_s=5.0) for name in ("a", "b", "c")}
-    found = machine.fastest(own, seconds=8.0)
+    candidates = {name: machine.candidate(0.05, build_s=5.0) for name in ("a", "b", "c")}
+    found = machine.fastest(candidates, seconds=8.0)
     assert list(found.build_s) == ["a", "b"]
     assert found.tried.endswith("; c: not tried after 8 s (--tune_seconds)")
 
@@ -142,9 +142,9 @@ def test_when_time_is_over_no_further_one_is_begun() -> None:
 def test_where_memory_is_short_no_further_one_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duel, "available_bytes", lambda device: 10**9)
     machine = Machine()
-    own = {name: machine.candidate(0.05) for name in ("a", "b")}
-    assert machine.fastest(own, bytes_each=10**9).out == {}
-    found = machine.fastest(own, bytes_each=2 * 10**9)
+    candidates = {name: machine.candidate(0.05) for name in ("a", "b")}
+    assert machine.fastest(candidates, bytes_each=10**9).out == {}
+    found = machine.fastest(candidates, bytes_each=2 * 10**9)
     assert found.tried == "b: not tried: may take 2.0 GB, 1.0 GB are left"
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ensemble
 from ensemble import strategies
 from ensemble.models import stacking
-from ensemble.ops import lower
+from ensemble.ops import lowering
 from ensemble.passes.folding import folded
 from ensemble.passes.operators import with_operators
 from ensemble.strategies import lowered
@@ -28,7 +28,10 @@ def in_float64(models: Sequence[nn.Module], x: Tensor) -> Tensor:
     inputs = x.double() if x.dim() == 5 else [x.double()] * len(models)
     with torch.no_grad():
         return torch.stack(
-            [copy.deepcopy(model).double()(own) for model, own in zip(models, inputs, strict=True)]
+            [
+                copy.deepcopy(model).double()(batch)
+                for model, batch in zip(models, inputs, strict=True)
+            ]
         )
 
 
@@ -130,7 +133,7 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> No
     operators = with_operators(copies[0], x)
     mapped = torch.vmap(stacking.stateless(operators), in_dims=(0, None))
     with torch.inference_mode():
-        found = lower.lower(mapped, state, x, threads=2)
+        found = lowering.lower(mapped, state, x, threads=2)
     assert not state
     called = [node.op for node in found.forward.graph.nodes]
     assert called == ["placeholder", "call_module", "call_function", "output"]
@@ -139,9 +142,7 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> No
 
 
 @pytest.mark.filterwarnings("ignore:.*batching rule")  # as_strided_, of a channels-last mean
-@pytest.mark.parametrize(
-    "arch", ["resnext50_32x4d", "wide_resnet50_2", "vgg11_bn", "mobilenet_v2", "densenet121"]
-)
+@pytest.mark.parametrize("arch", ["resnext50_32x4d", "vgg11_bn", "mobilenet_v2", "densenet121"])
 def test_other_architectures_take_plain_rules_where_there_is_no_kernel(arch: str) -> None:
     models = [lively(arch, index) for index in range(2)]
     x = torch.randn(1, 3, 64, 64)

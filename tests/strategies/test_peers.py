@@ -1,10 +1,11 @@
-"""Other runtimes get each model's own weights."""
+"""Other runtimes get each model's own weights, and are refused where they compute another thing."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ensemble
+from ensemble.errors import UnavailableError
 from tests.tiny import independent
 
 
@@ -29,3 +30,33 @@ def test_what_is_made_of_weights_alone_is_made_of_each_models_own(name: str) -> 
     x = torch.randn(1, 3, 8, 8)
     found = ensemble.build(name, models, x)(x)
     torch.testing.assert_close(found, independent(models, x), rtol=1e-4, atol=1e-4)
+
+
+class ConvolvedConstant(nn.Module):
+    """OpenVINO writes the difference over the convolved constant, which the next call reads."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.place = nn.Parameter(torch.randn(1, 3, 8, 8))
+        self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(self.place) - x).flatten(1)
+
+
+@pytest.mark.filterwarnings("ignore")  # of other people's packages
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_runtime_is_right_at_every_call_or_refused(name: str) -> None:
+    pytest.importorskip("onnxscript" if name == "onnxruntime" else name)
+    models: list[nn.Module] = [ConvolvedConstant(k).eval().requires_grad_(False) for k in range(3)]
+    x = torch.randn(1, 3, 8, 8)
+    try:
+        forward = ensemble.build(name, models, x)
+    except UnavailableError as refusal:
+        assert "converted, these models compute something else" in str(refusal)  # noqa: PT017
+        return
+    for images in torch.randn(4, 1, 3, 8, 8):
+        torch.testing.assert_close(
+            forward(images), independent(models, images), rtol=1e-4, atol=1e-4
+        )

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models.resnet import BasicBlock
 
 import ensemble
 from ensemble import strategies
@@ -90,10 +91,10 @@ def test_resnets_give_the_logits_of_the_models_themselves(
 ) -> None:
     models = resnets(arch)
     x = torch.randn((2, 1, 3, 32, 32) if per_model else (1, 3, 32, 32))
-    own = built(name, models, x)
-    assert largest_error(own.forward(x), independent(models, x)) < 1e-5
+    made = built(name, models, x)
+    assert largest_error(made.forward(x), independent(models, x)) < 1e-5
     if name in PEERS:
-        assert own.note.startswith("setting: ")
+        assert made.note.startswith("setting: ")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
     # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode(), torch.device("cuda"):
-        template = torchvision.models.resnet18(num_classes=7).eval()
+        template = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7).eval()
         models = stacking.allocate(template, 3, device=torch.device("cuda"), dtype=dtype)
         x = torch.empty((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64), dtype=dtype)
         logits = ensemble.build(name, models, x)(x)

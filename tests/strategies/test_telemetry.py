@@ -84,6 +84,7 @@ def child(body: str) -> str:
     return f"{FILTER}\nfiltered = forbid_internet_sockets()\n{WATCH}\n{body}\n{REPORT}"
 
 
+@pytest.mark.slow
 def test_a_run_of_all_peers_reaches_nobody_and_leaves_nothing_in_the_home(tmp_path: Path) -> None:
     names = [name for name, package in PEERS.items() if installed(package)]
     if not names:

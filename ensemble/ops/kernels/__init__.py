@@ -57,8 +57,8 @@ def pack(weight: Tensor, kind: Kind) -> Tensor:
     like, fill = empty_packed(weight, kind), KERNELS[kind].pack
     packed = in_large_pages(like.nbytes).view(like.dtype).view(like.shape)
     assert fill is not None, kind
-    for own, target in zip(weight, packed, strict=True):
-        fill(own, target)
+    for source, target in zip(weight, packed, strict=True):
+        fill(source, target)
     return packed
 
 

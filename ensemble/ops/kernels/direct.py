@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # numba finds the types of these functions, from the arguments of `run`.
-"""A convolution as matrix products of gathered rows and packed weights, in floats or pairs.
+"""A convolution as matrix products of gathered rows and packed weights, in float32 or bfloat16.
 
 The idea of gathering by blocks: Dukhan, The Indirect Convolution Algorithm, arXiv 1907.02129.
 """
@@ -15,22 +15,23 @@ from ensemble.ops.operation import Geometry
 from ensemble.ops.products import ADD_OTHER, RELU, START_FROM_C
 from ensemble.ops.simd import (
     FLOAT_BYTES,
-    HAS_PAIRS,
+    HAS_BF16_DOT,
     MAX_ROWS,
     PANEL,
     VECTOR_BYTES,
     WIDTH,
     load,
     load_float,
-    pair,
     splat,
     store,
     store_float,
+    to_bf16,
 )
 
 DEPTH = 1024  # of a product at a time: a panel of it and its rows fit a core's cache
 GROUP_BYTES = 256 * 1024  # rows that are gathered at a time
-FLOATS, PAIRS = 1, 2  # variants: how many numbers make a factor of the product
+PANEL_BYTES = PANEL * FLOAT_BYTES
+FLOATS, BF16 = 1, 2  # variants: how many numbers make a factor of the product
 
 
 def is_planar(geometry: Geometry) -> bool:
@@ -44,9 +45,9 @@ def _can_run(geometry: Geometry) -> bool:
     return gathered and geometry.out_channels % PANEL == 0 and geometry.groups == 1
 
 
-def _can_run_pairs(geometry: Geometry) -> bool:
+def _can_run_bf16(geometry: Geometry) -> bool:
     whole = is_planar(geometry) or geometry.channels % (2 * WIDTH) == 0
-    return HAS_PAIRS and whole and _can_run(geometry)
+    return HAS_BF16_DOT and whole and _can_run(geometry)
 
 
 def _cost(geometry: Geometry, at_once: int = FLOATS) -> float:
@@ -55,8 +56,8 @@ def _cost(geometry: Geometry, at_once: int = FLOATS) -> float:
     return cost(products=pixels * factors // at_once, weight_bytes=4 * factors // at_once)
 
 
-def _cost_pairs(geometry: Geometry) -> float:
-    return _cost(geometry, PAIRS)
+def _cost_bf16(geometry: Geometry) -> float:
+    return _cost(geometry, BF16)
 
 
 def _scratch_bytes(geometry: Geometry) -> int:
@@ -77,11 +78,11 @@ def _empty(weight: Tensor) -> Tensor:
     return weight.new_empty(num_models, out_channels // PANEL, depth, PANEL, dtype=torch.float32)
 
 
-def _empty_pairs(weight: Tensor) -> Tensor:
+def _empty_bf16(weight: Tensor) -> Tensor:
     """`(N, K / PANEL, R * S * C / 2, PANEL, 2)`, of an odd depth one more, with zeros."""
     num_models, out_channels, *rest = weight.shape
-    pairs = -(-rest[0] * rest[1] * rest[2] // 2)
-    shape = (num_models, out_channels // PANEL, pairs, PANEL, 2)
+    half = -(-rest[0] * rest[1] * rest[2] // 2)
+    shape = (num_models, out_channels // PANEL, half, PANEL, 2)
     return weight.new_empty(shape, dtype=torch.bfloat16)
 
 
@@ -90,7 +91,7 @@ def _pack(weight: Tensor, target: Tensor) -> None:
         target[panel].copy_(_factors(rows))
 
 
-def _pack_pairs(weight: Tensor, target: Tensor) -> None:
+def _pack_bf16(weight: Tensor, target: Tensor) -> None:
     for panel, rows in enumerate(weight.split(PANEL)):
         factors = _factors(rows)
         even = functional.pad(factors, (0, 0, 0, len(factors) % 2))
@@ -107,7 +108,7 @@ def _as_it_is(low, high):
     return low
 
 
-_pair = pair if HAS_PAIRS else _as_it_is
+_to_bf16 = to_bf16 if HAS_BF16_DOT else _as_it_is
 
 
 @jit
@@ -115,10 +116,10 @@ def _gather(step, x, a, first, rows, k, depth):
     """Pack `depth` factors, from the k-th on, of `rows` output pixels, from the first on.
 
     A factor is an input channel of a tap of the kernel, in the order (kernel_y, kernel_x, channel),
-    or a pair of them.
+    or two of them in bfloat16.
     """
-    pairs = step.variant == PAIRS
-    at_once = 2 if pairs else 1
+    bf16 = step.variant == BF16
+    at_once = 2 if bf16 else 1
     pixels = step.out_height * step.out_width
     for row in range(rows):
         image, pixel = divmod(first + row, pixels)
@@ -136,7 +137,7 @@ def _gather(step, x, a, first, rows, k, depth):
                 source = x + (position * step.channels + channel) * FLOAT_BYTES
                 for index in range(run):
                     at = source + index * at_once * VECTOR_BYTES
-                    value = _pair(load(at), load(at + VECTOR_BYTES)) if pairs else load(at)
+                    value = _to_bf16(load(at), load(at + VECTOR_BYTES)) if bf16 else load(at)
                     store(target + index * rows * VECTOR_BYTES, value)
             else:
                 for index in range(run):
@@ -173,7 +174,7 @@ def _gather_narrow(step, padded, a, first, rows, line):
 
     Runs are copied in whole vectors, each next one over the surplus of the one before.
     """
-    pairs = step.variant == PAIRS
+    bf16 = step.variant == BF16
     height, width = step.height + 2 * step.pad_y, step.width + 2 * step.pad_x
     run = step.kernel_x * step.channels
     pixels = step.out_height * step.out_width
@@ -188,10 +189,10 @@ def _gather_narrow(step, padded, a, first, rows, line):
             for index in range(ceil(run, WIDTH)):
                 store(target + index * VECTOR_BYTES, load(source + index * VECTOR_BYTES))
         total = step.kernel_y * run
-        store_float(line + total * FLOAT_BYTES, np.float32(0))  # what makes an odd one a pair
-        for block in range(ceil(total, 2 * WIDTH if pairs else WIDTH)):
-            at = line + block * (2 * VECTOR_BYTES if pairs else VECTOR_BYTES)
-            value = _pair(load(at), load(at + VECTOR_BYTES)) if pairs else load(at)
+        store_float(line + total * FLOAT_BYTES, np.float32(0))  # what makes an odd total even
+        for block in range(ceil(total, 2 * WIDTH if bf16 else WIDTH)):
+            at = line + block * (2 * VECTOR_BYTES if bf16 else VECTOR_BYTES)
+            value = _to_bf16(load(at), load(at + VECTOR_BYTES)) if bf16 else load(at)
             store(a + (block * rows + row) * VECTOR_BYTES, value)
 
 
@@ -200,11 +201,11 @@ def _gather_rows(step, x, padded, line, rows_at, first, count, rows, k, depth):
     """The factors from the k-th on of `count` output pixels, in blocks of `rows`."""
     whole = ceil(depth, WIDTH) * VECTOR_BYTES
     for row in range(0, count, rows):
-        own, target = min(rows, count - row), rows_at + row * whole
+        block, target = min(rows, count - row), rows_at + row * whole
         if padded != 0:
-            _gather_narrow(step, padded, target, first + row, own, line)
+            _gather_narrow(step, padded, target, first + row, block, line)
         else:
-            _gather(step, x, target, first + row, own, k, depth)
+            _gather(step, x, target, first + row, block, k, depth)
 
 
 @jit_within
@@ -212,45 +213,45 @@ def _multiply_rows(step, rows_at, factors, out, other, start, count, rows, depth
     """Gathered rows times one panel of weights; `out` and `other` are the first pixel's."""
     whole = ceil(depth, WIDTH) * VECTOR_BYTES
     row_bytes = step.out_channels * FLOAT_BYTES
+    bf16 = step.variant == BF16
     for row in range(0, count, rows):
-        own, place = min(rows, count - row), row * row_bytes
-        a = rows_at + row * whole
-        multiply(
-            step.variant == PAIRS,
-            own,
-            a,
-            factors,
-            out + place,
-            row_bytes,
-            depth,
-            start,
-            other + place,
-            flags,
-            ahead,
-        )
+        block, place = min(rows, count - row), row * row_bytes
+        a, c, added = rows_at + row * whole, out + place, other + place
+        multiply(bf16, block, a, factors, c, row_bytes, depth, start, added, flags, ahead)
+
+
+@jit
+def _plan(step, parts):
+    """Factors of a pixel, of which so many at a time; pixels in so many groups; deal out panels?
+
+    Where the groups are few, each part gathers all pixels and multiplies by its share of panels.
+    """
+    total = step.kernel_y * step.kernel_x * step.channels
+    planar = step.channels % WIDTH != 0
+    total = ceil(total, step.variant)
+    pixels = step.images * step.out_height * step.out_width
+    longest = ceil(total, WIDTH) * WIDTH if planar else min(total, DEPTH)
+    group = max(1, GROUP_BYTES // (longest * FLOAT_BYTES) // MAX_ROWS) * MAX_ROWS
+    groups = ceil(pixels, group)
+    group = min(group, ceil(ceil(pixels, groups), MAX_ROWS) * MAX_ROWS)  # of whole blocks
+    groups = ceil(pixels, group)
+    by_panels = groups < 4 * parts and step.out_channels // PANEL >= parts
+    return total, longest, group, groups, by_panels
 
 
 @jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
     """Groups of pixels, for each the depth in pieces: gather once, then all panels of weights.
 
-    weight is `(out_channels / PANEL, depth, PANEL)`. A factor of the depth is a float, or a pair of
-    bfloat16, of the same size.
+    weight is `(out_channels / PANEL, depth, PANEL)`. A factor of the depth is a float, or two
+    bfloat16 of the same size.
     """
     planar = step.channels % WIDTH != 0
-    total = step.kernel_y * step.kernel_x * step.channels
-    line_vectors = ceil(total, WIDTH) + 2
-    total = ceil(total, step.variant)
+    total, longest, group, groups, by_panels = _plan(step, parts)
     pixels = step.images * step.out_height * step.out_width
-    panels = step.out_channels // PANEL
-    longest = ceil(total, WIDTH) * WIDTH if planar else min(total, DEPTH)
-    group = max(1, GROUP_BYTES // (longest * FLOAT_BYTES) // MAX_ROWS) * MAX_ROWS
-    groups = ceil(pixels, group)
-    group = min(group, ceil(ceil(pixels, groups), MAX_ROWS) * MAX_ROWS)  # of whole blocks
-    groups = ceil(pixels, group)
-    by_panels = groups < 4 * parts and panels >= parts
     group_part, group_parts = (0, 1) if by_panels else (part, parts)
     panel_part, panel_parts = (part, parts) if by_panels else (0, 1)
+    line_vectors = ceil(step.kernel_y * step.kernel_x * step.channels, WIDTH) + 2
     rows_at = scratch + line_vectors * VECTOR_BYTES
     padded = rows_at + group * longest * FLOAT_BYTES if planar else 0
     if planar:
@@ -265,27 +266,15 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
             flags = 0 if k == 0 else START_FROM_C
             if k + depth == total:
                 flags += (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
-            for panel in range(panel_part, panels, panel_parts):
-                place = (first * step.out_channels + panel * PANEL) * FLOAT_BYTES
-                factors = weight + (panel * total + k) * PANEL * FLOAT_BYTES
-                start = bias + panel * PANEL * FLOAT_BYTES
-                ahead = panel_parts * total * PANEL * FLOAT_BYTES
-                _multiply_rows(
-                    step,
-                    rows_at,
-                    factors,
-                    out + place,
-                    other + place,
-                    start,
-                    count,
-                    rows,
-                    depth,
-                    flags,
-                    ahead,
-                )
+            ahead = panel_parts * total * PANEL_BYTES
+            for panel in range(panel_part, step.out_channels // PANEL, panel_parts):
+                place = first * step.out_channels * FLOAT_BYTES + panel * PANEL_BYTES
+                c, added, start = out + place, other + place, bias + panel * PANEL_BYTES
+                b = weight + (panel * total + k) * PANEL_BYTES
+                _multiply_rows(step, rows_at, b, c, added, start, count, rows, depth, flags, ahead)
 
 
 DIRECT = Kernel(_body, _can_run, _scratch_bytes, FLOATS, _empty, _pack, _cost)
-DIRECT_PAIRS = Kernel(
-    _body, _can_run_pairs, _scratch_bytes, PAIRS, _empty_pairs, _pack_pairs, _cost_pairs
+DIRECT_BF16 = Kernel(
+    _body, _can_run_bf16, _scratch_bytes, BF16, _empty_bf16, _pack_bf16, _cost_bf16
 )

@@ -120,10 +120,10 @@ def _copy_strip(step, image, channel, planes, first_y, lines, phase_width, strip
     """
     pixel_bytes = step.channels * FLOAT_BYTES
     plane_bytes = lines * phase_width * step.stride_x * VECTOR_BYTES
-    own = image + channel * FLOAT_BYTES
+    first = image + channel * FLOAT_BYTES
     target = strip
     for y in range(first_y, first_y + lines):
-        source = own + y * step.width * pixel_bytes
+        source = first + y * step.width * pixel_bytes
         inside = 0 <= y < step.height
         for phase in range(step.stride_x):
             for column in range(phase_width):
@@ -163,19 +163,23 @@ def _convolve_strip(step, strip, line_bytes, offsets, taps, factors, start, othe
         for first in range(0, step.out_width, pixels):
             x0 = min(first, step.out_width - pixels)
             place = (row * step.out_width + x0) * pixel_bytes
-            _convolve(
-                lanes,
-                pixels,
-                line + x0 * VECTOR_BYTES,
-                offsets,
-                taps,
-                factors,
-                out + place,
-                pixel_bytes,
-                start,
-                other + place,
-                flags,
-            )
+            a, c, added = line + x0 * VECTOR_BYTES, out + place, other + place
+            _convolve(lanes, pixels, a, offsets, taps, factors, c, pixel_bytes, start, added, flags)
+
+
+@jit
+def _plan(step, planes):
+    """How wide is a column phase, how high a strip, of how many lines of input, in how many strips?
+
+    `planes` of a strip fit `STRIP_BYTES`, unless one line of outputs needs more.
+    """
+    phase_width = ceil(step.width + 2 * step.pad_x, step.stride_x)
+    line_bytes = phase_width * step.stride_x * VECTOR_BYTES
+    reach = (step.kernel_y - 1) * step.dilation_y + 1
+    most = (STRIP_BYTES // (planes * line_bytes) - reach) // step.stride_y + 1
+    strips = ceil(step.out_height, max(1, min(most, step.out_height)))
+    rows = ceil(step.out_height, strips)
+    return phase_width, rows, (rows - 1) * step.stride_y + reach, strips
 
 
 @jit
@@ -189,14 +193,9 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
     at_once = planes * _blocks_at_once(step.channels // (planes * WIDTH), planes)
     blocks = step.channels // (at_once * WIDTH)
     vectors = step.out_channels // WIDTH // blocks
-    own_vectors = vectors * planes // at_once  # that read the same planes
-    phase_width = ceil(step.width + 2 * step.pad_x, step.stride_x)
+    readers = vectors * planes // at_once  # vectors of outputs that read the same planes
+    phase_width, rows, lines, strips = _plan(step, at_once)
     line_bytes = phase_width * step.stride_x * VECTOR_BYTES
-    reach = (step.kernel_y - 1) * step.dilation_y + 1
-    most = (STRIP_BYTES // (at_once * line_bytes) - reach) // step.stride_y + 1
-    strips = ceil(step.out_height, max(1, min(most, step.out_height)))
-    rows = ceil(step.out_height, strips)
-    lines = (rows - 1) * step.stride_y + reach
     taps = step.kernel_y * step.kernel_x * planes
     table = np.empty(taps, np.int64)
     _find_taps(step, planes, lines, phase_width, table)
@@ -207,27 +206,17 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
         image, strip = divmod(place, strips)
         y0 = min(strip * rows, step.out_height - rows)
         first_y, channel = y0 * step.stride_y - step.pad_y, block * at_once * WIDTH
-        own = x + image * image_bytes
-        _copy_strip(step, own, channel, at_once, first_y, lines, phase_width, scratch)
+        source = x + image * image_bytes
+        _copy_strip(step, source, channel, at_once, first_y, lines, phase_width, scratch)
         for vector in range(block * vectors, (block + 1) * vectors):
             pixel = (image * step.out_height + y0) * step.out_width
             at = (pixel * step.out_channels + vector * WIDTH) * FLOAT_BYTES
             added = other + at if other != 0 else 0
             factors = weight + vector * taps * min(share, WIDTH) * VECTOR_BYTES
             start = bias + vector * VECTOR_BYTES
-            plane = (vector - block * vectors) // own_vectors * planes
-            _convolve_strip(
-                step,
-                scratch + plane * lines * line_bytes,
-                line_bytes,
-                offsets,
-                taps,
-                factors,
-                start,
-                added,
-                out + at,
-                rows,
-            )
+            plane = (vector - block * vectors) // readers * planes
+            read, c = scratch + plane * lines * line_bytes, out + at
+            _convolve_strip(step, read, line_bytes, offsets, taps, factors, start, added, c, rows)
 
 
 GROUPED = Kernel(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _cost)

@@ -11,7 +11,7 @@ from numba import njit
 
 from ensemble.ops.operation import Geometry
 from ensemble.ops.products import multiply_rows
-from ensemble.ops.simd import HAS_PAIRS, MAX_ROWS, stand_alone
+from ensemble.ops.simd import HAS_BF16_DOT, MAX_ROWS, stand_alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,16 +90,16 @@ def ceil(value: int, divisor: int) -> int:
 
 
 def _make_multiply() -> Any:
-    """`multiply(pairs, rows, ...)`: the product of floats or of pairs for that many rows, one
-    branch for each. Where the CPU knows no pairs, no step has any."""
+    """`multiply(bf16, rows, ...)`: the product of float32 or of bfloat16 for that many rows, one
+    branch for each. Where the CPU does not multiply bfloat16, no step does."""
     arguments = "a, b, c, c_stride, depth, start, other, flags, ahead"
-    lines = [f"def multiply(pairs, rows, {arguments}):", "    stand_alone()"]
+    lines = [f"def multiply(bf16, rows, {arguments}):", "    stand_alone()"]
     scope = {"stand_alone": stand_alone}
-    for pairs in (False, True) if HAS_PAIRS else (False,):
+    for bf16 in (False, True) if HAS_BF16_DOT else (False,):
         for rows in range(1, MAX_ROWS + 1):
-            name = f"product_{rows}_{pairs}"
-            scope[name] = multiply_rows(rows, pairs=pairs)
-            lines.append(f"    if pairs == {pairs} and rows == {rows}:")
+            name = f"product_{rows}_{bf16}"
+            scope[name] = multiply_rows(rows, bf16=bf16)
+            lines.append(f"    if bf16 == {bf16} and rows == {rows}:")
             lines.append(f"        return {name}({arguments})")
     exec("\n".join(lines), scope)
     return scope["multiply"]

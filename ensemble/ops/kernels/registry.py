@@ -1,6 +1,6 @@
 """The kernels by kind: a new one is a file in this folder, and a line here and in `Kind`."""
 
-from ensemble.ops.kernels.direct import DIRECT, DIRECT_PAIRS
+from ensemble.ops.kernels.direct import DIRECT, DIRECT_BF16
 from ensemble.ops.kernels.grouped import GROUPED
 from ensemble.ops.kernels.head import HEAD
 from ensemble.ops.kernels.pooling import MAX_POOL
@@ -10,7 +10,7 @@ from ensemble.ops.operation import Kind
 
 KERNELS = {
     Kind.DIRECT: DIRECT,
-    Kind.DIRECT_PAIRS: DIRECT_PAIRS,
+    Kind.DIRECT_BF16: DIRECT_BF16,
     Kind.WINOGRAD_2: WINOGRAD_2,
     Kind.WINOGRAD_4: WINOGRAD_4,
     Kind.MAX_POOL: MAX_POOL,

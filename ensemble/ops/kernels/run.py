@@ -95,6 +95,50 @@ def team_size(left, parts):
     return best
 
 
+@jit_within
+def _take(steps, arenas, scratches, state, model, part, size, team, arrivals):
+    """One model through all steps, by a team of `size` threads: each step begins when all have
+    arrived. By one (team -1) there is nobody to wait for. The arrivals, or -1 where the call is
+    over before its time."""
+    arena, member, members = arenas[part], 0, 1
+    if team >= 0:
+        arena, member, members = arenas[team * size], part % size, size
+    for index in range(len(steps)):
+        if team >= 0:
+            arrivals += size
+            if not _wait(state, state + 8 * (ARRIVALS + team), arrivals):
+                return -1
+        _execute(steps[index], model, arena, scratches[part], member, members)
+    return arrivals
+
+
+@jit_within
+def _run(steps, arenas, scratches, state, part, parts, num_models):
+    """Take models through all steps until none is left: first each thread by itself; when fewer
+    are left than threads, in teams that use the arena of their first member."""
+    alone = num_models // parts * parts
+    size = team_size(max(1, num_models - alone), parts)
+    teams, team, arrivals = parts // size, part // size, 0
+    model = fetch_add(state + 8 * BEGUN, 1)
+    together = model >= alone
+    if together:
+        model = alone + team
+    # A thread that no whole team is left for has nothing to share.
+    while model < num_models and load_shared(state + 8 * STOP) == 0:
+        if together and team >= teams:
+            return
+        teammates = team if together else -1
+        arrivals = _take(steps, arenas, scratches, state, model, part, size, teammates, arrivals)
+        if arrivals < 0:
+            return
+        if together:
+            model += teams
+        else:
+            model = fetch_add(state + 8 * BEGUN, 1)
+            if model >= alone:
+                model, together = alone + team, True
+
+
 def _make_run(sources: str) -> Any:
     """`run`, compiled once and kept on disk as long as `sources` stay what they are.
 
@@ -103,40 +147,13 @@ def _make_run(sources: str) -> Any:
     """
 
     def run(steps, arenas, scratches, state, part, parts, num_models):
-        """Take models through all steps until none is left; called once by each of `parts` threads.
-
-        First each thread takes models by itself. When fewer are left than threads, threads share
-        them step by step, in teams that use the arena of their first member.
+        """All models through all steps; called once by each of `parts` threads.
 
         arenas, scratches: an address for each part. state: the address of `ARRIVALS + parts`
         integers that are 0 when the first part starts. Once STOP is not 0 every part leaves early.
         """
         sources  # noqa: B018
-        alone = num_models // parts * parts
-        size = team_size(max(1, num_models - alone), parts)
-        teams, team, arrivals = parts // size, part // size, 0
-        model = fetch_add(state + 8 * BEGUN, 1)
-        together = model >= alone
-        if together:
-            model = alone + team
-        # A thread that no whole team is left for has nothing to share.
-        while model < num_models and load_shared(state + 8 * STOP) == 0:
-            if together and team >= teams:
-                return
-            for index in range(len(steps)):
-                arena, member, members = arenas[part], 0, 1
-                if together:
-                    arena, member, members = arenas[team * size], part % size, size
-                    arrivals += size
-                    if not _wait(state, state + 8 * (ARRIVALS + team), arrivals):
-                        return
-                _execute(steps[index], model, arena, scratches[part], member, members)
-            if together:
-                model += teams
-            else:
-                model = fetch_add(state + 8 * BEGUN, 1)
-                if model >= alone:
-                    model, together = alone + team, True
+        _run(steps, arenas, scratches, state, part, parts, num_models)
 
     options = {"nogil": True, "error_model": "numpy"}
     try:

@@ -69,13 +69,13 @@ def _empty(weight: Tensor) -> Tensor:
 
 def _pack(weight: Tensor, target: Tensor) -> None:
     """Summed in float64; in the order in which `_multiply_unit` reads them."""
-    for pair, rows in enumerate(weight.split(2 * PANEL)):
+    for two, rows in enumerate(weight.split(2 * PANEL)):
         (b11, b12), (b21, b22) = (
             half.split(PANEL, 1) for half in rows.flatten(1).double().mT.chunk(2)
         )
         sums = b11 + b22, b21 - b11, b11, b21 + b22, b12 - b22, b22, b11 + b12
         for product, operand in enumerate(sums):
-            target[pair, product].copy_(operand)
+            target[two, product].copy_(operand)
 
 
 def _make_multiply() -> Any:
@@ -178,7 +178,7 @@ def _multiply_unit(
 def _multiply_group(
     step, operands, unit_bytes, tiles, factors, bias, out, other, first, end, unit, following
 ):
-    """All pixels of a group times a pair of panels: each operand of weights is read once.
+    """All pixels of a group times two panels: each operand of weights is read once.
 
     What will be read next is fetched meanwhile: the next weights, or the pixels from `following` on
     (0: none), in two products of a unit as much as it reads.
@@ -216,48 +216,48 @@ def _multiply_group(
 
 
 @jit
+def _plan(step, parts):
+    """Pixels of a unit; units in so many groups; deal out the panels, and not the groups?"""
+    unit_bytes = OPERANDS * MAX_ROWS * step.channels // 2 * FLOAT_BYTES
+    pixels = step.images * step.out_height * step.out_width
+    unit = ceil(pixels, ceil(pixels, 2 * MAX_ROWS))
+    units = ceil(pixels, unit)
+    groups = ceil(units, max(1, GROUP_BYTES // unit_bytes))
+    by_panels = groups < 4 * parts and step.out_channels // PANEL // 2 >= parts
+    if parts > 1 and not by_panels:
+        groups = max(groups, min(units, 4 * parts))
+    return unit, groups, by_panels
+
+
+@jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
-    """Groups of units of pixels; for each, all pairs of panels.
+    """Groups of units of pixels; for each, all panels, two at a time.
 
     weight is `(out_channels / PANEL / 2, 7, channels / 2, PANEL)`.
     """
     half = step.channels // 2
     unit_bytes = OPERANDS * MAX_ROWS * half * FLOAT_BYTES
     pixels = step.images * step.out_height * step.out_width
-    pairs = step.out_channels // PANEL // 2
-    unit = ceil(pixels, ceil(pixels, 2 * MAX_ROWS))
-    units = ceil(pixels, unit)
-    groups = ceil(units, max(1, GROUP_BYTES // unit_bytes))
-    by_pairs = groups < 4 * parts and pairs >= parts
-    if not by_pairs:
-        groups = max(groups, min(units, 4 * parts)) if parts > 1 else groups
-    group = ceil(units, groups) * unit
-    group_part, group_parts = (0, 1) if by_pairs else (part, parts)
-    pair_part, pair_parts = (part, parts) if by_pairs else (0, 1)
-    tiles = scratch
-    operands = scratch + ceil(units, groups) * 4 * QUARTER
+    unit, groups, by_panels = _plan(step, parts)
+    at_once = ceil(ceil(pixels, unit), groups)  # units of a group
+    group = at_once * unit
+    group_part, group_parts = (0, 1) if by_panels else (part, parts)
+    panel_part, panel_parts = (part, parts) if by_panels else (0, 1)
+    operands = scratch + at_once * 4 * QUARTER
     for first in range(group_part * group, pixels, group_parts * group):
         end = min(first + group, pixels)
         for start in range(first, end, unit):
             count = min(unit, end - start)
-            own = operands + (start - first) // unit * unit_bytes
-            _add_up(step, x, start, count, _half(count), own)
+            target = operands + (start - first) // unit * unit_bytes
+            _add_up(step, x, start, count, _half(count), target)
         following = x + end * step.channels * FLOAT_BYTES
-        for pair in range(pair_part, pairs, pair_parts):
-            right = 2 * pair * PANEL_BYTES
+        for index in range(panel_part, step.out_channels // PANEL // 2, panel_parts):
+            right = 2 * index * PANEL_BYTES
+            b, start, c = weight + index * OPERANDS * half * PANEL_BYTES, bias + right, out + right
+            added = other + right if other != 0 else 0
+            fetched = following if index == panel_part and end < pixels else 0
             _multiply_group(
-                step,
-                operands,
-                unit_bytes,
-                tiles,
-                weight + pair * OPERANDS * half * PANEL_BYTES,
-                bias + right,
-                out + right,
-                other + right if other != 0 else 0,
-                first,
-                end,
-                unit,
-                following if pair == pair_part and end < pixels else 0,
+                step, operands, unit_bytes, scratch, b, start, c, added, first, end, unit, fetched
             )
 
 

@@ -278,8 +278,8 @@ def _multiply_planes(step, inputs, plane_in, weight, products, plane_out, row_ou
             for row in range(0, count, rows):
                 a = inputs + plane * plane_in + row * row_in
                 c = products + plane * plane_out + panel * panel_bytes + row * row_out
-                own, depth = min(rows, count - row), step.channels
-                multiply(False, own, a, factors, c, row_out, depth, zeros, 0, 0, ahead)
+                block, depth = min(rows, count - row), step.channels
+                multiply(False, block, a, factors, c, row_out, depth, zeros, 0, 0, ahead)
 
 
 @jit

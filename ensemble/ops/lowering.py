@@ -164,7 +164,7 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
         return ""
     weight, dtype = values[_node(packing.args[0])].float(), values[_node(x)].dtype
     inputs: list[Any] = [
-        None if own is None else values[_node(own)].float() for own in (x, bias, other)
+        None if operand is None else values[_node(operand)].float() for operand in (x, bias, other)
     ]
     exact = _one_by_one(weight, *inputs, *options)
     largest = exact.abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(exact.dtype).tiny)
@@ -199,8 +199,8 @@ def _one_by_one(
     others = [None] * len(weight) if other is None else other
     return torch.stack(
         [
-            conv.plain_conv2d(stride, padding, dilation, groups, relu, *own)
-            for own in zip(images, weight, bias, others, strict=True)
+            conv.plain_conv2d(stride, padding, dilation, groups, relu, *operands)
+            for operands in zip(images, weight, bias, others, strict=True)
         ]
     )
 
@@ -214,8 +214,8 @@ def _runs(graph: fx.Graph, reached: set[fx.Node], constants: Values) -> list[lis
     for node in graph.nodes:
         if node not in reached:
             continue
-        weights = [own for own in node.args[1:3] if isinstance(own, fx.Node)]
-        if node.target in conv.OPERATIONS and all(own in constants for own in weights):
+        weights = [weight for weight in node.args[1:3] if isinstance(weight, fx.Node)]
+        if node.target in conv.OPERATIONS and all(weight in constants for weight in weights):
             runs[-1].append(node)
         elif runs[-1]:
             runs.append([])
@@ -229,23 +229,10 @@ def _make_program(
     from ensemble.ops.program import Program
 
     numbers = {node: index for index, node in enumerate(module.graph.nodes)}
-    operations: list[Operation] = []
-    inputs: list[fx.Node] = []
-    for node in nodes:
-        known = fx.node.map_arg(
-            node.args, lambda own: constants[own] if own in constants else own.meta["val"]
-        )
-        operation = conv.OPERATIONS[node.target](*known)  # type: ignore[operator, index]
-        x, other = _node(node.args[0]), None if operation.other is None else _node(node.args[3])
-        operations.append(
-            replace(
-                operation,
-                x=numbers[x],
-                other=None if other is None else numbers[other],
-                out=numbers[node],
-            )
-        )
-        inputs += [own for own in (x, other) if own is not None and own not in (*nodes, *inputs)]
+    operations = [_operation(node, numbers, constants) for node in nodes]
+    nodes_of = {number: node for node, number in numbers.items()}
+    read = [nodes_of[value] for step in operations for value in step.reads]
+    inputs = [node for node in dict.fromkeys(read) if node not in nodes]
     outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
     program = Program(
         operations,
@@ -266,6 +253,16 @@ def _make_program(
     for node in reversed(nodes):
         module.graph.erase_node(node)
     return operations
+
+
+def _operation(node: fx.Node, numbers: dict[fx.Node, int], constants: Values) -> Operation:
+    """The step of an operator, on values that are known by their numbers."""
+    known = fx.node.map_arg(
+        node.args, lambda value: constants[value] if value in constants else value.meta["val"]
+    )
+    operation = conv.OPERATIONS[node.target](*known)  # type: ignore[operator, index]
+    other = None if operation.other is None else numbers[_node(node.args[3])]
+    return replace(operation, x=numbers[_node(node.args[0])], other=other, out=numbers[node])
 
 
 def _node(value: object) -> fx.Node:
