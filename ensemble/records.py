@@ -392,7 +392,7 @@ class Result:
         return "too noisy" if self.noise is not None and self.noise > TOO_NOISY else None
 
     def _all(self, field: str) -> tuple[float, ...]:
-        return tuple(own for process in self.processes for own in getattr(process, field))
+        return tuple(time for process in self.processes for time in getattr(process, field))
 
     def _known(self, field: str) -> list[Any]:
         values = [getattr(process, field) for process in self.processes]

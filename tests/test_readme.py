@@ -7,6 +7,7 @@ import pytest
 
 from ensemble.strategies import STRATEGIES
 from tests import load_results, results
+from tests.distributed import figures
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,3 +46,8 @@ def test_the_figures_of_the_first_screen_are_those_of_a_stored_run() -> None:
     rows = {row.case.strategy: row for row in results.read("float32_n4").results}
     for name in ("vmap", "lowered_vmap", "openvino"):
         assert results.figure(rows[name]) in README
+
+
+def test_the_figures_of_the_page_on_ranks_are_those_of_stored_runs() -> None:
+    page = (ROOT / "ensemble" / "distributed" / "README.md").read_text().splitlines()
+    assert [line for line in figures.all_lines() if line not in page] == []

@@ -36,9 +36,9 @@ class Facts:
 def shared(config: Config, device: torch.device, weights: str, model: nn.Module) -> dict[str, Any]:
     """What must be the same on all ranks: versions, device, settings, and a file that all read."""
     settings = {
-        own.name: getattr(config, own.name)
-        for own in fields(Config)
-        if own.metadata["group"] != SHOW and own.name not in OF_RANK_0
+        option.name: getattr(config, option.name)
+        for option in fields(Config)
+        if option.metadata["group"] != SHOW and option.name not in OF_RANK_0
     }
     own_files = len(config.model_path or ()) > 1 or weights.startswith("random")
     return {
@@ -58,16 +58,16 @@ def shared(config: Config, device: torch.device, weights: str, model: nn.Module)
 
 def check(ranks: Sequence[Facts]) -> None:
     """Raise InputError, which names a rank, unless all can work and are alike."""
-    for rank, own in enumerate(ranks):
-        if own.error is not None:
+    for rank, facts in enumerate(ranks):
+        if facts.error is not None:
             same = len({other.error for other in ranks}) == 1
-            raise InputError(own.error if same else f"{name(rank, own)}: {own.error}")
+            raise InputError(facts.error if same else f"{name(rank, facts)}: {facts.error}")
     expected = ranks[0].shared
-    for rank, own in enumerate(ranks):
-        for what, found in own.shared.items():
+    for rank, facts in enumerate(ranks):
+        for what, found in facts.shared.items():
             if found != expected[what]:
                 wanted = f"expected {what} {_words(expected[what])} like rank 0"
-                raise InputError(f"{name(rank, own)}: {wanted}, found {_words(found)}")
+                raise InputError(f"{name(rank, facts)}: {wanted}, found {_words(found)}")
 
 
 def name(rank: int, facts: Facts) -> str:

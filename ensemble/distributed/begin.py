@@ -11,6 +11,7 @@ from ensemble.distributed.alike import Facts
 from ensemble.distributed.board import Board
 from ensemble.distributed.group import Group
 from ensemble.distributed.member import Member
+from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError, RankError, first_line
 from ensemble.machine import devices, launch
 from ensemble.models import workload
@@ -31,13 +32,13 @@ def begin(config: Config, *, say: Callable[[str], None]) -> tuple[Member, tuple[
         raise RankError(f"no answer from torchrun's store: {first_line(error)}") from error
     timeout_s = 60 * config.timeout_minutes
     joined = group.join(timeout_s=timeout_s)
-    own = Facts(host=launch.host(), pid=os.getpid())
+    facts = Facts(host=launch.host(), pid=os.getpid())
     member = None
     try:
-        member, own = _prepared(config, joined, own, say)
+        member, facts = _prepared(config, joined, facts, say)
     except InputError as error:
-        own = replace(own, error=in_flags(error))
-    ranks = tuple(joined.collect(own))
+        facts = replace(facts, error=in_flags(error))
+    ranks = tuple(joined.collect(facts))
     alike.check(ranks)
     assert member is not None  # or its error would have been found
     joined.use(member.device, timeout_s=timeout_s)
@@ -45,8 +46,9 @@ def begin(config: Config, *, say: Callable[[str], None]) -> tuple[Member, tuple[
 
 
 def _prepared(
-    config: Config, joined: Group, own: Facts, say: Callable[[str], None]
+    config: Config, joined: Group, facts: Facts, say: Callable[[str], None]
 ) -> tuple[Member, Facts]:
+    blocks(min(config.num_models), joined.ranks)  # or it would be found in the middle of the run
     place = placing.find(config, local_rank=launch.local_rank(), local_ranks=launch.local_ranks())
     placing.pin(place)
     placed = replace(config, threads=place.threads)
@@ -54,7 +56,7 @@ def _prepared(
     member = Member(placed, joined, device)
     member.load(max(config.num_models), say=say)
     return member, replace(
-        own,
+        facts,
         place=place.words(),
         device_name=devices.device_name(device),
         shared=alike.shared(placed, device, member.weights, member.models[0]),

@@ -46,11 +46,11 @@ class Board:
     def read(self) -> tuple[int | None, str]:
         """The first rank that wrote a cause, and the cause; else the first that wrote nothing at
         all and an empty one, None where all did: they only lost each other."""
-        own = [f"cause/{rank}" for rank in range(self._ranks)]
+        keys = [f"cause/{rank}" for rank in range(self._ranks)]
 
         def causes() -> dict[int, str]:
-            there = [rank for rank, key in enumerate(own) if self._store.check([key])]
-            return {rank: self._store.get(own[rank]).decode() for rank in there}
+            there = [rank for rank, key in enumerate(keys) if self._store.check([key])]
+            return {rank: self._store.get(keys[rank]).decode() for rank in there}
 
         _until(lambda: any(causes().values()) or len(causes()) == self._ranks)
         found = causes()

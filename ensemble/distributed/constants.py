@@ -24,7 +24,7 @@ from ensemble.options import parse
 
 REPEATS, FORWARDS = 200, 100
 LARGE_BYTES = 8 * CHANNELS * PX * PX * FLOAT_BYTES  # a batch of 8
-MANY = 64  # messages, one after another
+MANY = 64  # messages on their way at once, as where a gather ends
 TIMEOUT_S = 60.0
 
 
@@ -45,13 +45,13 @@ def measure(joined: Group) -> Constants:
     """By messages between ranks 0 and 1, to and fro: Hockney's way."""
     forwards = _forwards(joined)
     nothing, large = torch.zeros(1), torch.zeros(LARGE_BYTES // FLOAT_BYTES)
-    small_s, large_s = (_median(joined, _to_and_fro(joined, own)) / 2 for own in (nothing, large))
-    one_s, many_s = (_median(joined, _taken_in(joined, [nothing] * own)) for own in (1, MANY))
+    small_s, large_s = (_median(joined, _to_and_fro(joined, [x])) / 2 for x in (nothing, large))
+    many_s = _median(joined, _to_and_fro(joined, list(torch.zeros(MANY, 1)))) / 2
     return Constants(
         model_s=statistics.median(forwards),
         spread=statistics.stdev(map(math.log, forwards)),
         step_s=small_s,
-        part_s=(many_s - one_s) / (MANY - 1),
+        part_s=(many_s - small_s) / (MANY - 1),
         bytes_per_s=LARGE_BYTES / (large_s - small_s),
     )
 
@@ -66,18 +66,14 @@ def _forwards(joined: Group) -> list[float]:
         return [_seconds(lambda: model(x)) for _ in range(FORWARDS)]
 
 
-def _to_and_fro(joined: Group, content: Tensor) -> Callable[[], None]:
-    if joined.rank == 0:
-        return lambda: (joined.send(content, 1), joined.receive(content, 1))[-1]
-    return lambda: (joined.receive(content, 0), joined.send(content, 0))[-1]
-
-
-def _taken_in(joined: Group, parts: Sequence[Tensor]) -> Callable[[], None]:
-    """Messages from rank 1 to rank 0, which takes one after another, as at the end of a gather."""
-
+def _to_and_fro(joined: Group, contents: Sequence[Tensor]) -> Callable[[], None]:
     def step() -> None:
-        for part in parts:
-            joined.receive(part, 1) if joined.rank == 0 else joined.send(part, 0)
+        if joined.rank == 0:
+            joined.send(contents, 1)
+            joined.receive(contents, 1)
+        else:
+            joined.receive(contents, 0)
+            joined.send(contents, 0)
 
     return step
 

@@ -37,9 +37,9 @@ class Exchange:
     def spread(self, x: Tensor | None) -> Tensor:
         """This rank's part of an input that rank 0 alone has: all of it, or its models' batches."""
         if len(self._shape) == 4:
-            own = self._inbox if x is None else x.contiguous()
-            self._group.broadcast(own)
-            return own
+            received = self._inbox if x is None else x.contiguous()
+            self._group.broadcast(received)
+            return received
         places = windows(self._blocks)
         whole = None if x is None else x.contiguous()
         parts = None if whole is None else [whole[at.start : at.stop] for at in places]

@@ -36,41 +36,41 @@ class Group:
         if self.backend != "gloo":
             timeout = timedelta(seconds=timeout_s)
             with _found_broken():
-                own = dist.new_group(backend=self.backend, timeout=timeout)
-            assert isinstance(own, dist.ProcessGroup)  # all ranks are in it
-            self._tensors = own
+                tensors = dist.new_group(backend=self.backend, timeout=timeout)
+            assert isinstance(tensors, dist.ProcessGroup)  # all ranks are in it
+            self._tensors = tensors
 
     def broadcast(self, tensor: Tensor) -> None:
         """Rank 0's values to all others, in place."""
         with _found_broken():
             dist.broadcast(_bytes(tensor), src=0, group=self._tensors)
 
-    def scatter(self, own: Tensor, parts: Sequence[Tensor] | None) -> None:
-        """Part r of rank 0 to rank r, into `own`; all parts are of its shape."""
+    def scatter(self, part: Tensor, parts: Sequence[Tensor] | None) -> None:
+        """Part r of rank 0 to rank r, into `part`; all parts are of its shape."""
         with _found_broken():
             given = [_bytes(part) for part in parts] if parts else None
-            dist.scatter(_bytes(own), given, src=0, group=self._tensors)
+            dist.scatter(_bytes(part), given, src=0, group=self._tensors)
 
-    def gather(self, own: Tensor, parts: Sequence[Tensor] | None) -> None:
-        """`own` of rank r into part r of rank 0; all parts are of its shape."""
+    def gather(self, part: Tensor, parts: Sequence[Tensor] | None) -> None:
+        """`part` of rank r into part r of rank 0; all parts are of its shape."""
         with _found_broken():
             taken = [_bytes(part) for part in parts] if parts else None
-            dist.gather(_bytes(own), taken, dst=0, group=self._tensors)
+            dist.gather(_bytes(part), taken, dst=0, group=self._tensors)
 
     def add(self, tensor: Tensor) -> None:
         """The sum over the ranks, for all, in place."""
         with _found_broken():
             dist.all_reduce(tensor, group=self._tensors)
 
-    def send(self, tensor: Tensor, rank: int) -> None:
-        """To one other rank, which takes it by `receive`."""
+    def send(self, tensors: Sequence[Tensor], rank: int) -> None:
+        """All at once to one other rank, which takes them by `receive`."""
         with _found_broken():
-            dist.send(_bytes(tensor), rank, group=self._tensors)
+            _wait([dist.isend(_bytes(tensor), rank, group=self._tensors) for tensor in tensors])
 
-    def receive(self, tensor: Tensor, rank: int) -> None:
-        """From one other rank, in place."""
+    def receive(self, tensors: Sequence[Tensor], rank: int) -> None:
+        """All at once from one other rank, in place."""
         with _found_broken():
-            dist.recv(_bytes(tensor), rank, group=self._tensors)
+            _wait([dist.irecv(_bytes(tensor), rank, group=self._tensors) for tensor in tensors])
 
     def meet(self) -> None:
         """Wait until all ranks are here, and their devices idle."""
@@ -85,11 +85,11 @@ class Group:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def collect(self, own: Any) -> list[Any]:
+    def collect(self, part: Any) -> list[Any]:
         """What each rank has, by rank, for all."""
         every: list[Any] = [None] * self.ranks
         with _found_broken():
-            dist.all_gather_object(every, own)
+            dist.all_gather_object(every, part)
         return every
 
 
@@ -116,6 +116,12 @@ def leave() -> None:
     """Close all connections: who still waits for this rank learns of it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _wait(works: Sequence[dist.Work | None]) -> None:
+    for work in works:
+        assert work is not None  # both ranks are in the group
+        work.wait()
 
 
 def _bytes(tensor: Tensor) -> Tensor:

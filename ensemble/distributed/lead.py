@@ -32,10 +32,10 @@ class Lead:
     def __init__(self, member: Member, ranks: tuple[Facts, ...]) -> None:
         self.member, self.ranks = member, ranks
 
-    def all(self, step: Callable[..., Any], *arguments: object, **own: object) -> Any:
-        """Announce a step of `Member`, and take it; `own` is what rank 0 alone has."""
+    def all(self, step: Callable[..., Any], *arguments: object, **of_rank_0: object) -> Any:
+        """Announce a step of `Member`, and take it; `of_rank_0` is what rank 0 alone has."""
         self.member.group.tell((step.__name__, arguments))
-        return step(*arguments, **own)
+        return step(*arguments, **of_rank_0)
 
     def announce_call(self, key: str, reduce: str) -> None:
         """All ranks come together; what follows is a call."""
@@ -65,8 +65,8 @@ class ShardedWorkload(Workload):
         return len(blocks(num_models, len(self.lead.ranks))[0])
 
     def device_name(self, config: Config) -> str:
-        hosts = list(dict.fromkeys(own.host for own in self.lead.ranks))
-        places = "; ".join(dict.fromkeys(own.place for own in self.lead.ranks))
+        hosts = list(dict.fromkeys(facts.host for facts in self.lead.ranks))
+        places = "; ".join(dict.fromkeys(facts.place for facts in self.lead.ranks))
         backend = self.lead.member.group.backend
         return f"{len(self.lead.ranks)} ranks on {', '.join(hosts)} by {backend}: {places}"
 
@@ -76,9 +76,10 @@ class ShardedWorkload(Workload):
             super().describe(config, first_forward_s=first_forward_s),
             ranks=len(ranks),
             backend=self.lead.member.group.backend,
-            hosts=tuple(own.host for own in ranks),
+            hosts=tuple(facts.host for facts in ranks),
             rank_devices=tuple(
-                f"{own.place}{f', {own.device_name}' if own.device_name else ''}" for own in ranks
+                f"{facts.place}{f', {facts.device_name}' if facts.device_name else ''}"
+                for facts in ranks
             ),
         )
 
@@ -111,7 +112,7 @@ def measure(
     config: Config,
     cases: Sequence[Case],
     run: Run,
-    own: Workload,
+    workload: Workload,
     progress: benchmark.Progress,
     row: str,
 ) -> Generator[tuple[Result, ...]]:
@@ -120,22 +121,27 @@ def measure(
     Raises:
         RankError: a rank has ended; the message says which, and why.
     """
-    assert isinstance(own, ShardedWorkload)
-    lead = own.lead
+    assert isinstance(workload, ShardedWorkload)
+    lead = workload.lead
 
     def make(cell: Sequence[Case]) -> Bench | str:
         case = cell[0]
-        images = own.images(case.image_size)
+        images = workload.images(case.image_size)
         example = make_example(images, case)
         opened = lead.all(lead.member.open, case.num_models, tuple(example.shape))
         problem = runner.problem(opened, lead.ranks)
         ranked = runner.of_ranks(lead, example, config)
-        return problem or assemble(cell, ranked, own.models, images)
+        return problem or assemble(cell, ranked, workload.models, images)
 
     with _explained():
         try:
             for result in benchmark.run(
-                config, cases, own, progress=progress, measure=import_module(row).measure, make=make
+                config,
+                cases,
+                workload,
+                progress=progress,
+                measure=import_module(row).measure,
+                make=make,
             ):
                 yield (result,)
         except GeneratorExit:  # between two rows, where all wait for the next step

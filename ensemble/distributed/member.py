@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ensemble.distributed.exchange import Exchange
 from ensemble.distributed.group import Group
+from ensemble.distributed.outcomes import Division, Outcome, failed
 from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError, UnavailableError
 from ensemble.machine import memory
@@ -27,35 +28,9 @@ from ensemble.measure.start import Started, start, tidy
 from ensemble.models import sources
 from ensemble.options import Config
 from ensemble.records import REFERENCE
-from ensemble.strategies.built import Choice
 from ensemble.strategies.reducing import served
 
 ROUNDS = 5  # of telling apart what a call consists of
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a step on one rank; `status` as in `records.Result`."""
-
-    status: str = "ok"
-    error: str = ""
-    build_s: float = 0.0
-    first_call_s: float = 0.0
-    peak_memory_bytes: int | None = None
-    notes: tuple[str, ...] = ()
-    choice: Choice | None = None
-
-
-@dataclass(frozen=True)
-class Division:
-    """What the rounds of `divide` took on one rank, in seconds; `failed` is why a call did."""
-
-    whole_s: tuple[float, ...]
-    forward_s: tuple[float, ...]
-    alone_s: tuple[float, ...]
-    one_rank_s: tuple[float, ...]
-    notes: tuple[str, ...]
-    failed: str
 
 
 @dataclass
@@ -88,12 +63,12 @@ class Member:
         Raises:
             InputError: fewer models than ranks, or what `sources.load` finds wrong.
         """
-        own = blocks(num_models, self.group.ranks)[self.group.rank]
+        block = blocks(num_models, self.group.ranks)[self.group.rank]
         if num_models != self._num_models:
             self._held.clear()
             self.models.clear()
             self._all, self._num_models = (), 0
-            self.models[:], self.weights = self._read(num_models, own, say)
+            self.models[:], self.weights = self._read(num_models, block, say)
             self._num_models = num_models
 
     def open(self, num_models: int, shape: tuple[int, ...]) -> list[Outcome]:
@@ -111,8 +86,8 @@ class Member:
         """The logits of one image by each of the models, `(classes,)` each, in their order."""
         x = self._exchange(torch.float32).spread(image)
         with torch.inference_mode():
-            own = [model(x)[0].cpu() for model in self.models]
-        return [logits for each in self.group.collect(own) for logits in each]
+            seen = [model(x)[0].cpu() for model in self.models]
+        return [logits for each in self.group.collect(seen) for logits in each]
 
     def build(self, name: str, dtype: str, *, example: Tensor | None = None) -> list[Outcome]:
         """Start a strategy over each rank's own models; it is held where all could start it.
@@ -120,17 +95,17 @@ class Member:
         What chooses at build chooses on each rank, all at the same time as they will run; where not
         all choose alike, rank 0's choice is built by those that chose another.
         """
-        for other in [own for own in self._held if own != REFERENCE]:
+        for other in [key for key in self._held if key != REFERENCE]:
             del self._held[other]
         self._example = self._exchange(torch.float32).spread(example).clone()
         key, kind = key_of(name, dtype), getattr(torch, dtype)
         every = self.group.collect(self._begin(key, name, kind))
-        picked = [own.choice.name if own.choice else None for own in every]
-        if picked[0] is not None and not _failed(every) and len(set(picked)) > 1:
+        picked = [outcome.choice.name if outcome.choice else None for outcome in every]
+        if picked[0] is not None and not failed(every) and len(set(picked)) > 1:
             differs = picked[self.group.rank] != picked[0]
             again = self._begin(key, picked[0], kind) if differs else every[self.group.rank]
             every = self.group.collect(again)
-        if _failed(every):
+        if failed(every):
             self._held.pop(key, None)
         return every
 
@@ -158,8 +133,8 @@ class Member:
         """One call over all ranks: what is served of x, on rank 0. All have met before."""
         held = self._held[key]
         with torch.inference_mode():
-            own = held.exchange.spread(x)
-            return held.exchange.served(self._forward(held, own), reduce)
+            part = held.exchange.spread(x)
+            return held.exchange.served(self._forward(held, part), reduce)
 
     def exact(self, *, example: Tensor | None = None) -> list[Tensor | str]:
         """Each rank's logits in float64, or why it has none."""
@@ -179,9 +154,9 @@ class Member:
             held.forward_s = forwards
             whole.append(self._timed(partial(self.call, key, self.config.reduce, x=x)))
             held.forward_s = None
-            own = partial(self._forward, held, held.started.example)
+            forward = partial(self._forward, held, held.started.example)
             for rank in range(self.group.ranks):
-                seconds = self._timed(own if rank == self.group.rank else None)
+                seconds = self._timed(forward if rank == self.group.rank else None)
                 alone += [seconds] if rank == self.group.rank else []
             seconds = self._timed(everything.call if everything else None)
             one_rank += [seconds] if everything else []
@@ -206,14 +181,14 @@ class Member:
             synchronize(self.device)
         return time.perf_counter() - begin
 
-    def _forward(self, held: Held, own: Tensor) -> Tensor:
+    def _forward(self, held: Held, x: Tensor) -> Tensor:
         """This rank's logits. After a failure they are no numbers, so that the other ranks do not
         wait for them in vain: the row fails, and says why."""
         begin = time.perf_counter()
         logits = None
         if not held.failed:
             try:
-                logits = held.started.forward(own)
+                logits = held.started.forward(x)
             except Exception as error:
                 example = held.started.example
                 held.failed = reason(error, held.name, self.models, example, example.dtype)
@@ -239,11 +214,11 @@ class Member:
         return replace(alone, serve=served(alone.forward, self.config.reduce))
 
     def _exchange(self, dtype: torch.dtype) -> Exchange:
-        own = blocks(self._num_models, self.group.ranks)
-        return Exchange(self.group, own, self._shape, dtype)
+        shards = blocks(self._num_models, self.group.ranks)
+        return Exchange(self.group, shards, self._shape, dtype)
 
     def _read(
-        self, num_models: int, own: range, say: Callable[[str], None]
+        self, num_models: int, block: range, say: Callable[[str], None]
     ) -> tuple[Sequence[nn.Module], str]:
         return sources.load(
             self.config.model_path,
@@ -252,12 +227,8 @@ class Member:
             device=self.device,
             seed=self.config.seed,
             say=say,
-            block=own,
+            block=block,
         )
-
-
-def _failed(outcomes: Sequence[Outcome]) -> bool:
-    return any(own.status != "ok" for own in outcomes)
 
 
 def key_of(name: str, dtype: str) -> str:

@@ -91,5 +91,7 @@ def _longest(spread: float, ranks: int) -> float:
     """
     quantiles = np.random.default_rng(0).random(DRAWS) ** (1 / ranks)
     normal = NormalDist()
-    longest = [math.exp(spread * normal.inv_cdf(min(own, 1 - 1e-12))) for own in quantiles]
+    longest = [
+        math.exp(spread * normal.inv_cdf(min(quantile, 1 - 1e-12))) for quantile in quantiles
+    ]
     return max(0.0, float(np.mean(longest)) / math.exp(spread**2 / 2) - 1)

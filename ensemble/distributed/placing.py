@@ -64,8 +64,8 @@ def share_of(cores: tuple[int, ...], *, local_rank: int, local_ranks: int) -> tu
     """The cores of one rank: apart from the others', or one of its own where ranks are more."""
     if local_ranks > len(cores):
         return (cores[local_rank % len(cores)],)
-    own = blocks(len(cores), local_ranks)[local_rank]
-    return cores[own.start : own.stop]
+    share = blocks(len(cores), local_ranks)[local_rank]
+    return cores[share.start : share.stop]
 
 
 def _available_cores() -> tuple[int, ...]:

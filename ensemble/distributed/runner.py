@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ensemble.distributed import alike
 from ensemble.distributed.alike import Facts
-from ensemble.distributed.member import Division, Outcome, key_of
+from ensemble.distributed.member import key_of
+from ensemble.distributed.outcomes import Division, Outcome
 from ensemble.errors import UnavailableError, first_line
 from ensemble.measure.bench import Runner
 from ensemble.measure.start import Started
@@ -34,13 +35,13 @@ def of_ranks(lead: Lead, example: Tensor, config: Config) -> Runner:
         reason=lambda error, name, dtype: _reason(error),
         exact=lambda: _exact(lead, example),
         finish=lambda started, row: _divided(lead, started, row),
-        beside=tuple(own.pid for own in lead.ranks[1:] if own.host == host),
+        beside=tuple(facts.pid for facts in lead.ranks[1:] if facts.host == host),
     )
 
 
 def problem(outcomes: Sequence[Outcome], ranks: Sequence[Facts]) -> str:
     """Why a step has failed on some rank, by its name; on none: empty."""
-    return _named([own.error for own in outcomes], ranks)
+    return _named([outcome.error for outcome in outcomes], ranks)
 
 
 def _start(lead: Lead, name: str, example: Tensor, dtype: torch.dtype, reduce: str) -> Started:
@@ -49,7 +50,7 @@ def _start(lead: Lead, name: str, example: Tensor, dtype: torch.dtype, reduce: s
     outcomes: list[Outcome] = lead.all(member.build, name, kind, example=example)
     reason = problem(outcomes, lead.ranks)
     if reason:
-        unavailable = any(own.status == "unavailable" for own in outcomes)
+        unavailable = any(outcome.status == "unavailable" for outcome in outcomes)
         raise UnavailableError(reason) if unavailable else RowError(reason)
     key, own_example = key_of(name, kind), example.to(dtype)
 
@@ -62,27 +63,29 @@ def _start(lead: Lead, name: str, example: Tensor, dtype: torch.dtype, reduce: s
         lead.announce_call(key, "none")
         return call(x, "none")
 
-    peaks = [own.peak_memory_bytes for own in outcomes if own.peak_memory_bytes is not None]
+    peaks = [
+        outcome.peak_memory_bytes for outcome in outcomes if outcome.peak_memory_bytes is not None
+    ]
     return Started(
         forward=forward,
         serve=lambda x: call(x, reduce),
         example=own_example,
         logits=forward(own_example),
-        build_s=max(own.build_s for own in outcomes),
-        first_call_s=max(own.first_call_s for own in outcomes),
+        build_s=max(outcome.build_s for outcome in outcomes),
+        first_call_s=max(outcome.first_call_s for outcome in outcomes),
         peak_memory_bytes=max(peaks, default=None),
         choice=outcomes[0].choice,
-        notes=tuple(dict.fromkeys(note for own in outcomes for note in own.notes)),
+        notes=tuple(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),
         ready=lambda: lead.announce_call(key, reduce),
     )
 
 
 def _exact(lead: Lead, example: Tensor) -> Tensor:
     parts: list[Tensor | str] = lead.all(lead.member.exact, example=example)
-    reason = _named([own if isinstance(own, str) else "" for own in parts], lead.ranks)
+    reason = _named([part if isinstance(part, str) else "" for part in parts], lead.ranks)
     if reason:
         raise RowError(reason)
-    return torch.cat([own for own in parts if isinstance(own, Tensor)])
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
 def _divided(lead: Lead, started: Started, row: Result) -> Result:
@@ -95,14 +98,14 @@ def _divided(lead: Lead, started: Started, row: Result) -> Result:
     name = "loop" if row.case.is_self_check else row.case.strategy
     key = key_of(name, kind)
     found: list[Division] = lead.all(lead.member.divide, key, x=started.example)
-    reason = _named([own.failed for own in found], lead.ranks)
+    reason = _named([division.failed for division in found], lead.ranks)
     if reason:
         raise RowError(reason)
     process = replace(
         row.processes[0],
         whole_s=found[0].whole_s,
-        forward_s=_slowest([own.forward_s for own in found]),
-        alone_s=_slowest([own.alone_s for own in found]),
+        forward_s=_slowest([division.forward_s for division in found]),
+        alone_s=_slowest([division.alone_s for division in found]),
         one_rank_s=found[0].one_rank_s,
     )
     return replace(row, processes=(process,), notes=row.notes + found[0].notes)
@@ -115,7 +118,7 @@ def _slowest(times: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 
 def _named(reasons: Sequence[str], ranks: Sequence[Facts]) -> str:
     """The first reason, with its rank where not all have the same."""
-    first = next((rank for rank, own in enumerate(reasons) if own), None)
+    first = next((rank for rank, reason in enumerate(reasons) if reason), None)
     if first is None:
         return ""
     same = len(set(reasons)) == 1

@@ -17,12 +17,12 @@ def blocks(num_models: int, ranks: int) -> tuple[range, ...]:
     return tuple(range(begin, end) for begin, end in zip([0, *ends], ends, strict=False))
 
 
-def windows(own: tuple[range, ...]) -> tuple[range, ...]:
+def windows(shards: tuple[range, ...]) -> tuple[range, ...]:
     """Of each rank a range as long as the largest block, which holds its block.
 
     Collectives move parts of one size: a smaller block takes a neighbour along, so that each part
     is a piece of the whole as it lies, and nothing is copied to make room.
     """
-    most, count = max(map(len, own)), own[-1].stop
-    begins = (min(block.start, count - most) for block in own)
+    most, count = max(map(len, shards)), shards[-1].stop
+    begins = (min(block.start, count - most) for block in shards)
     return tuple(range(begin, begin + most) for begin in begins)

@@ -35,14 +35,15 @@ def table(constants: Constants) -> str:
         "| models a rank | ranks | models | a call (ms) | broadcast (ms) | gather (ms) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for own in MODELS_PER_RANK:
-        ranks = ranks_for(constants, share=SHARE, models_per_rank=own)
+    for each in MODELS_PER_RANK:
+        ranks = ranks_for(constants, share=SHARE, models_per_rank=each)
         if ranks is None:
-            lines.append(f"| {own} | never | | | | |")
+            lines.append(f"| {each} | never | | | | |")
             continue
-        at = call(constants, models=own * ranks, ranks=ranks)
+        at = call(constants, models=each * ranks, ranks=ranks)
         times = (at.whole_s, at.broadcast_s, at.gather_s)
-        cells = [f"{own}", f"{ranks:,}", f"{own * ranks:,}", *(f"{1e3 * own:.1f}" for own in times)]
+        cells = [f"{each}", f"{ranks:,}", f"{each * ranks:,}"]
+        cells += [f"{1e3 * seconds:.1f}" for seconds in times]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -52,10 +53,10 @@ def draw(constants: Constants, path: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.6, 4.4), layout="constrained")
         speed, share = figure.subplots(1, 2)
-        for own, *look in zip(MODELS_PER_RANK, COLOURS, MARKS, DASHES, strict=False):
-            name = f"{own} model{'s' if own > 1 else ''} a rank"
-            calls = [call(constants, models=own * ranks, ranks=ranks) for ranks in RANKS]
-            rates = [own * ranks / at.whole_s for ranks, at in zip(RANKS, calls, strict=True)]
+        for each, *look in zip(MODELS_PER_RANK, COLOURS, MARKS, DASHES, strict=False):
+            name = f"{each} model{'s' if each > 1 else ''} a rank"
+            calls = [call(constants, models=each * ranks, ranks=ranks) for ranks in RANKS]
+            rates = [each * ranks / at.whole_s for ranks, at in zip(RANKS, calls, strict=True)]
             _line(speed, RANKS, rates, name, look)
             _line(share, RANKS[1:], [100 * at.communication for at in calls[1:]], name, look)
         share.axhline(100 * SHARE, color="black", linewidth=0.8)

@@ -23,14 +23,14 @@ def read(beside: Sequence[int] = ()) -> Reading:
 
     `beside` are processes of this program: theirs is no other program's time.
     """
-    own = time.process_time() + sum(map(_seconds_of, beside))
+    own_s = time.process_time() + sum(map(_seconds_of, beside))
     try:
         # user nice system idle iowait irq softirq steal: steal is other machines' on this host.
         ticks = [int(value) for value in _STAT.read_text().split("\n", 1)[0].split()[1:9]]
         busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         busy = None
-    return Reading(time.perf_counter(), own, busy)
+    return Reading(time.perf_counter(), own_s, busy)
 
 
 def share_of_others(before: Reading, after: Reading) -> float | None:

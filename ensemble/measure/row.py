@@ -137,8 +137,8 @@ def _time(case: Case, started: Started, bench: Bench, config: Config, progress: 
     both = [reference] if case.is_reference else [reference, started]
     rounds, begin, before = [], time.perf_counter(), other_programs.read(beside)
     for samples in interleaved(
-        [partial(own.serve, own.example) for own in both],
-        ready=[own.ready for own in both],
+        [partial(one.serve, one.example) for one in both],
+        ready=[one.ready for one in both],
         warmup=config.warmup,
         min_rounds=config.min_pairs,
         min_seconds=config.min_seconds,

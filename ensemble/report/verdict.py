@@ -142,19 +142,17 @@ def _sentence(row: Result, who: str) -> str:
 
 def _ranks(row: Result, who: str, environment: Environment) -> list[str]:
     """What a call over ranks consists of, and what it is worth against one rank."""
-    efficiency, communication = row.parallel_efficiency, row.communication
-    interference, over_one = row.interference, row.speedup_over_one_rank
-    if efficiency is None or communication is None or interference is None:
+    shares = {
+        "parallel efficiency": row.parallel_efficiency,
+        "interference": row.interference,
+        "communication": row.communication,
+    }
+    if None in shares.values():
         return []
-    ranks = count(environment.ranks or 1, "rank")
-    text = (
-        f"{who}, {ranks}: parallel efficiency {efficiency:.0%} (the slowest shard alone / the whole"
-        f" call); of the rest {communication:.1%} is communication and waiting,"
-        f" {interference:.1%} interference between ranks"
-    )
-    if over_one is not None:
-        text += f"; {over_one:.2f} times as fast as one rank with all models"
-    return [f"{text}."]
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    one = row.speedup_over_one_rank
+    beside = "" if one is None else f"; {one:.2f} times as fast as one rank with all models"
+    return [f"{who}, {count(environment.ranks or 1, 'rank')}: {parts} of a call{beside}."]
 
 
 def _two_modes(row: Result, who: str) -> list[str]:

@@ -43,13 +43,13 @@ def breaking(how: Callable[[], None]) -> Callable[..., Built]:
     def builder(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
         from ensemble.strategies.built import Built
 
-        own, calls = strategies.make("loop", models, example).forward, [0]
+        forward_of_loop, calls = strategies.make("loop", models, example).forward, [0]
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             calls[0] += 1
             if calls[0] > CALLS and os.environ["RANK"] == "1":
                 how()
-            return own(x)
+            return forward_of_loop(x)
 
         return Built(forward)
 
@@ -65,8 +65,8 @@ def slow(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
 def main(folder: Path) -> int:
     """All runs; the last one's exit code."""
     made = {"kill": breaking(kill), "fail": breaking(fail), "slow": slow}
-    for name, own in made.items():
-        strategies.STRATEGIES[name] = Made("", "", "made for a test", own=own)
+    for name, builder in made.items():
+        strategies.STRATEGIES[name] = Made("", "", "made for a test", build=builder)
     import resnet_vmap  # whose flags know the strategies above
 
     code = 0

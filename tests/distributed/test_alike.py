@@ -22,8 +22,8 @@ def facts(host: str, **changes: object) -> Facts:
 def test_ranks_that_are_alike_pass_whatever_their_host_and_what_rank_0_alone_writes() -> None:
     (model,) = tiny_models(1)
     other = replace(CONFIG, export_json="a.json", image_path="elsewhere.jpg", verbose=True)
-    own = Facts("host-b", 2, shared=alike.shared(other, CPU, "a.pth", model))
-    alike.check([facts("host-a"), own])
+    second = Facts("host-b", 2, shared=alike.shared(other, CPU, "a.pth", model))
+    alike.check([facts("host-a"), second])
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_one_that_differs_is_named_with_what_differs(
 def test_a_file_that_every_rank_reads_must_be_the_same_file() -> None:
     first, second = tiny_models(2)
     ranks = [
-        Facts("host-a", 1, shared=alike.shared(CONFIG, CPU, "a.pth", own))
-        for own in (first, second)
+        Facts("host-a", 1, shared=alike.shared(CONFIG, CPU, "a.pth", model))
+        for model in (first, second)
     ]
     with pytest.raises(InputError, match="rank 1 on host-a: expected checksum of the weights"):
         alike.check(ranks)

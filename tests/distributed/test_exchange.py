@@ -23,9 +23,9 @@ RANKS, MODELS = 4, 6  # 2, 2, 1, 1
 def group(request: pytest.FixtureRequest) -> Iterator[Group]:
     """A rank of four whose collectives move nothing, on its own GPU."""
     dist.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=RANKS)
-    own = Group(request.param, RANKS)
-    own.device = torch.device("cuda", 0)
-    yield own
+    member = Group(request.param, RANKS)
+    member.device = torch.device("cuda", 0)
+    yield member
     dist.destroy_process_group()
 
 
@@ -35,12 +35,12 @@ def test_inputs_and_logits_stay_on_the_gpu_in_their_dtype(
     group: Group, per_model: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    own = blocks(MODELS, RANKS)
+    shards = blocks(MODELS, RANKS)
     shape = torch.Size((MODELS, 2, 3, 8, 8) if per_model else (2, 3, 8, 8))
-    count = len(own[group.rank])
+    count = len(shards[group.rank])
     with FakeTensorMode(), torch.device("cuda"):
         x = torch.empty(shape, dtype=dtype) if group.rank == 0 else None
-        exchange = Exchange(group, own, shape, dtype)
+        exchange = Exchange(group, shards, shape, dtype)
         part = exchange.spread(x)
         assert part.shape == ((count, 2, 3, 8, 8) if per_model else (2, 3, 8, 8))
         logits = torch.empty(count, 2, 5, dtype=dtype)

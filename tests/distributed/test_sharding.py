@@ -19,13 +19,13 @@ def test_five_models_over_two_ranks_are_three_and_two() -> None:
 @given(ranks=st.integers(1, 1024), more=st.integers(0, 5000))
 def test_every_model_is_held_once_in_order_as_evenly_as_can_be(ranks: int, more: int) -> None:
     num_models = ranks + more
-    own = blocks(num_models, ranks)
-    assert [model for block in own for model in block] == list(range(num_models))
-    sizes = [len(block) for block in own]
-    assert len(own) == ranks
+    shards = blocks(num_models, ranks)
+    assert [model for block in shards for model in block] == list(range(num_models))
+    sizes = [len(block) for block in shards]
+    assert len(shards) == ranks
     assert sizes == sorted(sizes, reverse=True)
     assert max(sizes) - min(sizes) <= 1
-    for block, window in zip(own, windows(own), strict=True):
+    for block, window in zip(shards, windows(shards), strict=True):
         assert set(block) <= set(window) <= set(range(num_models))
         assert len(window) == sizes[0]
 
@@ -39,8 +39,8 @@ def test_fewer_models_than_ranks_are_refused_with_both_numbers(ranks: int, lack:
 
 def test_the_ranks_of_a_host_have_cores_apart_or_one_each_where_there_are_too_few() -> None:
     four = (0, 2, 4, 6)
-    assert [share_of(four, local_rank=own, local_ranks=2) for own in (0, 1)] == [(0, 2), (4, 6)]
-    assert [share_of((3, 5), local_rank=own, local_ranks=4) for own in range(4)] == [
+    assert [share_of(four, local_rank=rank, local_ranks=2) for rank in (0, 1)] == [(0, 2), (4, 6)]
+    assert [share_of((3, 5), local_rank=rank, local_ranks=4) for rank in range(4)] == [
         (3,),
         (5,),
         (3,),

@@ -95,7 +95,10 @@ def all_runs(folder: Path, files: list[str]) -> Ranks:
         {"name": "first", "argv": [*both, *export("shared"), "--max_minutes", "1e-6"]},
         {"name": "rest", "argv": [*both, "--resume", str(folder / "shared.json")]},
         {"name": "mean", "argv": [*mean, *export("mean_run")]},
-        {"name": "tenants", "argv": [*models, "loop", "--inputs", "per_model", *export("own")]},
+        {
+            "name": "tenants",
+            "argv": [*models, "loop", "--inputs", "per_model", *export("tenants_run")],
+        },
         {"name": "bad", "argv": [*QUICK, "--model_path", *bad]},
         {"name": "seeds", "argv": [*QUICK], "rank 1": ["--seed", "1"]},
         {"name": "few", "argv": [*QUICK, "--num_models", "1"]},
@@ -104,12 +107,12 @@ def all_runs(folder: Path, files: list[str]) -> Ranks:
         {"name": "late", "argv": [*late, *export("late_run")]},
         {"name": "stopped", "argv": [*many, *export("stopped_run")]},
     ]
-    own = Ranks(folder, runs)
-    while not (folder / "stopped_run.json").exists() and own.process.poll() is None:
+    ranks = Ranks(folder, runs)
+    while not (folder / "stopped_run.json").exists() and ranks.process.poll() is None:
         time.sleep(0.05)
-    own.process.send_signal(signal.SIGINT)
-    assert own.finish() < 60
-    return own
+    ranks.process.send_signal(signal.SIGINT)
+    assert ranks.finish() < 60
+    return ranks
 
 
 def test_two_ranks_of_torchrun_measure_refuse_and_end_as_they_should(
@@ -118,7 +121,7 @@ def test_two_ranks_of_torchrun_measure_refuse_and_end_as_they_should(
     """One start, because each costs the import of torch in two ranks."""
     ranks = all_runs(tmp_path, files)
     every_row_agrees(ranks)
-    for name, inputs in (("shared", "shared"), ("own", "per_model")):
+    for name, inputs in (("shared", "shared"), ("tenants_run", "per_model")):
         expected = classes_of_one_process(tmp_path / f"alone_{name}.json", files, inputs)
         assert all(row.top1 == expected for row in ranks.run(name).results)
     a_run_that_was_stopped_is_resumed_and_says_where_it_was_made(ranks)
@@ -138,7 +141,7 @@ def classes_of_one_process(path: Path, files: list[str], inputs: str) -> list[li
 
 
 def every_row_agrees(ranks: Ranks) -> None:
-    rows = [*ranks.run("shared").results, *ranks.run("own").results]
+    rows = [*ranks.run("shared").results, *ranks.run("tenants_run").results]
     assert {row.status for row in rows} == {"ok"}
     assert all((row.max_rel_error or 0.0) < 1e-5 for row in rows)
 
