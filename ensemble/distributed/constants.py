@@ -31,10 +31,10 @@ TIMEOUT_S = 60.0
 def main() -> None:
     """Measure, and let rank 0 say what it found."""
     config = parse([])
+    joined = group.join(timeout_s=TIMEOUT_S)
     place = placing.find(config, local_rank=launch.local_rank(), local_ranks=launch.local_ranks())
     placing.pin(place)
     torch.set_num_threads(place.threads)
-    joined = group.join(timeout_s=TIMEOUT_S)
     found = measure(joined)
     if joined.rank == 0:
         print(json.dumps(asdict(found)))

@@ -167,4 +167,5 @@ def _explained() -> Iterator[None]:
             group.leave()
             raise RankError(faults.found("stopped by SIGTERM")) from error
         faults.quiet()
+        group.leave()
         raise

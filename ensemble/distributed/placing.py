@@ -55,7 +55,11 @@ def find(config: Config, *, local_rank: int, local_ranks: int) -> Place:
 
 
 def pin(place: Place) -> None:
-    """Hold this process, and the threads that it will start, to the cores of its place."""
+    """Hold this thread, and those that it will start, to the cores of its place.
+
+    To be called once the group is joined: gloo's own thread stays free. Held to the one core of
+    its rank it waited for that thread's time to end: half of all messages took 3.5 ms, not 0.2.
+    """
     if place.cores is not None:
         os.sched_setaffinity(0, place.cores)
 

@@ -37,8 +37,13 @@ def fail() -> None:
     raise RuntimeError("broke\nin two lines")
 
 
-def breaking(how: Callable[[], None]) -> Callable[..., Built]:
-    """The loop, until it breaks on rank 1."""
+def interrupt() -> None:
+    """As torchrun does with every rank after Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def breaking(how: Callable[[], None], on: Sequence[str] = ("1",)) -> Callable[..., Built]:
+    """The loop, until it breaks on some ranks."""
 
     def builder(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
         from ensemble.strategies.built import Built
@@ -47,7 +52,7 @@ def breaking(how: Callable[[], None]) -> Callable[..., Built]:
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             calls[0] += 1
-            if calls[0] > CALLS and os.environ["RANK"] == "1":
+            if calls[0] > CALLS and os.environ["RANK"] in on:
                 how()
             return forward_of_loop(x)
 
@@ -65,6 +70,7 @@ def slow(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
 def main(folder: Path) -> int:
     """All runs; the last one's exit code."""
     made = {"kill": breaking(kill), "fail": breaking(fail), "slow": slow}
+    made["stop"] = breaking(interrupt, on=("0", "1"))
     for name, builder in made.items():
         strategies.STRATEGIES[name] = Made("", "", "made for a test", build=builder)
     import resnet_vmap  # whose flags know the strategies above
