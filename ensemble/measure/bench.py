@@ -62,7 +62,7 @@ def make_bench(
         why = reason(error, REFERENCE, chosen, example, torch.float32)
         return f"the reference failed: {why}"
     exact = None
-    if any(map(rounds_apart, cases)):
+    if any(map(saves_multiplications, cases)):
         exact, more = optional("error to float64", partial(in_float64, chosen, example))
         notes += more
     return Bench(chosen, images, example, reference, exact, notes)
@@ -99,9 +99,9 @@ def with_roofline(row: Result, limits: Limits, workload: Workload) -> Result:
     return replace(row, least_s=least_s, bound=bound, notes=row.notes + notes)
 
 
-def rounds_apart(case: Case) -> bool:
-    """Does the strategy multiply less than the loop, so that its rounding is another?"""
-    return case.strategy in STRATEGIES and STRATEGIES[case.strategy].rounds_apart
+def saves_multiplications(case: Case) -> bool:
+    """Does the strategy multiply less than the loop (Winograd, Strassen) and round otherwise?"""
+    return case.strategy in STRATEGIES and STRATEGIES[case.strategy].saves_multiplications
 
 
 def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:
