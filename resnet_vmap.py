@@ -86,7 +86,7 @@ def load(config: Config) -> Workload:
 
 
 def predict(config: Config, workload: Workload) -> Environment:
-    """Print what the models see in the plain image; where and with what that was computed."""
+    """Print what the models see in the plain image; return the environment of the run."""
     from ensemble.measure import prediction
 
     print("Running Sample prediction")

@@ -22,8 +22,6 @@ DEFAULT_NUM_MODELS = 2
 DEFAULT_IMAGE = "kitten.jpg"
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 PICTURE_SUFFIXES = {".png", ".svg"}
-OUTPUTS = ("export_json", "export_csv", "export_markdown", "plot")
-BESIDE_FROM_JSON = {*OUTPUTS, "from_json", "baseline", "fail_above", "verbose"}
 ALL = "all"
 # Flags whose name is another than that of the argument which the library knows them by.
 FLAGS = {"paths": "model_path"}
@@ -305,6 +303,10 @@ class Config:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
+
+
+OUTPUTS = (*(field.name for field in fields(Config) if field.name.startswith("export_")), "plot")
+BESIDE_FROM_JSON = {*OUTPUTS, "from_json", "baseline", "fail_above", "verbose"}
 
 
 def in_flags(error: InputError) -> str:

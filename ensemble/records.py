@@ -311,7 +311,7 @@ class Result:
 
     @cached_property
     def speedup_interval(self) -> tuple[float, float] | None:
-        """Of several processes, what the next ones would say; of one, of its pairs alone."""
+        """The 95 % interval across processes; of a single one, a bootstrap over its pairs."""
         if self.status != "ok":
             return None
         if len(self.process_speedups) == 1:

@@ -100,7 +100,7 @@ def assemble(
     except Exception as error:
         return f"the reference failed: {runner.reason(error, REFERENCE, torch.float32)}"
     exact = None
-    if any(map(rounds_apart, cases)):
+    if any(map(saves_multiplications, cases)):
         exact, more = optional("error to float64", runner.exact)
         notes += more
     return Bench(runner, models, images, example, reference, exact, notes)
@@ -138,9 +138,9 @@ def with_roofline(row: Result, limits: Limits, workload: Workload) -> Result:
     return replace(row, least_s=least_s, bound=bound, notes=row.notes + notes)
 
 
-def rounds_apart(case: Case) -> bool:
-    """Does the strategy multiply less than the loop, so that its rounding is another?"""
-    return case.strategy in STRATEGIES and STRATEGIES[case.strategy].rounds_apart
+def saves_multiplications(case: Case) -> bool:
+    """Does the strategy multiply less than the loop (Winograd, Strassen) and round otherwise?"""
+    return case.strategy in STRATEGIES and STRATEGIES[case.strategy].saves_multiplications
 
 
 def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ensemble.ops import matmul
 from ensemble.ops.operation import Geometry, Kind, Operation
 
 try:
-    from ensemble.ops.kernels import can_run, choose, empty_packed, pack
+    from ensemble.ops.kernels import KERNELS, can_run, choose, empty_packed, pack
     from ensemble.ops.simd import PANEL
 except ImportError:  # without numba every operator takes torch's own rule
     PANEL = 0
@@ -362,9 +362,9 @@ def _kinds(x: Tensor, geometry: Geometry) -> list[Kind]:
     if not _is_ours(x):
         return []
     bf16 = x.dtype == torch.bfloat16 and can_run(Kind.DIRECT_BF16, geometry)
-    direct = Kind.DIRECT_BF16 if bf16 else Kind.DIRECT
-    asked = (direct, Kind.WINOGRAD_2, Kind.WINOGRAD_4, Kind.STRASSEN, Kind.GROUPED)
-    return [kind for kind in asked if can_run(kind, geometry)]
+    other = Kind.DIRECT if bf16 else Kind.DIRECT_BF16
+    convolutions = (kind for kind, kernel in KERNELS.items() if kernel.cost and kind != other)
+    return [kind for kind in convolutions if can_run(kind, geometry)]
 
 
 def _geometry(

@@ -13,37 +13,27 @@ if TYPE_CHECKING:
 class Kind(IntEnum):
     """Which kernel runs a step; its number stands in a program's table."""
 
-    DIRECT = 1
-    DIRECT_BF16 = 2
-    WINOGRAD_2 = 3
-    WINOGRAD_4 = 4
-    MAX_POOL = 5
-    HEAD = 6
-    GROUPED = 7
-    STRASSEN = 8
+    label: str  # in words
 
-    @property
-    def label(self) -> str:
-        """The kernel in words."""
-        return _LABELS[self]
+    def __new__(cls, number: int, label: str) -> Kind:
+        kind = int.__new__(cls, number)
+        kind._value_, kind.label = number, label
+        return kind
+
+    DIRECT = 1, "direct"
+    DIRECT_BF16 = 2, "direct in bfloat16"
+    WINOGRAD_2 = 3, "Winograd F(2x2)"
+    WINOGRAD_4 = 4, "Winograd F(4x4)"
+    MAX_POOL = 5, "max pooling"
+    HEAD = 6, "mean and linear"
+    GROUPED = 7, "grouped"
+    STRASSEN = 8, "Strassen"
 
     @property
     def attempts(self) -> tuple[Kind, ...]:
         """Kernels that save multiplications, whose results are less exact than a direct product's:
         this one and those to try after it; of other kernels none."""
         return _ATTEMPTS.get(self, ())
-
-
-_LABELS = {
-    Kind.DIRECT: "direct",
-    Kind.DIRECT_BF16: "direct in bfloat16",
-    Kind.WINOGRAD_2: "Winograd F(2x2)",
-    Kind.WINOGRAD_4: "Winograd F(4x4)",
-    Kind.MAX_POOL: "max pooling",
-    Kind.HEAD: "mean and linear",
-    Kind.GROUPED: "grouped",
-    Kind.STRASSEN: "Strassen",
-}
 
 
 _ATTEMPTS = {

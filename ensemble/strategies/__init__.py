@@ -33,7 +33,7 @@ class Strategy:
     summary: str
     needs: str = ""
     start: str = "at once"
-    rounds_apart: bool = False  # fewer multiplications: compare its rounding with float64's
+    saves_multiplications: bool = False  # Winograd, Strassen: it is compared with float64 too
     has_kernels: bool = False  # of its own, which are compiled once per installation
     tunes: bool = False  # at build, for as long as it is told
     one_by_one: bool = False  # one model after another: under load, only those that are asked for
@@ -100,7 +100,7 @@ STRATEGIES = {
         "vmap by operators with kernels of their own for N models",
         "CPU, numba",
         "seconds; once 15 s",
-        rounds_apart=True,
+        saves_multiplications=True,
         has_kernels=True,
     ),
     "concurrent": Strategy("concurrent", "eager", "folded models, one per core or stream"),
@@ -159,7 +159,7 @@ STRATEGIES = {
         "fastest",
         "the fastest of those above that are quick to build here, found by trying them",
         start="seconds; on CUDA 1 min or more",
-        rounds_apart=True,
+        saves_multiplications=True,
         has_kernels=True,
         tunes=True,
     ),

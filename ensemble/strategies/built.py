@@ -1,4 +1,4 @@
-"""What a strategy gives."""
+"""`Built`: what a strategy gives: its forward, a note, and what it chose."""
 
 from __future__ import annotations
 

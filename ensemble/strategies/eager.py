@@ -1,4 +1,4 @@
-"""What people have: a Python loop over the models, and vmap over their stacked state."""
+"""The two baselines: a Python loop over the models, and vmap over their stacked state."""
 
 from __future__ import annotations
 

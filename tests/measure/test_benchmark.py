@@ -28,7 +28,7 @@ class Made:
 
     make: Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]]
     summary: str = "made for a test"
-    rounds_apart: bool = False
+    saves_multiplications: bool = False
     has_kernels: bool = False
 
     def builder(self, *, tune_seconds: float = 0.0) -> Builder:
@@ -198,7 +198,7 @@ def test_a_pass_in_float64_that_fails_costs_its_own_figure_only(
     error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "in_float64", failing(error))
-    apart = Made(lambda models, _: lambda x: looping(models, x), rounds_apart=True)
+    apart = Made(lambda models, _: lambda x: looping(models, x), saves_multiplications=True)
     monkeypatch.setitem(STRATEGIES, "made", apart)
     for row in run(replace(QUICK, strategies=("loop", "made"))):
         assert (row.status, row.error, row.error_float64) == ("ok", None, None)

@@ -45,7 +45,7 @@ class Kernel:
     # Of kernels with weights of `(N, K, C, R, S)`: the empty packed stack, and one model into it.
     empty: Callable[[Tensor], Tensor] | None = None
     pack: Callable[[Tensor, Tensor], None] | None = None
-    # In multiply-adds, of one model on one core, for `choose`.
+    # In multiply-adds, of one model on one core, for `choose`; every convolution has one.
     cost: Callable[[Geometry], float] | None = None
 
 
