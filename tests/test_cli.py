@@ -161,6 +161,7 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--plot", "a.gif"], "--plot: expected a name that ends in .png or .svg, found a.gif"),
         (["--resume", "a.json", "--export_csv", "a.json"], "--export_csv: expected a file of its"),
         (["--fail_above", "5"], "--fail_above: expected --baseline with it"),
+        (["--reduce", "mean", "--inputs", "per_model"], "--reduce: expected --inputs shared with"),
         (["--max_minutes", "0"], "expected a number of minutes above 0"),
         (["--resume", "no/such.json"], "--resume: no/such.json: expected a result file"),
         (["--baseline", KITTEN], f"--baseline: {KITTEN}: "),

@@ -90,8 +90,10 @@ def _ask(symptom: str) -> tuple[str, Board | None]:
         name = None if rank is None else board.name(rank)
     except RuntimeError:
         return f"the connection to the other ranks and to torchrun is lost: {symptom}", None
-    if cause or name is None:
-        return f"{name}: {cause}" if cause else f"the ranks lost each other: {symptom}", board
+    if cause:
+        return f"{name}: {cause}", board
+    if name is None:  # none of the ranks is to blame
+        return symptom if was_terminated() else f"the ranks lost each other: {symptom}", board
     if "imed out" in symptom or "imeout" in symptom:
         return f"{name}: no answer within --timeout_minutes", board
     return f"{name}: killed or crashed, it ended without a word (out of memory?)", board
