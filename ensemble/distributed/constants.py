@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from ensemble.machine import launch
 from ensemble.models import weights
 from ensemble.options import parse
 
-REPEATS, FORWARDS = 200, 100
+REPEATS = 200  # of an exchange
+MODELS, FORWARDS = 4, 25  # so many that no cache holds their weights, and forwards of each
 LARGE_BYTES = 8 * CHANNELS * PX * PX * FLOAT_BYTES  # a batch of 8
 MANY = 64  # messages on their way at once, as where a gather ends
 TIMEOUT_S = 60.0
@@ -57,13 +59,14 @@ def measure(joined: Group) -> Constants:
 
 
 def _forwards(joined: Group) -> list[float]:
-    """Seconds of forwards of one ResNet-18 at 224 px, on both ranks at the same time."""
-    (model,) = weights.random_models(1, arch="resnet18", device=torch.device("cpu"), seed=0)
+    """Seconds of forwards of ResNet-18s in turn at 224 px, on both ranks at the same time."""
+    models = weights.random_models(MODELS, arch="resnet18", device=torch.device("cpu"), seed=0)
     x = torch.zeros(1, CHANNELS, PX, PX)
     with torch.inference_mode():
-        model(x)
+        for model in models:
+            model(x)
         joined.meet()
-        return [_seconds(lambda: model(x)) for _ in range(FORWARDS)]
+        return [_seconds(partial(model, x)) for _ in range(FORWARDS) for model in models]
 
 
 def _to_and_fro(joined: Group, contents: Sequence[Tensor]) -> Callable[[], None]:

@@ -23,7 +23,7 @@ DRAWS = 2000  # of the longest of R forwards
 class Constants:
     """What was measured, see `constants.py`."""
 
-    model_s: float  # one forward of one model by itself
+    model_s: float  # one forward of one model, its weights read from memory
     spread: float  # deviation of the logarithm of a forward's time
     step_s: float  # a message of no size
     part_s: float  # one more message of no size, where many come in at one rank

@@ -39,8 +39,7 @@ def _line(row: Result, ranks: int) -> str:
         f"{case.num_models}",
         f"`{case.strategy}`",
         f"{1e3 * (row.median_s or 0):.0f}",
-        *(_percent(row.parallel_efficiency), _percent(row.interference)),
-        _percent(row.communication),
+        *map(_percent, (row.parallel_efficiency, row.interference, row.communication)),
         "" if row.speedup_over_one_rank is None else f"{row.speedup_over_one_rank:.2f}",
         f"{1e3 * at.whole_s:.0f}" if case.is_reference else "",
     ]
@@ -48,7 +47,7 @@ def _line(row: Result, ranks: int) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
+    return "" if share is None else f"{share:.1%}"
 
 
 def measured_constants() -> list[str]:
@@ -69,6 +68,8 @@ def all_lines() -> list[str]:
     """Every line of every table."""
     return [
         *measured("two_ranks"),
+        *measured("two_hosts"),
+        *measured("four_ranks"),
         *measured_constants(),
         *simulation.table(constants()).splitlines(),
     ]
