@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ensemble.ops import kernels
+from ensemble.ops import kernels, serial
 from ensemble.ops.operation import Kind, Operation
 from ensemble.ops.pages import in_large_pages
 from ensemble.ops.simd import FLOAT_BYTES
@@ -85,9 +85,13 @@ class Program(nn.Module):
             self._bind(steps, value, tensor, shared=False)
         self._run(steps, [*held, *results])
         return [
-            (result.flatten(-3) if kind == Kind.HEAD else result.movedim(-1, -3)).to(self._dtype)
-            for result, kind in zip(results, self._out_kinds, strict=True)
+            result.flatten(-3) if kind == Kind.HEAD else result.movedim(-1, -3)
+            for result, kind in zip(map(self._in_dtype, results), self._out_kinds, strict=True)
         ]
+
+    def _in_dtype(self, result: Tensor) -> Tensor:
+        known = result.dtype == self._dtype
+        return result if known else serial.copied(result, dtype=self._dtype)
 
     def _bind_input(self, steps: np.ndarray, value: int, x: Tensor) -> Tensor:
         """x in the order in which its readers read it; to be kept while they run."""
@@ -102,8 +106,9 @@ class Program(nn.Module):
             operation.x == value and kernels.is_planar(operation.geometry)
             for operation in self.operations
         )
-        x = x.float()
-        x = x.contiguous() if narrow else x.movedim(-3, -1).contiguous()
+        x = x if narrow else x.movedim(-3, -1)
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = serial.copied(x, dtype=torch.float32)
         self._bind(steps, value, x, shared=x.dim() == 4)
         return x
 

@@ -8,6 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
+from ensemble.ops import serial
 from ensemble.passes.tracing import replaceable_once, traced
 
 
@@ -74,8 +75,7 @@ def _listed(graph: fx.Graph) -> list[tuple[str, ...]]:
 
 def channels_last(x: Tensor) -> Tensor:
     """`x`, `(B, 3, H, W)` or `(N, B, 3, H, W)`, with its channels last in memory."""
-    images = x.flatten(0, -4).contiguous(memory_format=torch.channels_last)
-    return images.view(x.shape) if x.dim() == 4 else images.unflatten(0, x.shape[:-3])
+    return serial.contiguous(x.movedim(-3, -1)).movedim(-1, -3)
 
 
 def _foldable(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.models.stacking import stacked_state, stateless
-from ensemble.ops import lowering
+from ensemble.ops import lowering, serial
 from ensemble.passes.folding import channels_last, folded
 from ensemble.passes.operators import state_of, with_operators
 from ensemble.strategies.built import Built
@@ -28,7 +28,9 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     kinds = Counter(operation.kind.label for operation in lowered.operations)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
-    return Built(lambda x: lowered.forward(x.contiguous()), "; ".join((note, *lowered.refused)))
+    return Built(
+        lambda x: lowered.forward(serial.contiguous(x)), "; ".join((note, *lowered.refused))
+    )
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ensemble.machine.timing import Clock, interleaved
+from ensemble.ops import serial
 from ensemble.report.words import count
 from ensemble.strategies.built import Built
 
@@ -114,7 +115,7 @@ def _alone(
 
 def arrays(x: Tensor, num_models: int) -> list[Array]:
     """Each model's batch in float32, numpy knowing no bfloat16; shared ones share their memory."""
-    x = x.float().contiguous()
+    x = serial.contiguous(x) if x.dtype == torch.float32 else serial.copied(x, dtype=torch.float32)
     return [batch.numpy() for batch in x] if x.dim() == 5 else [x.numpy()] * num_models
 
 
