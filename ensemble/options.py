@@ -119,7 +119,7 @@ class Config:
     )
     reduce: str = flag(
         SERVE,
-        "none: the logits of each model; mean: their probabilities' mean, an ensemble's answer",
+        "none: all logits; mean: the mean of the probabilities",
         choices=("none", "mean"),
         default="none",
         metavar="HOW",
@@ -204,7 +204,7 @@ class Config:
     )
     timeout_minutes: float = flag(
         MEASURE,
-        "give up a process, or a rank of torchrun, that is silent for so long",
+        "give up a process or rank that is silent for so long",
         type=minutes,
         default=5.0,
         metavar="M",
@@ -344,10 +344,9 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="resnet_vmap.py",
         usage="%(prog)s [--FLAG [VALUE ...]] ...",
-        description="Run N ResNets on one device by a Python loop and by other strategies, check"
-        " that all compute the same logits, and say which is fastest here, by how much and how"
-        " surely. On more devices, or hosts: torchrun --nproc_per_node 2 resnet_vmap.py ... shares"
-        " the models out over its ranks.",
+        description="Run N ResNets by a Python loop and by other strategies, check that all compute"
+        " the same logits, and say which is fastest here, by how much and how surely. On several"
+        " devices: torchrun --nproc_per_node 2 resnet_vmap.py",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
