@@ -12,19 +12,18 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ensemble import options
-from ensemble.errors import InputError, RankError
+from ensemble.errors import InputError
 from ensemble.machine import launch
 from ensemble.options import Config
 from ensemble.records import Environment, Run
-from ensemble.report import exports, show
-from ensemble.report.progress import show_progress
+from ensemble.report import exports, resuming, show
 
 if TYPE_CHECKING:
-    from ensemble.measure.session import Session
+    from ensemble.measure.session import Measure, Session
     from ensemble.models.workload import Workload
 
 
@@ -32,19 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn what went wrong into an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter of the table
-    if launch.rank() > 0:  # of several ranks the first speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        config = options.parse(argv)
-        code = run(config) if launch.rank() == 0 else follow(config)
+        if launch.is_launched():
+            from ensemble.distributed import program
+
+            return program.main(argv, run)
+        code = run(options.parse(argv))
         sys.stdout.flush()
         return code
     except InputError as error:
-        tell(options.in_flags(error))
+        print(f"error: {options.in_flags(error)}", file=sys.stderr)
         return 2
-    except RankError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -53,7 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(config: Config) -> int:
+def load(config: Config, *, say: Callable[[str], None]) -> Workload:
+    """N models and their images on the device. torch is imported here and not before."""
+    from ensemble.models import workload
+
+    return workload.load(config, say=say)
+
+
+def run(
+    config: Config, load: Callable[..., Workload] = load, measure: Measure | None = None
+) -> int:
     """The program, once its command line is known; returns the exit code."""
     if config.list_strategies:
         show.list_strategies()
@@ -65,24 +71,14 @@ def run(config: Config) -> int:
         show.check_baseline(config, saved.environment, baseline)
         return finish(config, saved, baseline, files)
     earlier = exports.read_if(config.resume, argument="resume")
-    workload = load(config)
+    workload = load(config, say=print)
     environment = predict(config, workload)
     show.check_baseline(config, environment, baseline)
-    session = serve(config, workload, Run(environment, config.plain(), ()), earlier, files)
+    begun = resuming.resume(config, Run(environment, config.plain(), ()), earlier)
+    session = serve(config, workload, begun, files, measure)
     code = finish(config, session.run, baseline, files)
     show.show_left(session.stopped, session.left, session.planned)
-    return 130 if session.interrupted else int(session.broken) or code
-
-
-def load(config: Config) -> Workload:
-    """N models and their images on the device. torch is imported here and not before."""
-    if launch.is_launched():
-        from ensemble.distributed import lead
-
-        return lead.load(config, say=print)
-    from ensemble.models import workload
-
-    return workload.load(config, say=print)
+    return session.exit_code or code
 
 
 def predict(config: Config, workload: Workload) -> Environment:
@@ -95,45 +91,14 @@ def predict(config: Config, workload: Workload) -> Environment:
 
 
 def serve(
-    config: Config, workload: Workload, new: Run, earlier: Run | None, files: show.Files
+    config: Config, workload: Workload, begun: Run, files: show.Files, measure: Measure | None
 ) -> Session:
     """Run all models by each strategy: build, compare with the loop, time beside the loop."""
     from ensemble.measure import session
 
     print("Serving multiple models")
     print(f"Running on {workload.device_name(config)}")
-    begun, measure = session.resume(config, new, earlier), None
-    if launch.is_launched():
-        from ensemble.distributed import lead
-
-        measure = lead.measure
-    return session.measure_all(
-        config,
-        begun,
-        workload,
-        save=files.save,
-        show_progress=show_progress,
-        say=print,
-        row="ensemble.serving.row" if config.scenario else "ensemble.measure.row",
-        measure=measure,
-    )
-
-
-def follow(config: Config) -> int:
-    """Under torchrun all ranks but the first: take the steps that it announces."""
-    from ensemble.distributed import follow
-
-    return follow.follow(config)
-
-
-def tell(error: str) -> None:
-    """Say what is wrong, in one line; of several ranks of torchrun one says it."""
-    if launch.is_launched():
-        from ensemble.distributed import faults
-
-        faults.tell(error)
-    else:
-        print(f"error: {error}", file=sys.stderr)
+    return session.measure_all(config, begun, workload, save=files.save, say=print, measure=measure)
 
 
 def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -> int:

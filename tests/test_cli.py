@@ -219,7 +219,7 @@ def test_a_prefix_that_is_taken_off_a_checkpoint_is_printed(
     state = {f"model.{name}": tensor for name, tensor in torch.load(checkpoint).items()}
     torch.save({"state_dict": state, "hyper_parameters": {"lr": 0.1}}, path)
     config = parse(["--model_path", str(path), "--image_path", KITTEN])
-    resnet_vmap.load(config)
+    resnet_vmap.load(config, say=print)
     assert capsys.readouterr().out.startswith(
         f"Loading resnet model from {path}\n"
         f"{path}: all 122 names begin with 'model.': loaded without it\n"

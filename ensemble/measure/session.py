@@ -8,16 +8,18 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from importlib import import_module
 
-from ensemble.errors import InputError, RankError
+from ensemble.errors import RankError
 from ensemble.measure import benchmark, processes, rounds
 from ensemble.measure.bench import measure_limits, with_roofline
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Result, Run
-from ensemble.report.comparison import check_machine, differences
+from ensemble.report.progress import show_progress
 from ensemble.report.words import case_name
 
 INTERRUPTED = "interrupted"
+LOADED_ROW = "ensemble.serving.row"  # as `processes.ROW`, of a case under load
+ShowProgress = Callable[[int], AbstractContextManager[benchmark.Progress]]
 # Gives the row of each case, as it comes, with others that changed by it.
 Measure = Callable[
     [Config, Sequence[Case], Run, Workload, benchmark.Progress, str],
@@ -36,36 +38,13 @@ class Session:
     broken: bool = False  # a rank has ended
 
     @property
+    def exit_code(self) -> int:
+        """What the session alone says; 0 where it came to its end, or to that of its minutes."""
+        return 130 if self.interrupted else int(self.broken)
+
+    @property
     def interrupted(self) -> bool:
         return self.stopped == INTERRUPTED
-
-
-def resume(config: Config, new: Run, earlier: Run | None) -> Run:
-    """A new run with what an earlier one has finished; failed rows are measured again.
-
-    Raises:
-        InputError: the earlier run comes from another machine, or was made with other settings.
-    """
-    if earlier is None:
-        return new
-    path = str(config.resume)
-    check_machine(new.environment, earlier.environment, argument="resume", path=path)
-    for difference in [*differences(new, earlier), *_other_processes(config, earlier)]:
-        message = f"expected the settings of {path}, found {difference}"
-        raise InputError(message, argument="resume")
-    kept = tuple(row for row in earlier.results if row.status != "failed")
-    first = earlier.environment.first_forward_s  # of the process that the kept rows belong to
-    return replace(new, environment=replace(new.environment, first_forward_s=first), results=kept)
-
-
-def _other_processes(config: Config, earlier: Run) -> list[str]:
-    """Were rows measured in processes of their own in one run, and in the program's in the other?
-
-    Files of schema 1 come from the time when all were measured in one.
-    """
-    before = int(earlier.config.get("processes") or 0)
-    same = bool(before) == bool(config.processes)
-    return [] if same else [f"processes: {config.processes}, was {before}"]
 
 
 def measure_all(
@@ -74,17 +53,15 @@ def measure_all(
     workload: Workload,
     *,
     save: Callable[[Run], None],
-    show_progress: Callable[[int], AbstractContextManager[benchmark.Progress]],
     say: Callable[[str], None],
-    row: str = processes.ROW,
+    show_progress: ShowProgress = show_progress,
     measure: Measure | None = None,
 ) -> Session:
     """Measure each case of the plan that `run` lacks, and save after each.
 
-    `row` names the module whose `measure` makes a row of a case, `show_progress` is given how many
-    rows there are to come, `measure` gives the rows (default: in processes of their own, or where
-    there are none here). Ctrl-C, the budget of minutes, or a rank that ends, ends it with what is
-    finished.
+    `show_progress` is given how many rows there are to come, `measure` gives the rows (default: in
+    processes of their own, or where there are none here). Ctrl-C, the budget of minutes, or a rank
+    that ends, ends it with what is finished.
     """
     cases = benchmark.plan(config)
     order = {case: index for index, case in enumerate(cases)}
@@ -94,6 +71,7 @@ def measure_all(
     deadline = time.monotonic() + 60 * (config.max_minutes or float("inf"))
     stopped, broken = "", False
     measure = measure or (_in_processes if config.processes else _here)
+    row = LOADED_ROW if config.scenario else processes.ROW
     try:
         with (
             show_progress(len(missing) * rounds.first_rounds(config)) as update,

@@ -15,7 +15,7 @@ class Kind(IntEnum):
 
     label: str  # in words
 
-    def __new__(cls, number: int, label: str) -> Kind:
+    def __new__(cls, number: int, label: str = "") -> Kind:
         kind = int.__new__(cls, number)
         kind._value_, kind.label = number, label
         return kind

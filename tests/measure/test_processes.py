@@ -21,7 +21,7 @@ from ensemble.measure.processes import Job
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Process, Result, Run
-from ensemble.report import exports
+from ensemble.report import exports, resuming
 from ensemble.report.progress import show_progress
 from ensemble.strategies import STRATEGIES, best
 from tests.made import CASE, CONFIG, ENVIRONMENT, ROW, changed
@@ -332,7 +332,7 @@ def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resume
     assert (begun.stopped, counts) == ("1e-06 minutes are over", {"loop": 1, "vmap": 1})
     assert [asked.strategy for asked in begun.left] == ["loop", "vmap"]
     unbounded = replace(config, max_minutes=None)
-    rows = measure(unbounded, session.resume(unbounded, run, begun.run)).run.results
+    rows = measure(unbounded, resuming.resume(unbounded, run, begun.run)).run.results
     assert [len(row.processes) for row in rows] == [3, 3]
     assert [row.processes[0] for row in rows] == [row.processes[0] for row in begun.run.results]
 

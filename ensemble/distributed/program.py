@@ -1,0 +1,34 @@
+"""The program on a rank of torchrun: the first runs it, the others take the steps it announces."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from ensemble import options
+from ensemble.distributed import faults, follow, lead
+from ensemble.errors import InputError, RankError
+from ensemble.machine import launch
+
+
+def main(argv: Sequence[str] | None, run: Callable[..., int]) -> int:
+    """Be a rank; returns the exit code. `run` is the program's, given what loads and measures.
+
+    What goes wrong is said in one line, by one rank.
+    """
+    if launch.rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        config = options.parse(argv)
+        if launch.rank() > 0:
+            return follow.follow(config)
+        code = run(config, lead.load, lead.measure)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        faults.tell(options.in_flags(error))
+        return 2
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
