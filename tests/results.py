@@ -1,6 +1,7 @@
 """The results page, tests/data/README.md, made of the stored runs: `python -m tests.results`."""
 
 from pathlib import Path
+from statistics import geometric_mean
 
 from ensemble.records import Result, Run
 from ensemble.report import exports
@@ -27,9 +28,14 @@ SETTINGS = {  # file -> what is set, beside ResNet-18 at 224 px in float32
 }
 FOUR = ("allocator/system_n4", "float32_n4")  # where `vmap` of four stands
 FEW_FAULTS = 1000  # a call; a process has a handful, or tens of thousands
+RESNETS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("wide_resnet50_2", "resnext50_32x4d"),
+)
+PEERS = ("openvino", "onnxruntime")
 STRATEGIES = (
     *("vmap", "lowered_vmap", "prepacked_loop", "prepacked_concurrent"),
-    *("openvino", "onnxruntime"),
+    *PEERS,
 )
 
 
@@ -61,6 +67,22 @@ def settings_table() -> list[str]:
         cells = " | ".join(figure(rows.get(strategy)) for strategy in STRATEGIES)
         lines.append(f"| [{setting}]({name}.json) | {most} | {cells} |")
     return lines
+
+
+def resnets_table() -> list[str]:
+    """Every ResNet by `best` and the peers, and how far ahead `best` is of the fastest of these."""
+    lines = [
+        "| four models, 224 px, float32 | best | openvino | onnxruntime | best / fastest of them |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    leads = []
+    for arch in RESNETS:
+        rows = {row.case.strategy: row for row in read(f"resnets/{arch}").results}
+        speedups = {name: rows[name].speedup or 0.0 for name in ("best", *PEERS)}
+        leads.append(speedups["best"] / max(speedups[name] for name in PEERS))
+        cells = " | ".join(figure(rows[name]) for name in speedups)
+        lines.append(f"| [{arch}](resnets/{arch}.json) | {cells} | {leads[-1]:.2f} |")
+    return [*lines, "", f"Geometric mean of the last column: {geometric_mean(leads):.2f}."]
 
 
 def allocator_table() -> list[str]:
@@ -132,6 +154,10 @@ CPU: {cpu} (AVX-512 with bfloat16, no AMX; a shared machine).
 
 ONNX Runtime convolves in float32 only here.
 
+## Every ResNet, beside the runtimes that people would use instead
+
+{resnets}
+
 ## Every strategy, four models
 
 `{four_command}`
@@ -179,6 +205,7 @@ def page() -> str:
     return TEMPLATE.format(
         cpu=machine(four),
         settings="\n".join(settings_table()),
+        resnets="\n".join(resnets_table()),
         four_command=" ".join(four.environment.argv),
         four_answer=render_answer(four.results).rstrip(),
         four_table=render_table(four.results).rstrip(),

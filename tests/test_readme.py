@@ -22,6 +22,7 @@ def test_the_results_page_is_what_the_stored_files_say() -> None:
 def test_every_stored_run_has_its_figures_on_the_results_page() -> None:
     shown = {*results.SETTINGS, "sweep", "cuda_sweep"}
     assert {path.stem for path in results.DATA.glob("*.json")} == shown
+    assert {path.stem for path in results.DATA.glob("resnets/*.json")} == {*results.RESNETS}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
