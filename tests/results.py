@@ -105,11 +105,11 @@ def modes() -> str:
     spared = [p.speedup for p in processes if (p.page_faults_per_call or 0) < FEW_FAULTS]
     faulting = [p.speedup for p in processes if (p.page_faults_per_call or 0) >= FEW_FAULTS]
     met = [
-        f"{_range(speedups)} of the loop in {len(speedups)} where a call had {what} faults"
-        for speedups, what in ((spared, "no"), (faulting, "such"))
+        f"{_range(speedups)} of the loop's speed in {len(speedups)} {what} page faults"
+        for speedups, what in ((spared, "without"), (faulting, "with"))
         if speedups
     ]
-    return f"In {len(processes)} fresh processes of four models `vmap` had {', and '.join(met)}."
+    return f"Of {len(processes)} fresh processes of four models `vmap` had {', '.join(met)}."
 
 
 def _range(speedups: list[float | None]) -> str:
@@ -142,17 +142,14 @@ def machine(run: Run) -> str:
 
 TEMPLATE = """# Results: stored runs
 
-Every figure here is computed from a stored result file by `python -m tests.results`, and a test
-holds the page to the files. `python resnet_vmap.py --from_json tests/data/float32_n4.json` shows
-one with all its rows. Speedups are over the float32 loop, with 95 % intervals: of the processes
-where there are several, else of the pairs of one process, which say nothing of the next one. An
-empty cell was not run.
+`python -m tests.results` computes every figure here from a stored result file, and a test holds the page to them.
+`python resnet_vmap.py --from_json tests/data/float32_n4.json` shows one with all its rows. Speedups are over the
+float32 loop, with 95 % intervals: of the processes where there are several, else of the pairs of one process,
+which say nothing of the next one. An empty cell was not run. ONNX Runtime convolves in float32 only here.
 
 CPU: {cpu} (AVX-512 with bfloat16, no AMX; a shared machine).
 
 {settings}
-
-ONNX Runtime convolves in float32 only here.
 
 ## Every ResNet, beside the runtimes that people would use instead
 
@@ -168,19 +165,16 @@ ONNX Runtime convolves in float32 only here.
 {four_table}
 ```
 
-`of the limit`: the row's share of what this device could do at best, torch's count of operations
-over the measured rate of a matrix product. Above 100 % a row beats the library's own matrix
-product: it multiplies less.
+`of the limit`: the row's share of what this device could do at best, torch's count of operations over the measured
+rate of a matrix product. Above 100 % a row beats the library's own matrix product: it multiplies less.
 
 ## Page faults: most of what vmap is blamed for on a CPU
 
-Eager vmap over the loop, by `--allocator`, and page faults per call:
-
 {allocators}
 
-A vmapped activation is N times larger than the loop's. glibc gives such blocks back to the kernel
-when they are freed, and every call faults its pages in again. Which way a process goes is drawn
-with the state of its heap. {modes} `--allocator retain` keeps freed memory.
+Eager vmap over the loop, by `--allocator`, and page faults per call. A vmapped activation is N times larger than the
+loop's. glibc gives such blocks back to the system when they are freed, and every call faults its pages in again. Which
+way a process goes is drawn with the state of its heap. {modes} `--allocator retain` keeps freed memory.
 
 ## Where vmap starts to win, on the CPU
 
@@ -192,10 +186,9 @@ with the state of its heap. {modes} `--allocator retain` keeps freed memory.
 
 {cuda_sweep}
 
-Eager `vmap` is slower than the loop with few models and starts to win between 4 and 8: both wait
-for the CPU to launch kernels, and `vmap` launches as many for 32 models as for one. A CUDA graph
-takes that wait away. The loop's own time depends on the host's CPU, which drifted between 20 and
-35 ms (N=16) within minutes.
+Eager `vmap` is slower than the loop with few models and starts to win between 4 and 8: both wait for the CPU to launch
+kernels, and `vmap` launches as many for 32 models as for one. A CUDA graph takes that wait away. The loop's own time
+depends on the host's CPU, which drifted between 20 and 35 ms (N=16) within minutes.
 """
 
 
