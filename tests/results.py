@@ -189,7 +189,7 @@ way a process goes is drawn with the state of its heap. {modes} `--allocator ret
 Eager `vmap` is slower than the loop with few models and starts to win between 4 and 8: both wait for the CPU to launch
 kernels, and `vmap` launches as many for 32 models as for one. A CUDA graph takes that wait away. The loop's own time
 depends on the host's CPU, which drifted between 20 and 35 ms (N=16) within minutes.
-"""
+"""  # noqa: E501
 
 
 def page() -> str:
