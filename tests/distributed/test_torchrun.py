@@ -111,6 +111,7 @@ def all_runs(folder: Path, files: list[str]) -> Ranks:
     return ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_of_torchrun_measure_refuse_and_end_as_they_should(tmp_path: Path) -> None:
     """One start, because each costs the import of torch in two ranks."""
     files = checkpoints(tmp_path)
