@@ -17,7 +17,10 @@ from ensemble.ops import lowering
 from ensemble.passes.folding import folded
 from ensemble.passes.operators import with_operators
 from ensemble.strategies import lowered
+from tests import nets
 from tests.checkpoints import lively
+from tests.nets import Net, Norm, SumWith
+from tests.tiny import independent
 
 pytest.importorskip("numba")
 
@@ -148,6 +151,13 @@ def test_other_architectures_take_plain_rules_where_there_is_no_kernel(arch: str
     x = torch.randn(1, 3, 64, 64)
     found = ensemble.build("lowered_vmap", models, x)(x)
     assert error(found, in_float64(models, x)) < LIMIT
+
+
+def test_what_lies_in_another_order_than_its_trace_says_is_viewed_all_the_same() -> None:
+    net = Net((SumWith(how="method alpha", what="conv"), Norm()), (5, 5))
+    models, x = nets.models(net, 2, torch.float32), torch.randn(2, 3, 5, 5)
+    found = ensemble.build("lowered_vmap", models, x)(x)
+    torch.testing.assert_close(found, independent(models, x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_models", [1, 2, 3, 5])
