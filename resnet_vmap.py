@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ensemble import options
+from ensemble import command_line
 from ensemble.errors import InputError
 from ensemble.machine import launch
 from ensemble.options import Config
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ensemble.distributed import program
 
             return program.main(argv, run)
-        code = run(options.parse(argv))
+        code = run(command_line.parse(argv))
         sys.stdout.flush()
         return code
     except InputError as error:
-        print(f"error: {options.in_flags(error)}", file=sys.stderr)
+        print(f"error: {command_line.in_flags(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

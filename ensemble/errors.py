@@ -16,10 +16,11 @@ class UnavailableError(RuntimeError):
     """A strategy cannot run here: the wrong device, or a package that is not installed."""
 
 
-class RankError(RuntimeError):
+class RankError(BaseException):
     """Another rank of the run has ended, or says nothing: no step can be taken together any more.
 
-    Never the failure of one row: it ends the run.
+    Like KeyboardInterrupt it ends the run: no `except Exception`, which makes a failure of a row or
+    of a figure out of what it meets, may take it.
     """
 
 

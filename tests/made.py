@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from ensemble.options import Config, parse
+from ensemble.command_line import parse
+from ensemble.options import Config
 from ensemble.records import Case, Environment, Process, Result
 
 CASE = Case("vmap", 4, 1, 224, "float32", "shared")

@@ -14,9 +14,9 @@ import torch
 import torchvision
 
 import resnet_vmap
+from ensemble.command_line import parse
 from ensemble.machine import memory
 from ensemble.models import pretrained
-from ensemble.options import parse
 from ensemble.records import Case, Run
 from ensemble.report import exports, show
 from ensemble.strategies import STRATEGIES
@@ -250,7 +250,7 @@ def test_all_strategies_give_a_row_each_and_what_cannot_run_here_is_no_failure(
 ) -> None:
     cheap = {name: STRATEGIES[name] for name in ("loop", "folded_vmap", "cudagraph_loop")}
     monkeypatch.setattr("ensemble.report.show.STRATEGIES", cheap)
-    monkeypatch.setattr("ensemble.options.STRATEGIES", cheap)
+    monkeypatch.setattr("ensemble.command_line.STRATEGIES", cheap)
     assert resnet_vmap.main([*QUICK, "--model_path", checkpoint, "--strategies", "all"]) == 0
     out = capsys.readouterr().out
     for name in cheap:
@@ -562,5 +562,5 @@ def test_load_that_makes_no_sense_is_one_clear_line(
 def test_without_loadgen_the_error_names_the_requirements(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ensemble.options.find_spec", lambda name: None)
+    monkeypatch.setattr("ensemble.command_line.find_spec", lambda name: None)
     assert "requirements-peers.txt" in error_of(capsys, "--scenario", "server")

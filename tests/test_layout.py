@@ -17,12 +17,13 @@ WINGS: tuple[str, ...] = (
     "machine",
     "strategies/__init__",
     "options",
+    "command_line",
     "report",
     "models",
     "passes",
 )
 WINGS = (*WINGS, "strategies", "measure", "serving", "distributed")
-FREE_OF_TORCH = (*GROUND, "strategies/__init__", "options", "report")
+FREE_OF_TORCH = (*GROUND, "strategies/__init__", "options", "command_line", "report")
 
 
 def wing(module: str) -> str:

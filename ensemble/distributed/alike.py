@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ensemble.errors import InputError
-from ensemble.machine import devices
+from ensemble.machine import devices, launch
 from ensemble.models import stacking
 from ensemble.options import SHOW, Config
 
@@ -72,7 +72,7 @@ def check(ranks: Sequence[Facts]) -> None:
 
 def name(rank: int, facts: Facts) -> str:
     """`rank 1 on host-b`."""
-    return f"rank {rank} on {facts.host}"
+    return launch.rank_name(rank, facts.host)
 
 
 def _words(value: object) -> str:

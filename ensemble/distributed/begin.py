@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
+from ensemble.command_line import in_flags
 from ensemble.distributed import alike, faults, group, placing
 from ensemble.distributed.alike import Facts
 from ensemble.distributed.board import Board
@@ -15,7 +16,7 @@ from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError, RankError, first_line
 from ensemble.machine import devices, launch
 from ensemble.models import workload
-from ensemble.options import Config, in_flags
+from ensemble.options import Config
 
 
 def begin(config: Config, *, say: Callable[[str], None]) -> tuple[Member, tuple[Facts, ...]]:

@@ -62,8 +62,8 @@ class Board:
     def name(self, rank: int) -> str:
         """`rank 1 on host-b`."""
         key = f"host/{rank}"
-        host = f" on {self._store.get(key).decode()}" if self._store.check([key]) else ""
-        return f"rank {rank}{host}"
+        host = self._store.get(key).decode() if self._store.check([key]) else None
+        return launch.rank_name(rank, host)
 
 
 def _until(condition: Callable[[], bool]) -> bool:

@@ -16,12 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ensemble.command_line import parse
 from ensemble.distributed import group, placing
 from ensemble.distributed.group import Group
 from ensemble.distributed.model import CHANNELS, FLOAT_BYTES, PX, Constants
 from ensemble.machine import launch
 from ensemble.models import weights
-from ensemble.options import parse
 
 REPEATS = 200  # of an exchange
 MODELS, FORWARDS = 4, 25  # so many that no cache holds their weights, and forwards of each

@@ -37,7 +37,7 @@ def watch() -> None:
 def tell(cause: str) -> None:
     """Say, in one line on stderr, why this rank ends the run. Rank 0 speaks first."""
     _noticed.set()
-    who = "" if launch.rank() == 0 else f"rank {launch.rank()} on {launch.host()}: "
+    who = "" if launch.rank() == 0 else f"{launch.rank_name(launch.rank(), launch.host())}: "
     try:
         board = Board()
         board.write(cause)

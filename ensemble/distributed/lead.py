@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -17,10 +16,9 @@ from ensemble.distributed.follow import LEAVE
 from ensemble.distributed.member import Member
 from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError, RankError, first_line
-from ensemble.measure import benchmark
+from ensemble.measure import benchmark, session
 from ensemble.measure.bench import Bench, assemble, make_example
 from ensemble.models import workload
-from ensemble.models.images import AugmentedImages, read_image
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Environment, Result, Run
@@ -93,13 +91,7 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """
     with _explained():
         member, ranks = begin(config, say=say)
-        per_model = max(config.num_models) if config.inputs == "per_model" else 1
-        images = AugmentedImages(
-            read_image(config.image_path),
-            max(config.batch_size) * per_model,
-            seed=config.seed,
-            device=member.device,
-        )
+        images = workload.read_images(config, member.device)
         workload.tell_image(config, images, say=say)
         if config.verbose:
             say(str(member.models[0]))
@@ -135,15 +127,9 @@ def measure(
 
     with _explained():
         try:
-            for result in benchmark.run(
-                config,
-                cases,
-                workload,
-                progress=progress,
-                measure=import_module(row).measure,
-                make=make,
-            ):
-                yield (result,)
+            yield from session.in_this_process(
+                config, cases, run, workload, progress, row, make=make
+            )
         except GeneratorExit:  # between two rows, where all wait for the next step
             lead.dismiss()
             raise

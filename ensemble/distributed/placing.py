@@ -11,6 +11,7 @@ import torch
 from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError
 from ensemble.options import Config
+from ensemble.report.words import count
 
 THREADS = "OMP_NUM_THREADS"
 
@@ -25,7 +26,7 @@ class Place:
 
     def words(self) -> str:
         """`cpu, 1 thread, core 0`."""
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        threads = count(self.threads, "thread")
         cores = "not pinned"
         if self.cores is not None:
             names = " ".join(map(str, self.cores))

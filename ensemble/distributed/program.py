@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ensemble import options
+from ensemble import command_line
 from ensemble.distributed import faults, follow, lead
 from ensemble.errors import InputError, RankError
 from ensemble.machine import launch
@@ -20,14 +20,14 @@ def main(argv: Sequence[str] | None, run: Callable[..., int]) -> int:
     if launch.rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        config = options.parse(argv)
+        config = command_line.parse(argv)
         if launch.rank() > 0:
             return follow.follow(config)
         code = run(config, lead.load, lead.measure)
         sys.stdout.flush()
         return code
     except InputError as error:
-        faults.tell(options.in_flags(error))
+        faults.tell(command_line.in_flags(error))
         return 2
     except RankError as error:
         print(f"error: {error}", file=sys.stderr)

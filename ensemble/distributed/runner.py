@@ -17,7 +17,7 @@ from ensemble.errors import UnavailableError, first_line
 from ensemble.measure.bench import Runner
 from ensemble.measure.start import Started
 from ensemble.options import Config
-from ensemble.records import Result
+from ensemble.records import REFERENCE, Result
 
 if TYPE_CHECKING:
     from ensemble.distributed.lead import Lead
@@ -95,7 +95,7 @@ def _divided(lead: Lead, started: Started, row: Result) -> Result:
         RowError: a timed call has failed on a rank.
     """
     kind = row.case.dtype
-    name = "loop" if row.case.is_self_check else row.case.strategy
+    name = REFERENCE if row.case.is_self_check else row.case.strategy
     key = key_of(name, kind)
     found: list[Division] = lead.all(lead.member.divide, key, x=started.example)
     reason = _named([division.failed for division in found], lead.ranks)

@@ -37,6 +37,11 @@ def attempt() -> str:
     return f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
 
 
+def rank_name(number: int, on: str | None) -> str:
+    """`rank 1 on host-b`; of a host that is not known `rank 1`."""
+    return f"rank {number} on {on}" if on else f"rank {number}"
+
+
 def host() -> str:
     """This machine's name."""
     return socket.gethostname()

@@ -9,15 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ensemble.errors import RankError
 from ensemble.measure import roofline
 from ensemble.measure.failure import optional, reason
 from ensemble.measure.start import Started, start, tidy
-from ensemble.models import stacking
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import REFERENCE, Case, Result
-from ensemble.strategies import STRATEGIES
+from ensemble.strategies import STRATEGIES, eager
 from ensemble.strategies.agreement import TOLERANCES, check
 from ensemble.strategies.reducing import served
 
@@ -95,8 +93,6 @@ def assemble(
     try:
         reference = runner.start(REFERENCE, torch.float32)
         notes: tuple[str, ...] = (WEAK,) if _is_weak(reference) else ()
-    except RankError:
-        raise
     except Exception as error:
         return f"the reference failed: {runner.reason(error, REFERENCE, torch.float32)}"
     exact = None
@@ -144,15 +140,8 @@ def saves_multiplications(case: Case) -> bool:
 
 
 def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:
-    """The logits of the models in float64, one model after another."""
-    inputs = example if example.dim() == 5 else [example] * len(models)
-    with torch.inference_mode():
-        return torch.stack(
-            [
-                stacking.cast([model], torch.float64)[0](batch.double())
-                for model, batch in zip(models, inputs, strict=True)
-            ]
-        )
+    """The logits of the models in float64."""
+    return eager.logits_in(models, example, torch.float64)
 
 
 def _is_weak(reference: Started) -> bool:

@@ -17,6 +17,7 @@ from ensemble.report.words import case_name
 
 # Called with what is measured in words, what is being done to it, and how much of that is done.
 Progress = Callable[[str, str, float], None]
+Make = Callable[[Sequence[Case]], Bench | str]  # the cases of a cell -> its bench
 
 
 class Measure(Protocol):
@@ -42,7 +43,7 @@ def run(
     *,
     progress: Progress,
     measure: Measure = row.measure,
-    make: Callable[[Sequence[Case]], Bench | str] | None = None,
+    make: Make | None = None,
 ) -> Iterator[Result]:
     """Measure cases of `plan`; a failure costs its own row only.
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ensemble.errors import RankError, first_line
+from ensemble.errors import first_line
 from ensemble.measure.start import start, tidy
 from ensemble.report import words
 
@@ -39,8 +39,6 @@ def optional(figure: str, function: Callable[[], T]) -> tuple[T | None, tuple[st
     the times must not cost the times."""
     try:
         return function(), ()
-    except RankError:
-        raise
     except Exception as error:
         log.debug("no %s", figure, exc_info=True)
         failed = f"{type(error).__name__}: {first_line(error)}"

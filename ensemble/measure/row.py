@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ensemble.errors import RankError, UnavailableError
+from ensemble.errors import UnavailableError
 from ensemble.machine import other_programs
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import Sample, interleaved
@@ -52,8 +52,6 @@ def measure(
         if problem:
             return _failed(row, f"after its timed calls, {problem}")
         return timed
-    except RankError:
-        raise
     except UnavailableError as error:
         return replace(row, status="unavailable", error=str(error))
     except Exception as error:

@@ -64,13 +64,12 @@ def measure_all(
     that ends, ends it with what is finished.
     """
     cases = benchmark.plan(config)
-    order = {case: index for index, case in enumerate(cases)}
     missing = _missing(cases, run, config)
     if config.resume:
         say(f"Going on with {config.resume}: {len(missing)} of {len(cases)} rows are missing")
     deadline = time.monotonic() + 60 * (config.max_minutes or float("inf"))
     stopped, broken = "", False
-    measure = measure or (_in_processes if config.processes else _here)
+    measure = measure or (_in_processes if config.processes else in_this_process)
     row = LOADED_ROW if config.scenario else processes.ROW
     try:
         with (
@@ -78,9 +77,7 @@ def measure_all(
             closing(measure(config, missing, run, workload, update, row)) as results,
         ):
             for several in results:
-                rows = {row.case: row for row in (*run.results, *several)}
-                ordered = sorted(rows.values(), key=lambda row: order.get(row.case, len(order)))
-                run = replace(run, results=tuple(ordered))
+                run = _with(run, several, cases)
                 save(run)
                 if time.monotonic() > deadline:
                     stopped = f"{config.max_minutes:g} minutes are over"
@@ -94,17 +91,28 @@ def measure_all(
     return Session(run, len(cases), left, stopped, broken)
 
 
-def _here(
+def _with(run: Run, rows: Sequence[Result], order: Sequence[Case]) -> Run:
+    """The run with these rows, new or in place of earlier ones; rows of other cases come last."""
+    places = {case: index for index, case in enumerate(order)}
+    by_case = {row.case: row for row in (*run.results, *rows)}
+    ordered = sorted(by_case.values(), key=lambda row: places.get(row.case, len(places)))
+    return replace(run, results=tuple(ordered))
+
+
+def in_this_process(
     config: Config,
     cases: Sequence[Case],
     run: Run,
     workload: Workload,
     progress: benchmark.Progress,
     row: str,
+    make: benchmark.Make | None = None,
 ) -> Generator[tuple[Result, ...]]:
-    """Each case in this process."""
+    """Each case in this process; `make` as in `benchmark.run`."""
     measure: benchmark.Measure = import_module(row).measure
-    for result in benchmark.run(config, cases, workload, progress=progress, measure=measure):
+    for result in benchmark.run(
+        config, cases, workload, progress=progress, measure=measure, make=make
+    ):
         yield (result,)
 
 

@@ -17,18 +17,27 @@ COMPILING = "compiling kernels, once per installation"
 
 @contextmanager
 def telling(strategy: str, progress: Stage) -> Iterator[None]:
-    """While it is built: tell when numba compiles kernels, which it does once and then keeps."""
+    """While it is built: tell when numba compiles kernels, which it does once and then keeps.
+
+    Within the compilation of a function are those of all that it calls: that is told once.
+    """
     if not STRATEGIES[strategy].has_kernels or find_spec("numba") is None:
         yield
         return
     from numba.core import event
 
     class Listener(event.Listener):
+        depth = 0
+
         def on_start(self, _: object) -> None:
-            progress(COMPILING, 0.0)
+            if self.depth == 0:
+                progress(COMPILING, 0.0)
+            self.depth += 1
 
         def on_end(self, _: object) -> None:
-            progress(BUILDING, 0.0)
+            self.depth -= 1
+            if self.depth == 0:
+                progress(BUILDING, 0.0)
 
     with event.install_listener("numba:compile", Listener()):
         yield

@@ -34,19 +34,26 @@ def load(
     """
     weights.check_arch(arch)
     block = range(num_models) if block is None else block
-    default = Path(pretrained.published_name(arch))
-    paths = paths or ((str(default),) if default.exists() else None)
-    if paths:
-        source = ", ".join(paths)
-        say(f"Loading resnet model from {source}")
-        read = weights.load_models(
-            paths[block.start : block.stop] if len(paths) > 1 else paths,
-            arch=arch,
-            device=device,
-            num_models=len(block),
-            say=say,
-        )
-        return read, source
+    default = pretrained.published_name(arch)
+    paths = paths or ((default,) if Path(default).exists() else None)
+    if paths is None:
+        return _published(arch, block, device, seed, num_models, say)
+    source = ", ".join(paths)
+    say(f"Loading resnet model from {source}")
+    some = paths[block.start : block.stop] if len(paths) > 1 else paths
+    models = weights.load_models(some, arch=arch, device=device, num_models=len(block), say=say)
+    return models, source
+
+
+def _published(
+    arch: str,
+    block: range,
+    device: torch.device,
+    seed: int,
+    num_models: int,
+    say: Callable[[str], None],
+) -> tuple[list[nn.Module], str]:
+    """The download, for all models alike; where there is none, random weights."""
     url = pretrained.published_url(arch)
     say(f"Loading resnet model from {url}")
     try:
@@ -54,11 +61,13 @@ def load(
     except URLError as error:
         seeds = f"{seed} to {seed + num_models - 1}" if num_models > 1 else str(seed)
         say(
-            f"No {default} here and no download ({error.reason}): using random weights,"
-            f" seeds {seeds}; the predicted class is meaningless, the timings are not."
+            f"No {pretrained.published_name(arch)} here and no download ({error.reason}): using"
+            f" random weights, seeds {seeds}; the predicted class is meaningless, the timings are"
+            " not."
         )
         drawn = weights.random_models(len(block), arch=arch, device=device, seed=seed + block.start)
         return drawn, f"random, seeds {seeds}"
-    return weights.models_from_state(
+    models = weights.models_from_state(
         state, arch=arch, source=url, num_models=len(block), device=device
-    ), url
+    )
+    return models, url

@@ -68,15 +68,7 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
         InputError: no such device or setting here, bad files, or more than memory holds.
     """
     device = prepare(config, device=config.device)
-    per_model = max(config.num_models) if config.inputs == "per_model" else 1
-    under_load = IMAGES_UNDER_LOAD if config.scenario else 1
-    augmented = AugmentedImages(
-        read_image(config.image_path),
-        max(max(config.batch_size) * per_model, under_load),
-        seed=config.seed,
-        device=device,
-    )
-    augmented(config.image_size[0])
+    augmented = read_images(config, device)
     models, weights = sources.load(
         config.model_path,
         arch=config.arch,
@@ -89,6 +81,21 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     if config.verbose:
         say(str(models[0]))
     return Workload(device, models, weights, augmented)
+
+
+def read_images(config: Config, device: torch.device) -> AugmentedImages:
+    """As many images as the largest case, or a scenario, asks for; the first size made at once.
+
+    Raises:
+        InputError: a bad file, or more than memory holds.
+    """
+    per_model = max(config.num_models) if config.inputs == "per_model" else 1
+    count = max(config.batch_size) * per_model
+    image = read_image(config.image_path)
+    count = max(count, IMAGES_UNDER_LOAD) if config.scenario else count
+    augmented = AugmentedImages(image, count, seed=config.seed, device=device)
+    augmented(config.image_size[0])
+    return augmented
 
 
 def tell_image(config: Config, images: AugmentedImages, *, say: Callable[[str], None]) -> None:

@@ -84,14 +84,11 @@ class Program(nn.Module):
         for value, tensor in zip(self._outputs, results, strict=True):
             self._bind(steps, value, tensor, shared=False)
         self._run(steps, [*held, *results])
+        converted = (serial.contiguous(result, self._dtype) for result in results)
         return [
             result.flatten(-3) if kind == Kind.HEAD else result.movedim(-1, -3)
-            for result, kind in zip(map(self._in_dtype, results), self._out_kinds, strict=True)
+            for result, kind in zip(converted, self._out_kinds, strict=True)
         ]
-
-    def _in_dtype(self, result: Tensor) -> Tensor:
-        known = result.dtype == self._dtype
-        return result if known else serial.copied(result, dtype=self._dtype)
 
     def _bind_input(self, steps: np.ndarray, value: int, x: Tensor) -> Tensor:
         """x in the order in which its readers read it; to be kept while they run."""
@@ -106,9 +103,7 @@ class Program(nn.Module):
             operation.x == value and kernels.is_planar(operation.geometry)
             for operation in self.operations
         )
-        x = x if narrow else x.movedim(-3, -1)
-        if x.dtype != torch.float32 or not x.is_contiguous():
-            x = serial.copied(x, dtype=torch.float32)
+        x = serial.contiguous(x if narrow else x.movedim(-3, -1), torch.float32)
         self._bind(steps, value, x, shared=x.dim() == 4)
         return x
 

@@ -11,21 +11,17 @@ from torch import Tensor
 GRAIN = 2**15
 
 
-def copied(x: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """x in another dtype or order: a new tensor that is contiguous, in C's order.
+def contiguous(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`x.to(dtype).contiguous()`: x itself where it is so already.
 
-    On an accelerator there are no such threads, and this is `x.to(dtype).contiguous()`.
+    On an accelerator there are no such threads.
     """
-    if x.device.type != "cpu":
+    dtype = dtype or x.dtype
+    if x.device.type != "cpu" or (x.dtype == dtype and x.is_contiguous()):
         return x.to(dtype).contiguous()
     target = torch.empty(x.shape, dtype=dtype)
     _copy(x, target)
     return target
-
-
-def contiguous(x: Tensor) -> Tensor:
-    """x itself where it is contiguous, else a copy that is."""
-    return x if x.is_contiguous() else copied(x, dtype=x.dtype)
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

@@ -70,19 +70,10 @@ class Player:
         self, purpose: str, rate_qps: float, *, draw: int = 0, percentile: float | None = None
     ) -> LoadRun:
         """One run; `draw` numbers the arrivals that are drawn from the seed."""
-        scenario, config = self._config.scenario, self._config
+        scenario = self._config.scenario
         assert scenario is not None
-        share = (config.latency_percentile if percentile is None else percentile) / 100
-        offered = EARLY * rate_qps if scenario == OFFLINE else rate_qps
-        order = Order(
-            scenario=scenario,
-            rate_qps=offered,
-            percentile=share,
-            bound_s=self.bound_s,
-            min_seconds=self._min_seconds(purpose),
-            min_queries=queries_needed(share, 0 if purpose == "curve" else LATE),
-            seed=1000 * config.seed + draw,
-        )
+        percentile = self._config.latency_percentile if percentile is None else percentile
+        order = self._order(scenario, purpose, rate_qps, draw, percentile / 100)
         server = self._server(scenario)
         stage = f"{purpose} {rate_qps:.4g} per second" if scenario == SERVER else scenario
         play = referee.Play(
@@ -108,6 +99,19 @@ class Player:
             run = replace(run, offered_qps=None)
         self.runs.append(run)
         return run
+
+    def _order(
+        self, scenario: str, purpose: str, rate_qps: float, draw: int, share: float
+    ) -> Order:
+        return Order(
+            scenario=scenario,
+            rate_qps=EARLY * rate_qps if scenario == OFFLINE else rate_qps,
+            percentile=share,
+            bound_s=self.bound_s,
+            min_seconds=self._min_seconds(purpose),
+            min_queries=queries_needed(share, 0 if purpose == "curve" else LATE),
+            seed=1000 * self._config.seed + draw,
+        )
 
     def _min_seconds(self, purpose: str) -> float:
         """How long a run is at least."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.models import stacking
-from ensemble.strategies import STRATEGIES, agreement, duel
+from ensemble.strategies import STRATEGIES, agreement, duel, eager
 from ensemble.strategies.built import Built, Choice
 
 # What could win on a kind of device. The loop comes first: it is what all the others must beat.
@@ -62,7 +62,9 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
 
 def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]:
     """Raises for logits that the loop in float32 does not give."""
-    reference, limit = _reference(models, x), agreement.TOLERANCES[x.dtype]
+    at_least_float32 = torch.promote_types(x.dtype, torch.float32)
+    reference = eager.logits_in(models, x, at_least_float32)
+    limit = agreement.TOLERANCES[x.dtype]
 
     def check(logits: Tensor) -> None:
         problem = agreement.check(logits, reference, tolerance=limit).problem
@@ -70,17 +72,3 @@ def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]
             raise ValueError(problem)
 
     return check
-
-
-def _reference(models: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """The logits of the loop in float32, or wider, one model after another."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    inputs = x if x.dim() == 5 else [x] * len(models)
-    return torch.stack(
-        [_in(model, dtype)(batch.to(dtype)) for model, batch in zip(models, inputs, strict=True)]
-    )
-
-
-def _in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    found = next(model.parameters()).dtype
-    return model if found == dtype else stacking.cast([model], dtype)[0]

@@ -32,6 +32,20 @@ def loop(models: Sequence[Callable[[Tensor], Tensor]], example: Tensor) -> Built
     return Built(lambda x: torch.stack([model(x) for model in models]))
 
 
+@torch.inference_mode()
+def logits_in(models: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loop's logits of x in another dtype; no more than one model exists in it at a time."""
+    inputs = x if x.dim() == 5 else [x] * len(models)
+    return torch.stack(
+        [_cast(model, dtype)(batch.to(dtype)) for model, batch in zip(models, inputs, strict=True)]
+    )
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    known = next(model.parameters()).dtype == dtype
+    return model if known else stacking.cast([model], dtype)[0]
+
+
 def vmap(models: Sequence[nn.Module], example: Tensor, chunk_size: int | None = None) -> Built:
     """One forward of the stateless model, mapped over the stacked parameters and buffers, of all
     models at once or of so many."""

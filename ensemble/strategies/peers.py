@@ -156,11 +156,10 @@ def _checked(built: Built, models: Sequence[nn.Module], example: Tensor) -> Buil
     Raises:
         UnavailableError: it computes something else.
     """
-    reference = eager.loop(_in_float32(models), example).forward
     tolerance = agreement.TOLERANCES[example.dtype]
     for x in (example, example.flip(-1)):
         problem = agreement.check(
-            built.forward(x), reference(x.float()), tolerance=tolerance
+            built.forward(x), eager.logits_in(models, x, torch.float32), tolerance=tolerance
         ).problem
         if problem:
             raise UnavailableError(f"converted, these models compute something else: {problem}")

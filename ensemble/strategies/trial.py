@@ -80,13 +80,10 @@ def fastest(
     least = min(seconds.values())
     close = {name: settings[name] for name in seconds if seconds[name] <= CLOSE * least}
     runs: dict[str, Run] = {}
-    if len(close) > 1:
-        try:
-            runs = {name: make(trial) for name, make in close.items()}
-            calls = timed(list(runs.values()), effort=LONG)
-            seconds |= dict(zip(runs, map(statistics.median, calls), strict=True))
-        except Exception as error:  # two together may need more memory than there is
-            refused["the longer trial"] = error.with_traceback(None)
+    try:
+        runs = _together(close, trial, timed, seconds)
+    except Exception as error:  # two together may need more memory than there is
+        refused["the longer trial"] = error.with_traceback(None)
     best = min(close, key=seconds.__getitem__)
     kept = runs.get(best) if trial == num_models else None
     runs.clear()
@@ -113,9 +110,25 @@ def _alone(
     return seconds, refused
 
 
+def _together(
+    close: Settings,
+    trial: int,
+    timed: Callable[..., list[tuple[float, ...]]],
+    seconds: dict[str, float],
+) -> dict[str, Run]:
+    """The runs of settings that are close, held together; `seconds` gets their medians. Of one
+    alone there is nothing to try."""
+    if len(close) == 1:
+        return {}
+    runs = {name: make(trial) for name, make in close.items()}
+    calls = timed(list(runs.values()), effort=LONG)
+    seconds |= dict(zip(runs, map(statistics.median, calls), strict=True))
+    return runs
+
+
 def arrays(x: Tensor, num_models: int) -> list[Array]:
     """Each model's batch in float32, numpy knowing no bfloat16; shared ones share their memory."""
-    x = serial.contiguous(x) if x.dtype == torch.float32 else serial.copied(x, dtype=torch.float32)
+    x = serial.contiguous(x, torch.float32)
     return [batch.numpy() for batch in x] if x.dim() == 5 else [x.numpy()] * num_models
 
 

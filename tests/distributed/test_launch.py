@@ -2,7 +2,7 @@
 
 import pytest
 
-from ensemble import options
+from ensemble import command_line
 from ensemble.errors import InputError
 from ensemble.machine import launch
 
@@ -17,7 +17,7 @@ def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def test_rows_are_measured_in_the_ranks_whatever_the_default_of_processes(rank: str) -> None:
     assert (launch.rank(), launch.ranks()) == (int(rank), 2)
-    assert options.parse([]).processes == 0
+    assert command_line.parse([]).processes == 0
 
 
 @pytest.mark.parametrize(
@@ -31,16 +31,16 @@ def test_what_torchrun_rules_out_is_refused_with_its_reason(
     rank: str, argv: list[str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        options.parse(argv)
+        command_line.parse(argv)
 
 
 def test_only_the_first_rank_checks_the_files_to_write(rank: str) -> None:
     argv = ["--export_json", "no/such/folder/run.json"]
     if rank == "0":
         with pytest.raises(InputError, match="expected a folder at no/such/folder"):
-            options.parse(argv)
+            command_line.parse(argv)
     else:
-        assert options.parse(argv).export_json == argv[1]
+        assert command_line.parse(argv).export_json == argv[1]
 
 
 def test_a_plain_start_is_rank_0_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,17 @@ def stages_of(strategy: str) -> list[str]:
     return told
 
 
+def test_functions_that_are_compiled_within_another_are_not_told_again() -> None:
+    told: list[str] = []
+    with telling("lowered_vmap", lambda stage, done: told.append(stage)):
+        event.start_event("numba:compile")
+        for _ in range(3):
+            event.start_event("numba:compile")
+            event.end_event("numba:compile")
+        event.end_event("numba:compile")
+    assert told == [COMPILING, BUILDING]
+
+
 @pytest.mark.parametrize("strategy", ["lowered_vmap", "best"])
 def test_kernels_that_are_compiled_are_told_as_what_they_are(strategy: str) -> None:
     assert stages_of(strategy) == [COMPILING, BUILDING]

@@ -18,9 +18,8 @@ def test_a_copy_has_the_values_in_the_order_and_dtype_that_were_asked_for(
 ) -> None:
     x = torch.randn(shape)
     for given in (x, x.movedim(0, -1) if shape else x, x.bfloat16()):
-        found = serial.copied(given, dtype=dtype)
+        found = serial.contiguous(given, dtype)
         assert found.is_contiguous()
-        assert found.data_ptr() != given.data_ptr() or not given.numel()
         assert torch.equal(found, given.to(dtype))
     assert serial.contiguous(x) is x
 
@@ -34,7 +33,7 @@ torch.set_num_threads(2)
 x = torch.empty(1, 3, 512, 512)
 before = len(os.listdir("/proc/self/task"))
 if sys.argv[1] == "ours":
-    serial.copied(x.movedim(1, -1), dtype=torch.float32)
+    serial.contiguous(x.movedim(1, -1))
 else:
     x.movedim(1, -1).contiguous()
 print(len(os.listdir("/proc/self/task")) - before)

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ensemble.command_line import parse
 from ensemble.errors import InputError
 from ensemble.measure import rounds
-from ensemble.options import Config, parse
+from ensemble.options import Config
 from ensemble.records import Result, Run
 from ensemble.report import comparison
 from ensemble.report.comparison import (
