@@ -92,14 +92,14 @@ def parse(argv: Sequence[str] | None) -> Config:
     if options["from_json"]:
         _check_beside_from_json(typed)
     else:
+        if launch.is_launched():
+            _check_ranks(typed)
+            options["processes"] = 0
         _check_load(typed, options)
     config = Config(**_filled_in(options))
     if config.reduce == "mean" and config.inputs == "per_model":
         message = "expected --inputs shared with it: tenants have no mean, found per_model"
         raise InputError(message, argument="reduce")
-    if launch.is_launched() and not config.from_json:
-        _check_ranks(typed)
-        config = replace(config, processes=0)
     if config.resume and not config.export_json:
         config = replace(config, export_json=config.resume)  # it goes on in its own file
     if launch.rank() == 0:
