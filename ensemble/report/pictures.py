@@ -142,6 +142,7 @@ def _line(
     middle, low, high = ([(point[i] or 0) * scale for point in points] for i in (1, 2, 3))
     colour, mark, dash = look
     axes.fill_between(counts, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.vlines(counts, low, high, color=colour, alpha=0.6, linewidth=1)  # of one N the whole band
     if dots:
         axes.plot(*zip(*dots, strict=True), ".", color=colour, markersize=3, alpha=0.7)
     axes.plot(
@@ -169,9 +170,7 @@ def _finish(axes: Axes, counts: Sequence[int], what: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.tick_params(axis="y", which="both", labelsize=8)
     axes.set_xlim(counts[0] * 0.93, counts[-1] * (counts[-1] / counts[0]) ** 0.04 * 1.05)
-    low, high = axes.get_ylim()
-    digits = _some_digits if high / low > 8 else _all_below_one
-    axes.yaxis.set_minor_formatter(FuncFormatter(digits))
+    axes.yaxis.set_minor_formatter(FuncFormatter(_digits(*axes.get_ylim())))
     label_ends(axes)
 
 
@@ -197,6 +196,13 @@ def label_ends(axes: Axes) -> None:
             fontsize=8,
             color=line.get_color(),
         )
+
+
+def _digits(low: float, high: float) -> Callable[[float, object], str]:
+    """Which values between the powers of ten get a label, by how far the axis goes."""
+    if high / low <= 2:
+        return lambda value, _: f"{value:g}"
+    return _some_digits if high / low > 8 else _all_below_one
 
 
 def _some_digits(value: float, _: object) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 
 from ensemble.records import Result
 from ensemble.report import pictures
@@ -62,6 +63,29 @@ def test_lines_differ_without_their_colours() -> None:
         if str(line.get_label()).startswith("s")
     }
     assert len(looks) == 9
+
+
+@pytest.mark.parametrize("low", [0.1, 0.11, 0.013])
+def test_an_axis_has_numbers_however_close_its_values_are(low: float) -> None:
+    rows = [changed(LOOP, times_s=(low,) * 20), changed(at(2, 1.0), times_s=(1.4 * low,) * 20)]
+    figure = pictures.draw(rows)
+    figure.draw_without_rendering()
+    (bottom, top), axis = figure.axes[0].get_ylim(), figure.axes[0].yaxis
+    numbers = [
+        label.get_text()
+        for label in (*axis.get_ticklabels(minor=True), *axis.get_ticklabels())
+        if bottom <= label.get_position()[1] <= top and label.get_text()
+    ]
+    assert len(numbers) >= 2
+
+
+def test_the_interval_of_a_single_n_is_drawn_as_well() -> None:
+    _, below = pictures.draw([LOOP, at(2, 1.5)]).axes
+    (bar,) = (c for c in below.collections if isinstance(c, LineCollection))
+    (segment,) = bar.get_segments()
+    interval = at(2, 1.5).speedup_interval
+    assert interval is not None
+    assert segment[:, 1] == pytest.approx(interval)
 
 
 def test_what_may_not_be_claimed_is_not_drawn_as_a_speedup() -> None:
