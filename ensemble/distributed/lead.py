@@ -16,8 +16,8 @@ from ensemble.distributed.follow import LEAVE
 from ensemble.distributed.member import Member
 from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError, RankError, first_line
-from ensemble.measure import benchmark, session
-from ensemble.measure.bench import Bench, assemble, make_example
+from ensemble.measure import grid, session
+from ensemble.measure.cell import Cell, assemble, make_example
 from ensemble.models import workload
 from ensemble.models.workload import Workload
 from ensemble.options import Config
@@ -105,7 +105,7 @@ def measure(
     cases: Sequence[Case],
     run: Run,
     workload: Workload,
-    progress: benchmark.Progress,
+    progress: grid.Progress,
     row: str,
 ) -> Generator[tuple[Result, ...]]:
     """Each case on all ranks: what `session.measure_all` is given.
@@ -116,7 +116,7 @@ def measure(
     assert isinstance(workload, ShardedWorkload)
     lead = workload.lead
 
-    def make(cell: Sequence[Case]) -> Bench | str:
+    def make(cell: Sequence[Case]) -> Cell | str:
         case = cell[0]
         images = workload.images(case.image_size)
         example = make_example(images, case)

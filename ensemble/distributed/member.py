@@ -22,7 +22,7 @@ from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError, UnavailableError
 from ensemble.machine import memory
 from ensemble.machine.devices import synchronize
-from ensemble.measure.bench import in_float64
+from ensemble.measure.cell import in_float64
 from ensemble.measure.failure import optional, reason
 from ensemble.measure.start import Started, start, tidy
 from ensemble.models import sources

@@ -14,7 +14,7 @@ from ensemble.distributed.alike import Facts
 from ensemble.distributed.member import key_of
 from ensemble.distributed.outcomes import Division, Outcome
 from ensemble.errors import UnavailableError, first_line
-from ensemble.measure.bench import Runner
+from ensemble.measure.cell import Runner
 from ensemble.measure.start import Started
 from ensemble.options import Config
 from ensemble.records import REFERENCE, Result

@@ -14,7 +14,7 @@ from ensemble.errors import UnavailableError
 from ensemble.machine import other_programs
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import Sample, interleaved
-from ensemble.measure.bench import Bench
+from ensemble.measure.cell import Cell
 from ensemble.measure.stages import BUILDING, TIMING, Stage, telling
 from ensemble.measure.start import Started, tidy
 from ensemble.options import Config
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def measure(
-    case: Case, bench: Bench, config: Config, *, progress: Stage, picked: str | None = None
+    case: Case, cell: Cell, config: Config, *, progress: Stage, picked: str | None = None
 ) -> Result:
     """The row of a case, measured in this process; a failure is a row with its reason.
 
@@ -35,20 +35,20 @@ def measure(
     tidy()
     dtype = getattr(torch, case.dtype)
     strategy = picked or (REFERENCE if case.is_self_check else case.strategy)
-    row = Result(case, notes=bench.notes, picked=picked)
+    row = Result(case, notes=cell.notes, picked=picked)
     try:
         progress(BUILDING, 0.0)
-        started = bench.reference
+        started = cell.reference
         if not case.is_reference:
             with telling(strategy, progress):
-                started = bench.runner.start(strategy, dtype)
-        row = _checked(row, started, bench, config)
+                started = cell.runner.start(strategy, dtype)
+        row = _checked(row, started, cell, config)
         if row.error:
             return row
-        process = _time(case, started, bench, config, progress)
-        timed = bench.runner.finish(started, replace(row, processes=(process,)))
+        process = _time(case, started, cell, config, progress)
+        timed = cell.runner.finish(started, replace(row, processes=(process,)))
         # Later calls may differ from the first: memory that was freed is only now overwritten.
-        problem = _problem_served(started, bench, config)
+        problem = _problem_served(started, cell, config)
         if problem:
             return _failed(row, f"after its timed calls, {problem}")
         return timed
@@ -56,20 +56,20 @@ def measure(
         return replace(row, status="unavailable", error=str(error))
     except Exception as error:
         log.debug("%s failed", case, exc_info=True)
-        return _failed(row, bench.runner.reason(error, strategy, dtype))
+        return _failed(row, cell.runner.reason(error, strategy, dtype))
 
 
-def reference_row(row: Result, bench: Bench) -> Result | None:
+def reference_row(row: Result, cell: Cell) -> Result | None:
     """The row of the reference beside which `row` was timed; None where it has no pairs."""
     if row.case.is_reference or row.status != "ok" or not row.reference_times_s:
         return None
     (process,) = row.processes
-    logits = bench.reference.logits
+    logits = cell.reference.logits
     return Result(
         replace(row.case, strategy=REFERENCE, dtype="float32"),
         processes=(
             replace(
-                _untimed(bench.reference),
+                _untimed(cell.reference),
                 times_s=process.reference_times_s,
                 page_faults_per_call=process.reference_page_faults_per_call,
                 others_cpu_share=process.others_cpu_share,
@@ -79,7 +79,7 @@ def reference_row(row: Result, bench: Bench) -> Result | None:
         error_float64=None,
         top1=logits.argmax(-1).tolist(),
         top1_agreement=1.0,
-        notes=bench.notes,
+        notes=cell.notes,
     )
 
 
@@ -87,11 +87,11 @@ def _failed(row: Result, error: str) -> Result:
     return replace(row, status="failed", error=error)
 
 
-def _checked(row: Result, started: Started, bench: Bench, config: Config) -> Result:
+def _checked(row: Result, started: Started, cell: Cell, config: Config) -> Result:
     """The row with how its logits compare with the reference's, failed where they do not agree."""
     limit = TOLERANCES[started.example.dtype]
-    found = check(started.logits, bench.reference.logits, tolerance=limit)
-    exact = None if bench.exact is None else check(started.logits, bench.exact, tolerance=limit)
+    found = check(started.logits, cell.reference.logits, tolerance=limit)
+    exact = None if cell.exact is None else check(started.logits, cell.exact, tolerance=limit)
     row = replace(
         row,
         processes=(_untimed(started),),
@@ -104,15 +104,15 @@ def _checked(row: Result, started: Started, bench: Bench, config: Config) -> Res
     )
     problem = found.problem
     if not problem and config.reduce != "none":
-        problem = _problem_served(started, bench, config)
+        problem = _problem_served(started, cell, config)
     return _failed(row, problem) if problem else row
 
 
-def _problem_served(started: Started, bench: Bench, config: Config) -> str | None:
+def _problem_served(started: Started, cell: Cell, config: Config) -> str | None:
     """What is wrong with what a call serves: logits, or the mean of their probabilities."""
     return check_served(
         started.call(),
-        bench.reference.logits,
+        cell.reference.logits,
         reduce=config.reduce,
         tolerance=TOLERANCES[started.example.dtype],
     ).problem
@@ -129,9 +129,9 @@ def _untimed(started: Started) -> Process:
     )
 
 
-def _time(case: Case, started: Started, bench: Bench, config: Config, progress: Stage) -> Process:
+def _time(case: Case, started: Started, cell: Cell, config: Config, progress: Stage) -> Process:
     """Time the strategy in pairs with the reference; the reference row by itself."""
-    reference, beside = bench.reference, bench.runner.beside
+    reference, beside = cell.reference, cell.runner.beside
     both = [reference] if case.is_reference else [reference, started]
     rounds, begin, before = [], time.perf_counter(), other_programs.read(beside)
     for samples in interleaved(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 
 from ensemble.errors import RankError
-from ensemble.measure import benchmark, processes, rounds
-from ensemble.measure.bench import measure_limits, with_roofline
+from ensemble.measure import grid, rounds, workers
+from ensemble.measure.cell import measure_limits, with_roofline
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Result, Run
@@ -18,11 +18,11 @@ from ensemble.report.progress import show_progress
 from ensemble.report.words import case_name
 
 INTERRUPTED = "interrupted"
-LOADED_ROW = "ensemble.serving.row"  # as `processes.ROW`, of a case under load
-ShowProgress = Callable[[int], AbstractContextManager[benchmark.Progress]]
+LOADED_ROW = "ensemble.serving.row"  # as `workers.ROW`, of a case under load
+ShowProgress = Callable[[int], AbstractContextManager[grid.Progress]]
 # Gives the row of each case, as it comes, with others that changed by it.
 Measure = Callable[
-    [Config, Sequence[Case], Run, Workload, benchmark.Progress, str],
+    [Config, Sequence[Case], Run, Workload, grid.Progress, str],
     Generator[tuple[Result, ...], None, None],
 ]
 
@@ -63,14 +63,14 @@ def measure_all(
     processes of their own, or where there are none here). Ctrl-C, the budget of minutes, or a rank
     that ends, ends it with what is finished.
     """
-    cases = benchmark.plan(config)
+    cases = grid.plan(config)
     missing = _missing(cases, run, config)
     if config.resume:
         say(f"Going on with {config.resume}: {len(missing)} of {len(cases)} rows are missing")
     deadline = time.monotonic() + 60 * (config.max_minutes or float("inf"))
     stopped, broken = "", False
     measure = measure or (_in_processes if config.processes else in_this_process)
-    row = LOADED_ROW if config.scenario else processes.ROW
+    row = LOADED_ROW if config.scenario else workers.ROW
     try:
         with (
             show_progress(len(missing) * rounds.first_rounds(config)) as update,
@@ -104,15 +104,13 @@ def in_this_process(
     cases: Sequence[Case],
     run: Run,
     workload: Workload,
-    progress: benchmark.Progress,
+    progress: grid.Progress,
     row: str,
-    make: benchmark.Make | None = None,
+    make: grid.Make | None = None,
 ) -> Generator[tuple[Result, ...]]:
-    """Each case in this process; `make` as in `benchmark.run`."""
-    measure: benchmark.Measure = import_module(row).measure
-    for result in benchmark.run(
-        config, cases, workload, progress=progress, measure=measure, make=make
-    ):
+    """Each case in this process; `make` as in `grid.run`."""
+    measure: grid.Measure = import_module(row).measure
+    for result in grid.run(config, cases, workload, progress=progress, measure=measure, make=make):
         yield (result,)
 
 
@@ -121,7 +119,7 @@ def _in_processes(
     cases: Sequence[Case],
     run: Run,
     workload: Workload,
-    progress: benchmark.Progress,
+    progress: grid.Progress,
     row: str,
 ) -> Generator[tuple[Result, ...]]:
     """Each case in processes of its own; a row comes again after each of them, and with it the row
@@ -129,7 +127,7 @@ def _in_processes(
     rows = {row.case: row for row in run.results}
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
-    with processes.jobs(rounds.in_each(config), workload, row=row) as job:
+    with workers.jobs(rounds.in_each(config), workload, row=row) as job:
 
         def number(case: Case) -> int:
             return len(rows[case].processes) if case in rows else 0
@@ -150,7 +148,7 @@ def _in_processes(
             return case in cases and rounds.wants_more(rows.get(case), config)
 
         for several in rounds.rounds(cases, rows, config):
-            measured = processes.measure(job, several, picked=picked, progress=tell, number=number)
+            measured = workers.measure(job, several, picked=picked, progress=tell, number=number)
             for new, beside in measured:
                 wanted = beside is not None and is_wanted(beside.case)
                 yield tuple(map(take, (new, beside) if beside and wanted else (new,)))

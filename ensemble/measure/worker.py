@@ -34,7 +34,7 @@ def main() -> None:
         messages.write(json.dumps(message) + "\n")
         messages.flush()
 
-    from ensemble.measure.bench import make_bench
+    from ensemble.measure.cell import make_cell
     from ensemble.measure.row import reference_row
     from ensemble.models import workload
     from ensemble.records import Result
@@ -49,16 +49,16 @@ def main() -> None:
     measure = import_module(job["row"]).measure
     config, case = config_of(job["config"]), Case(**job["case"])
     shared = workload.load_shared(job["shared"], config, device=job["device"])
-    bench = make_bench([case], shared.models, shared.images, config)
-    if isinstance(bench, str):
-        say({"row": row_of(Result(case, status="failed", error=bench)), "reference": None})
+    cell = make_cell([case], shared.models, shared.images, config)
+    if isinstance(cell, str):
+        say({"row": row_of(Result(case, status="failed", error=cell)), "reference": None})
         return
     result = measure(
-        *(case, bench, config),
+        *(case, cell, config),
         progress=lambda stage, done: say({"stage": stage, "done": done}),
         picked=job["picked"],
     )
-    beside = reference_row(result, bench)
+    beside = reference_row(result, cell)
     say({"row": row_of(result), "reference": beside and row_of(beside)})
 
 

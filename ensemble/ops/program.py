@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ensemble.ops import kernels, serial
 from ensemble.ops.operation import Kind, Operation
 from ensemble.ops.pages import in_large_pages
+from ensemble.ops.per_process import PerProcess
 from ensemble.ops.simd import FLOAT_BYTES
 from ensemble.ops.team import run_together
-from ensemble.ops.workers import PerProcess
 
 ALIGNMENT = 64  # bytes: a line of the cache
 

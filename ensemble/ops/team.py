@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from ensemble.ops.workers import PerProcess
+from ensemble.ops.per_process import PerProcess
 
 
 class _Call:

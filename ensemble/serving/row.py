@@ -11,7 +11,7 @@ from ensemble.errors import UnavailableError
 from ensemble.machine import memory, other_programs
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import interleaved
-from ensemble.measure.bench import Bench
+from ensemble.measure.cell import Cell
 from ensemble.measure.failure import reason
 from ensemble.measure.stages import Stage
 from ensemble.measure.start import tidy
@@ -38,20 +38,20 @@ class TooSlowError(RuntimeError):
 
 
 def measure(
-    case: Case, bench: Bench, config: Config, *, progress: Stage, picked: str | None = None
+    case: Case, cell: Cell, config: Config, *, progress: Stage, picked: str | None = None
 ) -> Result:
     """The row of a case under load; a failure is a row with its reason.
 
     `picked` is not asked: `best` chooses anew for each batch size.
     """
     tidy()
-    row, dtype = Result(case, notes=bench.notes), getattr(torch, case.dtype)
-    device, cpu = bench.example.device, other_programs.read()
+    row, dtype = Result(case, notes=cell.notes), getattr(torch, case.dtype)
+    device, cpu = cell.example.device, other_programs.read()
     before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
     try:
-        engine = ways.build(case, bench, max_batch=config.max_batch, progress=progress)
+        engine = ways.build(case, cell, max_batch=config.max_batch, progress=progress)
         row = replace(row, notes=row.notes + _notes(engine), max_rel_error=engine.max_rel_error)
-        player = Player(case, config, engine, _bound_s(case, bench, config), progress)
+        player = Player(case, config, engine, _bound_s(case, cell, config), progress)
         load = _load(config, player)
     except UnavailableError as error:
         return replace(row, status="unavailable", error=str(error))
@@ -60,10 +60,10 @@ def measure(
     except Exception as error:
         log.debug("%s failed", case, exc_info=True)
         name = ways.plan(case).alone or ways.plan(case).together or case.strategy
-        why = reason(error, name, bench.models, bench.example, dtype)
+        why = reason(error, name, cell.models, cell.example, dtype)
         return replace(row, status="failed", error=why)
     peak = memory.peak_bytes(device) if peak_known else None
-    shared = sum(map(stacking.weight_bytes, bench.models)) if dtype == torch.float32 else 0
+    shared = sum(map(stacking.weight_bytes, cell.models)) if dtype == torch.float32 else 0
     process = Process(
         times_s=(),
         reference_times_s=(),
@@ -113,12 +113,12 @@ def _find(player: Player) -> None:
             player.play("curve", share * held)
 
 
-def _bound_s(case: Case, bench: Bench, config: Config) -> float:
+def _bound_s(case: Case, cell: Cell, config: Config) -> float:
     """The bound that was asked for, or four times what the loop takes for one request."""
     if config.latency_bound_ms is not None:
         return 1e-3 * config.latency_bound_ms
-    one = bench.example if case.inputs == "shared" else bench.example[0]
-    models = bench.models if case.inputs == "shared" else bench.models[:1]
+    one = cell.example if case.inputs == "shared" else cell.example[0]
+    models = cell.models if case.inputs == "shared" else cell.models[:1]
 
     def call() -> list[torch.Tensor]:
         with torch.inference_mode():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import interleaved
-from ensemble.measure.bench import Bench
+from ensemble.measure.cell import Cell
 from ensemble.measure.start import start
 from ensemble.records import Case
 from ensemble.serving.batcher import ALONE, TOGETHER, Way, sizes
@@ -52,7 +52,7 @@ def plan(case: Case) -> Plan:
 
 
 def build(
-    case: Case, bench: Bench, *, max_batch: int, progress: Callable[[str, float], None]
+    case: Case, cell: Cell, *, max_batch: int, progress: Callable[[str, float], None]
 ) -> Engine:
     """Build, check and time each way of a case.
 
@@ -61,8 +61,8 @@ def build(
         Exception: what a strategy raises.
     """
     chosen = plan(case)
-    expected = reference_logits(bench)
-    images = bench.images.to(getattr(torch, case.dtype))
+    expected = reference_logits(cell)
+    images = cell.images.to(getattr(torch, case.dtype))
     modes = {ALONE: chosen.alone, TOGETHER: chosen.together}
     keys = [(mode, size) for mode, name in modes.items() if name for size in sizes(max_batch)]
     forwards, ways, largest = dict[Key, Forwards](), list[Way](), list[float]()
@@ -70,7 +70,7 @@ def build(
         progress(f"build {mode} {size}", index / len(keys))
         name = modes[mode]
         assert name is not None
-        made, errors = _start(name, mode, size, chosen.lanes, case, bench, images, expected)
+        made, errors = _start(name, mode, size, chosen.lanes, case, cell, images, expected)
         forwards[mode, size] = made
         largest += errors
     for (mode, size), made in forwards.items():
@@ -78,11 +78,11 @@ def build(
     return Engine(forwards, ways, expected, images, max(largest, default=None))
 
 
-def reference_logits(bench: Bench) -> Tensor:
+def reference_logits(cell: Cell) -> Tensor:
     """What the reference says of each image: `(N, images, classes)`."""
-    shape = bench.example.shape
-    inputs = (image.expand(shape).contiguous() for image in bench.images)
-    return torch.cat([bench.reference.forward(x) for x in inputs], 1)
+    shape = cell.example.shape
+    inputs = (image.expand(shape).contiguous() for image in cell.images)
+    return torch.cat([cell.reference.forward(x) for x in inputs], 1)
 
 
 def _start(
@@ -91,18 +91,18 @@ def _start(
     size: int,
     lanes: int,
     case: Case,
-    bench: Bench,
+    cell: Cell,
     images: Tensor,
     expected: Tensor,
 ) -> tuple[Forwards, list[float]]:
     """The forwards of a way, checked on the first images, with the largest error of each."""
     picked = [index % len(images) for index in range(size)]
     example = images[picked]
-    ensemble = [bench.models]
+    ensemble = [cell.models]
     if mode == TOGETHER:
         example = example.expand(lanes, *example.shape).contiguous()
     elif lanes > 1 or case.inputs == "per_model":
-        ensemble = [bench.models[lane : lane + 1] for lane in range(lanes)]
+        ensemble = [cell.models[lane : lane + 1] for lane in range(lanes)]
     dtype = getattr(torch, case.dtype)
     started, errors = [], list[float]()
     for lane, models in enumerate(ensemble):

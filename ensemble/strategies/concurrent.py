@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ensemble.ops.workers import PerProcess
+from ensemble.ops.per_process import PerProcess
 from ensemble.passes.folding import channels_last, folded
 from ensemble.strategies.built import Built, Forward
 from ensemble.strategies.compiled import compiled_models

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble import strategies
-from ensemble.measure.bench import Bench, make_bench
+from ensemble.measure.cell import Cell, make_cell
 from ensemble.options import Config
 from ensemble.records import Case, Result, Run
 from ensemble.report import exports
@@ -44,15 +44,15 @@ def case(strategy: str, inputs: str = "shared") -> Case:
     return replace(CASE, strategy=strategy, num_models=3, image_size=8, inputs=inputs)
 
 
-def bench(asked: Case) -> Bench:
+def cell(asked: Case) -> Cell:
     images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    made = make_bench([asked], tiny_models(3), lambda px: images, CONFIG_UNDER_LOAD)
-    assert isinstance(made, Bench)
+    made = make_cell([asked], tiny_models(3), lambda px: images, CONFIG_UNDER_LOAD)
+    assert isinstance(made, Cell)
     return made
 
 
 def measured(asked: Case, config: Config = CONFIG_UNDER_LOAD) -> Result:
-    return row.measure(asked, bench(asked), config, progress=lambda *_: None)
+    return row.measure(asked, cell(asked), config, progress=lambda *_: None)
 
 
 def batches(made: Engine, lanes: int) -> list[Batch]:
@@ -82,7 +82,7 @@ def test_every_way_gives_each_request_its_own_answer_and_a_mix_up_is_seen(
     strategy: str, inputs: str, expected: set[tuple[str, int]]
 ) -> None:
     asked = case(strategy, inputs)
-    made = ways.build(asked, bench(asked), max_batch=2, progress=lambda *_: None)
+    made = ways.build(asked, cell(asked), max_batch=2, progress=lambda *_: None)
     assert {(way.mode, way.size) for way in made.ways} == expected
     assert made.told_apart()
     assert (made.max_rel_error or 0.0) < 1e-5
@@ -167,8 +167,8 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
     asked = case("breaks")
     images = torch.randn(16, 3, 8, 8)
     calls = []
-    made = make_bench([asked], tiny_models(3), lambda px: images, CONFIG_UNDER_LOAD)
-    assert isinstance(made, Bench)
+    made = make_cell([asked], tiny_models(3), lambda px: images, CONFIG_UNDER_LOAD)
+    assert isinstance(made, Cell)
     found = row.measure(asked, made, CONFIG_UNDER_LOAD, progress=lambda *_: None)
     run = found.load_run
     assert found.status == "failed"

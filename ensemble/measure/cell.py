@@ -37,7 +37,7 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Cell:
     """What all rows of a cell share. `exact` holds the logits in float64, where a row asks.
 
     `images` is all that there are, `(count, 3, px, px)`; the example is made of the first of them.
@@ -52,13 +52,13 @@ class Bench:
     notes: tuple[str, ...]
 
 
-def make_bench(
+def make_cell(
     cases: Sequence[Case],
     models: Sequence[nn.Module],
     images_of: Callable[[int], Tensor],
     config: Config,
-) -> Bench | str:
-    """The bench of a cell on this device, or why its reference failed, in one line.
+) -> Cell | str:
+    """The cell of these cases on this device, or why its reference failed, in one line.
 
     Args:
         cases: rows of one cell.
@@ -85,8 +85,8 @@ def make_bench(
 
 def assemble(
     cases: Sequence[Case], runner: Runner, models: Sequence[nn.Module], images: Tensor
-) -> Bench | str:
-    """The bench of a cell: its reference started, its check judged, and its logits in float64 where
+) -> Cell | str:
+    """A cell: its reference started, its check judged, and its logits in float64 where
     a row of it asks for them."""
     example = make_example(images, cases[0])
     tidy()
@@ -99,7 +99,7 @@ def assemble(
     if any(map(saves_multiplications, cases)):
         exact, more = optional("error to float64", runner.exact)
         notes += more
-    return Bench(runner, models, images, example, reference, exact, notes)
+    return Cell(runner, models, images, example, reference, exact, notes)
 
 
 def make_example(images: Tensor, case: Case) -> Tensor:

@@ -8,7 +8,7 @@ from itertools import groupby, product
 from typing import Protocol
 
 from ensemble.measure import row
-from ensemble.measure.bench import Bench, make_bench, measure_limits, with_roofline
+from ensemble.measure.cell import Cell, make_cell, measure_limits, with_roofline
 from ensemble.measure.stages import Stage
 from ensemble.models.workload import Workload
 from ensemble.options import Config
@@ -17,13 +17,13 @@ from ensemble.report.words import case_name
 
 # Called with what is measured in words, what is being done to it, and how much of that is done.
 Progress = Callable[[str, str, float], None]
-Make = Callable[[Sequence[Case]], Bench | str]  # the cases of a cell -> its bench
+Make = Callable[[Sequence[Case]], Cell | str]  # the cases of a cell -> the cell
 
 
 class Measure(Protocol):
     """Makes a row of a case."""
 
-    def __call__(self, case: Case, bench: Bench, config: Config, *, progress: Stage) -> Result: ...
+    def __call__(self, case: Case, cell: Cell, config: Config, *, progress: Stage) -> Result: ...
 
 
 def plan(config: Config) -> list[Case]:
@@ -52,22 +52,22 @@ def run(
         cases: what to measure, those of one cell together.
         workload: the first N of its models serve for each N; shared inputs are the first B of its
             images, per-model inputs the first N * B.
-        make: gives the bench of a cell (default: `make_bench`, on the workload's device).
+        make: makes the cell of its cases (default: `make_cell`, on the workload's device).
     """
     dtypes = [case.dtype for case in cases] if config.roofline else []
     limits = measure_limits(dtypes, workload.device)
     for _, group in groupby(cases, key=lambda case: case.cell):
-        cell = list(group)
-        progress(case_name(cell[0]), "reference", 0.0)
+        together = list(group)
+        progress(case_name(together[0]), "reference", 0.0)
         if make is None:
-            bench = make_bench(cell, workload.models, workload.images, config)
+            cell = make_cell(together, workload.models, workload.images, config)
         else:
-            bench = make(cell)
-        for case in cell:
-            if isinstance(bench, str):
-                yield Result(case, status="failed", error=bench)
+            cell = make(together)
+        for case in together:
+            if isinstance(cell, str):
+                yield Result(case, status="failed", error=cell)
                 continue
-            found = measure(case, bench, config, progress=partial(progress, case_name(case)))
+            found = measure(case, cell, config, progress=partial(progress, case_name(case)))
             yield with_roofline(found, limits, workload)
 
 

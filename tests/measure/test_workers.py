@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ensemble
 import resnet_vmap
-from ensemble.measure import processes, rounds, session
-from ensemble.measure.processes import Job
+from ensemble.measure import rounds, session, workers
+from ensemble.measure.workers import Job
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Process, Result, Run
@@ -70,9 +70,9 @@ def measured(
 ) -> tuple[dict[str, Result], dict[str, Result | None]]:
     """Rows of these strategies, a worker each, and the reference's halves."""
     rows, halves = {}, {}
-    with processes.jobs(config, workload) as job:
+    with workers.jobs(config, workload) as job:
         cases = [case(name) for name in names]
-        for row, beside in processes.measure(
+        for row, beside in workers.measure(
             job, iter(cases), picked=lambda _: None, progress=lambda *_: None
         ):
             rows[row.case.strategy], halves[row.case.strategy] = row, beside
@@ -155,7 +155,7 @@ def test_a_worker_has_its_models_and_images_on_the_accelerator(
 ) -> None:
     """Under fake tensors, which need no GPU: what is mapped on the CPU goes to the device."""
     from ensemble.machine import devices
-    from ensemble.measure import bench
+    from ensemble.measure import cell
     from ensemble.models import workload as loading
 
     path, cuda = str(tmp_path / "shared.pt"), torch.device("cuda")
@@ -165,7 +165,7 @@ def test_a_worker_has_its_models_and_images_on_the_accelerator(
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode():
         loaded = loading.load_shared(path, QUICK, device="cuda")
-        example = bench.make_example(loaded.images(8), case("vmap", inputs="per_model"))
+        example = cell.make_example(loaded.images(8), case("vmap", inputs="per_model"))
         logits = ensemble.build("vmap", loaded.models, example)(example)
     assert {tensor.device.type for model in loaded.models for tensor in model.buffers()} == {"cuda"}
     assert (logits.device.type, logits.shape, loaded.device) == ("cuda", (3, 1, 5), cuda)
@@ -389,7 +389,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload) -> None:
-    with processes.jobs(QUICK, workload) as job:
+    with workers.jobs(QUICK, workload) as job:
         assert isinstance(job, Job)
         assert Path(job.shared).exists()
     assert not Path(job.shared).exists()

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
-from ensemble.measure import bench, benchmark, failure, roofline
+from ensemble.measure import cell, failure, grid, roofline
 from ensemble.measure.start import Started, start
 from ensemble.models.workload import Workload
 from ensemble.options import Config
@@ -48,13 +48,13 @@ def run(config: Config) -> list[Result]:
 
 def started(config: Config, models: Sequence[nn.Module], images: Tensor) -> Iterator[Result]:
     """The rows of a configuration, as they come; images of another size are resized."""
-    cases = benchmark.plan(config)
+    cases = grid.plan(config)
 
     def sized(px: int) -> Tensor:
         return nn.functional.interpolate(images, (px, px))
 
     workload = Workload(torch.device("cpu"), models, "made up", sized)
-    return benchmark.run(config, cases, workload, progress=lambda *_: None)
+    return grid.run(config, cases, workload, progress=lambda *_: None)
 
 
 def run_made(
@@ -197,7 +197,7 @@ def failing(error: Exception) -> Callable[..., object]:
 def test_a_pass_in_float64_that_fails_costs_its_own_figure_only(
     error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "in_float64", failing(error))
+    monkeypatch.setattr(cell, "in_float64", failing(error))
     apart = Made(lambda models, _: lambda x: looping(models, x), saves_multiplications=True)
     monkeypatch.setitem(STRATEGIES, "made", apart)
     for row in run(replace(QUICK, strategies=("loop", "made"))):
@@ -286,7 +286,7 @@ def test_a_reference_that_fails_fails_each_row_of_its_n_and_no_other(
             raise torch.OutOfMemoryError
         return start(name, models, example, dtype)
 
-    monkeypatch.setattr(bench, "start", short_of_memory)
+    monkeypatch.setattr(cell, "start", short_of_memory)
     monkeypatch.setattr(failure, "start", short_of_memory)
     rows = run(replace(QUICK, num_models=(4, 2)))
     reason = "the reference failed: out of memory with 4 models; 2 would fit (tried by halving)"
