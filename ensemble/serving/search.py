@@ -7,8 +7,8 @@ from collections.abc import Callable
 STEP = 1.2  # between rates while looking for one that is held and one that is not
 CLOSE = 1.06  # how near these two must come
 GIVE_UP = 0.3  # of the guess
-LOWER = 0.95  # where the confirming run does not hold
-CONFIRM, MOST_CONFIRMS = 1, 4
+LOWER = 0.95  # where the first confirming run does not hold; where the next does not, twice that
+CONFIRM, MOST_CONFIRMS = 1, 5
 
 
 def highest(hold: Callable[[float, int], bool], guess_qps: float) -> float | None:
@@ -32,5 +32,5 @@ def highest(hold: Callable[[float, int], bool], guess_qps: float) -> float | Non
     for draw in range(CONFIRM, CONFIRM + MOST_CONFIRMS):
         if hold(low, draw):
             return low
-        low *= LOWER
+        low *= LOWER**draw
     return None
