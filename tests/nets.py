@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "functional_": partial(functional.relu, inplace=True),
     "method_": lambda x: x.relu_(),
     "silu": functional.silu,
+    "hardswish": functional.hardswish,
+    "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "roll": lambda x: x.roll(1, 1),
     "shift": lambda x: x.roll(1, 3),
@@ -37,6 +39,8 @@ ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "ReLU": nn.ReLU,
     "ReLU_": partial(nn.ReLU, inplace=True),
     "ReLU6": nn.ReLU6,
+    "Hardsigmoid": nn.Hardsigmoid,
+    "Hardswish_": partial(nn.Hardswish, inplace=True),
     "LeakyReLU": partial(nn.LeakyReLU, 0.1),
     "Identity": nn.Identity,
     "Dropout": nn.Dropout,
@@ -287,6 +291,32 @@ class Concat(Step):
         return Call(lambda *parts: torch.cat(parts, 1), *indices)
 
 
+class Squeeze(nn.Module):
+    """Squeeze and excitation (Hu and others, arXiv 1709.01507)."""
+
+    def __init__(self, channels: int, between: int, index: int, swapped: bool) -> None:
+        super().__init__()
+        self.index, self.swapped, self.pool = index, swapped, nn.AdaptiveAvgPool2d(1)
+        self.down, self.up = nn.Conv2d(channels, between, 1), nn.Conv2d(between, channels, 1)
+
+    def forward(self, values: Values) -> Tensor:
+        x = values[self.index]
+        factors = self.up(self.down(self.pool(x)).relu()).sigmoid()
+        return factors * x if self.swapped else x * factors
+
+
+@dataclass(frozen=True, repr=False)
+class Excite(Step):
+    """Squeeze and excitation, with so many channels between."""
+
+    between: int = 4
+    swapped: bool = False
+
+    def layer(self, values: Values, layers: Sequence[nn.Module]) -> nn.Module:
+        index = self.index(values)
+        return Squeeze(values[index].shape[1], self.between, index, self.swapped)
+
+
 @dataclass(frozen=True, repr=False)
 class Again(Step):
     """What an earlier module makes of this value; `tied`: a copy of it with the same weight."""
@@ -478,7 +508,10 @@ def _steps() -> st.SearchStrategy[Step]:
     again = st.builds(Again, source=_SOURCES, layer_before=st.integers(0, 3), tied=_FLAGS)
     concat = st.builds(Concat, source=_SOURCES, other=_OTHERS)
     often = [plain, conv, norm, activate, added]
-    rare = [*_poolings(), constant, again, concat, st.builds(Unused)]
+    excite = st.builds(
+        Excite, source=_SOURCES, between=st.sampled_from([4, 8, 20]), swapped=st.booleans()
+    )
+    rare = [*_poolings(), constant, again, concat, excite, st.builds(Unused)]
     return st.one_of(*often, *often, conv, *rare)
 
 
@@ -495,7 +528,7 @@ def _convolutions() -> tuple[st.SearchStrategy[Step], st.SearchStrategy[Step]]:
     conv = st.builds(
         Conv,
         source=_SOURCES,
-        width=st.sampled_from([32, None, 64, 32, 8, 24, 16, 96]),
+        width=st.sampled_from([32, None, 64, 32, 8, 24, 16, 96, 5, 40]),
         kernel=st.sampled_from([3, 1, 3, 5, 2, 7]) | two,
         stride=st.sampled_from([1, 1, 2, 3]) | two,
         padding=st.sampled_from([1, 0, 2, "same", "valid", (1, 0), (0, 2), 3]),

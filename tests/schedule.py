@@ -122,7 +122,7 @@ def measure(arch: str, px: int) -> Measured:
     steps = program._steps.copy()
     (value,) = program._inputs
     held = program._bind_input(steps, value, x)
-    results = [torch.empty(MODELS, *shape) for shape in program._out_shapes]
+    results = [torch.empty(MODELS, *step.geometry.out_shape) for step in program._made]
     for number, result in zip(program._outputs, results, strict=True):
         program._bind(steps, number, result, shared=False)
     team_s = {}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ensemble.records import Result
 from ensemble.strategies import STRATEGIES
 from tests import load_results, results
 from tests.distributed import figures
@@ -47,6 +48,31 @@ def test_the_figures_of_the_first_screen_are_those_of_a_stored_run() -> None:
     rows = {row.case.strategy: row for row in results.read("float32_n4").results}
     for name in ("vmap", "lowered_vmap", "openvino"):
         assert results.figure(rows[name]) in README
+
+
+def test_the_rates_under_load_are_those_of_stored_runs() -> None:
+    text = " ".join(README.split())
+    for name, fastest, said in (
+        (
+            "ensemble_n4",
+            "lowered_vmap",
+            "holds {} per second by `lowered_vmap`, {} by the loop and {}",
+        ),
+        (
+            "tenants_n4",
+            "lowered_hybrid",
+            "of 4 models {} by `lowered_hybrid`, {} by the loop, {} by",
+        ),
+        ("tenants_n16", "lowered_hybrid", "of 16 models {}, {} and {}"),
+    ):
+        rows = {row.case.strategy: row for row in load_results.runs()[name].results}
+        rates = [held(rows[strategy]) for strategy in (fastest, "loop", "vmap")]
+        assert said.format(*rates) in text
+
+
+def held(row: Result) -> str:
+    rate = row.held_qps
+    return "none" if rate is None else f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
 
 
 def test_the_figures_of_the_page_on_ranks_are_those_of_stored_runs() -> None:

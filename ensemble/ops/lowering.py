@@ -7,15 +7,16 @@ becomes one `Program`.
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ensemble.errors import UnavailableError
-from ensemble.ops import conv
+from ensemble.ops import conv, steps
 from ensemble.ops.operation import Kind, Operation
+from ensemble.ops.panels import is_narrow
 
 try:
     from functorch import make_fx
@@ -57,7 +58,7 @@ def lower(
     Raises:
         UnavailableError: it writes over tensors in a way that torch cannot take out.
     """
-    names = list(state)
+    names, num_models = list(state), len(next(iter(state.values()), ()))
 
     def flat(*arguments: Tensor) -> Tensor:
         return mapped(dict(zip(names, arguments[:-1], strict=True)), arguments[-1])
@@ -71,8 +72,11 @@ def lower(
     values[x] = torch.randn_like(example) if blank else example
     reached, refused = _run_once(module, values, layers)
     operations: list[Operation] = []
-    for nodes in _runs(module.graph, reached, values):
-        operations += _make_program(module, nodes, values, threads)
+    numbers = {node: index for index, node in enumerate(module.graph.nodes)}
+    nodes = dict(enumerate(module.graph.nodes))
+    trace = steps.Trace(values, numbers, nodes, num_models)
+    for run in _runs(module.graph, reached, trace):
+        operations += _make_program(module, run, trace, threads)
     _embed(module, values)
     module.graph.lint()
     module.recompile()
@@ -94,7 +98,45 @@ def _trace(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx
     # writes, a view is as good as a copy.
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
+    _keep_pixels(module.graph)
+    _remove_identities(module.graph)
     return module
+
+
+def _keep_pixels(graph: fx.Graph) -> None:
+    """A mean over all pixels, `(N, B, C)`, as images of one pixel that are then reshaped."""
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.mean.dim):
+        x, dims, keep = (*node.args, False)[:3]
+        found = _node(x).meta.get("val")
+        if keep or node.kwargs or not isinstance(found, Tensor) or found.dim() != 5:
+            continue
+        if sorted(dim % 5 for dim in dims) != [3, 4]:
+            continue
+        mean = node.meta["val"]
+        with graph.inserting_after(node):
+            flat = graph.call_function(aten.reshape.default, (node, list(mean.shape)))
+        flat.meta = dict(node.meta)
+        node.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
+        node.args, node.meta["val"] = (x, dims, True), mean[..., None, None]
+
+
+def _remove_identities(graph: fx.Graph) -> None:
+    """Take out what gives back what it is given, so that nothing comes between two kernels."""
+    aten = torch.ops.aten
+    for node in graph.nodes:
+        if node.target is aten.reshape.default:
+            source = _node(node.args[0])
+            if source.target is aten.reshape.default:
+                node.args = (source.args[0], *node.args[1:])
+                source = _node(source.args[0])
+            known = source.meta.get("val")
+            same = known is not None and known.shape == node.meta["val"].shape
+        else:
+            same = node.target is aten.alias.default
+        if same:
+            node.replace_all_uses_with(_node(node.args[0]))
+    graph.eliminate_dead_code()
 
 
 def _writes(module: fx.GraphModule) -> list[str]:
@@ -209,64 +251,67 @@ def _one_by_one(
     )
 
 
-def _runs(graph: fx.Graph, reached: set[fx.Node], constants: Values) -> list[list[fx.Node]]:
-    """Operators that have kernels, in runs that nothing else which x reaches interrupts.
+Run = dict[fx.Node, list[Operation]]
 
-    A step of a program keeps its weights: they must not depend on x.
-    """
-    runs: list[list[fx.Node]] = [[]]
+
+def _runs(graph: fx.Graph, reached: set[fx.Node], trace: steps.Trace) -> list[Run]:
+    """Nodes that have kernels, with their steps, in runs that nothing else which x reaches
+    interrupts; each with an operator of ours."""
+    runs: list[Run] = [{}]
     for node in graph.nodes:
-        if node not in reached:
+        if node not in reached or node.op == "placeholder":
             continue
-        weights = [weight for weight in node.args[1:3] if isinstance(weight, fx.Node)]
-        if node.target in conv.OPERATIONS and all(weight in constants for weight in weights):
-            runs[-1].append(node)
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
+        found = steps.steps_of(node, trace)
+        if not found or _reads_narrow(node, runs[-1]):
+            runs.append({})
+        if found:
+            runs[-1][node] = found
+    return [run for run in runs if any(node.target in steps.KERNELS for node in run)]
+
+
+def _reads_narrow(node: fx.Node, run: Run) -> bool:
+    """A convolution of few channels reads them as torch has them, not as a step writes them."""
+    if node.target is not _CONV2D or node.args[0] not in run:
+        return False
+    kernel: Any
+    x, *_, kernel, _, _, _, groups, _ = node.args
+    return is_narrow(_node(x).meta["val"].shape[-3], tuple(kernel), int(str(groups)))
 
 
 def _make_program(
-    module: fx.GraphModule, nodes: list[fx.Node], constants: Values, threads: int
+    module: fx.GraphModule, run: Run, trace: steps.Trace, threads: int
 ) -> list[Operation]:
-    """Replace a run of operators by one program."""
+    """Replace a run of nodes by one program."""
     from ensemble.ops.program import Program
 
-    numbers = {node: index for index, node in enumerate(module.graph.nodes)}
-    operations = [_operation(node, numbers, constants) for node in nodes]
-    nodes_of = {number: node for node, number in numbers.items()}
-    read = [nodes_of[value] for step in operations for value in step.reads]
-    inputs = [node for node in dict.fromkeys(read) if node not in nodes]
-    outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
+    numbers = trace.numbers
+    outputs = [node for node in run if any(user not in run for user in node.users)]
+    found = [step for node in run for step in run[node]]
+    operations = steps.with_relu_taken(found, {numbers[node] for node in outputs})
+    made = {numbers[node] for node in run}
+    read = dict.fromkeys(value for step in operations for value in step.reads)
+    inputs = [value for value in read if value not in made]
+    first, last = next(iter(run)), next(reversed(run))
     program = Program(
         operations,
-        inputs=[numbers[node] for node in inputs],
+        inputs=inputs,
         outputs=[numbers[node] for node in outputs],
-        num_models=len(nodes[0].meta["val"]),
+        num_models=trace.num_models,
         threads=threads,
-        dtype=nodes[0].meta["val"].dtype,
+        dtype=first.meta["val"].dtype,
     )
-    name = f"program_{numbers[nodes[0]]}"
+    name = f"program_{numbers[first]}"
     module.add_submodule(name, program)
-    with module.graph.inserting_before(nodes[-1]):
-        results = module.graph.call_module(name, tuple(inputs))
+    with module.graph.inserting_before(last):
+        results = module.graph.call_module(name, tuple(trace.nodes[value] for value in inputs))
         for index, node in enumerate(outputs):
             result = module.graph.call_function(operator.getitem, (results, index))
             result.meta = node.meta
             node.replace_all_uses_with(result)
-    for node in reversed(nodes):
+            trace.nodes[numbers[node]] = result
+    for node in reversed(run):
         module.graph.erase_node(node)
     return operations
-
-
-def _operation(node: fx.Node, numbers: dict[fx.Node, int], constants: Values) -> Operation:
-    """The step of an operator, on values that are known by their numbers."""
-    known = fx.node.map_arg(
-        node.args, lambda value: constants[value] if value in constants else value.meta["val"]
-    )
-    operation = conv.OPERATIONS[node.target](*known)  # type: ignore[operator, index]
-    other = None if operation.other is None else numbers[_node(node.args[3])]
-    return replace(operation, x=numbers[_node(node.args[0])], other=other, out=numbers[node])
 
 
 def _node(value: object) -> fx.Node:

@@ -28,6 +28,12 @@ class Kind(IntEnum):
     HEAD = 6, "mean and linear"
     GROUPED = 7, "grouped"
     STRASSEN = 8, "Strassen"
+    AVERAGE_POOL = 9, "average pooling"
+    ACTIVATION = 10, "activation"
+    SUM = 11, "sum"
+    SCALE = 12, "scale"
+    AFFINE = 13, "batch norm"
+    COPY = 14, "copy"
 
     @property
     def attempts(self) -> tuple[Kind, ...]:
@@ -41,6 +47,17 @@ _ATTEMPTS = {
     Kind.WINOGRAD_4: (Kind.WINOGRAD_4, Kind.WINOGRAD_2),
     Kind.STRASSEN: (Kind.STRASSEN,),
 }
+
+
+class Function(IntEnum):
+    """What an activation computes."""
+
+    RELU = 0
+    RELU6 = 1
+    SIGMOID = 2
+    SILU = 3
+    HARDSIGMOID = 4
+    HARDSWISH = 5
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,10 @@ class Geometry:
 class Operation:
     """`out = relu(kind(x) + other)`; x, out and other are numbers of values.
 
-    weight and bias hold those of all models, one after another.
+    weight and bias hold those of all models, one after another. `option` is for the kernel alone:
+    the function of an activation, the channel that a copy begins at, whether the mean of a window
+    counts zeros around the image. Of the geometry's channels the first ones mean something, the
+    others fill up vectors: `channels` and `out_channels` (None: all).
     """
 
     kind: Kind
@@ -79,6 +99,9 @@ class Operation:
     weight: Tensor | None = None
     bias: Tensor | None = None
     relu: bool = False
+    option: int = 0
+    channels: int | None = None
+    out_channels: int | None = None
 
     @property
     def reads(self) -> tuple[int, ...]:

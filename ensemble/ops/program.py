@@ -52,10 +52,8 @@ class Program(nn.Module):
         for operation in operations:
             if not kernels.can_run(operation.kind, operation.geometry):
                 raise ValueError(f"no kernel: {operation.kind.label} of {operation.geometry}")
-        kinds = {operation.out: operation.kind for operation in operations}
-        self._out_kinds = [kinds[value] for value in outputs]
-        shapes = {operation.out: operation.geometry.out_shape for operation in operations}
-        self._out_shapes = [shapes[value] for value in outputs]
+        made = {operation.out: operation for operation in operations}
+        self._made = [made[value] for value in outputs]
         self._in_shapes = _in_shapes(operations)
         offsets, arena_bytes = _plan(operations, outputs)
         self._steps = np.zeros(len(operations), kernels.STEP)
@@ -76,22 +74,23 @@ class Program(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         steps = self._steps.copy()  # a call's own: nothing of it is left for the next one
-        held = [self._bind_input(steps, *known) for known in zip(self._inputs, inputs, strict=True)]
-        shapes = [(self._num_models, *shape) for shape in self._out_shapes]
+        held: list[Tensor] = []
+        for value, x in zip(self._inputs, inputs, strict=True):
+            held += self._bind_input(steps, value, x)
+        shapes = [(self._num_models, *step.geometry.out_shape) for step in self._made]
         results = [
             _new(prod(shape) * FLOAT_BYTES).view(torch.float32).view(shape) for shape in shapes
         ]
         for value, tensor in zip(self._outputs, results, strict=True):
             self._bind(steps, value, tensor, shared=False)
         self._run(steps, [*held, *results])
-        converted = (serial.contiguous(result, self._dtype) for result in results)
         return [
-            result.flatten(-3) if kind == Kind.HEAD else result.movedim(-1, -3)
-            for result, kind in zip(converted, self._out_kinds, strict=True)
+            _as_torch_has_it(serial.contiguous(result, self._dtype), step)
+            for result, step in zip(results, self._made, strict=True)
         ]
 
-    def _bind_input(self, steps: np.ndarray, value: int, x: Tensor) -> Tensor:
-        """x in the order in which its readers read it; to be kept while they run."""
+    def _bind_input(self, steps: np.ndarray, value: int, x: Tensor) -> list[Tensor]:
+        """x in the orders in which its readers read it; to be kept while they run."""
         expected = self._in_shapes[value]
         fits = (x.shape[1:] if x.dim() == 5 and len(x) == self._num_models else x.shape) == expected
         if not fits or x.dtype != self._dtype or x.device.type != "cpu":
@@ -99,20 +98,22 @@ class Program(nn.Module):
                 f"expected an input of shape {expected}, or {(self._num_models, *expected)}, in"
                 f" {self._dtype} on the CPU, found {tuple(x.shape)} in {x.dtype} on {x.device}"
             )
-        narrow = any(
-            operation.x == value and kernels.is_planar(operation.geometry)
-            for operation in self.operations
-        )
-        x = serial.contiguous(x if narrow else x.movedim(-3, -1), torch.float32)
-        self._bind(steps, value, x, shared=x.dim() == 4)
-        return x
+        held: dict[int, Tensor] = {}  # by the channels in memory; 0: before height and width
+        for step, operation in zip(steps, self.operations, strict=True):
+            for operand in ("x", "other"):
+                if getattr(operation, operand) != value:
+                    continue
+                channels = _channels_read(operation, operand)
+                if channels not in held:
+                    held[channels] = _as_read(x, channels)
+                _bind(step, operand, held[channels], shared=x.dim() == 4)
+        return list(held.values())
 
     def _bind(self, steps: np.ndarray, value: int, tensor: Tensor, *, shared: bool) -> None:
-        stride = 0 if shared else tensor.stride(0) * FLOAT_BYTES
         for step, operation in zip(steps, self.operations, strict=True):
             for operand in ("x", "other", "out"):
                 if getattr(operation, operand) == value:
-                    step[operand], step[f"{operand}_stride"] = tensor.data_ptr(), stride
+                    _bind(step, operand, tensor, shared=shared)
 
     def _run(self, steps: np.ndarray, operands: list[Tensor]) -> None:
         """Take all models through the steps, whose operands live until the last thread has left."""
@@ -140,26 +141,71 @@ class Program(nn.Module):
                 run_together(part, self._threads, stop=stop)
 
 
+def _bind(step: np.void, operand: str, tensor: Tensor, *, shared: bool) -> None:
+    stride = 0 if shared else tensor.stride(0) * FLOAT_BYTES
+    step[operand], step[f"{operand}_stride"] = tensor.data_ptr(), stride
+
+
+def _channels_read(operation: Operation, operand: str) -> int:
+    """How many channels an operand has in memory; 0 where they come before height and width."""
+    if operand == "x":
+        is_planar = kernels.is_planar(operation.geometry)
+        return 0 if is_planar else operation.geometry.channels
+    return operation.geometry.out_channels
+
+
+def _as_read(x: Tensor, channels: int) -> Tensor:
+    """x in float32 with so many channels, the last ones zeros, behind height and width; see
+    `_channels_read`."""
+    if not channels:
+        return serial.contiguous(x, torch.float32)
+    return serial.filled_up(x.movedim(-3, -1), channels, torch.float32)
+
+
+def _as_torch_has_it(result: Tensor, step: Operation) -> Tensor:
+    """A step's result without the channels that fill it up, those before height and width."""
+    if step.kind == Kind.HEAD:
+        return result.flatten(-3)
+    return result.movedim(-1, -3)[..., : step.out_channels, :, :]
+
+
+# Steps that read each number before they write it, and nothing else: over their input.
+_IN_PLACE = (Kind.ACTIVATION, Kind.SUM, Kind.SCALE, Kind.AFFINE)
+
+
 def _plan(operations: Sequence[Operation], outputs: Sequence[int]) -> tuple[dict[int, int], int]:
     """Where in a core's arena each value between two operations lies, and the arena's bytes.
 
-    A value takes the first free slot that is large enough, once its last reader has run.
+    A value takes its step's own input, where nobody reads that afterwards and the step can work in
+    place, or the first free slot that is large enough, once its last reader has run.
     """
     last_read = {value: i for i, operation in enumerate(operations) for value in operation.reads}
     offsets: dict[int, int] = {}
     slots: dict[int, tuple[int, int]] = {}  # offset -> (bytes, the step that last needs it)
     end = 0
     for index, operation in enumerate(operations):
-        if operation.out in outputs:
+        if operation.out in outputs or operation.out in offsets:  # of several copies the first
             continue
-        size = -(-int(np.prod(operation.geometry.out_shape)) * FLOAT_BYTES // ALIGNMENT) * ALIGNMENT
-        free = [at for at, (room, until) in slots.items() if room >= size and until < index]
-        offset = min(free, key=lambda at: slots[at][0], default=end)
-        room = slots[offset][0] if free else size
-        end = max(end, offset + room)
-        slots[offset] = room, last_read.get(operation.out, index)
+        until = last_read.get(operation.out, index)
+        x = operation.x
+        if operation.kind in _IN_PLACE and x in offsets and last_read[x] == index:
+            offset = offsets[x]
+            room = slots[offset][0]
+        else:
+            size = _bytes(operation)
+            free = [at for at, (room, until) in slots.items() if room >= size and until < index]
+            offset = min(free, key=lambda at: slots[at][0], default=end)
+            room = slots[offset][0] if free else size
+            end = max(end, offset + room)
+        slots[offset] = room, until
         offsets[operation.out] = offset
     return offsets, end
+
+
+def _bytes(operation: Operation) -> int:
+    """Of its result, in whole lines of the cache."""
+    size = int(np.prod(operation.geometry.out_shape)) * FLOAT_BYTES
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _in_shapes(operations: Sequence[Operation]) -> dict[int, tuple[int, ...]]:
@@ -167,15 +213,19 @@ def _in_shapes(operations: Sequence[Operation]) -> dict[int, tuple[int, ...]]:
     shapes: dict[int, tuple[int, ...]] = {}
     for operation in operations:
         geometry = operation.geometry
-        shapes[operation.x] = geometry.images, geometry.channels, *geometry.size
+        channels = operation.channels or geometry.channels
+        shapes[operation.x] = geometry.images, channels, *geometry.size
         if operation.other is not None:
-            shapes[operation.other] = geometry.images, geometry.out_channels, *geometry.out_size
+            channels = operation.out_channels or geometry.out_channels
+            size = (1, 1) if operation.kind == Kind.SCALE else geometry.out_size
+            shapes[operation.other] = geometry.images, channels, *size
     return shapes
 
 
 def _fill(step: np.void, operation: Operation, offsets: dict[int, int]) -> None:
     step["kind"], step["variant"] = operation.kind, kernels.KERNELS[operation.kind].variant
-    step["relu"] = operation.relu
+    step["relu"], step["option"] = operation.relu, operation.option
+    step["real"] = operation.channels or operation.geometry.channels
     kernels.fill_geometry(step, operation.geometry)
     for name in ("weight", "bias"):
         tensor = getattr(operation, name)

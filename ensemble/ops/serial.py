@@ -24,6 +24,17 @@ def contiguous(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return target
 
 
+def filled_up(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype).contiguous()` with zeros up to `size` in its last dimension."""
+    found = x.shape[-1]
+    if found == size:
+        return contiguous(x, dtype)
+    target = torch.empty((*x.shape[:-1], size), dtype=dtype)
+    _copy(x, target[..., :found])
+    _copy(torch.zeros((), dtype=dtype).expand(*x.shape[:-1], size - found), target[..., found:])
+    return target
+
+
 def _copy(source: Tensor, target: Tensor) -> None:
     if source.numel() < GRAIN:
         target.copy_(source)

@@ -146,6 +146,7 @@ def _binary(operation: str) -> Any:
 
 
 _add, _subtract, _multiply = _binary("fadd"), _binary("fsub"), _binary("fmul")
+_divide = _binary("fdiv")
 
 
 @intrinsic
@@ -156,6 +157,66 @@ def maximum(typing_context, left, right):
         return larger(builder, *arguments)
 
     return vector(vector, vector), generate
+
+
+@intrinsic
+def minimum(typing_context, left, right):
+    """The smaller of each two floats; a NaN on the left stays."""
+
+    def generate(context, builder, signature, arguments):
+        left, right = arguments
+        return builder.select(builder.fcmp_ordered(">", left, right), right, left)
+
+    return vector(vector, vector), generate
+
+
+@intrinsic
+def exponential(typing_context, value):
+    """exp of each float; what is below -87 counts as that, above 88 likewise. A NaN stays.
+
+    Within 2e-7 of the true value: exp(x) = 2^n exp(r), n the integer nearest to x / log(2), and r a
+    rest of at most log(2) / 2, whose exponential is a polynomial (Cephes' expf, S. Moshier).
+    """
+
+    def generate(context, builder, signature, arguments):
+        return _exponential(builder, arguments[0])
+
+    return vector(vector), generate
+
+
+_LOWEST, _HIGHEST = -87.0, 88.0
+_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
+_CEPHES = (
+    *(1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3),
+    *(4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1),
+)
+_ROUNDING = 1.5 * 2**23  # added to a float, leaves its nearest integer in the lowest bits
+
+
+def _exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    def all_of(value: float) -> ir.Constant:
+        return ir.Constant(VECTOR, [value] * WIDTH)
+
+    def fused(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        return builder.fadd(builder.fmul(a, b, flags=FUSE), c, flags=FUSE)
+
+    low, high = all_of(_LOWEST), all_of(_HIGHEST)
+    x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
+    shifted = builder.fadd(builder.fmul(x, all_of(_LOG2_E)), all_of(_ROUNDING))
+    n = builder.fsub(shifted, all_of(_ROUNDING))
+    rest = fused(n, all_of(-_LN2_HIGH), x)
+    rest = fused(n, all_of(-_LN2_LOW), rest)
+    total = all_of(_CEPHES[0])
+    for factor in _CEPHES[1:]:
+        total = fused(total, rest, all_of(factor))
+    square = builder.fmul(rest, rest)
+    total = builder.fadd(fused(total, square, rest), all_of(1.0))
+    integers = ir.VectorType(ir.IntType(32), WIDTH)
+    bits = builder.bitcast(shifted, integers)
+    exponent = builder.shl(bits, ir.Constant(integers, [23] * WIDTH))
+    power = builder.add(exponent, ir.Constant(integers, [0x3F800000] * WIDTH))
+    return builder.fmul(total, builder.bitcast(power, VECTOR))
 
 
 @intrinsic
@@ -189,6 +250,15 @@ def _(left, right):
 def _(left, right):
     if isinstance(left, types.Number) and isinstance(right, Vector):
         return lambda left, right: _multiply(splat(left), right)  # type: ignore[call-arg]
+    if isinstance(left, Vector) and isinstance(right, Vector):
+        return lambda left, right: _multiply(left, right)
+    return None
+
+
+@overload(operator.truediv)
+def _(left, right):
+    if isinstance(left, Vector) and isinstance(right, Vector):
+        return lambda left, right: _divide(left, right)
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -9,7 +11,7 @@ from ensemble.models import stacking
 from ensemble.ops import conv
 from ensemble.passes.effects import effects
 from ensemble.passes.fusing import fuse
-from ensemble.passes.tracing import is_images, replaceable, replaceable_once
+from ensemble.passes.tracing import is_features, is_images, replaceable, replaceable_once
 
 
 class Conv2d(nn.Module):
@@ -35,13 +37,43 @@ class MaxPool2d(nn.Module):
 
     def __init__(self, original: nn.MaxPool2d) -> None:
         super().__init__()
-        options = (original.kernel_size, original.stride, original.padding)
-        self.options = tuple(
-            [option, option] if isinstance(option, int) else list(option) for option in options
-        )
+        sizes = (original.kernel_size, original.stride, original.padding)
+        self.options = (*map(_y_and_x, sizes), original.ceil_mode)
 
     def forward(self, x: Tensor) -> Tensor:
         return conv.max_pool2d(x, *self.options)
+
+
+class AvgPool2d(nn.Module):
+    """`original` as the operator `ensemble::average_pool2d`."""
+
+    def __init__(self, original: nn.AvgPool2d) -> None:
+        super().__init__()
+        sizes = (original.kernel_size, original.stride, original.padding)
+        self.options = (*map(_y_and_x, sizes), original.count_include_pad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv.average_pool2d(x, *self.options)
+
+
+class BatchNorm2d(nn.Module):
+    """`original`, which no convolution before it could take, as the operator `ensemble::affine`."""
+
+    def __init__(self, original: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = original.weight, original.bias, original.eps
+        self.register_buffer("running_mean", original.running_mean)
+        self.register_buffer("running_var", original.running_var)
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (self.running_var.float() + self.eps).rsqrt()
+        scale = scale if self.weight is None else scale * self.weight.float()
+        shift = -self.running_mean.float() * scale
+        shift = shift if self.bias is None else shift + self.bias.float()
+        return conv.affine(x, scale, shift)
 
 
 class Head(nn.Module):
@@ -55,6 +87,17 @@ class Head(nn.Module):
         return conv.head(x, self.weight, self.bias)
 
 
+class Linear(nn.Module):
+    """A linear layer on features `(B, C)`, as `ensemble::head` of images of one pixel."""
+
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = original.weight, original.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv.head(x.reshape(*x.shape, 1, 1), self.weight, self.bias)
+
+
 def with_operators(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """`model` by the operators of `ensemble.ops.conv`, its tensors under their own names.
 
@@ -65,20 +108,38 @@ def with_operators(model: nn.Module, example: Tensor) -> fx.GraphModule:
         module = fused.get_submodule(name)
         if not all(is_images(node.args[0]) for node in nodes):
             continue
-        if type(module) is nn.MaxPool2d and _has_operator(module):
-            fused.set_submodule(name, MaxPool2d(module))
+        replacement = _operator_for(module)
+        if replacement is not None:
+            fused.set_submodule(name, replacement)
     for name, node in replaceable_once(fused, fused.graph).items():
         module = fused.get_submodule(name)
         if type(module) is nn.Linear:
             _take_pooling(fused, node, module)
+    for name, nodes in replaceable(fused, fused.graph).items():
+        module = fused.get_submodule(name)
+        if type(module) is nn.Linear and all(is_features(node.args[0]) for node in nodes):
+            fused.set_submodule(name, Linear(module))
     fused.graph.lint()
     fused.recompile()
     return fused
 
 
-def _has_operator(pool: nn.MaxPool2d) -> bool:
-    plain = pool.dilation in (1, (1, 1)) and not pool.ceil_mode
-    return plain and not pool.return_indices
+def _operator_for(module: nn.Module) -> nn.Module | None:
+    """The same by an operator of ours, where there is one."""
+    if type(module) is nn.MaxPool2d:
+        plain = module.dilation in (1, (1, 1)) and not module.return_indices
+        return MaxPool2d(module) if plain else None
+    if type(module) is nn.AvgPool2d:
+        plain = not module.ceil_mode and module.divisor_override is None
+        return AvgPool2d(module) if plain else None
+    if type(module) is nn.BatchNorm2d:
+        plain = not module.training and module.running_mean is not None
+        return BatchNorm2d(module) if plain else None
+    return None
+
+
+def _y_and_x(size: Any) -> list[int]:
+    return [size, size] if isinstance(size, int) else list(size)
 
 
 def _take_pooling(fused: fx.GraphModule, node: fx.Node, linear: nn.Linear) -> None:

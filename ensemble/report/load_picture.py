@@ -1,6 +1,7 @@
 """Results under load -> a picture: latency against the offered rate. Imports no torch."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -90,15 +91,16 @@ def _finish(axes: Axes, what: str) -> None:
     axes.set_ylabel(what)
     axes.spines["right"].set_visible(False)
     axes.grid(which="both", linewidth=0.4, alpha=0.4)
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        digits = "2357" if high < 100 * low else "25"
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(FuncFormatter(_some_digits))
+        axis.set_minor_formatter(FuncFormatter(partial(_some_digits, digits)))
     axes.tick_params(which="both", labelsize=8)
     if axes.get_lines():
         label_ends(axes)
 
 
-def _some_digits(value: float, _: object) -> str:
-    """Label 2, 3, 5 and 7 of each decade."""
+def _some_digits(digits: str, value: float, _: object) -> str:
+    """Label those that begin with one of these digits."""
     text = f"{value:g}"
-    return text if text.strip("0.")[:1] in {"2", "3", "5", "7"} else ""
+    return text if text.strip("0.")[:1] in tuple(digits) else ""

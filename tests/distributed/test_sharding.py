@@ -1,7 +1,7 @@
 """Which models a rank holds, by values, for any number of models and ranks; cores likewise."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ensemble.distributed.placing import share_of
@@ -16,6 +16,7 @@ def test_five_models_over_two_ranks_are_three_and_two() -> None:
     assert windows(blocks(7, 3)) == (range(0, 3), range(3, 6), range(4, 7))
 
 
+@settings(deadline=None)  # a busy machine is not an error
 @given(ranks=st.integers(1, 1024), more=st.integers(0, 5000))
 def test_every_model_is_held_once_in_order_as_evenly_as_can_be(ranks: int, more: int) -> None:
     num_models = ranks + more
@@ -30,6 +31,7 @@ def test_every_model_is_held_once_in_order_as_evenly_as_can_be(ranks: int, more:
         assert len(window) == sizes[0]
 
 
+@settings(deadline=None)  # a busy machine is not an error
 @given(ranks=st.integers(2, 100), lack=st.integers(1, 99))
 def test_fewer_models_than_ranks_are_refused_with_both_numbers(ranks: int, lack: int) -> None:
     found = max(0, ranks - lack)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble.ops.operation import Geometry, Kind, Operation
+from ensemble.ops.operation import Function, Geometry, Kind, Operation
 
 pytest.importorskip("numba")
 
@@ -83,7 +83,7 @@ def cases() -> list[tuple[Kind, Geometry]]:
             *((3, 3), (stride, stride), (1, 1), (1, 1), 2 * PANEL // share),
         )
         geometries.append(geometry)
-    convolutions = [kind for kind in Kind if kind not in (Kind.MAX_POOL, Kind.HEAD)]
+    convolutions = [kind for kind, kernel in kernels.KERNELS.items() if kernel.cost]
     candidates = product(convolutions, geometries)
     return [(kind, geometry) for kind, geometry in candidates if kernels.can_run(kind, geometry)]
 
@@ -101,7 +101,7 @@ def test_a_convolution_stays_in_its_memory(
     channels, out_channels, kernel = geometry.channels, geometry.out_channels, geometry.kernel
     share = channels // geometry.groups
     weight = torch.randn(2, out_channels, share, *kernel) / (share * kernel[0] * kernel[1]) ** 0.5
-    packed = inside_guards(conv.pack_weight(weight, kind).float()).to(
+    packed = inside_guards(kernels.pack(weight, kind).float()).to(
         torch.bfloat16 if kind == Kind.DIRECT_BF16 else torch.float32
     )
     step = Operation(kind, geometry, 0, 1, 2, packed, inside_guards(torch.zeros(2, out_channels)))
@@ -123,6 +123,120 @@ def test_a_convolution_stays_in_its_memory(
     )
     limit = 1e-4 if kind != Kind.DIRECT_BF16 else 3e-2
     assert float((found - expected - other).abs().max() / expected.abs().max()) < limit
+
+
+FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
+    Function.RELU: torch.relu,
+    Function.RELU6: torch.nn.functional.relu6,
+    Function.SIGMOID: torch.sigmoid,
+    Function.SILU: torch.nn.functional.silu,
+    Function.HARDSIGMOID: torch.nn.functional.hardsigmoid,
+    Function.HARDSWISH: torch.nn.functional.hardswish,
+}
+
+
+def like(channels: int, size: tuple[int, int], images: int = 2) -> Geometry:
+    one = (1, 1)
+    filled = -(-channels // PANEL) * PANEL
+    return Geometry(images, filled, size, filled, size, one, one, (0, 0), one)
+
+
+def run_between_guards(
+    steps: list[Operation], inputs: list[Tensor], threads: int, check: Callable[[], None]
+) -> Tensor:
+    """The value 9 of a program on the values 0, 1, ..."""
+    run = program.Program(
+        steps,
+        inputs=list(range(len(inputs))),
+        outputs=[9],
+        num_models=2,
+        threads=threads,
+        dtype=torch.float32,
+    )
+    (found,) = run(*inputs)
+    check()
+    return found
+
+
+CHANNELS = (1, WIDTH - 1, WIDTH, PANEL, 2 * PANEL + 3)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (13, 9)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_steps_on_each_number_stay_in_their_memory(
+    channels: int, size: tuple[int, int], threads: int, check_guards: Callable[[], None]
+) -> None:
+    geometry = like(channels, size)
+    x, other = torch.randn(2, 2, 2, channels, *size)
+    real: dict[str, Any] = {"channels": channels, "out_channels": channels}
+    for function, exact in FUNCTIONS.items():
+        values = 4 * x
+        values[0, 0, 0, 0, 0], values[1, 1, -1, -1, -1] = 200, -200
+        step = Operation(Kind.ACTIVATION, geometry, 0, 9, option=int(function), **real)
+        found = run_between_guards([step], [values], threads, check_guards)
+        torch.testing.assert_close(found, exact(values), rtol=1e-6, atol=1e-6)
+        values[0, 0, 0, 0, 0] = torch.nan
+        found = run_between_guards([step], [values], threads, check_guards)
+        assert int(found.isnan().sum()) == 1
+    step = Operation(Kind.SUM, geometry, 0, 9, 1, relu=True, **real)
+    found = run_between_guards([step], [x, other], threads, check_guards)
+    torch.testing.assert_close(found, (x + other).relu())
+    factors = torch.randn(2, 2, channels, 1, 1)
+    step = Operation(Kind.SCALE, geometry, 0, 9, 1, **real)
+    found = run_between_guards([step], [x, factors], threads, check_guards)
+    torch.testing.assert_close(found, x * factors)
+    scale, shift = torch.randn(2, 2, channels)
+    step = conv.affine_operation(x, scale, shift)
+    found = run_between_guards([replace(step, x=0, out=9)], [x], threads, check_guards)
+    per_channel = (2, 1, channels, 1, 1)
+    torch.testing.assert_close(found, x * scale.view(per_channel) + shift.view(per_channel))
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (PANEL, 3), (3, WIDTH, 2), (WIDTH + 1, PANEL - 1, 5)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_copies_side_by_side_stay_in_their_memory(
+    counts: tuple[int, ...], threads: int, check_guards: Callable[[], None]
+) -> None:
+    total, first, steps = sum(counts), 0, []
+    for index, count in enumerate(counts):
+        geometry = replace(like(count, (3, 5)), out_channels=like(total, (3, 5)).channels)
+        options: dict[str, Any] = {"option": first, "channels": count, "out_channels": total}
+        steps.append(Operation(Kind.COPY, geometry, index, 8, **options))
+        first += count
+    # What fills up the last panel must be nothing: the next step reads it as well.
+    read = Operation(Kind.ACTIVATION, like(total, (3, 5)), 8, 9, channels=total, out_channels=total)
+    inputs = [torch.randn(2, 2, count, 3, 5) for count in counts]
+    found = run_between_guards([*steps, read], inputs, threads, check_guards)
+    torch.testing.assert_close(found, torch.cat(inputs, 2).relu())
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("size", [(4, 5), (13, 9)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [([2, 2], [2, 2], [0, 0]), ([3, 3], [1, 1], [1, 1]), ([3, 2], [2, 3], [1, 0])],
+)
+def test_pooling_stays_in_its_memory(
+    channels: int,
+    size: tuple[int, int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    check_guards: Callable[[], None],
+) -> None:
+    x = torch.randn(2, 2, channels, *size)
+    options = kernel, stride, padding
+    for zeros in (False, True):
+        step = replace(conv.average_pool2d_operation(x, *options, zeros), x=0, out=9)
+        found = run_between_guards([step], [x], 3, check_guards)
+        expected = torch.nn.functional.avg_pool2d(x.flatten(0, 1), *options, False, zeros)
+        torch.testing.assert_close(found, expected.unflatten(0, (2, 2)))
+    for ceil in (False, True):
+        step = replace(conv.max_pool2d_operation(x, *options, ceil), x=0, out=9)
+        found = run_between_guards([step], [x], 3, check_guards)
+        expected = torch.nn.functional.max_pool2d(x.flatten(0, 1), *options, ceil_mode=ceil)
+        torch.testing.assert_close(found, expected.unflatten(0, (2, 2)), rtol=0, atol=0)
 
 
 def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None]) -> None:

@@ -134,6 +134,8 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
             (randn(1, 4, 8, 8), randn(6, 2, 3, 3), None, randn(1, 6, 8, 8), ONE, ONE, ONE, 2, True),
         ),
         (conv.max_pool2d, (randn(1, 4, 8, 8), [3, 3], [2, 2], [1, 1])),
+        (conv.average_pool2d, (randn(1, 4, 8, 8), [3, 3], [2, 2], [1, 1], False)),
+        (conv.affine, (randn(1, 4, 8, 8), randn(4), randn(4))),
         (conv.head, (randn(2, 4, 3, 3), randn(5, 4), randn(5))),
         (conv.pack_weight, (randn(2, PANEL, WIDTH, 3, 3), Kind.WINOGRAD_4)),
         (
@@ -152,7 +154,9 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
                 False,
             ),
         ),
-        (conv.packed_max_pool2d, (randn(2, 1, WIDTH, 5, 5), [3, 3], [2, 2], [1, 1])),
+        (conv.packed_max_pool2d, (randn(2, 1, WIDTH, 5, 5), [3, 3], [2, 2], [1, 1], True)),
+        (conv.packed_average_pool2d, (randn(2, 1, 7, 5, 5), [3, 3], [2, 2], [1, 1], True)),
+        (conv.packed_affine, (randn(2, 1, 7, 5, 5), randn(2, 7), randn(2, 7))),
     ],
     ids=lambda value: getattr(value, "_name", None),
 )
@@ -196,6 +200,39 @@ def test_vmap_gives_what_a_loop_gives_whatever_the_kernel(
         ]
         expected = conv.conv2d(*operands, *options).double()
         assert error(found[index].double(), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("share", [1, 2, 3, 8, WIDTH, 24])
+@pytest.mark.parametrize("groups", [2, 3, 5])
+def test_groups_that_fill_no_panel_are_what_a_loop_gives(share: int, groups: int) -> None:
+    x, weight = randn(2, 2, share * groups, 6, 6), randn(2, share * groups, share, 3, 3) / 9
+    found = torch.vmap(lambda *each: conv.conv2d(*each, None, None, ONE, ONE, ONE, groups, True))(
+        x, weight
+    )
+    bias = torch.zeros(2, share * groups)
+    expected = exact(x, weight, bias, None, True, ONE, ONE, ONE, groups)
+    assert error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (None, 0, 0), (0, None, 0), (0, 0, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_and_factors_for_channels_are_what_a_loop_gives(
+    in_dims: tuple[int | None, ...], dtype: torch.dtype
+) -> None:
+    stacked = randn(3, 2, 5, 7, 6).to(dtype), randn(3, 5, seed=1), randn(3, 5, seed=2)
+    tensors = [stack if dim == 0 else stack[0] for stack, dim in zip(stacked, in_dims, strict=True)]
+
+    def one(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        changed = conv.affine(x, scale, shift)
+        return conv.average_pool2d(changed, [3, 2], [2, 1], [1, 0], False)
+
+    found = torch.vmap(one, in_dims)(*tensors)
+    for index in range(3):
+        operands = [t if d is None else t[index] for t, d in zip(tensors, in_dims, strict=True)]
+        expected = one(*operands)
+        assert found.dtype == expected.dtype == dtype
+        limit = 1e-5 if dtype == torch.float32 else 2e-2
+        assert error(found[index].double(), expected.double()) < limit
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_layer_where_winograd_errs_is_computed_directly_and_named() -> None:
     x = torch.randn(1, 3, 16, 16)
     built = strategies.make("lowered_vmap", models, x)
     forward, note = built.forward, built.note
-    assert note.startswith("kernels: 2 direct; second.weight: direct, for Winograd F(4x4) differs")
+    assert note.startswith("kernels: 2 direct, 1 average pooling; second.weight: direct, for Wino")
     expected = torch.stack([model(x) for model in models])
     assert error(forward(x), in_float64(models, x)) < 5 * error(expected, in_float64(models, x))
 
@@ -145,12 +145,56 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> No
 
 
 @pytest.mark.filterwarnings("ignore:.*batching rule")  # as_strided_, of a channels-last mean
-@pytest.mark.parametrize("arch", ["resnext50_32x4d", "vgg11_bn", "mobilenet_v2", "densenet121"])
-def test_other_architectures_take_plain_rules_where_there_is_no_kernel(arch: str) -> None:
+@pytest.mark.filterwarnings("ignore:.*initialization of GoogleNet")
+@pytest.mark.parametrize(
+    ("arch", "programs"),
+    [
+        ("resnext50_32x4d", 1),
+        ("vgg11_bn", 2),  # adaptive pooling to 7x7 pixels is torch's own
+        ("mobilenet_v2", 1),
+        ("mobilenet_v3_small", 2),  # between two linear layers an activation is torch's own
+        ("efficientnet_b0", 1),
+        ("regnet_y_400mf", 1),
+        ("densenet121", 1),
+        ("squeezenet1_1", 1),
+        ("googlenet", 1),
+        ("shufflenet_v2_x0_5", 17),  # a permutation of channels is torch's own
+    ],
+)
+def test_other_architectures_are_programs_too(arch: str, programs: int) -> None:
     models = [lively(arch, index) for index in range(2)]
     x = torch.randn(1, 3, 64, 64)
-    found = ensemble.build("lowered_vmap", models, x)(x)
+    with torch.inference_mode():
+        graph = lowered.lower_vmap(models, x).forward
+        found = graph(x)
     assert error(found, in_float64(models, x)) < LIMIT
+    assert [node.op for node in graph.graph.nodes].count("call_module") == programs
+
+
+class FewChannels(nn.Module):
+    """Convolutions of few channels read an image and what a step writes, and so do others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 7, 3, padding=1)
+        self.c, self.d = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 3, padding=1, groups=5)
+        self.norm, self.fc = nn.BatchNorm2d(12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = (self.a(x) + self.c(x)).relu()
+        both = torch.cat([self.b(first), self.d(first) + nn.functional.silu(first)], 1)
+        both = self.norm(both) * torch.sigmoid(both.mean((2, 3), keepdim=True))
+        return self.fc(nn.functional.hardswish(both).mean((2, 3)))
+
+
+@pytest.mark.parametrize("per_model", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_channels_is_right(per_model: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    models = [FewChannels().eval().requires_grad_(False).to(dtype) for _ in range(3)]
+    x = torch.randn(*([3] if per_model else []), 2, 3, 9, 7).to(dtype)
+    found = ensemble.build("lowered_vmap", models, x)(x)
+    assert error(found, in_float64(models, x)) < (LIMIT if dtype == torch.float32 else 3e-2)
 
 
 def test_what_lies_in_another_order_than_its_trace_says_is_viewed_all_the_same() -> None:

@@ -26,7 +26,7 @@ _GEOMETRY = (
 )
 STEP = np.dtype(
     [(f"{name}{part}", np.int64) for name in OPERANDS for part in ("", "_stride")]
-    + [(name, np.int64) for name in ("kind", "variant", "relu", *_GEOMETRY)]
+    + [(name, np.int64) for name in ("kind", "variant", "relu", "option", "real", *_GEOMETRY)]
 )
 
 

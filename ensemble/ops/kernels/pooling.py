@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # numba finds the types of these functions, from the arguments of `run`.
-"""Max pooling; a NaN in a window comes out, as it does of torch's."""
+"""Max pooling, in which a NaN of a window comes out, as it does of torch's; and average pooling."""
 
 import numpy as np
 
@@ -31,4 +31,29 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
                 store(target + channel, best)
 
 
+@jit
+def _average(step, x, weight, bias, other, out, scratch, part, parts):
+    """The mean of each window; `option`: zeros around the image count too."""
+    row = step.channels * FLOAT_BYTES
+    for line in range(part, step.images * step.out_height, parts):
+        image, out_y = divmod(line, step.out_height)
+        for out_x in range(step.out_width):
+            target = out + (line * step.out_width + out_x) * row
+            y0, x0 = out_y * step.stride_y - step.pad_y, out_x * step.stride_x - step.pad_x
+            y1, x1 = min(y0 + step.kernel_y, step.height), min(x0 + step.kernel_x, step.width)
+            top, left = max(y0, 0), max(x0, 0)
+            count = (y1 - top) * (x1 - left)
+            if step.option != 0:
+                count = step.kernel_y * step.kernel_x
+            share = np.float32(1 / count)
+            for channel in range(0, row, VECTOR_BYTES):
+                total = splat(np.float32(0))
+                for y in range(top, y1):
+                    for x_ in range(left, x1):
+                        position = (image * step.height + y) * step.width + x_
+                        total = total + load(x + position * row + channel)
+                store(target + channel, share * total)
+
+
 MAX_POOL = Kernel(_body, _can_run, lambda geometry: 0)
+AVERAGE_POOL = Kernel(_average, _can_run, lambda geometry: 0)

@@ -3,7 +3,8 @@
 from ensemble.ops.kernels.direct import DIRECT, DIRECT_BF16
 from ensemble.ops.kernels.grouped import GROUPED
 from ensemble.ops.kernels.head import HEAD
-from ensemble.ops.kernels.pooling import MAX_POOL
+from ensemble.ops.kernels.pointwise import ACTIVATION, AFFINE, COPY, SCALE, SUM
+from ensemble.ops.kernels.pooling import AVERAGE_POOL, MAX_POOL
 from ensemble.ops.kernels.strassen import STRASSEN
 from ensemble.ops.kernels.winograd import WINOGRAD_2, WINOGRAD_4
 from ensemble.ops.operation import Kind
@@ -17,4 +18,10 @@ KERNELS = {
     Kind.HEAD: HEAD,
     Kind.GROUPED: GROUPED,
     Kind.STRASSEN: STRASSEN,
+    Kind.AVERAGE_POOL: AVERAGE_POOL,
+    Kind.ACTIVATION: ACTIVATION,
+    Kind.SUM: SUM,
+    Kind.SCALE: SCALE,
+    Kind.AFFINE: AFFINE,
+    Kind.COPY: COPY,
 }
