@@ -111,7 +111,7 @@ def _keep_pixels(graph: fx.Graph) -> None:
         found = _node(x).meta.get("val")
         if keep or node.kwargs or not isinstance(found, Tensor) or found.dim() != 5:
             continue
-        if sorted(dim % 5 for dim in dims) != [3, 4]:
+        if not steps.is_of_pixels(dims):
             continue
         mean = node.meta["val"]
         with graph.inserting_after(node):

@@ -55,6 +55,16 @@ class Program(nn.Module):
         made = {operation.out: operation for operation in operations}
         self._made = [made[value] for value in outputs]
         self._in_shapes = _in_shapes(operations)
+        # Where each value that a call brings or returns is an operand: the step, and which.
+        self._places = {
+            value: [
+                (index, operand)
+                for index, operation in enumerate(operations)
+                for operand in ("x", "other", "out")
+                if getattr(operation, operand) == value
+            ]
+            for value in (*inputs, *outputs)
+        }
         offsets, arena_bytes = _plan(operations, outputs)
         self._steps = np.zeros(len(operations), kernels.STEP)
         for step, operation in zip(self._steps, operations, strict=True):
@@ -99,21 +109,16 @@ class Program(nn.Module):
                 f" {self._dtype} on the CPU, found {tuple(x.shape)} in {x.dtype} on {x.device}"
             )
         held: dict[int, Tensor] = {}  # by the channels in memory; 0: before height and width
-        for step, operation in zip(steps, self.operations, strict=True):
-            for operand in ("x", "other"):
-                if getattr(operation, operand) != value:
-                    continue
-                channels = _channels_read(operation, operand)
-                if channels not in held:
-                    held[channels] = _as_read(x, channels)
-                _bind(step, operand, held[channels], shared=x.dim() == 4)
+        for index, operand in self._places[value]:
+            channels = _channels_read(self.operations[index], operand)
+            if channels not in held:
+                held[channels] = _as_read(x, channels)
+            _bind(steps[index], operand, held[channels], shared=x.dim() == 4)
         return list(held.values())
 
     def _bind(self, steps: np.ndarray, value: int, tensor: Tensor, *, shared: bool) -> None:
-        for step, operation in zip(steps, self.operations, strict=True):
-            for operand in ("x", "other", "out"):
-                if getattr(operation, operand) == value:
-                    _bind(step, operand, tensor, shared=shared)
+        for index, operand in self._places[value]:
+            _bind(steps[index], operand, tensor, shared=shared)
 
     def _run(self, steps: np.ndarray, operands: list[Tensor]) -> None:
         """Take all models through the steps, whose operands live until the last thread has left."""

@@ -174,8 +174,8 @@ def minimum(typing_context, left, right):
 def exponential(typing_context, value):
     """exp of each float; what is below -87 counts as that, above 88 likewise. A NaN stays.
 
-    Within 2e-7 of the true value: exp(x) = 2^n exp(r), n the integer nearest to x / log(2), and r a
-    rest of at most log(2) / 2, whose exponential is a polynomial (Cephes' expf, S. Moshier).
+    exp(x) = 2^n exp(r), n the integer nearest to x / log(2), and r a rest of at most log(2) / 2,
+    whose exponential is a polynomial (Cephes' expf, S. Moshier).
     """
 
     def generate(context, builder, signature, arguments):

@@ -133,15 +133,17 @@ def _multiply(node: fx.Node, trace: Trace) -> list[Operation]:
 def _mean(node: fx.Node, trace: Trace) -> list[Operation]:
     """The mean over all pixels, kept as one."""
     x, dims, keep = (*node.args, False)[:3]
-    if not trace.is_stack(x) or not keep or node.kwargs:
-        return []
-    assert isinstance(dims, list | tuple)
-    if sorted(int(dim) % 5 for dim in dims) != [3, 4]:
+    if not trace.is_stack(x) or not keep or not is_of_pixels(dims) or node.kwargs:
         return []
     found = trace.tensor(x)
     whole = found.shape[-2:]
     step = conv.average_pool2d_operation(found, whole, (1, 1), (0, 0), False)
     return [_numbered(step, node, trace, x)]
+
+
+def is_of_pixels(dims: Any) -> bool:
+    """Are these the last two of the dimensions of a stack?"""
+    return isinstance(dims, list | tuple) and sorted(dim % 5 for dim in dims) == [3, 4]
 
 
 def _concatenate(node: fx.Node, trace: Trace) -> list[Operation]:

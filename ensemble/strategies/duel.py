@@ -26,7 +26,7 @@ from ensemble.strategies.built import Built, Forward
 # goes on to LONG_S. It ends after two rounds that both say CLEAR.
 SHORT_S, LONG_S, LEAST = 0.33, 1.0, 3
 CLOSE, CLEAR = 1.08, 1.3
-MARGIN = 1.02  # who comes later must win by so much: of equals the first one stays
+MARGIN = 1.04  # who comes later must win by so much: of equals the first one, the loop, stays
 
 
 class NotTriedError(RuntimeError):
