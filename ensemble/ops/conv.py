@@ -8,7 +8,7 @@ torch's own rule: one grouped or one wide convolution. Packing is an operator of
 traced graph can do it once, at build.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -137,13 +137,23 @@ def _(x: Tensor, *options: Any) -> Tensor:
 @max_pool2d.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> tuple[Tensor, int]:
     (x,) = _stacked_first([x], in_dims)
-    if x.dim() == 4:  # each model's image is without a batch
-        return _plain_max_pool2d(x, *options), 0
-    if is_ours(x) and can_run(Kind.MAX_POOL, in_panels(_pool_geometry(x, *options))):
+    if _can_pool(Kind.MAX_POOL, x, *options):
         return packed_max_pool2d(x, *options), 0
+    return _pooled(_plain_max_pool2d, x, *options), 0
+
+
+def _can_pool(kind: Kind, x: Tensor, *sizes: Any) -> bool:
+    """Is x `(N, B, C, H, W)`, and does the kernel take it?"""
+    return x.dim() == 5 and is_ours(x) and can_run(kind, in_panels(_pool_geometry(x, *sizes)))
+
+
+def _pooled(pool: Callable[..., Tensor], x: Tensor, *options: Any) -> Tensor:
+    """The images of N models by torch's own pooling of one model's."""
+    if x.dim() == 4:  # each model's image is without a batch
+        return pool(x, *options)
     # Models among the channels: so a wide or grouped convolution wrote them.
-    pooled = _plain_max_pool2d(x.movedim(0, 1).flatten(1, 2), *options)
-    return pooled.unflatten(1, (len(x), -1)).movedim(1, 0), 0
+    pooled = pool(x.movedim(0, 1).flatten(1, 2), *options)
+    return pooled.unflatten(1, (len(x), -1)).movedim(1, 0)
 
 
 @custom_op("ensemble::average_pool2d", mutates_args=())
@@ -172,12 +182,9 @@ def _(x: Tensor, *options: Any) -> Tensor:
 @average_pool2d.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> tuple[Tensor, int]:
     (x,) = _stacked_first([x], in_dims)
-    if x.dim() == 4:
-        return _plain_average_pool2d(x, *options), 0
-    if is_ours(x) and can_run(Kind.AVERAGE_POOL, in_panels(_pool_geometry(x, *options[:3]))):
+    if _can_pool(Kind.AVERAGE_POOL, x, *options[:3]):
         return packed_average_pool2d(x, *options), 0
-    pooled = _plain_average_pool2d(x.movedim(0, 1).flatten(1, 2), *options)
-    return pooled.unflatten(1, (len(x), -1)).movedim(1, 0), 0
+    return _pooled(_plain_average_pool2d, x, *options), 0
 
 
 @custom_op("ensemble::affine", mutates_args=())

@@ -273,9 +273,9 @@ def _reads_narrow(node: fx.Node, run: Run) -> bool:
     """A convolution of few channels reads them as torch has them, not as a step writes them."""
     if node.target is not _CONV2D or node.args[0] not in run:
         return False
-    kernel: Any
-    x, *_, kernel, _, _, _, groups, _ = node.args
-    return is_narrow(_node(x).meta["val"].shape[-3], tuple(kernel), int(str(groups)))
+    arguments: tuple[Any, ...] = node.args
+    x, *_, kernel, _, _, _, groups, _ = arguments
+    return is_narrow(x.meta["val"].shape[-3], tuple(kernel), groups)
 
 
 def _make_program(

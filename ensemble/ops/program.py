@@ -55,16 +55,7 @@ class Program(nn.Module):
         made = {operation.out: operation for operation in operations}
         self._made = [made[value] for value in outputs]
         self._in_shapes = _in_shapes(operations)
-        # Where each value that a call brings or returns is an operand: the step, and which.
-        self._places = {
-            value: [
-                (index, operand)
-                for index, operation in enumerate(operations)
-                for operand in ("x", "other", "out")
-                if getattr(operation, operand) == value
-            ]
-            for value in (*inputs, *outputs)
-        }
+        self._places = {value: _places(operations, value) for value in (*inputs, *outputs)}
         offsets, arena_bytes = _plan(operations, outputs)
         self._steps = np.zeros(len(operations), kernels.STEP)
         for step, operation in zip(self._steps, operations, strict=True):
@@ -144,6 +135,16 @@ class Program(nn.Module):
                 part(0)
             else:
                 run_together(part, self._threads, stop=stop)
+
+
+def _places(operations: Sequence[Operation], value: int) -> list[tuple[int, str]]:
+    """Where a value is an operand: of which step, and which."""
+    return [
+        (index, operand)
+        for index, operation in enumerate(operations)
+        for operand in ("x", "other", "out")
+        if getattr(operation, operand) == value
+    ]
 
 
 def _bind(step: np.void, operand: str, tensor: Tensor, *, shared: bool) -> None:

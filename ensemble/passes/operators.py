@@ -32,25 +32,24 @@ class Conv2d(nn.Module):
         return conv.conv2d(x, self.weight, self.bias, other, *self.options)
 
 
-class MaxPool2d(nn.Module):
-    """`original` as the operator `ensemble::max_pool2d`."""
+class _Pool2d(nn.Module):
+    """A pooling layer's sizes and flag, as the operators of `ensemble.ops.conv` take them."""
 
-    def __init__(self, original: nn.MaxPool2d) -> None:
+    def __init__(self, original: nn.MaxPool2d | nn.AvgPool2d, flag: bool) -> None:
         super().__init__()
         sizes = (original.kernel_size, original.stride, original.padding)
-        self.options = (*map(_y_and_x, sizes), original.ceil_mode)
+        self.options = (*map(_y_and_x, sizes), flag)
+
+
+class MaxPool2d(_Pool2d):
+    """A layer as the operator `ensemble::max_pool2d`; the flag: ceil mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         return conv.max_pool2d(x, *self.options)
 
 
-class AvgPool2d(nn.Module):
-    """`original` as the operator `ensemble::average_pool2d`."""
-
-    def __init__(self, original: nn.AvgPool2d) -> None:
-        super().__init__()
-        sizes = (original.kernel_size, original.stride, original.padding)
-        self.options = (*map(_y_and_x, sizes), original.count_include_pad)
+class AvgPool2d(_Pool2d):
+    """A layer as the operator `ensemble::average_pool2d`; the flag: zeros count."""
 
     def forward(self, x: Tensor) -> Tensor:
         return conv.average_pool2d(x, *self.options)
@@ -128,10 +127,10 @@ def _operator_for(module: nn.Module) -> nn.Module | None:
     """The same by an operator of ours, where there is one."""
     if type(module) is nn.MaxPool2d:
         plain = module.dilation in (1, (1, 1)) and not module.return_indices
-        return MaxPool2d(module) if plain else None
+        return MaxPool2d(module, module.ceil_mode) if plain else None
     if type(module) is nn.AvgPool2d:
         plain = not module.ceil_mode and module.divisor_override is None
-        return AvgPool2d(module) if plain else None
+        return AvgPool2d(module, module.count_include_pad) if plain else None
     if type(module) is nn.BatchNorm2d:
         plain = not module.training and module.running_mean is not None
         return BatchNorm2d(module) if plain else None

@@ -14,6 +14,14 @@ def _can_run(geometry: Geometry) -> bool:
 
 
 @jit
+def _window(step, out_y, out_x):
+    """The rows and columns of an output's window that lie in the image: first and end of each."""
+    y, x = out_y * step.stride_y - step.pad_y, out_x * step.stride_x - step.pad_x
+    bottom, right = min(y + step.kernel_y, step.height), min(x + step.kernel_x, step.width)
+    return max(y, 0), bottom, max(x, 0), right
+
+
+@jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
     lowest = splat(np.float32(-np.inf))
     row = step.channels * FLOAT_BYTES
@@ -21,11 +29,11 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
         image, out_y = divmod(line, step.out_height)
         for out_x in range(step.out_width):
             target = out + (line * step.out_width + out_x) * row
-            y0, x0 = out_y * step.stride_y - step.pad_y, out_x * step.stride_x - step.pad_x
+            top, bottom, left, right = _window(step, out_y, out_x)
             for channel in range(0, row, VECTOR_BYTES):
                 best = lowest
-                for y in range(max(y0, 0), min(y0 + step.kernel_y, step.height)):
-                    for x_ in range(max(x0, 0), min(x0 + step.kernel_x, step.width)):
+                for y in range(top, bottom):
+                    for x_ in range(left, right):
                         position = (image * step.height + y) * step.width + x_
                         best = maximum_or_nan(load(x + position * row + channel), best)
                 store(target + channel, best)
@@ -39,17 +47,15 @@ def _average(step, x, weight, bias, other, out, scratch, part, parts):
         image, out_y = divmod(line, step.out_height)
         for out_x in range(step.out_width):
             target = out + (line * step.out_width + out_x) * row
-            y0, x0 = out_y * step.stride_y - step.pad_y, out_x * step.stride_x - step.pad_x
-            y1, x1 = min(y0 + step.kernel_y, step.height), min(x0 + step.kernel_x, step.width)
-            top, left = max(y0, 0), max(x0, 0)
-            count = (y1 - top) * (x1 - left)
+            top, bottom, left, right = _window(step, out_y, out_x)
+            count = (bottom - top) * (right - left)
             if step.option != 0:
                 count = step.kernel_y * step.kernel_x
             share = np.float32(1 / count)
             for channel in range(0, row, VECTOR_BYTES):
                 total = splat(np.float32(0))
-                for y in range(top, y1):
-                    for x_ in range(left, x1):
+                for y in range(top, bottom):
+                    for x_ in range(left, right):
                         position = (image * step.height + y) * step.width + x_
                         total = total + load(x + position * row + channel)
                 store(target + channel, share * total)
