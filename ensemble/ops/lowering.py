@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ensemble.errors import UnavailableError
-from ensemble.ops import conv, steps
+from ensemble.ops import conv, stacks, steps
 from ensemble.ops.operation import Kind, Operation
 from ensemble.ops.panels import is_narrow
 
@@ -216,8 +216,8 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
     largest = exact.abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(exact.dtype).tiny)
     problems, kind = [], Kind.DIRECT
     for attempt in Kind(chosen).attempts:
-        packed = conv.pack_weight(weight, attempt)
-        found = conv.packed_conv2d(inputs[0], packed, *inputs[1:], attempt, kernel, *options)
+        packed = stacks.pack_weight(weight, attempt)
+        found = stacks.packed_conv2d(inputs[0], packed, *inputs[1:], attempt, kernel, *options)
         error = float(((found - exact).abs().amax((1, 2, 3, 4)) / largest).max())
         if error <= LARGEST_ERROR:
             values[packing], values[node] = packed, found.to(dtype)

@@ -1,6 +1,6 @@
 """Which operators of a traced graph kernels can run, and as which steps of a program.
 
-Those of `ensemble.ops.conv` become the step that their vmap rules chose. Beside them stand torch's
+Those of `ensemble.ops.stacks` become the step that the vmap rules chose. Beside them stand torch's
 own that networks put between convolutions, on stacks of images `(N, B, C, H, W)`.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ensemble.ops import conv
+from ensemble.ops import stacks
 from ensemble.ops.operation import Function, Kind, Operation
 
 aten, ours = torch.ops.aten, torch.ops.ensemble
@@ -51,7 +51,7 @@ class Trace:
         if not isinstance(node, fx.Node) or node in self.constants:
             return False
         found = node.meta.get("val")
-        if not isinstance(found, Tensor) or found.dim() != 5 or not conv.is_ours(found):
+        if not isinstance(found, Tensor) or found.dim() != 5 or not stacks.is_ours(found):
             return False
         return len(found) == self.num_models and found.numel() > 0
 
@@ -93,7 +93,7 @@ def _pointwise(kind: Kind, node: fx.Node, trace: Trace, x: Any, **options: Any) 
     """A step on each number of x by itself."""
     found = trace.tensor(x)
     channels = found.shape[-3]
-    step = Operation(kind, conv.pointwise(found), 0, 0, channels=channels, out_channels=channels)
+    step = Operation(kind, stacks.pointwise(found), 0, 0, channels=channels, out_channels=channels)
     other = options.pop("other", None)
     number = None if other is None else trace.numbers[other]
     return _numbered(replace(step, **options), node, trace, x, number)
@@ -137,7 +137,7 @@ def _mean(node: fx.Node, trace: Trace) -> list[Operation]:
         return []
     found = trace.tensor(x)
     whole = found.shape[-2:]
-    step = conv.average_pool2d_operation(found, whole, (1, 1), (0, 0), False)
+    step = stacks.average_pool2d_operation(found, whole, (1, 1), (0, 0), False)
     return [_numbered(step, node, trace, x)]
 
 
@@ -153,7 +153,7 @@ def _concatenate(node: fx.Node, trace: Trace) -> list[Operation]:
     if dim not in (2, -3) or node.kwargs or not all(map(trace.is_stack, sources)):
         return []
     result, first, steps = node.meta["val"], 0, []
-    geometry = conv.pointwise(result)
+    geometry = stacks.pointwise(result)
     for source in sources:
         step = _pointwise(Kind.COPY, node, trace, source, option=first)
         wide = replace(step.geometry, out_channels=geometry.out_channels)
@@ -163,11 +163,11 @@ def _concatenate(node: fx.Node, trace: Trace) -> list[Operation]:
 
 
 _MAKERS: dict[Any, Callable[[fx.Node, Trace], list[Operation]]] = {
-    ours.packed_conv2d.default: _weighted(conv.conv2d_operation),
-    ours.packed_affine.default: _weighted(conv.affine_operation),
-    ours.packed_head.default: _weighted(conv.head_operation),
-    ours.packed_max_pool2d.default: _pooling(conv.max_pool2d_operation),
-    ours.packed_average_pool2d.default: _pooling(conv.average_pool2d_operation),
+    ours.packed_conv2d.default: _weighted(stacks.conv2d_operation),
+    ours.packed_affine.default: _weighted(stacks.affine_operation),
+    ours.packed_head.default: _weighted(stacks.head_operation),
+    ours.packed_max_pool2d.default: _pooling(stacks.max_pool2d_operation),
+    ours.packed_average_pool2d.default: _pooling(stacks.average_pool2d_operation),
     aten.relu.default: _activation(Function.RELU),
     aten.hardtanh.default: _activation(Function.RELU6, 0.0, 6.0),
     aten.sigmoid.default: _activation(Function.SIGMOID),

@@ -18,7 +18,7 @@ from ensemble.ops.operation import Function, Geometry, Kind, Operation
 
 pytest.importorskip("numba")
 
-from ensemble.ops import conv, kernels, program
+from ensemble.ops import kernels, program, stacks
 from ensemble.ops.simd import PANEL, WIDTH
 
 GUARD = 256  # bytes before and after each buffer
@@ -187,7 +187,7 @@ def test_steps_on_each_number_stay_in_their_memory(
     found = run_between_guards([step], [x, factors], threads, check_guards)
     torch.testing.assert_close(found, x * factors)
     scale, shift = torch.randn(2, 2, channels)
-    step = conv.affine_operation(x, scale, shift)
+    step = stacks.affine_operation(x, scale, shift)
     found = run_between_guards([replace(step, x=0, out=9)], [x], threads, check_guards)
     per_channel = (2, 1, channels, 1, 1)
     torch.testing.assert_close(found, x * scale.view(per_channel) + shift.view(per_channel))
@@ -228,12 +228,12 @@ def test_pooling_stays_in_its_memory(
     x = torch.randn(2, 2, channels, *size)
     options = kernel, stride, padding
     for zeros in (False, True):
-        step = replace(conv.average_pool2d_operation(x, *options, zeros), x=0, out=9)
+        step = replace(stacks.average_pool2d_operation(x, *options, zeros), x=0, out=9)
         found = run_between_guards([step], [x], 3, check_guards)
         expected = torch.nn.functional.avg_pool2d(x.flatten(0, 1), *options, False, zeros)
         torch.testing.assert_close(found, expected.unflatten(0, (2, 2)))
     for ceil in (False, True):
-        step = replace(conv.max_pool2d_operation(x, *options, ceil), x=0, out=9)
+        step = replace(stacks.max_pool2d_operation(x, *options, ceil), x=0, out=9)
         found = run_between_guards([step], [x], 3, check_guards)
         expected = torch.nn.functional.max_pool2d(x.flatten(0, 1), *options, ceil_mode=ceil)
         torch.testing.assert_close(found, expected.unflatten(0, (2, 2)), rtol=0, atol=0)
@@ -247,13 +247,13 @@ def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None
     weights = torch.randn(3, 2, PANEL, PANEL, 3, 3) / PANEL
     last, bias = torch.randn(2, PANEL, PANEL) / PANEL, torch.zeros(2, PANEL)
     kinds = (Kind.DIRECT, Kind.WINOGRAD_4, Kind.WINOGRAD_2)
-    packed = [conv.pack_weight(w, kind) for w, kind in zip(weights, kinds, strict=True)]
+    packed = [stacks.pack_weight(w, kind) for w, kind in zip(weights, kinds, strict=True)]
     steps = [
         Operation(kinds[0], plain, 0, 1, None, packed[0], bias, True),
         Operation(kinds[1], plain, 1, 2, None, packed[1], bias, True),
         Operation(kinds[2], plain, 2, 3, 1, packed[2], bias, True),
         Operation(Kind.MAX_POOL, pooled, 3, 4),
-        Operation(Kind.HEAD, top, 4, 5, None, conv.pack_weight(last[..., None, None], 1), bias),
+        Operation(Kind.HEAD, top, 4, 5, None, stacks.pack_weight(last[..., None, None], 1), bias),
     ]
     run = program.Program(
         steps, inputs=[0], outputs=[5], num_models=2, threads=2, dtype=torch.float32
@@ -274,9 +274,9 @@ def test_a_further_process_finds_the_kernels_compiled() -> None:
     """They take 15 s and more; what a function closes over must not make it another each time."""
     code = (
         "import torch\n"
-        "from ensemble.ops import conv, kernels\n"
+        "from ensemble.ops import kernels, stacks\n"
         "from ensemble.ops.simd import WIDTH\n"
-        "conv.packed_max_pool2d(torch.zeros(1, 1, WIDTH, 4, 4), [2, 2], [2, 2], [0, 0])\n"
+        "stacks.packed_max_pool2d(torch.zeros(1, 1, WIDTH, 4, 4), [2, 2], [2, 2], [0, 0])\n"
         "print(sum(kernels.run.stats.cache_hits.values()))"
     )
     for _ in range(2):  # whoever comes first may compile them

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ensemble.ops import conv
+from ensemble.ops import conv, stacks
 from ensemble.ops.operation import Geometry, Kind, Operation
 
 pytest.importorskip("numba")
@@ -60,8 +60,8 @@ def test_each_kernel_computes_a_3x3_convolution_at_any_size(
     x = randn(2, images, channels, *size)
     weight, bias = randn(2, out_channels, channels, 3, 3, seed=1) / 9, randn(2, out_channels)
     other = randn(2, images, out_channels, *size, seed=2) if added else None
-    packed = conv.pack_weight(weight, kind)
-    found = conv.packed_conv2d(x, packed, bias, other, kind, [3, 3], ONE, ONE, ONE, 1, added)
+    packed = stacks.pack_weight(weight, kind)
+    found = stacks.packed_conv2d(x, packed, bias, other, kind, [3, 3], ONE, ONE, ONE, 1, added)
     assert error(found, exact(x, weight, bias, other, added, ONE, ONE, ONE)) < 1e-5
 
 
@@ -87,9 +87,9 @@ def test_the_direct_kernel_takes_every_geometry(
 ) -> None:
     x = randn(2, channels, 12, 11) if shared else randn(3, 2, channels, 12, 11)
     weight, bias = randn(3, PANEL, channels, *kernel, seed=1) / 9, randn(3, PANEL)
-    packed = conv.pack_weight(weight, Kind.DIRECT)
+    packed = stacks.pack_weight(weight, Kind.DIRECT)
     options = stride, padding, dilation
-    found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, kernel, *options, 1, False)
+    found = stacks.packed_conv2d(x, packed, bias, None, Kind.DIRECT, kernel, *options, 1, False)
     assert error(found, exact(x, weight, bias, None, False, *options)) < 1e-5
 
 
@@ -98,7 +98,7 @@ def test_max_pooling_is_torchs_own_and_keeps_minus_infinity_and_nan_where_torch_
     x[0, 0, :, :4, :4] = -torch.inf
     for at in range(9 * 8):  # first, in the middle and last in its windows
         x[at % 2, at % 3, at % WIDTH, at // 8, at % 8] = torch.nan
-    found = conv.packed_max_pool2d(x, [3, 3], [2, 2], [1, 1])
+    found = stacks.packed_max_pool2d(x, [3, 3], [2, 2], [1, 1])
     expected = functional.max_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, (2, 3))
     assert 0 < int(expected.isnan().sum()) < expected.numel()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -107,9 +107,9 @@ def test_max_pooling_is_torchs_own_and_keeps_minus_infinity_and_nan_where_torch_
 def test_a_nan_in_the_input_comes_out_as_nan_through_relu() -> None:
     x, weight = torch.full((1, 1, WIDTH, 4, 4), torch.nan), randn(1, PANEL, WIDTH, 3, 3)
     for kind in (Kind.DIRECT, Kind.WINOGRAD_4):
-        packed = conv.pack_weight(weight, kind)
+        packed = stacks.pack_weight(weight, kind)
         options = ([3, 3], ONE, ONE, ONE, 1, True)
-        found = conv.packed_conv2d(x, packed, torch.zeros(1, PANEL), None, kind, *options)
+        found = stacks.packed_conv2d(x, packed, torch.zeros(1, PANEL), None, kind, *options)
         assert bool(found.isnan().all())
 
 
@@ -137,12 +137,12 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
         (conv.average_pool2d, (randn(1, 4, 8, 8), [3, 3], [2, 2], [1, 1], False)),
         (conv.affine, (randn(1, 4, 8, 8), randn(4), randn(4))),
         (conv.head, (randn(2, 4, 3, 3), randn(5, 4), randn(5))),
-        (conv.pack_weight, (randn(2, PANEL, WIDTH, 3, 3), Kind.WINOGRAD_4)),
+        (stacks.pack_weight, (randn(2, PANEL, WIDTH, 3, 3), Kind.WINOGRAD_4)),
         (
-            conv.packed_conv2d,
+            stacks.packed_conv2d,
             (
                 randn(2, 1, WIDTH, 5, 5),
-                conv.pack_weight(randn(2, PANEL, WIDTH, 3, 3), Kind.DIRECT),
+                stacks.pack_weight(randn(2, PANEL, WIDTH, 3, 3), Kind.DIRECT),
                 randn(2, PANEL),
                 None,
                 Kind.DIRECT,
@@ -154,9 +154,9 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
                 False,
             ),
         ),
-        (conv.packed_max_pool2d, (randn(2, 1, WIDTH, 5, 5), [3, 3], [2, 2], [1, 1], True)),
-        (conv.packed_average_pool2d, (randn(2, 1, 7, 5, 5), [3, 3], [2, 2], [1, 1], True)),
-        (conv.packed_affine, (randn(2, 1, 7, 5, 5), randn(2, 7), randn(2, 7))),
+        (stacks.packed_max_pool2d, (randn(2, 1, WIDTH, 5, 5), [3, 3], [2, 2], [1, 1], True)),
+        (stacks.packed_average_pool2d, (randn(2, 1, 7, 5, 5), [3, 3], [2, 2], [1, 1], True)),
+        (stacks.packed_affine, (randn(2, 1, 7, 5, 5), randn(2, 7), randn(2, 7))),
     ],
     ids=lambda value: getattr(value, "_name", None),
 )
@@ -278,9 +278,9 @@ def test_any_one_tensor_alone_may_be_stacked(which: int, images: int) -> None:
 def test_a_bias_is_read_by_its_strides() -> None:
     x, weight = randn(1, WIDTH, 6, 6), randn(2, PANEL, WIDTH, 3, 3) / 9
     bias = randn(PANEL, 2).T
-    packed = conv.pack_weight(weight, Kind.DIRECT)
+    packed = stacks.pack_weight(weight, Kind.DIRECT)
     options = ([3, 3], ONE, ONE, ONE, 1, False)
-    found = conv.packed_conv2d(x, packed, bias, None, Kind.DIRECT, *options)
+    found = stacks.packed_conv2d(x, packed, bias, None, Kind.DIRECT, *options)
     assert error(found, exact(x, weight, bias, None, False, ONE, ONE, ONE)) < 1e-5
 
 
@@ -291,10 +291,10 @@ def test_buffers_are_of_the_kernels_own_dtype_whatever_is_torchs_default(
     x, weight, bias = randn(1, WIDTH, 6, 6), randn(2, PANEL, WIDTH, 3, 3) / 9, randn(2, PANEL)
     torch.set_default_dtype(dtype)
     try:
-        packed = conv.pack_weight(weight, Kind.WINOGRAD_4)
+        packed = stacks.pack_weight(weight, Kind.WINOGRAD_4)
         options = ([3, 3], ONE, ONE, ONE, 1, False)
-        found = conv.packed_conv2d(x, packed, bias, None, Kind.WINOGRAD_4, *options)
-        pooled = conv.packed_max_pool2d(found, [2, 2], [2, 2], [0, 0])
+        found = stacks.packed_conv2d(x, packed, bias, None, Kind.WINOGRAD_4, *options)
+        pooled = stacks.packed_max_pool2d(found, [2, 2], [2, 2], [0, 0])
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == pooled.dtype == torch.float32
@@ -336,8 +336,7 @@ def test_a_program_refuses_a_step_that_its_kernel_cannot_run(kind: Kind) -> None
 def test_without_numba_every_convolution_takes_torchs_own_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(conv, "can_run", lambda kind, geometry: False)
-    monkeypatch.setattr(conv, "packed_conv2d", None)
+    monkeypatch.setattr(stacks, "kernels", None)
     x, weight, bias = randn(1, WIDTH, 6, 6), randn(2, PANEL, WIDTH, 3, 3), randn(2, PANEL)
     mapped = torch.vmap(
         lambda weight, bias: conv.conv2d(x, weight, bias, None, ONE, ONE, ONE, 1, False)
@@ -362,13 +361,19 @@ def test_a_program_gives_the_same_however_many_threads_share_the_models(
     b3[:, classes:] = 0
     program = Program(
         [
-            Operation(Kind.DIRECT, first, 0, 1, None, conv.pack_weight(w1, Kind.DIRECT), b, True),
+            Operation(Kind.DIRECT, first, 0, 1, None, stacks.pack_weight(w1, Kind.DIRECT), b, True),
             Operation(
-                Kind.WINOGRAD_4, second, 1, 2, 1, conv.pack_weight(w2, Kind.WINOGRAD_4), b, True
+                Kind.WINOGRAD_4, second, 1, 2, 1, stacks.pack_weight(w2, Kind.WINOGRAD_4), b, True
             ),
             Operation(Kind.MAX_POOL, pooled, 2, 3),
             Operation(
-                Kind.HEAD, top, 3, 4, None, conv.pack_weight(w3[..., None, None], Kind.DIRECT), b3
+                Kind.HEAD,
+                top,
+                3,
+                4,
+                None,
+                stacks.pack_weight(w3[..., None, None], Kind.DIRECT),
+                b3,
             ),
         ],
         inputs=[0],
@@ -445,8 +450,8 @@ def test_seven_products_of_halves_are_a_1x1_convolution(
     options = [stride, stride], [0, 0], ONE
     expected = exact(x, weight, bias, None, False, *options)
     other = randn(*expected.shape, seed=2)
-    packed = conv.pack_weight(weight, Kind.STRASSEN)
-    found = conv.packed_conv2d(x, packed, bias, other, Kind.STRASSEN, ONE, *options, 1, True)
+    packed = stacks.pack_weight(weight, Kind.STRASSEN)
+    found = stacks.packed_conv2d(x, packed, bias, other, Kind.STRASSEN, ONE, *options, 1, True)
     assert error(found, (expected + other).relu()) < 2e-6
 
 
@@ -469,8 +474,8 @@ def test_the_grouped_kernel_takes_every_geometry(
     options = stride, padding, dilation, 2 * PANEL // share
     expected = exact(x, weight, bias, None, False, *options)
     other = randn(*expected.shape, seed=2)
-    packed = conv.pack_weight(weight, Kind.GROUPED)
-    found = conv.packed_conv2d(x, packed, bias, other, Kind.GROUPED, kernel, *options, True)
+    packed = stacks.pack_weight(weight, Kind.GROUPED)
+    found = stacks.packed_conv2d(x, packed, bias, other, Kind.GROUPED, kernel, *options, True)
     assert error(found, (expected + other).relu()) < 1e-6
 
 
@@ -492,7 +497,9 @@ def test_a_direct_convolution_in_bfloat16_is_that_of_the_rounded_numbers(
     weight = randn(2, PANEL, channels, *kernel, seed=1).bfloat16()
     bias = randn(2, PANEL, seed=2).bfloat16()
     options = [stride, stride], [kernel[0] // 2, kernel[1] // 2], ONE
-    packed = conv.pack_weight(weight, Kind.DIRECT_BF16)
-    found = conv.packed_conv2d(x, packed, bias, other, Kind.DIRECT_BF16, kernel, *options, 1, True)
+    packed = stacks.pack_weight(weight, Kind.DIRECT_BF16)
+    found = stacks.packed_conv2d(
+        x, packed, bias, other, Kind.DIRECT_BF16, kernel, *options, 1, True
+    )
     assert found.dtype == torch.bfloat16
     assert error(found, exact(x, weight, bias, other, True, *options)) < 2**-8
