@@ -7,6 +7,7 @@ from typing import Any
 
 from ensemble.statistics import (
     TOO_NOISY,
+    TOO_WIDE,
     bootstrap_interval,
     half_width,
     interval_of_processes,
@@ -387,9 +388,11 @@ class Result:
             return None
         if self.speedup_interval is None:
             return "too few pairs"
-        if len(self.process_speedups) > 1:
-            return None  # what is noisy is wide
-        return "too noisy" if self.noise is not None and self.noise > TOO_NOISY else None
+        if len(self.process_speedups) > 1:  # there what is noisy is wide
+            is_noisy = half_width(self.speedup_interval) > TOO_WIDE
+        else:
+            is_noisy = self.noise is not None and self.noise > TOO_NOISY
+        return "too noisy" if is_noisy else None
 
     def _all(self, field: str) -> tuple[float, ...]:
         return tuple(time for process in self.processes for time in getattr(process, field))

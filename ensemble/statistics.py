@@ -14,6 +14,9 @@ RESAMPLES = 10_000
 MIN_PAIRS_FOR_INTERVAL = 6
 # Thresholds on the inter-quartile range over the median, as in torch.utils.benchmark.
 NOISY, TOO_NOISY = 0.10, 0.25
+# Half of an interval over processes, as a share of its middle: above, its ends lie four times apart
+# and more, and to name its middle would say nothing that the next run repeats.
+TOO_WIDE = 0.60
 
 
 def median(values: Sequence[float]) -> float | None:

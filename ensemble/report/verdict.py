@@ -63,7 +63,9 @@ def _fastest(rows: Sequence[Result], references: Sequence[Result], varying: Coll
     if not sweep.surely_faster(best):
         most = f"{best.name} {_times(best)}"
         return f"{where}: no strategy is surely faster than the loop; {most}{beside}."
-    sentence = f"{where}: {best.name}, {_times(best)}{beside}."
+    faster = [row for row in rows if row is not plain and (row.speedup or 0) > (best.speedup or 0)]
+    untold = "".join(f"; {row.name} {_times(row)}" for row in faster)
+    sentence = f"{where}: {best.name}, {_times(best)}{beside}{untold}."
     return f"{sentence}{_price(best, references)}{_shorter_calls(best, rows)}"
 
 
@@ -192,9 +194,11 @@ def _noise(row: Result, who: str) -> list[str]:
     if between is not None and within is not None:
         if between <= max(within, NOISY / 2):
             return []
+        says = "nothing is claimed; close other programs" if row.inconclusive else "it is theirs"
+        interval = row.speedup_interval or (between, between)
         return [
             f"{who}: a process is sure to {within:.0%} of itself, processes lie {between:.0%} apart"
-            " to either side: the interval is theirs."
+            f" to either side, the interval is {interval[0]:.2f} to {interval[1]:.2f}: {says}."
         ]
     if row.noise is None or row.noise <= NOISY:
         return []

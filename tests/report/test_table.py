@@ -276,6 +276,20 @@ def test_two_modes_are_told_with_what_tells_them_apart_and_no_winner_is_named() 
     assert "Two modes" not in said(LOOP, of_processes(*[(0.7, 0.0)] * 5))
 
 
+def test_processes_that_lie_far_apart_name_no_winner_and_no_payback() -> None:
+    wild = of_processes((2.8, 0), (2.9, 0), (2.97, 0), (3.0, 0), (20.0, 0))
+    assert wild.speedup_interval is not None
+    assert wild.speedup_interval[0] > 1
+    assert render_answer([LOOP, wild]) == (
+        "Fastest with 4 models: not sure enough to say, because of vmap (too noisy).\n"
+    )
+    assert "nothing is claimed; close other programs" in said(LOOP, wild)
+    best = replace(wild, case=replace(wild.case, strategy="best"))
+    answer = render_answer([LOOP, changed(VMAP, times_s=(0.08,) * 20), best])
+    assert "Fastest with 4 models: vmap, 1.25 times as fast as the loop" in answer
+    assert "; best cannot be told (too noisy)." in answer
+
+
 def test_what_lies_between_processes_is_told_where_it_is_more_than_within_them() -> None:
     text = said(LOOP, of_processes((1.0, 0), (1.1, 0), (1.2, 0), (1.3, 0), (1.4, 0)))
     assert "vmap, 4 models: a process is sure to 0% of itself, processes lie 17% apart" in text
