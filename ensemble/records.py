@@ -108,7 +108,9 @@ class LoadRun:
     cpu_s_per_request: float | None = None
     overhead_s: float | None = None  # what this program adds to the forwards, for each request
     most_waiting: int | None = None
-    memory_growth_bytes: int | None = None  # of this process, from before the run to after it
+    memory_growth_bytes: int | None = (
+        None  # of this process, while it served: from its first second on
+    )
     late_issue_s: float | None = None  # how late the referee told of an arrival, at worst
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
@@ -86,15 +86,19 @@ class Player:
             log=self._log_folder(),
         )
         gc.collect()
-        held = memory.used_bytes(self._engine.device)
+        held: list[int | None] = []
         cpu, begin = time.process_time(), time.perf_counter()
         expected_s = max(order.min_seconds, order.min_queries / order.rate_qps)
-        with _heartbeat(lambda: self._progress(stage, _share(begin, expected_s))):
+
+        def beat() -> None:
+            held.append(memory.used_bytes(self._engine.device))
+            self._progress(stage, _share(begin, expected_s))
+
+        with _heartbeat(beat):
             ruling = play.run(server.serve, server.close)
-        used_s, after = time.process_time() - cpu, memory.used_bytes(self._engine.device)
+        used_s = time.process_time() - cpu
         run = record(purpose, order, ruling, server.tally, server.most_waiting, used_s)
-        if held is not None and after is not None:
-            run = replace(run, memory_growth_bytes=after - held)
+        run = replace(run, memory_growth_bytes=_growth(held))
         if scenario != SERVER:
             run = replace(run, offered_qps=None)
         self.runs.append(run)
@@ -144,6 +148,14 @@ class Player:
 
 def _share(begin: float, expected_s: float) -> float:
     return min(1.0, (time.perf_counter() - begin) / expected_s)
+
+
+def _growth(held: Sequence[int | None]) -> int | None:
+    """From what was held a second after the start, when the referee has drawn its arrivals."""
+    _, *later = held or [None]
+    if len(later) < 2 or later[0] is None or later[-1] is None:
+        return None
+    return later[-1] - later[0]
 
 
 @contextmanager
