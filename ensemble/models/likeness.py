@@ -56,15 +56,17 @@ def _written_by(hook: object) -> object:
     return getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
 
 
-def _described(value: Any, registered: Mapping[int, object], seen: dict[int, int]) -> object:
+def _described(
+    value: Any, registered: Mapping[int, object], seen: dict[int, tuple[int, object]]
+) -> object:
     """Something that is equal for two values where these do the same."""
     if id(value) in registered:
         return registered[id(value)]
     if value is None or isinstance(value, _PLAIN):
         return type(value).__name__, repr(value)  # NaN is then equal to itself, and 1 not to True
     if id(value) in seen:
-        return "seen", seen[id(value)]
-    seen[id(value)] = len(seen)
+        return "seen", seen[id(value)][0]
+    seen[id(value)] = len(seen), value  # kept: its id is then no other's
 
     def of(*parts: object) -> list[object]:
         return [_described(part, registered, seen) for part in parts]
@@ -86,15 +88,21 @@ def _described(value: Any, registered: Mapping[int, object], seen: dict[int, int
         return [value.__code__, *of(value.__defaults__, value.__kwdefaults__, *cells)]
     if isinstance(value, nn.Module) or hasattr(value, "__dict__"):
         return [type(value).__qualname__, *of(vars(value))]
-    return type(value).__qualname__, _name(value)
+    return [type(value).__qualname__, *of(*_reduced(value))]
+
+
+def _reduced(value: object) -> Iterator[object]:
+    """What `pickle` would write of a value, an array or a decimal number say; of what it cannot
+    write, as a lock, nothing: then only the class is known."""
+    try:
+        parts = value.__reduce_ex__(4)
+    except Exception:
+        return
+    for part in [parts] if isinstance(parts, str) else parts:  # a built-in function has a name
+        yield list(part) if isinstance(part, Iterator) else part
 
 
 def _bytes(tensor: Tensor) -> bytes:
     if tensor.is_meta:
         return b""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _name(value: object) -> str:
-    """A built-in function has a name; of what is neither, only the class is known."""
-    return str(getattr(value, "__qualname__", ""))

@@ -173,12 +173,13 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> t
 
 @custom_op("ensemble::affine", mutates_args=())
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`x * scale + shift` for each channel: x `(B, C, H, W)`, scale and shift `(C,)` in float32."""
+    """`x * scale + shift` for each channel: x `(B, C, H, W)`, scale and shift `(C,)`, of at
+    least float32."""
     return _plain_affine(x, scale, shift)
 
 
 def _plain_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    result = x.float() * scale[..., :, None, None] + shift[..., :, None, None]
+    result = x.to(scale.dtype) * scale[..., :, None, None] + shift[..., :, None, None]
     return result.to(x.dtype)
 
 

@@ -262,11 +262,17 @@ def _runs(graph: fx.Graph, reached: set[fx.Node], trace: steps.Trace) -> list[Ru
         if node not in reached or node.op == "placeholder":
             continue
         found = steps.steps_of(node, trace)
-        if not found or _reads_narrow(node, runs[-1]):
+        if not found or not _goes_on(runs[-1], node):
             runs.append({})
         if found:
             runs[-1][node] = found
     return [run for run in runs if any(node.target in steps.KERNELS for node in run)]
+
+
+def _goes_on(run: Run, node: fx.Node) -> bool:
+    """May a node be in one program with those of a run? A program has one dtype."""
+    same = all(steps.dtype_of(other) == steps.dtype_of(node) for other in list(run)[:1])
+    return same and not _reads_narrow(node, run)
 
 
 def _reads_narrow(node: fx.Node, run: Run) -> bool:

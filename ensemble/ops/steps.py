@@ -46,6 +46,10 @@ class Trace:
             return node
         return self.constants[node] if node in self.constants else node.meta["val"]
 
+    def stacks(self, node: fx.Node) -> list[fx.Node]:
+        """What a node reads that x reaches."""
+        return [source for source in node.all_input_nodes if source not in self.constants]
+
     def is_stack(self, node: Any) -> bool:
         """Is it `(N, B, C, H, W)`, of values that x reaches and kernels take?"""
         if not isinstance(node, fx.Node) or node in self.constants:
@@ -57,9 +61,16 @@ class Trace:
 
 
 def steps_of(node: fx.Node, trace: Trace) -> list[Operation]:
-    """The steps that compute a node; none where there are no kernels for it."""
+    """The steps that compute a node; none where there are no kernels for it, or where it brings
+    several dtypes together: a program has one."""
     make = _MAKERS.get(node.target)
-    return [] if make is None else make(node, trace)
+    if make is None or any(dtype_of(source) != dtype_of(node) for source in trace.stacks(node)):
+        return []
+    return make(node, trace)
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype
 
 
 def _weighted(make: Callable[..., Operation]) -> Callable[[fx.Node, Trace], list[Operation]]:

@@ -55,6 +55,13 @@ class AvgPool2d(_Pool2d):
         return conv.average_pool2d(x, *self.options)
 
 
+class Mean(nn.Module):
+    """Adaptive average pooling to one pixel: torch has no vmap rule for that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((-2, -1), keepdim=True)
+
+
 class BatchNorm2d(nn.Module):
     """`original`, which no convolution before it could take, as the operator `ensemble::affine`."""
 
@@ -68,10 +75,11 @@ class BatchNorm2d(nn.Module):
     running_var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = (self.running_var.float() + self.eps).rsqrt()
-        scale = scale if self.weight is None else scale * self.weight.float()
-        shift = -self.running_mean.float() * scale
-        shift = shift if self.bias is None else shift + self.bias.float()
+        wide = torch.promote_types(self.running_var.dtype, torch.float32)
+        scale = (self.running_var.to(wide) + self.eps).rsqrt()
+        scale = scale if self.weight is None else scale * self.weight.to(wide)
+        shift = -self.running_mean.to(wide) * scale
+        shift = shift if self.bias is None else shift + self.bias.to(wide)
         return conv.affine(x, scale, shift)
 
 
@@ -103,6 +111,10 @@ def with_operators(model: nn.Module, example: Tensor) -> fx.GraphModule:
     example: `(B, C, H, W)`. What the operators do not fit, or is more than its call, stays.
     """
     fused = fuse(model, example, lambda layer, _, relu: Conv2d(layer, relu=relu), in_place=False)
+    for name, node in replaceable_once(fused, fused.graph).items():
+        module = fused.get_submodule(name)
+        if type(module) is nn.Linear:
+            _take_pooling(fused, node, module)
     for name, nodes in replaceable(fused, fused.graph).items():
         module = fused.get_submodule(name)
         if not all(is_images(node.args[0]) for node in nodes):
@@ -110,10 +122,6 @@ def with_operators(model: nn.Module, example: Tensor) -> fx.GraphModule:
         replacement = _operator_for(module)
         if replacement is not None:
             fused.set_submodule(name, replacement)
-    for name, node in replaceable_once(fused, fused.graph).items():
-        module = fused.get_submodule(name)
-        if type(module) is nn.Linear:
-            _take_pooling(fused, node, module)
     for name, nodes in replaceable(fused, fused.graph).items():
         module = fused.get_submodule(name)
         if type(module) is nn.Linear and all(is_features(node.args[0]) for node in nodes):
@@ -131,6 +139,8 @@ def _operator_for(module: nn.Module) -> nn.Module | None:
     if type(module) is nn.AvgPool2d:
         plain = not module.ceil_mode and module.divisor_override is None
         return AvgPool2d(module, module.count_include_pad) if plain else None
+    if type(module) is nn.AdaptiveAvgPool2d:
+        return Mean() if module.output_size in (1, (1, 1)) else None
     if type(module) is nn.BatchNorm2d:
         plain = not module.training and module.running_mean is not None
         return BatchNorm2d(module) if plain else None
@@ -138,7 +148,7 @@ def _operator_for(module: nn.Module) -> nn.Module | None:
 
 
 def _y_and_x(size: Any) -> list[int]:
-    return [size, size] if isinstance(size, int) else list(size)
+    return [size, size] if isinstance(size, int) else [size[0], size[-1]]
 
 
 def _take_pooling(fused: fx.GraphModule, node: fx.Node, linear: nn.Linear) -> None:

@@ -1,6 +1,9 @@
 """A model as a graph of its modules, and which of these modules a pass may replace."""
 
-from collections import Counter, defaultdict
+import copy
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +33,35 @@ def traced(model: nn.Module) -> fx.GraphModule:
         raise UnavailableError(
             "torch.fx cannot trace this model: it has hooks, or a call of its own, around forward"
         )
-    before = set(vars(model))
     try:
-        return fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+        with _left_as_it_was(model):
+            return fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
     except Exception as error:  # a tracer runs the model's own code, which may raise anything
         raise UnavailableError(f"torch.fx cannot trace this model: {error}") from error
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's modules have the attributes that they had, and lists, dictionaries and
+    sets among these hold what they held: a forward may keep what it forms, a trace its constants.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    held = [
+        (value, copy.copy(value))
+        for _, attributes in before
+        for value in attributes.values()
+        if isinstance(value, list | deque | dict | set)
+    ]
+    try:
+        yield
     finally:
-        for name in vars(model).keys() - before:  # it leaves constants of the graph there
-            delattr(model, name)
+        for module, attributes in before:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+        for value, content in held:
+            value.clear()
+            value.update(content) if isinstance(value, dict | set) else value.extend(content)
 
 
 class _Tracer(fx.Tracer):
@@ -96,8 +120,9 @@ def sign(module: fx.GraphModule, model: nn.Module, example: Tensor) -> None:
     Raises:
         UnavailableError: the trace computes something else than the model.
     """
-    expected = model(example.clone())  # which may write over its input
-    found = _Signing(module).run(example.clone())
+    with _left_as_it_was(model):
+        expected = model(example.clone())  # which may write over its input
+        found = _Signing(module).run(example.clone())
     if type(found) is Tensor and not _is_close(found, expected):  # a fake tensor has no values
         raise UnavailableError(
             "torch.fx cannot trace this model: its trace gives another result than the model"

@@ -3,9 +3,12 @@
 import copy
 import re
 import types
+from collections import deque
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torchvision
@@ -328,6 +331,15 @@ def test_models_that_differ_in_what_no_tensor_shows_are_refused() -> None:
         stacking.stacked_state(models)
 
 
+class Slots:
+    """What has no `__dict__`."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
 def pass_by(module: nn.Module, arguments: object) -> None:
     return None
 
@@ -339,6 +351,11 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "a lambda": ("expected act to be", lambda m: setattr(m, "act", lambda x: 2 * x)),
     "a list": ("expected taps to be", lambda m: setattr(m, "taps", [1, 2])),
     "a constant": ("expected table to be", lambda m: setattr(m, "table", torch.ones(2))),
+    "an array": ("expected table to be", lambda m: setattr(m, "table", numpy.ones(2))),
+    "a number of numpy": ("expected scale to be", lambda m: setattr(m, "scale", numpy.float32(2))),
+    "a decimal": ("expected scale to be", lambda m: setattr(m, "scale", Decimal(2))),
+    "a queue": ("expected taps to be", lambda m: setattr(m, "taps", deque([1, 2]))),
+    "slots": ("expected taps to be", lambda m: setattr(m, "taps", Slots(2))),
     "a hook": ("conv._forward_pre_hooks", lambda m: m.conv.register_forward_pre_hook(pass_by)),
     "hidden": ("expected hidden to be", lambda m: setattr(m, "hidden", [nn.Linear(2, 2)])),
 }
@@ -365,7 +382,8 @@ def test_attributes_that_do_the_same_are_no_difference() -> None:
         model.act = lambda x: x + 1  # type: ignore[assignment]
         model.parts = [model.conv, model.fc]  # type: ignore[assignment]
         model.table, model.limit = torch.arange(3), float("nan")  # type: ignore[assignment]
-        vars(model).update(config=types.SimpleNamespace(width=8, model=model))
+        vars(model).update(config=types.SimpleNamespace(width=8, model=model), slots=Slots(3))
+        vars(model).update(array=numpy.arange(3.0), part=Decimal("0.5"), queue=deque([model.fc]))
         model.get_submodule("bn").register_forward_pre_hook(pass_by)
     stacking.check_alike(models)
 

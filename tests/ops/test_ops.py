@@ -455,6 +455,36 @@ def test_seven_products_of_halves_are_a_1x1_convolution(
     assert error(found, (expected + other).relu()) < 2e-6
 
 
+@pytest.mark.parametrize("kind", [kind for kind, kernel in kernels.KERNELS.items() if kernel.cost])
+@pytest.mark.parametrize("size", [3, 7])
+def test_no_image_of_a_batch_shows_in_anothers_result(kind: Kind, size: int) -> None:
+    """A NaN of one, or numbers so large that the rounding of others would be lost in theirs."""
+    groups = PANEL if kind == Kind.GROUPED else 1
+    side = 3 if groups > 1 or kind in (Kind.WINOGRAD_2, Kind.WINOGRAD_4) else 1
+    x, weight = randn(1, 4, PANEL, size, size), randn(1, 2 * PANEL, PANEL // groups, side, side)
+    weight = weight[:, :PANEL] if groups > 1 else weight
+    bias = randn(1, weight.shape[1])
+    packed = stacks.pack_weight(weight, kind)
+    sizes = [side, side], ONE, [side // 2, side // 2], ONE, groups
+    alone = stacks.packed_conv2d(x, packed, bias, None, kind, *sizes, False)
+    for factor in (1e8, float("inf"), float("nan")):
+        beside = x.clone()
+        beside[:, 1] *= factor
+        found = stacks.packed_conv2d(beside, packed, bias, None, kind, *sizes, False)
+        assert error(found[:, [0, 2, 3]], alone[:, [0, 2, 3]]) < 1e-6
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1, 40_000), (448, 448)])
+def test_the_mean_of_many_equal_pixels_is_their_value(size: tuple[int, int]) -> None:
+    value = torch.full((1, 1, PANEL, *size), 0.7)
+    mean = stacks.packed_average_pool2d(value, size, ONE, [0, 0], False)
+    torch.testing.assert_close(mean.flatten(), value.flatten()[:PANEL], rtol=1e-5, atol=0)
+    weight = torch.eye(PANEL)[None, :, :, None, None]
+    packed = stacks.pack_weight(weight, Kind.DIRECT)
+    found = stacks.packed_head(value, packed, torch.zeros(1, PANEL))
+    torch.testing.assert_close(found.flatten(), value.flatten()[:PANEL], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("share", [share for share in (1, 2, 4, 8, 16, 32) if PANEL % share == 0])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation"),

@@ -35,6 +35,7 @@ class Net(nn.Module):
         self.pool, self.mean = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(CHANNELS, 5)
         self.same = nn.Identity()
+        self.names, self.named = list[Tensor](), dict[str, Tensor]()
         self.prepare()
 
     def prepare(self) -> None:
@@ -160,6 +161,35 @@ def sum_of_a_pooled_one_pixel(self: Any, x: Tensor) -> Tensor:
 @case
 def sum_in_another_dtype(self: Any, x: Tensor) -> Tensor:
     return self.a(x) + self.b(x).double()
+
+
+@case
+def halves_among_floats(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    half = torch.relu((self.b(y) > 0).half())  # 0 and 1, that no rounding tells apart
+    both = torch.cat([y + half, half], 1)[:, CHANNELS // 2 :][:, :CHANNELS]
+    return self.c(both * half[..., :1, :1].sigmoid())
+
+
+@case
+def a_forward_that_keeps_what_it_forms(self: Any, x: Tensor) -> Tensor:
+    self.calls = getattr(self, "calls", 0) + 1
+    self.kept = self.a(x)
+    self.names.append(self.kept)
+    self.named["kept"] = self.kept
+    return self.kept
+
+
+@prepared(lambda self: setattr(self, "ramp", None))
+def a_forward_that_forms_a_constant_once(self: Any, x: Tensor) -> Tensor:
+    if self.ramp is None:
+        self.ramp = torch.linspace(0, 1, x.shape[-1])
+    return self.a(x) * self.ramp
+
+
+@prepared(lambda self: setattr(self, "pool", nn.MaxPool2d((2,), (2,))))
+def pools_of_one_size_in_a_tuple(self: Any, x: Tensor) -> Tensor:
+    return self.pool(self.a(x))
 
 
 @case

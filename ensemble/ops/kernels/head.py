@@ -5,6 +5,7 @@
 import numpy as np
 
 from ensemble.ops.kernels.kernel import Kernel, ceil, jit, multiply
+from ensemble.ops.kernels.pooling import sum_of
 from ensemble.ops.operation import Geometry
 from ensemble.ops.simd import (
     FLOAT_BYTES,
@@ -12,8 +13,8 @@ from ensemble.ops.simd import (
     PANEL,
     VECTOR_BYTES,
     WIDTH,
-    load,
     load_float,
+    splat,
     store,
     store_float,
 )
@@ -41,9 +42,10 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
         for row in range(rows):
             source = x + (first + row) * pixels * row_bytes
             for channel in range(0, row_bytes, VECTOR_BYTES):
-                total = load(source + channel)
-                for pixel in range(1, pixels):
-                    total = total + load(source + pixel * row_bytes + channel)
+                total = splat(np.float32(0))
+                for y in range(step.height):
+                    line = source + y * step.width * row_bytes + channel
+                    total = total + sum_of(line, step.width, row_bytes)
                 target = means + channel * rows + row * VECTOR_BYTES
                 store(target, np.float32(1 / pixels) * total)
         for panel in range(part, ceil(step.out_channels, PANEL), parts):

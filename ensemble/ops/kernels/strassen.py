@@ -47,10 +47,14 @@ def _can_run(geometry: Geometry) -> bool:
 
 
 def _cost(geometry: Geometry) -> float:
-    pixels = geometry.images * geometry.out_size[0] * geometry.out_size[1]
+    image = geometry.out_size[0] * geometry.out_size[1]
+    units = -(-image // (2 * MAX_ROWS))
+    rows = next(rows for rows in ROWS if 2 * rows * units >= image)
+    # Each row of weights is loaded for so many rows of pixels.
+    pixels = geometry.images * units * 2 * MAX_ROWS * (rows + 2) / (MAX_ROWS + 2)
     factors = geometry.channels * geometry.out_channels
     moved = PER_MOVED * pixels * (2 * geometry.channels + 6 * geometry.out_channels)
-    products = (pixels * factors + moved) * OPERANDS // 8
+    products = int((pixels * factors + moved) * OPERANDS / 8)
     return cost(products=products, weight_bytes=OPERANDS * factors)
 
 
@@ -174,11 +178,21 @@ def _multiply_unit(
         _multiply(rows, a, b, depth, ahead, c22, p, last, r, other2_below, relu, 0, 0, 0, 0, 0, 0)
 
 
+@jit
+def _unit(step, index):
+    """The first pixel of a unit, and how many it has: all of one image."""
+    image = step.out_height * step.out_width
+    units = ceil(image, 2 * MAX_ROWS)
+    size = ceil(image, units)
+    which, place = divmod(index, units)
+    return which * image + place * size, min(size, image - place * size)
+
+
 @jit_within
 def _multiply_group(
-    step, operands, unit_bytes, tiles, factors, bias, out, other, first, end, unit, following
+    step, operands, unit_bytes, tiles, factors, bias, out, other, first, end, following
 ):
-    """All pixels of a group times two panels: each operand of weights is read once.
+    """All units of a group times two panels: each operand of weights is read once.
 
     What will be read next is fetched meanwhile: the next weights, or the pixels from `following` on
     (0: none), in two products of a unit as much as it reads.
@@ -187,9 +201,8 @@ def _multiply_group(
     relu = RELU if step.relu else 0
     for product in range(OPERANDS):
         b = factors + product * half * PANEL_BYTES
-        for index in range(ceil(end - first, unit)):
-            start = first + index * unit
-            count = min(unit, end - start)
+        for index in range(end - first):
+            start, count = _unit(step, first + index)
             rows = _half(count)
             a = operands + index * unit_bytes + product * rows * half * FLOAT_BYTES
             place, down = start * row_bytes, (count - rows) * row_bytes
@@ -217,16 +230,18 @@ def _multiply_group(
 
 @jit
 def _plan(step, parts):
-    """Pixels of a unit; units in so many groups; deal out the panels, and not the groups?"""
+    """Units; in so many groups; deal out the panels, and not the groups?
+
+    A unit lies in one image: sums of pixels of two would carry a NaN, or the rounding of large
+    numbers, from one image into another's result.
+    """
     unit_bytes = OPERANDS * MAX_ROWS * step.channels // 2 * FLOAT_BYTES
-    pixels = step.images * step.out_height * step.out_width
-    unit = ceil(pixels, ceil(pixels, 2 * MAX_ROWS))
-    units = ceil(pixels, unit)
+    units = step.images * ceil(step.out_height * step.out_width, 2 * MAX_ROWS)
     groups = ceil(units, max(1, GROUP_BYTES // unit_bytes))
     by_panels = groups < 4 * parts and step.out_channels // PANEL // 2 >= parts
     if parts > 1 and not by_panels:
         groups = max(groups, min(units, 4 * parts))
-    return unit, groups, by_panels
+    return units, groups, by_panels
 
 
 @jit
@@ -237,27 +252,24 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
     """
     half = step.channels // 2
     unit_bytes = OPERANDS * MAX_ROWS * half * FLOAT_BYTES
-    pixels = step.images * step.out_height * step.out_width
-    unit, groups, by_panels = _plan(step, parts)
-    at_once = ceil(ceil(pixels, unit), groups)  # units of a group
-    group = at_once * unit
+    units, groups, by_panels = _plan(step, parts)
+    at_once = ceil(units, groups)  # units of a group
     group_part, group_parts = (0, 1) if by_panels else (part, parts)
     panel_part, panel_parts = (part, parts) if by_panels else (0, 1)
     operands = scratch + at_once * 4 * QUARTER
-    for first in range(group_part * group, pixels, group_parts * group):
-        end = min(first + group, pixels)
-        for start in range(first, end, unit):
-            count = min(unit, end - start)
-            target = operands + (start - first) // unit * unit_bytes
-            _add_up(step, x, start, count, _half(count), target)
-        following = x + end * step.channels * FLOAT_BYTES
+    for first in range(group_part * at_once, units, group_parts * at_once):
+        end = min(first + at_once, units)
+        for index in range(first, end):
+            start, count = _unit(step, index)
+            _add_up(step, x, start, count, _half(count), operands + (index - first) * unit_bytes)
+        following = x + _unit(step, end)[0] * step.channels * FLOAT_BYTES
         for index in range(panel_part, step.out_channels // PANEL // 2, panel_parts):
             right = 2 * index * PANEL_BYTES
             b, start, c = weight + index * OPERANDS * half * PANEL_BYTES, bias + right, out + right
             added = other + right if other != 0 else 0
-            fetched = following if index == panel_part and end < pixels else 0
+            fetched = following if index == panel_part and end < units else 0
             _multiply_group(
-                step, operands, unit_bytes, scratch, b, start, c, added, first, end, unit, fetched
+                step, operands, unit_bytes, scratch, b, start, c, added, first, end, fetched
             )
 
 
