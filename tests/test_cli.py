@@ -380,7 +380,7 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(
 def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_ones(
     checkpoint: str,
 ) -> None:
-    """With 50 MB of address space left, vmap over 4 models at batch 16 does not fit."""
+    """With 25 MB of address space left, vmap over 4 models at batch 8 does not fit."""
     program = (
         "import resource, sys, torch, functorch, torchvision, resnet_vmap\n"
         "from ensemble.measure import row\n"
@@ -388,12 +388,12 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
         "def measure(case, *rest, **options):\n"
         "    if case.strategy == 'vmap':\n"
         "        now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "        resource.setrlimit(resource.RLIMIT_AS, (now + 50_000_000, -1))\n"
+        "        resource.setrlimit(resource.RLIMIT_AS, (now + 25_000_000, -1))\n"
         "    return measured(case, *rest, **options)\n"
         "row.measure = measure\n"
         "sys.exit(resnet_vmap.main(sys.argv[1:]))"
     )
-    argv = ["--model_path", checkpoint, "--num_models", "4", "--batch_size", "16"]
+    argv = ["--model_path", checkpoint, "--num_models", "4", "--batch_size", "8"]
     argv += ["--image_size", "64", "--warmup", "0", "--min_pairs", "1", "--min_seconds", "0"]
     argv += ["--processes", "0", "--strategies", "loop", "vmap"]
     done = subprocess.run(

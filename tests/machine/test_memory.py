@@ -85,6 +85,7 @@ def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: st
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 @pytest.mark.skipif((memory.available_bytes(CPU) or 0) < 4 * 2**30, reason="needs 4 GiB of memory")
+@pytest.mark.slow
 def test_more_than_two_gibibytes_are_retained_too() -> None:
     program = (
         "import ctypes\n"

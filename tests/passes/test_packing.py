@@ -20,10 +20,10 @@ def pack(model: nn.Module, x: Tensor) -> nn.Module:
         ("resnet18", 20),
         ("resnet50", 53),
         ("resnext50_32x4d", 53),
-        ("wide_resnet50_2", 53),
+        pytest.param("wide_resnet50_2", 53, marks=pytest.mark.slow),
         ("vgg11_bn", 8),
         ("mobilenet_v2", 52),
-        ("densenet121", 120),
+        pytest.param("densenet121", 120, marks=pytest.mark.slow),
         ("squeezenet1_0", 26),
     ],
 )

@@ -144,18 +144,18 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> No
     assert not list(found.forward.buffers())
 
 
-@pytest.mark.filterwarnings("ignore:.*batching rule")  # as_strided_, of a channels-last mean
 @pytest.mark.filterwarnings("ignore:.*initialization of GoogleNet")
 @pytest.mark.parametrize(
     ("arch", "programs"),
     [
         ("resnext50_32x4d", 1),
-        ("vgg11_bn", 2),  # adaptive pooling to 7x7 pixels is torch's own
+        # Adaptive pooling to 7x7 pixels is torch's own.
+        pytest.param("vgg11_bn", 2, marks=pytest.mark.slow),
         ("mobilenet_v2", 1),
         ("mobilenet_v3_small", 2),  # between two linear layers an activation is torch's own
-        ("efficientnet_b0", 1),
+        pytest.param("efficientnet_b0", 1, marks=pytest.mark.slow),
         ("regnet_y_400mf", 1),
-        ("densenet121", 1),
+        pytest.param("densenet121", 1, marks=pytest.mark.slow),
         ("squeezenet1_1", 1),
         ("googlenet", 1),
         ("shufflenet_v2_x0_5", 17),  # a permutation of channels is torch's own

@@ -100,8 +100,11 @@ def test_resnets_give_the_logits_of_the_models_themselves(
 @pytest.mark.parametrize(
     ("name", "arch"),
     [
-        *(("vmap", arch) for arch in ("resnet34", "resnet101", "resnet152")),
-        ("folded_vmap", "resnet152"),
+        ("vmap", "resnet34"),
+        ("folded_vmap", "resnet101"),
+        pytest.param("vmap", "resnet101", marks=pytest.mark.slow),
+        pytest.param("vmap", "resnet152", marks=pytest.mark.slow),
+        pytest.param("folded_vmap", "resnet152", marks=pytest.mark.slow),
     ],
 )
 def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(
