@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from ensemble.models import stacking
 from ensemble.ops import conv
@@ -59,7 +60,11 @@ class Mean(nn.Module):
     """Adaptive average pooling to one pixel: torch has no vmap rule for that."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean((-2, -1), keepdim=True)
+        return _mean_of_pixels(x)
+
+
+def _mean_of_pixels(x: Tensor) -> Tensor:
+    return x.mean((-2, -1), keepdim=True)
 
 
 class BatchNorm2d(nn.Module):
@@ -122,6 +127,9 @@ def with_operators(model: nn.Module, example: Tensor) -> fx.GraphModule:
         replacement = _operator_for(module)
         if replacement is not None:
             fused.set_submodule(name, replacement)
+    for node in fused.graph.find_nodes(op="call_function", target=functional.adaptive_avg_pool2d):
+        if is_images(node.args[0]) and node.args[1:] in ((1,), ((1, 1),)) and not node.kwargs:
+            node.target, node.args = _mean_of_pixels, node.args[:1]
     for name, nodes in replaceable(fused, fused.graph).items():
         module = fused.get_submodule(name)
         if type(module) is nn.Linear and all(is_features(node.args[0]) for node in nodes):

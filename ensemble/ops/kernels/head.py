@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from ensemble.ops.kernels.kernel import Kernel, ceil, jit, multiply
+from ensemble.ops.kernels.kernel import Kernel, ceil, jit, multiply_floats
 from ensemble.ops.kernels.pooling import sum_of
 from ensemble.ops.operation import Geometry
 from ensemble.ops.simd import (
@@ -52,9 +52,8 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
             factors = weight + panel * row_bytes * PANEL
             start = bias + panel * PANEL * FLOAT_BYTES
             panel_bytes = PANEL * FLOAT_BYTES
-            ahead = parts * row_bytes * PANEL
-            depth = step.channels
-            multiply(False, rows, means, factors, scratch, panel_bytes, depth, start, 0, 0, ahead)
+            ahead, depth = parts * row_bytes * PANEL, step.channels
+            multiply_floats(rows, means, factors, scratch, panel_bytes, depth, start, ahead)
             for row in range(rows):
                 target = out + ((first + row) * step.out_channels + panel * PANEL) * FLOAT_BYTES
                 for column in range(min(PANEL, step.out_channels - panel * PANEL)):

@@ -157,25 +157,22 @@ def _multiply_unit(
     other_below = other + down if other != 0 else 0
     other2_below = other2 + down if other != 0 else 0
     p, r, s = PANEL_BYTES, row_bytes, SUBTRACT
+    # Two places of `multiply_into_two` each: one call for all, lest its code stand seven times.
     if product == 0:
-        _multiply(rows, a, b, depth, ahead, bias, 0, c11, p, 0, 0, bias2, 0, c22, p, 0, 0)
+        first, second = (bias, 0, c11, p, 0, 0), (bias2, 0, c22, p, 0, 0)
     elif product == 1:
-        _multiply(rows, a, b, depth, ahead, c11, p, c11, p, 0, 0, bias, 0, c21, p, 0, 0)
+        first, second = (c11, p, c11, p, 0, 0), (bias, 0, c21, p, 0, 0)
     elif product == 2:
-        _multiply(
-            rows, a, b, depth, ahead, c21, p, below, r, other_below, relu, c22, p, c22, p, 0, s
-        )
+        first, second = (c21, p, below, r, other_below, relu), (c22, p, c22, p, 0, s)
     elif product == 3:
-        _multiply(rows, a, b, depth, ahead, c11, p, c11, p, 0, 0, 0, 0, 0, 0, 0, 0)
+        first, second = (c11, p, c11, p, 0, 0), (0, 0, 0, 0, 0, 0)
     elif product == 4:
-        _multiply(rows, a, b, depth, ahead, bias2, 0, c12, p, 0, 0, c22, p, c22, p, 0, 0)
+        first, second = (bias2, 0, c12, p, 0, 0), (c22, p, c22, p, 0, 0)
     elif product == 5:
-        _multiply(
-            rows, a, b, depth, ahead, c11, p, out, r, other, s + relu, c12, p, out2, r, other2, relu
-        )
+        first, second = (c11, p, out, r, other, s + relu), (c12, p, out2, r, other2, relu)
     else:
-        last = out2 + down
-        _multiply(rows, a, b, depth, ahead, c22, p, last, r, other2_below, relu, 0, 0, 0, 0, 0, 0)
+        first, second = (c22, p, out2 + down, r, other2_below, relu), (0, 0, 0, 0, 0, 0)
+    _multiply(rows, a, b, depth, ahead, *first, *second)
 
 
 @jit

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply_floats
 from ensemble.ops.operation import Geometry
 from ensemble.ops.simd import (
     FLOAT_BYTES,
@@ -279,7 +279,7 @@ def _multiply_planes(step, inputs, plane_in, weight, products, plane_out, row_ou
                 a = inputs + plane * plane_in + row * row_in
                 c = products + plane * plane_out + panel * panel_bytes + row * row_out
                 block, depth = min(rows, count - row), step.channels
-                multiply(False, block, a, factors, c, row_out, depth, zeros, 0, 0, ahead)
+                multiply_floats(block, a, factors, c, row_out, depth, zeros, ahead)
 
 
 @jit
