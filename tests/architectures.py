@@ -12,12 +12,11 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
+
+from tests.together import timed, times_as_fast
 
 DATA = Path(__file__).parent / "data" / "architectures"
 FILE, PAGE = DATA / "cases.jsonl", DATA / "README.md"
@@ -57,8 +56,7 @@ class Case:
 
     def ratio(self, other: str) -> float:
         """Of the other row's time and `best`'s, in the median of the rounds: above 1 best wins."""
-        pairs = zip(self.times_s[other], self.times_s["best"], strict=True)
-        return median(one / best for one, best in pairs)
+        return times_as_fast(self.times_s, "best", other)
 
     @property
     def of_the_fastest(self) -> float:
@@ -141,52 +139,12 @@ def _cell(case: Case | None) -> str:
 
 def measure(arch: str, px: int, num_models: int) -> Case:
     """Build every row, compare it with the loop, and time all of them in rounds."""
-    import torch
-    import torchvision
-
-    from ensemble import strategies
-    from ensemble.machine.timing import interleaved
-    from ensemble.strategies.agreement import TOLERANCES, check
-    from ensemble.strategies.built import Built
-
-    torch.manual_seed(0)
-    models = [
-        torchvision.models.get_model(arch, weights=None).eval().requires_grad_(False)
-        for _ in range(num_models)
-    ]
-    x = torch.randn(1, 3, px, px)
-    reference = strategies.make("loop", models, x).forward(x)
-    rows: dict[str, Built] = {}
-    out: dict[str, str] = {}
-    for name in ROWS:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of vmap, where it has no rule
-                built = strategies.make(name, models, x)
-                logits = built.forward(x)
-            problem = check(logits, reference, tolerance=TOLERANCES[x.dtype]).problem
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        if problem:
-            out[name] = problem
-        else:
-            rows[name] = built
-    choice = rows["best"].choice
-    assert choice is not None
-
-    def call(built: Built) -> Any:
-        return lambda: built.forward(x)
-
-    rounds = interleaved(
-        [call(built) for built in rows.values()],
-        warmup=1,
-        min_rounds=ROUNDS,
-        min_seconds=LEAST_S,
-        synchronize=lambda: None,
+    found = timed(ROWS, arch, px, num_models, rounds=ROUNDS, seconds=LEAST_S)
+    choice = found.choice
+    return Case(
+        *(arch, px, num_models, choice.name, choice.note, choice.seconds),
+        *(found.times_s, found.out),
     )
-    seconds = [[sample.seconds for sample in samples] for samples in rounds]
-    times = dict(zip(rows, map(list, zip(*seconds, strict=True)), strict=True))
-    return Case(arch, px, num_models, choice.name, choice.note, choice.seconds, times, out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

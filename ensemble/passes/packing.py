@@ -32,23 +32,15 @@ class PackedConv2d(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        after = "relu" if self.relu else "none"
+        layer = (x, self.weight, self.bias, *self.geometry)
         if other is None:
-            return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, *self.geometry, after, [], ""
+            result = torch.ops.mkldnn._convolution_pointwise(*layer, "none", [], "")
+        else:
+            result = torch.ops.mkldnn._convolution_pointwise_.binary(
+                other, *layer, "add", 1.0, None, [], ""
             )
-        return torch.ops.mkldnn._convolution_pointwise_.binary(
-            other,
-            x,
-            self.weight,
-            self.bias,
-            *self.geometry,
-            "add",
-            1.0,
-            after if self.relu else None,
-            [],
-            "",
-        )
+        # Not oneDNN's, which makes 0 of NaN: a broken image or weight would give an answer.
+        return result.relu_() if self.relu else result
 
 
 def pack(model: nn.Module, example: Tensor) -> fx.GraphModule:

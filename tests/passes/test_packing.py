@@ -97,3 +97,13 @@ def test_where_torch_lacks_the_operators_the_row_says_so(monkeypatch: pytest.Mon
 def test_another_device_than_the_cpu_is_said_so() -> None:
     with pytest.raises(UnavailableError, match=r"oneDNN's, for the CPU, not meta"):
         packing.pack(nn.Conv2d(3, 3, 1), torch.empty(1, 3, 4, 4, device="meta"))
+
+
+def test_a_nan_comes_out_as_nan_through_a_fused_relu() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU()).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8)
+    ready = packing.pack(model, folding.channels_last(x))
+    x[0] = float("nan")
+    found = ready(folding.channels_last(x))
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found[1], model(x)[1])
