@@ -7,6 +7,7 @@ from ensemble.records import Result, Run
 from ensemble.report import exports
 from ensemble.report.table import render_table
 from ensemble.report.verdict import render_answer
+from tests.peers import PEERS, RESNETS
 
 DATA = Path(__file__).parent / "data"
 PAGE = DATA / "README.md"
@@ -28,11 +29,6 @@ SETTINGS = {  # file -> what is set, beside ResNet-18 at 224 px in float32
 }
 FOUR = ("allocator/system_n4", "float32_n4")  # where `vmap` of four stands
 FEW_FAULTS = 1000  # a call; a process has a handful, or tens of thousands
-RESNETS = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("wide_resnet50_2", "resnext50_32x4d"),
-)
-PEERS = ("openvino", "onnxruntime")
 STRATEGIES = (
     *("vmap", "lowered_vmap", "prepacked_loop", "prepacked_concurrent"),
     *PEERS,

@@ -271,8 +271,8 @@ def _runs(graph: fx.Graph, reached: set[fx.Node], trace: steps.Trace) -> list[Ru
 
 def _goes_on(run: Run, node: fx.Node) -> bool:
     """May a node be in one program with those of a run? A program has one dtype."""
-    same = all(steps.dtype_of(other) == steps.dtype_of(node) for other in list(run)[:1])
-    return same and not _reads_narrow(node, run)
+    first = next(iter(run), node)
+    return steps.dtype_of(first) == steps.dtype_of(node) and not _reads_narrow(node, run)
 
 
 def _reads_narrow(node: fx.Node, run: Run) -> bool:
