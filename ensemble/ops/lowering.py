@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ensemble.errors import UnavailableError
 from ensemble.ops import conv, stacks, steps
 from ensemble.ops.operation import Kind, Operation
-from ensemble.ops.panels import is_narrow
+from ensemble.ops.vectors import is_narrow
 
 try:
     from functorch import make_fx
@@ -293,7 +293,7 @@ def _make_program(
     numbers = trace.numbers
     outputs = [node for node in run if any(user not in run for user in node.users)]
     found = [step for node in run for step in run[node]]
-    operations = steps.with_relu_taken(found, {numbers[node] for node in outputs})
+    operations = steps.with_activations_taken(found, {numbers[node] for node in outputs})
     made = {numbers[node] for node in run}
     read = dict.fromkeys(value for step in operations for value in step.reads)
     inputs = [value for value in read if value not in made]

@@ -52,12 +52,13 @@ _ATTEMPTS = {
 class Function(IntEnum):
     """What an activation computes."""
 
-    RELU = 0
-    RELU6 = 1
-    SIGMOID = 2
-    SILU = 3
-    HARDSIGMOID = 4
-    HARDSWISH = 5
+    NONE = 0
+    RELU = 1
+    RELU6 = 2
+    SIGMOID = 3
+    SILU = 4
+    HARDSIGMOID = 5
+    HARDSWISH = 6
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Operation:
-    """`out = relu(kind(x) + other)`; x, out and other are numbers of values.
+    """`out = function(relu(kind(x) + other))`; x, out and other are numbers of values.
 
     weight and bias hold those of all models, one after another. `option` is for the kernel alone:
-    the function of an activation, the channel that a copy begins at, whether the mean of a window
-    counts zeros around the image. Of the geometry's channels the first ones mean something, the
+    the channel that a copy begins at, whether the mean of a window counts zeros around the image.
+    Of the geometry's channels the first ones mean something, the
     others fill up vectors: `channels` and `out_channels` (None: all).
     """
 
@@ -99,6 +100,7 @@ class Operation:
     weight: Tensor | None = None
     bias: Tensor | None = None
     relu: bool = False
+    function: Function = Function.NONE
     option: int = 0
     channels: int | None = None
     out_channels: int | None = None

@@ -10,7 +10,6 @@ from numba.extending import intrinsic
 
 from ensemble.ops.simd import (
     FLOAT,
-    FLOAT_BYTES,
     FUSE,
     INT,
     LINE_BYTES,
@@ -31,11 +30,13 @@ from ensemble.ops.simd import (
 START_FROM_C, ADD_OTHER, RELU, SUBTRACT = 1, 2, 4, 8
 
 
-def multiply_rows(rows: int, *, bf16: bool = False) -> Any:
-    """The inner loop of a matrix product for `rows` rows and one panel of columns.
+def multiply_rows(rows: int, columns: int = PANEL_VECTORS, *, bf16: bool = False) -> Any:
+    """The inner loop of a matrix product for `rows` rows and one panel, of which only the first
+    `columns` vectors are computed.
 
-    The intrinsic `(a, b, c, c_stride, depth, start, other, flags, ahead)`: c, `rows` rows of a
-    panel, `c_stride` bytes apart, is `start + a @ b`, then plus `other`, laid out as c, then relu.
+    The intrinsic `(a, b, c, c_stride, depth, start, other, flags, ahead)`: c, `rows` rows of so
+    many vectors, `c_stride` bytes apart, is `start + a @ b`, then plus `other`, laid out as c, then
+    relu.
     a is `(depth / WIDTH, rows, WIDTH)`, its last block whole also where depth is not; b is
     `(depth, PANEL)`. `start` is one panel, the same for all rows (the bias). `flags` is a sum of
     `START_FROM_C`, `ADD_OTHER` and `RELU`. What lies `ahead` bytes after b is fetched meanwhile:
@@ -46,7 +47,7 @@ def multiply_rows(rows: int, *, bf16: bool = False) -> Any:
     @intrinsic
     def multiply(typing_context, a, b, c, c_stride, depth, start, other, flags, ahead):
         def generate(context, builder, signature, arguments):
-            _multiply_rows(builder, rows, bf16, arguments)
+            _multiply_rows(builder, rows, columns, bf16, arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), generate
@@ -96,6 +97,7 @@ class Block:
         self, builder: ir.IRBuilder, rows: int, c_stride: ir.Value, columns: int = PANEL_VECTORS
     ) -> None:
         self.builder, self.rows, self.c_stride = builder, rows, c_stride
+        self.columns = columns
         cells = [(row, column) for row in range(rows) for column in range(columns)]
         self.sums = {cell: cgutils.alloca_once(builder, VECTOR) for cell in cells}
 
@@ -124,7 +126,7 @@ class Block:
         factors = builder.gep(pointer_to(builder, a), [position])
         columns = [
             load_at(builder, builder.gep(panel, [constant(column * WIDTH)]))
-            for column in range(PANEL_VECTORS)
+            for column in range(self.columns)
         ]
         for row in range(self.rows):
             factor = builder.load(builder.gep(factors, [constant(row * WIDTH)]))
@@ -172,21 +174,21 @@ class Block:
 
 
 def _multiply_rows(
-    builder: ir.IRBuilder, rows: int, bf16: bool, arguments: Sequence[ir.Value]
+    builder: ir.IRBuilder, rows: int, columns: int, bf16: bool, arguments: Sequence[ir.Value]
 ) -> None:
     a, b, c, c_stride, depth, start, other, flags, ahead = arguments
 
     def asked(flag: int) -> ir.Value:
         return asked_flag(builder, flags, flag)
 
-    block = Block(builder, rows, c_stride)
+    block = Block(builder, rows, c_stride, columns)
     block.start(asked(START_FROM_C), c, start)
     with builder.if_then(asked(ADD_OTHER)):
-        _fetch_rows(builder, rows, other, c_stride)
+        _fetch_rows(builder, rows, columns, other, c_stride)
     with cgutils.for_range(builder, depth, intp=INT) as loop:
         row = builder.mul(loop.index, constant(PANEL))
         panel = builder.gep(pointer_to(builder, b), [row])
-        _prefetch(builder, panel, ahead)
+        _prefetch(builder, panel, columns, ahead)
         block.multiply(a, panel, loop.index, bf16)
     with builder.if_then(asked(ADD_OTHER)):
         block.add(other)
@@ -203,11 +205,11 @@ def _multiply_into_two(builder: ir.IRBuilder, rows: int, arguments: Sequence[ir.
         builder.store(_everywhere(0.0), total)
     for place in (first, second):
         with builder.if_then(builder.icmp_signed("!=", place[4], constant(0))):
-            _fetch_rows(builder, rows, place[4], place[3])
+            _fetch_rows(builder, rows, PANEL_VECTORS, place[4], place[3])
     with cgutils.for_range(builder, depth, intp=INT) as loop:
         row = builder.mul(loop.index, constant(PANEL))
         panel = builder.gep(pointer_to(builder, b), [row])
-        _prefetch(builder, panel, ahead)
+        _prefetch(builder, panel, PANEL_VECTORS, ahead)
         block.multiply(a, panel, loop.index, False)
     has_second = builder.icmp_signed("!=", second[2], constant(0))
     count = builder.select(has_second, constant(2), constant(1))
@@ -217,19 +219,21 @@ def _multiply_into_two(builder: ir.IRBuilder, rows: int, arguments: Sequence[ir.
         block.add_to([builder.select(is_first, *either) for either in choices])
 
 
-def _prefetch(builder: ir.IRBuilder, panel: ir.Value, ahead: ir.Value) -> None:
+def _prefetch(builder: ir.IRBuilder, panel: ir.Value, columns: int, ahead: ir.Value) -> None:
     """Fetch the row of a panel that lies `ahead` bytes on into the second level of the cache."""
-    for column in range(0, PANEL * FLOAT_BYTES, LINE_BYTES):
+    for column in range(0, columns * VECTOR_BYTES, LINE_BYTES):
         following = builder.bitcast(panel, _BYTE.as_pointer())
         following = builder.gep(following, [builder.add(ahead, constant(column))])
         _fetch(builder, following)
 
 
-def _fetch_rows(builder: ir.IRBuilder, rows: int, start: ir.Value, stride: ir.Value) -> None:
+def _fetch_rows(
+    builder: ir.IRBuilder, rows: int, columns: int, start: ir.Value, stride: ir.Value
+) -> None:
     """Fetch what a product adds at its end, rows of a panel, while it multiplies."""
     with cgutils.for_range(builder, constant(rows), intp=INT) as loop:
         first = builder.add(start, builder.mul(stride, loop.index))
-        for column in range(0, PANEL * FLOAT_BYTES, LINE_BYTES):
+        for column in range(0, columns * VECTOR_BYTES, LINE_BYTES):
             address = builder.add(first, constant(column))
             _fetch(builder, builder.inttoptr(address, _BYTE.as_pointer()))
 

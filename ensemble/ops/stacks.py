@@ -14,7 +14,13 @@ from torch.library import custom_op
 from torch.nn import functional
 
 from ensemble.ops.operation import Geometry, Kind, Operation
-from ensemble.ops.panels import conv_in_panels, filled_up, fits_panels, in_panels, weight_in_panels
+from ensemble.ops.vectors import (
+    conv_in_vectors,
+    filled_up,
+    fits_vectors,
+    in_vectors,
+    weight_in_vectors,
+)
 
 try:
     from ensemble.ops import kernels
@@ -27,13 +33,13 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @custom_op("ensemble::pack_weight", mutates_args=())
 def pack_weight(weight: Tensor, kind: int) -> Tensor:
-    """`(N, K, C, R, S)` -> the weights of N models as the kernel `kind` reads them, in panels."""
-    return kernels.pack(weight_in_panels(weight, Kind(kind)), Kind(kind))
+    """`(N, K, C, R, S)` -> the weights of N models as the kernel `kind` reads them."""
+    return kernels.pack(weight_in_vectors(weight, Kind(kind)), Kind(kind))
 
 
 @pack_weight.register_fake
 def _(weight: Tensor, kind: int) -> Tensor:
-    return kernels.empty_packed(weight_in_panels(weight, Kind(kind)), Kind(kind))
+    return kernels.empty_packed(weight_in_vectors(weight, Kind(kind)), Kind(kind))
 
 
 @custom_op("ensemble::packed_conv2d", mutates_args=())
@@ -129,7 +135,7 @@ def conv2d_operation(
     """`packed_conv2d` as a step from X and OTHER to OUT; of x and other only the shape is asked."""
     *sizes, relu = options
     plain = conv_geometry(x, bias.shape[1], *sizes)
-    geometry = conv_in_panels(plain)
+    geometry = conv_in_vectors(plain)
     return Operation(
         Kind(kind),
         geometry,
@@ -146,14 +152,14 @@ def conv2d_operation(
 
 def max_pool2d_operation(x: Tensor, *options: Any) -> Operation:
     """`packed_max_pool2d` as a step."""
-    return _in_panels(Operation(Kind.MAX_POOL, pool_geometry(x, *options), X, OUT))
+    return _in_vectors(Operation(Kind.MAX_POOL, pool_geometry(x, *options), X, OUT))
 
 
 def average_pool2d_operation(x: Tensor, *options: Any) -> Operation:
     """`packed_average_pool2d` as a step."""
     *sizes, zeros = options
     geometry = pool_geometry(x, *sizes)
-    return _in_panels(Operation(Kind.AVERAGE_POOL, geometry, X, OUT, option=int(zeros)))
+    return _in_vectors(Operation(Kind.AVERAGE_POOL, geometry, X, OUT, option=int(zeros)))
 
 
 def affine_operation(x: Tensor, scale: Tensor, shift: Tensor) -> Operation:
@@ -168,16 +174,16 @@ def affine_operation(x: Tensor, scale: Tensor, shift: Tensor) -> Operation:
 def head_operation(x: Tensor, weight: Tensor, bias: Tensor) -> Operation:
     """`packed_head` as a step."""
     geometry = head_geometry(x, bias.shape[1])
-    bias = _filled(bias, filled_up(bias.shape[1]))
+    bias = _filled(bias, kernels.whole_panels(bias.shape[1]))
     return Operation(Kind.HEAD, geometry, X, OUT, None, weight, bias, channels=x.shape[-3])
 
 
-def _in_panels(step: Operation) -> Operation:
-    """The step with its channels filled up to whole panels."""
+def _in_vectors(step: Operation) -> Operation:
+    """The step with its channels filled up to whole vectors."""
     geometry = step.geometry
     return replace(
         step,
-        geometry=in_panels(geometry),
+        geometry=in_vectors(geometry),
         channels=geometry.channels,
         out_channels=geometry.out_channels,
     )
@@ -203,7 +209,7 @@ def _run(operation: Operation, inputs: Sequence[Tensor], *, num_models: int) -> 
     (result,) = program(*inputs)
     if result.dim() == 3:  # of a head
         return result
-    # Without what fills up panels, as `_fake` says.
+    # Without what fills up vectors, as `_fake` says.
     return result.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
@@ -213,16 +219,16 @@ def is_ours(x: Tensor) -> bool:
 
 
 def can_run(kind: Kind, x: Tensor, geometry: Geometry) -> bool:
-    """Does the kernel take images like x, and such a step, filled up to whole panels?"""
-    return is_ours(x) and kernels.can_run(kind, in_panels(geometry))
+    """Does the kernel take images like x, and such a step, filled up to whole vectors?"""
+    return is_ours(x) and kernels.can_run(kind, in_vectors(geometry))
 
 
 def kernel_for(x: Tensor, geometry: Geometry) -> Kind | None:
     """The kernel with the least estimated time for a convolution of x, in bfloat16 rather than in
     float32; None where no kernel can run it."""
-    if not is_ours(x) or not fits_panels(geometry):
+    if not is_ours(x) or not fits_vectors(geometry):
         return None
-    grouped, geometry = geometry.groups > 1, conv_in_panels(geometry)
+    grouped, geometry = geometry.groups > 1, conv_in_vectors(geometry)
     bf16 = x.dtype == torch.bfloat16 and kernels.can_run(Kind.DIRECT_BF16, geometry)
     other = Kind.DIRECT if bf16 else Kind.DIRECT_BF16
     convolutions = (kind for kind, kernel in kernels.KERNELS.items() if kernel.cost)
@@ -285,8 +291,8 @@ def pool_geometry(
 
 
 def pointwise(x: Tensor) -> Geometry:
-    """What computes each number of x, `(..., B, C, H, W)`, by itself, in panels."""
-    return in_panels(conv_geometry(x, x.shape[-3], (1, 1), (1, 1), (0, 0), (1, 1)))
+    """What computes each number of x, `(..., B, C, H, W)`, by itself, in whole vectors."""
+    return in_vectors(conv_geometry(x, x.shape[-3], (1, 1), (1, 1), (0, 0), (1, 1)))
 
 
 def head_geometry(x: Tensor, out_channels: int) -> Geometry:

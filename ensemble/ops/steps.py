@@ -117,7 +117,7 @@ def _activation(function: Function, *extra: float) -> Callable[[fx.Node, Trace],
         x, *others = node.args
         if not trace.is_stack(x) or node.kwargs or tuple(others) != extra:
             return []
-        return [_pointwise(Kind.ACTIVATION, node, trace, x, option=int(function))]
+        return [_pointwise(Kind.ACTIVATION, node, trace, x, function=function)]
 
     return steps
 
@@ -191,27 +191,38 @@ _MAKERS: dict[Any, Callable[[fx.Node, Trace], list[Operation]]] = {
     aten.cat.default: _concatenate,
 }
 
-_RELU_TAKEN = (
-    *(Kind.DIRECT, Kind.DIRECT_BF16, Kind.WINOGRAD_2, Kind.WINOGRAD_4, Kind.STRASSEN),
-    *(Kind.GROUPED, Kind.SUM, Kind.AFFINE),
+# Kernels that do an activation to what they write: relu in registers, or every one, just after.
+TAKES_ALL = (Kind.DIRECT, Kind.DIRECT_BF16, Kind.GROUPED)
+_TAKES_RELU = (
+    *TAKES_ALL,
+    *(Kind.WINOGRAD_2, Kind.WINOGRAD_4, Kind.STRASSEN, Kind.SUM, Kind.AFFINE),
 )
 
 
-def with_relu_taken(steps: list[Operation], outputs: set[int]) -> list[Operation]:
-    """The steps, where one that alone is read by a relu does that as well."""
+def with_activations_taken(steps: list[Operation], outputs: set[int]) -> list[Operation]:
+    """The steps, where one that alone is read by an activation does that as well."""
     readers = [value for step in steps for value in step.reads]
-    makers = {step.out: step for step in steps if step.kind in _RELU_TAKEN and not step.relu}
-    taken: dict[int, Operation] = {}  # by the value that only the relu reads
+    makers = {step.out: step for step in steps if not step.relu and not step.function}
+    taken: dict[int, Operation] = {}  # by the value that only the activation reads
     for step in steps:
-        is_relu = step.kind == Kind.ACTIVATION and step.option == Function.RELU
-        if is_relu and step.x in makers and readers.count(step.x) == 1 and step.x not in outputs:
+        maker = makers.get(step.x) if step.kind == Kind.ACTIVATION else None
+        kinds = _TAKES_RELU if step.function == Function.RELU else TAKES_ALL
+        if maker is None or maker.kind not in kinds or step.x in outputs:
+            continue
+        if readers.count(step.x) == 1:
             taken[step.x] = step
     gone = {step.out for step in taken.values()}
     return [
-        replace(step, relu=True, out=taken[step.out].out) if step.out in taken else step
+        _with_activation(step, taken[step.out]) if step.out in taken else step
         for step in steps
         if not (step.kind == Kind.ACTIVATION and step.out in gone)
     ]
+
+
+def _with_activation(step: Operation, activation: Operation) -> Operation:
+    is_relu = activation.function == Function.RELU
+    function = Function.NONE if is_relu else activation.function
+    return replace(step, relu=is_relu, function=function, out=activation.out)
 
 
 def _node(value: object) -> fx.Node:

@@ -18,7 +18,7 @@ from ensemble.ops.operation import Function, Geometry, Kind, Operation
 
 pytest.importorskip("numba")
 
-from ensemble.ops import kernels, program, stacks
+from ensemble.ops import kernels, program, stacks, steps
 from ensemble.ops.simd import PANEL, WIDTH
 
 GUARD = 256  # bytes before and after each buffer
@@ -56,21 +56,25 @@ def inside_guards(values: Tensor) -> Tensor:
 
 def cases() -> list[tuple[Kind, Geometry]]:
     """Every kernel of convolutions with every shape here that it can run."""
-    channels = (1, 3, WIDTH, WIDTH + 1, 2 * WIDTH, 80 * WIDTH)
+    # Outputs with a last panel that is not full, or with no full one.
+    both = [(1, PANEL), (3, PANEL + WIDTH), (WIDTH, PANEL), (WIDTH + 1, PANEL), (2 * WIDTH, WIDTH)]
+    both += [(3 * WIDTH, PANEL + WIDTH), (80 * WIDTH, PANEL)]
     kernel_sizes, sizes = ((1, 1), (3, 3), (7, 2)), ((1, 1), (2, 3), (13, 9))
     geometries = [
         Geometry(
             2,
             count,
             (height, width),
-            PANEL,
+            out_channels,
             (height + 2 * (rows // 2) - rows + 1, width + 2 * (columns // 2) - columns + 1),
             (rows, columns),
             (1, 1),
             (rows // 2, columns // 2),
             (1, 1),
         )
-        for count, (rows, columns), (height, width) in product(channels, kernel_sizes, sizes)
+        for (count, out_channels), (rows, columns), (height, width) in product(
+            both, kernel_sizes, sizes
+        )
     ]
     # Halves of pixels, channels and outputs; and groups, down to one channel each, by strides.
     wide = replace(geometries[0], images=1, channels=2 * WIDTH, out_channels=2 * PANEL)
@@ -82,7 +86,11 @@ def cases() -> list[tuple[Kind, Geometry]]:
             *(2, 2 * PANEL, (height, width), 2 * PANEL, out),
             *((3, 3), (stride, stride), (1, 1), (1, 1), 2 * PANEL // share),
         )
+        five = 5 * WIDTH  # more than are copied together, and not so many times more
         geometries.append(geometry)
+        if five % share == 0:
+            groups = five // share
+            geometries.append(replace(geometry, channels=five, out_channels=five, groups=groups))
     convolutions = [kind for kind, kernel in kernels.KERNELS.items() if kernel.cost]
     candidates = product(convolutions, geometries)
     return [(kind, geometry) for kind, geometry in candidates if kernels.can_run(kind, geometry)]
@@ -104,16 +112,12 @@ def test_a_convolution_stays_in_its_memory(
     packed = inside_guards(kernels.pack(weight, kind).float()).to(
         torch.bfloat16 if kind == Kind.DIRECT_BF16 else torch.float32
     )
-    step = Operation(kind, geometry, 0, 1, 2, packed, inside_guards(torch.zeros(2, out_channels)))
-    run = program.Program(
-        [step], inputs=[0, 2], outputs=[1], num_models=2, threads=threads, dtype=torch.float32
-    )
+    step = Operation(kind, geometry, 0, 9, 1, packed, inside_guards(torch.zeros(2, out_channels)))
     x, other = (
         torch.randn(2, geometry.images, channels, *geometry.size),
         torch.randn(2, geometry.images, out_channels, *geometry.out_size),
     )
-    (found,) = run(x, other)
-    check_guards()
+    found = run_between_guards([step], [x, other], threads, check_guards)
     options: Any = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     expected = torch.stack(
         [
@@ -123,6 +127,10 @@ def test_a_convolution_stays_in_its_memory(
     )
     limit = 1e-4 if kind != Kind.DIRECT_BF16 else 3e-2
     assert float((found - expected - other).abs().max() / expected.abs().max()) < limit
+    if kind in steps.TAKES_ALL:
+        active = replace(step, function=Function.HARDSWISH)
+        again = run_between_guards([active], [x, other], threads, check_guards)
+        torch.testing.assert_close(again, FUNCTIONS[active.function](found), rtol=1e-5, atol=1e-5)
 
 
 FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
@@ -142,11 +150,11 @@ def like(channels: int, size: tuple[int, int], images: int = 2) -> Geometry:
 
 
 def run_between_guards(
-    steps: list[Operation], inputs: list[Tensor], threads: int, check: Callable[[], None]
+    operations: list[Operation], inputs: list[Tensor], threads: int, check: Callable[[], None]
 ) -> Tensor:
     """The value 9 of a program on the values 0, 1, ..."""
     run = program.Program(
-        steps,
+        operations,
         inputs=list(range(len(inputs))),
         outputs=[9],
         num_models=2,
@@ -173,7 +181,7 @@ def test_steps_on_each_number_stay_in_their_memory(
     for function, exact in FUNCTIONS.items():
         values = 4 * x
         values[0, 0, 0, 0, 0], values[1, 1, -1, -1, -1] = 200, -200
-        step = Operation(Kind.ACTIVATION, geometry, 0, 9, option=int(function), **real)
+        step = Operation(Kind.ACTIVATION, geometry, 0, 9, function=function, **real)
         found = run_between_guards([step], [values], threads, check_guards)
         torch.testing.assert_close(found, exact(values), rtol=1e-6, atol=1e-6)
         values[0, 0, 0, 0, 0] = torch.nan
@@ -198,16 +206,17 @@ def test_steps_on_each_number_stay_in_their_memory(
 def test_copies_side_by_side_stay_in_their_memory(
     counts: tuple[int, ...], threads: int, check_guards: Callable[[], None]
 ) -> None:
-    total, first, steps = sum(counts), 0, []
+    total, first, copies = sum(counts), 0, []
     for index, count in enumerate(counts):
         geometry = replace(like(count, (3, 5)), out_channels=like(total, (3, 5)).channels)
         options: dict[str, Any] = {"option": first, "channels": count, "out_channels": total}
-        steps.append(Operation(Kind.COPY, geometry, index, 8, **options))
+        copies.append(Operation(Kind.COPY, geometry, index, 8, **options))
         first += count
     # What fills up the last panel must be nothing: the next step reads it as well.
-    read = Operation(Kind.ACTIVATION, like(total, (3, 5)), 8, 9, channels=total, out_channels=total)
+    real: dict[str, Any] = {"channels": total, "out_channels": total}
+    read = Operation(Kind.ACTIVATION, like(total, (3, 5)), 8, 9, function=Function.RELU, **real)
     inputs = [torch.randn(2, 2, count, 3, 5) for count in counts]
-    found = run_between_guards([*steps, read], inputs, threads, check_guards)
+    found = run_between_guards([*copies, read], inputs, threads, check_guards)
     torch.testing.assert_close(found, torch.cat(inputs, 2).relu())
 
 
@@ -248,7 +257,7 @@ def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None
     last, bias = torch.randn(2, PANEL, PANEL) / PANEL, torch.zeros(2, PANEL)
     kinds = (Kind.DIRECT, Kind.WINOGRAD_4, Kind.WINOGRAD_2)
     packed = [stacks.pack_weight(w, kind) for w, kind in zip(weights, kinds, strict=True)]
-    steps = [
+    chain = [
         Operation(kinds[0], plain, 0, 1, None, packed[0], bias, True),
         Operation(kinds[1], plain, 1, 2, None, packed[1], bias, True),
         Operation(kinds[2], plain, 2, 3, 1, packed[2], bias, True),
@@ -256,7 +265,7 @@ def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None
         Operation(Kind.HEAD, top, 4, 5, None, stacks.pack_weight(last[..., None, None], 1), bias),
     ]
     run = program.Program(
-        steps, inputs=[0], outputs=[5], num_models=2, threads=2, dtype=torch.float32
+        chain, inputs=[0], outputs=[5], num_models=2, threads=2, dtype=torch.float32
     )
     x = torch.randn(1, PANEL, 9, 7)
     (found,) = run(x)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ensemble.ops.kernels.direct import is_planar
-from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry
+from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry, whole_panels
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.kernels.run import ARRIVALS, STOP, run
 from ensemble.ops.operation import Geometry, Kind
@@ -25,6 +25,7 @@ __all__ = [
     "pack",
     "run",
     "scratch_bytes",
+    "whole_panels",
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ensemble.ops.kernels.activation import NONE, activate
 from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply
 from ensemble.ops.operation import Geometry
 from ensemble.ops.products import ADD_OTHER, RELU, START_FROM_C
@@ -18,6 +19,7 @@ from ensemble.ops.simd import (
     HAS_BF16_DOT,
     MAX_ROWS,
     PANEL,
+    PANEL_VECTORS,
     VECTOR_BYTES,
     WIDTH,
     load,
@@ -42,12 +44,11 @@ def is_planar(geometry: Geometry) -> bool:
 def _can_run(geometry: Geometry) -> bool:
     # Of few channels a row of the kernel is read as one run.
     gathered = not is_planar(geometry) or geometry.dilation[1] == 1
-    return gathered and geometry.out_channels % PANEL == 0 and geometry.groups == 1
+    return gathered and geometry.out_channels % WIDTH == 0 and geometry.groups == 1
 
 
 def _can_run_bf16(geometry: Geometry) -> bool:
-    whole = is_planar(geometry) or geometry.channels % (2 * WIDTH) == 0
-    return HAS_BF16_DOT and whole and _can_run(geometry)
+    return HAS_BF16_DOT and _can_run(geometry)
 
 
 def _cost(geometry: Geometry, at_once: int = FLOATS) -> float:
@@ -72,17 +73,18 @@ def _scratch_bytes(geometry: Geometry) -> int:
 
 
 def _empty(weight: Tensor) -> Tensor:
-    """`(N, K / PANEL, R * S * C, PANEL)`."""
+    """`(N, K / PANEL, R * S * C, PANEL)`, the last panel filled up with zeros."""
     num_models, out_channels, *rest = weight.shape
     depth = rest[0] * rest[1] * rest[2]
-    return weight.new_empty(num_models, out_channels // PANEL, depth, PANEL, dtype=torch.float32)
+    panels = -(-out_channels // PANEL)
+    return weight.new_empty(num_models, panels, depth, PANEL, dtype=torch.float32)
 
 
 def _empty_bf16(weight: Tensor) -> Tensor:
     """`(N, K / PANEL, R * S * C / 2, PANEL, 2)`, of an odd depth one more, with zeros."""
     num_models, out_channels, *rest = weight.shape
     half = -(-rest[0] * rest[1] * rest[2] // 2)
-    shape = (num_models, out_channels // PANEL, half, PANEL, 2)
+    shape = (num_models, -(-out_channels // PANEL), half, PANEL, 2)
     return weight.new_empty(shape, dtype=torch.bfloat16)
 
 
@@ -99,8 +101,9 @@ def _pack_bf16(weight: Tensor, target: Tensor) -> None:
 
 
 def _factors(rows: Tensor) -> Tensor:
-    """`(PANEL, C, R, S)` -> `(R * S * C, PANEL)`."""
-    return rows.permute(2, 3, 1, 0).flatten(0, 2)
+    """`(PANEL, C, R, S)`, or fewer rows -> `(R * S * C, PANEL)`."""
+    factors = rows.permute(2, 3, 1, 0).flatten(0, 2)
+    return functional.pad(factors, (0, PANEL - len(rows)))
 
 
 @jit
@@ -112,37 +115,99 @@ _to_bf16 = to_bf16 if HAS_BF16_DOT else _as_it_is
 
 
 @jit
+def _find(step, x, image, out_y, out_x, tap):
+    """Where the input pixel of a tap lies, of an output pixel; 0 outside of the image."""
+    tap_y, tap_x = divmod(tap, step.kernel_x)
+    in_y = out_y * step.stride_y - step.pad_y + tap_y * step.dilation_y
+    in_x = out_x * step.stride_x - step.pad_x + tap_x * step.dilation_x
+    if 0 <= in_y < step.height and 0 <= in_x < step.width:
+        position = (image * step.height + in_y) * step.width + in_x
+        return x + position * step.channels * FLOAT_BYTES
+    return 0
+
+
+@jit
+def _half(step, x, image, out_y, out_x, tap, channel):
+    """The vector of a tap's channels, zeros outside of the image and behind the last tap."""
+    found = 0
+    if tap < step.kernel_y * step.kernel_x:
+        found = _find(step, x, image, out_y, out_x, tap)
+    return load(found + channel * FLOAT_BYTES) if found != 0 else splat(np.float32(0))
+
+
+@jit
+def _first(step, row):
+    """Image, y and x of an output pixel."""
+    image, pixel = divmod(row, step.out_height * step.out_width)
+    out_y, out_x = divmod(pixel, step.out_width)
+    return image, out_y, out_x
+
+
+@jit
+def _next(step, image, out_y, out_x):
+    """The same of the pixel after it: divisions take as long as a short row's copy."""
+    out_x += 1
+    if out_x == step.out_width:
+        out_y, out_x = out_y + 1, 0
+        if out_y == step.out_height:
+            image, out_y = image + 1, 0
+    return image, out_y, out_x
+
+
+@jit
+def _put(bf16, source, target, blocks, target_stride):
+    """So many vectors of factors that lie side by side, of zeros where source is 0."""
+    if source == 0:
+        for index in range(blocks):
+            store(target + index * target_stride, splat(np.float32(0)))
+    elif bf16:
+        for index in range(blocks):
+            at = source + index * 2 * VECTOR_BYTES
+            store(target + index * target_stride, _to_bf16(load(at), load(at + VECTOR_BYTES)))
+    else:
+        for index in range(blocks):
+            store(target + index * target_stride, load(source + index * VECTOR_BYTES))
+
+
+@jit
 def _gather(step, x, a, first, rows, k, depth):
     """Pack `depth` factors, from the k-th on, of `rows` output pixels, from the first on.
 
     A factor is an input channel of a tap of the kernel, in the order (kernel_y, kernel_x, channel),
-    or two of them in bfloat16.
+    or two of them in bfloat16: there a tap may end within a vector, with the half of it.
     """
     bf16 = step.variant == BF16
     at_once = 2 if bf16 else 1
-    pixels = step.out_height * step.out_width
+    blocks, stride = ceil(depth, WIDTH), rows * VECTOR_BYTES
+    whole = step.channels % (at_once * WIDTH) == 0
+    image, out_y, out_x = _first(step, first)
     for row in range(rows):
-        image, pixel = divmod(first + row, pixels)
-        out_y, out_x = divmod(pixel, step.out_width)
-        block = 0
-        while block * WIDTH < depth:
+        block, target = 0, a + row * VECTOR_BYTES
+        if whole and _is_dense(step):
+            source = x + ((first + row) * step.channels + k * at_once) * FLOAT_BYTES
+            _put(bf16, source, target, blocks, stride)
+            continue
+        while block < blocks:
             tap, channel = divmod((k + block * WIDTH) * at_once, step.channels)
-            run = min((step.channels - channel) // (WIDTH * at_once), depth // WIDTH - block)
-            tap_y, tap_x = divmod(tap, step.kernel_x)
-            in_y = out_y * step.stride_y - step.pad_y + tap_y * step.dilation_y
-            in_x = out_x * step.stride_x - step.pad_x + tap_x * step.dilation_x
-            target = a + (block * rows + row) * VECTOR_BYTES
-            if 0 <= in_y < step.height and 0 <= in_x < step.width:
-                position = (image * step.height + in_y) * step.width + in_x
-                source = x + (position * step.channels + channel) * FLOAT_BYTES
-                for index in range(run):
-                    at = source + index * at_once * VECTOR_BYTES
-                    value = _to_bf16(load(at), load(at + VECTOR_BYTES)) if bf16 else load(at)
-                    store(target + index * rows * VECTOR_BYTES, value)
-            else:
-                for index in range(run):
-                    store(target + index * rows * VECTOR_BYTES, splat(np.float32(0)))
+            run = min((step.channels - channel) // (WIDTH * at_once), blocks - block)
+            if run == 0:
+                low = _half(step, x, image, out_y, out_x, tap, channel)
+                high = _half(step, x, image, out_y, out_x, tap + 1, np.int64(0))
+                store(target + block * stride, _to_bf16(low, high))
+                block += 1
+                continue
+            found = _find(step, x, image, out_y, out_x, tap)
+            source = found + channel * FLOAT_BYTES if found != 0 else found
+            _put(bf16, source, target + block * stride, run, stride)
             block += run
+        image, out_y, out_x = _next(step, image, out_y, out_x)
+
+
+@jit
+def _is_dense(step):
+    """Is each output pixel of the one input pixel at its place?"""
+    single = step.kernel_y == step.kernel_x == step.stride_y == step.stride_x == 1
+    return single and step.pad_y == step.pad_x == 0
 
 
 @jit
@@ -177,10 +242,8 @@ def _gather_narrow(step, padded, a, first, rows, line):
     bf16 = step.variant == BF16
     height, width = step.height + 2 * step.pad_y, step.width + 2 * step.pad_x
     run = step.kernel_x * step.channels
-    pixels = step.out_height * step.out_width
+    image, out_y, out_x = _first(step, first)
     for row in range(rows):
-        image, pixel = divmod(first + row, pixels)
-        out_y, out_x = divmod(pixel, step.out_width)
         for tap_y in range(step.kernel_y):
             in_y = out_y * step.stride_y + tap_y * step.dilation_y
             position = (image * height + in_y) * width + out_x * step.stride_x
@@ -194,6 +257,7 @@ def _gather_narrow(step, padded, a, first, rows, line):
             at = line + block * (2 * VECTOR_BYTES if bf16 else VECTOR_BYTES)
             value = _to_bf16(load(at), load(at + VECTOR_BYTES)) if bf16 else load(at)
             store(a + (block * rows + row) * VECTOR_BYTES, value)
+        image, out_y, out_x = _next(step, image, out_y, out_x)
 
 
 @jit
@@ -209,15 +273,20 @@ def _gather_rows(step, x, padded, line, rows_at, first, count, rows, k, depth):
 
 
 @jit_within
-def _multiply_rows(step, rows_at, factors, out, other, start, count, rows, depth, flags, ahead):
-    """Gathered rows times one panel of weights; `out` and `other` are the first pixel's."""
+def _multiply_rows(
+    step, rows_at, factors, columns, out, other, start, count, rows, depth, flags, function, ahead
+):
+    """Gathered rows times one panel of weights, or the first vectors of it; `out` and `other` are
+    the first pixel's."""
     whole = ceil(depth, WIDTH) * VECTOR_BYTES
     row_bytes = step.out_channels * FLOAT_BYTES
     bf16 = step.variant == BF16
     for row in range(0, count, rows):
         block, place = min(rows, count - row), row * row_bytes
         a, c, added = rows_at + row * whole, out + place, other + place
-        multiply(bf16, block, a, factors, c, row_bytes, depth, start, added, flags, ahead)
+        multiply(bf16, columns, block, a, factors, c, row_bytes, depth, start, added, flags, ahead)
+        if function != NONE:
+            activate(function, c, c, row_bytes, block, columns)
 
 
 @jit
@@ -230,12 +299,14 @@ def _plan(step, parts):
     planar = step.channels % WIDTH != 0
     total = ceil(total, step.variant)
     pixels = step.images * step.out_height * step.out_width
-    longest = ceil(total, WIDTH) * WIDTH if planar else min(total, DEPTH)
+    longest = ceil(total, WIDTH) * WIDTH
+    if not planar:
+        longest = min(longest, DEPTH)
     group = max(1, GROUP_BYTES // (longest * FLOAT_BYTES) // MAX_ROWS) * MAX_ROWS
     groups = ceil(pixels, group)
     group = min(group, ceil(ceil(pixels, groups), MAX_ROWS) * MAX_ROWS)  # of whole blocks
     groups = ceil(pixels, group)
-    by_panels = groups < 4 * parts and step.out_channels // PANEL >= parts
+    by_panels = groups < 4 * parts and ceil(step.out_channels, PANEL) >= parts
     return total, longest, group, groups, by_panels
 
 
@@ -263,15 +334,31 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
         for k in range(0, total, longest):
             depth = min(longest, total - k)
             _gather_rows(step, x, padded, scratch, rows_at, first, count, rows, k, depth)
-            flags = 0 if k == 0 else START_FROM_C
+            flags, function = 0 if k == 0 else START_FROM_C, NONE
             if k + depth == total:
                 flags += (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
+                function = step.function
             ahead = panel_parts * total * PANEL_BYTES
-            for panel in range(panel_part, step.out_channels // PANEL, panel_parts):
+            for panel in range(panel_part, ceil(step.out_channels, PANEL), panel_parts):
                 place = first * step.out_channels * FLOAT_BYTES + panel * PANEL_BYTES
                 c, added, start = out + place, other + place, bias + panel * PANEL_BYTES
                 b = weight + (panel * total + k) * PANEL_BYTES
-                _multiply_rows(step, rows_at, b, c, added, start, count, rows, depth, flags, ahead)
+                columns = min(PANEL_VECTORS, step.out_channels // WIDTH - panel * PANEL_VECTORS)
+                _multiply_rows(
+                    step,
+                    rows_at,
+                    b,
+                    columns,
+                    c,
+                    added,
+                    start,
+                    count,
+                    rows,
+                    depth,
+                    flags,
+                    function,
+                    ahead,
+                )
 
 
 DIRECT = Kernel(_body, _can_run, _scratch_bytes, FLOATS, _empty, _pack, _cost)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensemble.ops.kernels.activation import NONE, activate
 from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within
 from ensemble.ops.operation import Geometry
 from ensemble.ops.products import ADD_OTHER, RELU
@@ -102,15 +103,6 @@ def _pixels_at_once(width):
 
 
 @jit
-def _blocks_at_once(blocks, planes):
-    """How many blocks of planes are copied together: divides `blocks`."""
-    count = 1
-    while blocks % (2 * count) == 0 and 2 * count * planes <= PLANES:
-        count *= 2
-    return count
-
-
-@jit
 def _copy_strip(step, image, channel, planes, first_y, lines, phase_width, strip):
     """`lines` lines of some channels, from first_y (which may lie above the image) on.
 
@@ -165,6 +157,8 @@ def _convolve_strip(step, strip, line_bytes, offsets, taps, factors, start, othe
             place = (row * step.out_width + x0) * pixel_bytes
             a, c, added = line + x0 * VECTOR_BYTES, out + place, other + place
             _convolve(lanes, pixels, a, offsets, taps, factors, c, pixel_bytes, start, added, flags)
+            if step.function != NONE:
+                activate(step.function, c, c, pixel_bytes, pixels, np.int64(1))
 
 
 @jit
@@ -190,11 +184,11 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
     """
     share = step.channels // step.groups
     planes = max(1, share // WIDTH)  # that a vector of outputs reads
-    at_once = planes * _blocks_at_once(step.channels // (planes * WIDTH), planes)
-    blocks = step.channels // (at_once * WIDTH)
-    vectors = step.out_channels // WIDTH // blocks
-    readers = vectors * planes // at_once  # vectors of outputs that read the same planes
-    phase_width, rows, lines, strips = _plan(step, at_once)
+    sets = step.channels // (planes * WIDTH)
+    readers = step.out_channels // WIDTH // sets  # vectors of outputs that read the same planes
+    at_once = min(sets, max(1, PLANES // planes))
+    blocks = ceil(sets, at_once)
+    phase_width, rows, lines, strips = _plan(step, at_once * planes)
     line_bytes = phase_width * step.stride_x * VECTOR_BYTES
     taps = step.kernel_y * step.kernel_x * planes
     table = np.empty(taps, np.int64)
@@ -205,16 +199,17 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
         place, block = divmod(index, blocks)
         image, strip = divmod(place, strips)
         y0 = min(strip * rows, step.out_height - rows)
-        first_y, channel = y0 * step.stride_y - step.pad_y, block * at_once * WIDTH
-        source = x + image * image_bytes
-        _copy_strip(step, source, channel, at_once, first_y, lines, phase_width, scratch)
-        for vector in range(block * vectors, (block + 1) * vectors):
+        first_y, first = y0 * step.stride_y - step.pad_y, block * at_once
+        end = min(sets, first + at_once)
+        source, channel, count = x + image * image_bytes, first * planes * WIDTH, end - first
+        _copy_strip(step, source, channel, count * planes, first_y, lines, phase_width, scratch)
+        for vector in range(first * readers, end * readers):
             pixel = (image * step.out_height + y0) * step.out_width
             at = (pixel * step.out_channels + vector * WIDTH) * FLOAT_BYTES
             added = other + at if other != 0 else 0
             factors = weight + vector * taps * min(share, WIDTH) * VECTOR_BYTES
             start = bias + vector * VECTOR_BYTES
-            plane = (vector - block * vectors) // readers * planes
+            plane = (vector // readers - first) * planes
             read, c = scratch + plane * lines * line_bytes, out + at
             _convolve_strip(step, read, line_bytes, offsets, taps, factors, start, added, c, rows)
 

@@ -11,7 +11,15 @@ from numba import njit
 
 from ensemble.ops.operation import Geometry
 from ensemble.ops.products import multiply_rows
-from ensemble.ops.simd import HAS_BF16_DOT, MAX_ROWS, stand_alone
+from ensemble.ops.simd import (
+    HAS_BF16_DOT,
+    MAX_ROWS,
+    PANEL,
+    PANEL_VECTORS,
+    VECTOR_BYTES,
+    WIDTH,
+    stand_alone,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +34,10 @@ _GEOMETRY = (
 )
 STEP = np.dtype(
     [(f"{name}{part}", np.int64) for name in OPERANDS for part in ("", "_stride")]
-    + [(name, np.int64) for name in ("kind", "variant", "relu", "option", "real", *_GEOMETRY)]
+    + [
+        (name, np.int64)
+        for name in ("kind", "variant", "relu", "function", "option", "real", *_GEOMETRY)
+    ]
 )
 
 
@@ -61,6 +72,11 @@ def cost(*, products: int, weight_bytes: int, transforms: int = 0) -> float:
     return max(products, weight_bytes * PER_WEIGHT_BYTE) + transforms * PER_TRANSFORMED
 
 
+def whole_panels(channels: int) -> int:
+    """So many channels in whole panels, as weights are packed and the bias of a head lies."""
+    return -(-channels // PANEL) * PANEL
+
+
 def jit(function: Any) -> Any:
     """Compile by numba, without the interpreter's lock, with C's arithmetic."""
     return njit(nogil=True, error_model="numpy")(function)
@@ -89,18 +105,46 @@ def ceil(value: int, divisor: int) -> int:
     return (value + divisor - 1) // divisor
 
 
+@jit
+def share(count: int, part: int, parts: int) -> tuple[int, int]:
+    """The first and the end of a part's share of `count`."""
+    each = ceil(count, parts)
+    return min(count, part * each), min(count, (part + 1) * each)
+
+
+@jit
+def share_of_vectors(step: Any, part: int, parts: int) -> tuple[int, int]:
+    """A part's share of all vectors of the images that a step reads, in bytes."""
+    vectors = step.images * step.height * step.width * step.channels // WIDTH
+    first, end = share(vectors, part, parts)
+    return first * VECTOR_BYTES, end * VECTOR_BYTES
+
+
+def takes_pixels(geometry: Geometry) -> bool:
+    """Of a step that computes each pixel, or each of its numbers, by itself: can it run?"""
+    return geometry.channels % WIDTH == 0 and geometry.kernel == (1, 1)
+
+
+def no_scratch(geometry: Geometry) -> int:
+    """Of a step that needs no memory of its own."""
+    return 0
+
+
 def _make_multiply() -> Any:
-    """`multiply(bf16, rows, ...)`: the product of float32 or of bfloat16 for that many rows, one
-    branch for each. Where the CPU does not multiply bfloat16, no step does."""
+    """`multiply(bf16, columns, rows, ...)`: the product of float32 or of bfloat16 for that many
+    vectors of a panel and that many rows, one branch for each. Where the CPU does not multiply
+    bfloat16, no step does."""
     arguments = "a, b, c, c_stride, depth, start, other, flags, ahead"
-    lines = [f"def multiply(bf16, rows, {arguments}):", "    stand_alone()"]
+    lines = [f"def multiply(bf16, columns, rows, {arguments}):", "    stand_alone()"]
     scope = {"stand_alone": stand_alone}
     for bf16 in (False, True) if HAS_BF16_DOT else (False,):
-        for rows in range(1, MAX_ROWS + 1):
-            name = f"product_{rows}_{bf16}"
-            scope[name] = multiply_rows(rows, bf16=bf16)
-            lines.append(f"    if bf16 == {bf16} and rows == {rows}:")
-            lines.append(f"        return {name}({arguments})")
+        for columns in range(1, PANEL_VECTORS + 1):
+            lines.append(f"    if bf16 == {bf16} and columns == {columns}:")
+            for rows in range(1, MAX_ROWS + 1):
+                name = f"product_{rows}_{columns}_{bf16}"
+                scope[name] = multiply_rows(rows, columns, bf16=bf16)
+                lines.append(f"        if rows == {rows}:")
+                lines.append(f"            return {name}({arguments})")
     exec("\n".join(lines), scope)
     return scope["multiply"]
 
@@ -114,4 +158,5 @@ def multiply_floats(
 ) -> None:
     """The product of float32, with nothing added to it."""
     none = np.int64(0)  # a literal would have the code of all products compiled once more
-    multiply(bool(none), rows, a, b, c, c_stride, depth, start, none, none, ahead)
+    whole = np.int64(PANEL_VECTORS)
+    multiply(bool(none), whole, rows, a, b, c, c_stride, depth, start, none, none, ahead)

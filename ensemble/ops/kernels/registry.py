@@ -1,9 +1,10 @@
 """The kernels by kind: a new one is a file in this folder, and a line here and in `Kind`."""
 
+from ensemble.ops.kernels.activation import ACTIVATION
 from ensemble.ops.kernels.direct import DIRECT, DIRECT_BF16
 from ensemble.ops.kernels.grouped import GROUPED
 from ensemble.ops.kernels.head import HEAD
-from ensemble.ops.kernels.pointwise import ACTIVATION, AFFINE, COPY, SCALE, SUM
+from ensemble.ops.kernels.pointwise import AFFINE, COPY, SCALE, SUM
 from ensemble.ops.kernels.pooling import AVERAGE_POOL, MAX_POOL
 from ensemble.ops.kernels.strassen import STRASSEN
 from ensemble.ops.kernels.winograd import WINOGRAD_2, WINOGRAD_4

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply_floats
 from ensemble.ops.operation import Geometry
@@ -45,7 +46,7 @@ _FILTER_TRANSFORMS = {
 
 
 def _can_run(geometry: Geometry) -> bool:
-    whole = geometry.channels % WIDTH == 0 and geometry.out_channels % PANEL == 0
+    whole = geometry.channels % WIDTH == geometry.out_channels % WIDTH == 0
     plain = geometry.stride == geometry.dilation == (1, 1) and geometry.groups == 1
     return whole and plain and geometry.kernel == (3, 3)
 
@@ -68,9 +69,9 @@ def _scratch_bytes(geometry: Geometry) -> int:
 
 
 def _empty(tile: int, weight: Tensor) -> Tensor:
-    """`(N, planes, K / PANEL, C, PANEL)`."""
+    """`(N, planes, K / PANEL, C, PANEL)`, the last panel filled up with zeros."""
     num_models, out_channels, channels, _, _ = weight.shape
-    shape = (num_models, (tile + 2) ** 2, out_channels // PANEL, channels, PANEL)
+    shape = (num_models, (tile + 2) ** 2, -(-out_channels // PANEL), channels, PANEL)
     return weight.new_empty(shape, dtype=torch.float32)
 
 
@@ -79,7 +80,8 @@ def _pack(tile: int, weight: Tensor, target: Tensor) -> None:
     g = torch.tensor(_FILTER_TRANSFORMS[tile], dtype=torch.float64, device="cpu")
     for panel, rows in enumerate(weight.split(PANEL)):
         planes = g @ rows.double() @ g.mT
-        target[:, panel].copy_(planes.permute(2, 3, 1, 0).flatten(0, 1))
+        factors = planes.permute(2, 3, 1, 0).flatten(0, 1)
+        target[:, panel].copy_(functional.pad(factors, (0, PANEL - len(rows))))
 
 
 # A line of a patch -> a line of its transform, and a line of products -> one of the output tile.
@@ -268,7 +270,7 @@ def _transform_inputs(step, x, inputs, plane, first, count, rows, zeros, work):
 @jit_within
 def _multiply_planes(step, inputs, plane_in, weight, products, plane_out, row_out, zeros, count):
     """One matrix product a plane."""
-    planes, panels = (step.variant + 2) ** 2, step.out_channels // PANEL
+    planes, panels = (step.variant + 2) ** 2, ceil(step.out_channels, PANEL)
     row_in, panel_bytes = step.channels * FLOAT_BYTES, PANEL * FLOAT_BYTES
     rows = ceil(count, ceil(count, MAX_ROWS))
     ahead = step.channels * panel_bytes
@@ -307,7 +309,8 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
     planes = (tile + 2) ** 2
     tiles = step.images * ceil(step.out_height, tile) * ceil(step.out_width, tile)
     group = ceil(tiles, max(parts, ceil(tiles, GROUP_TILES)))
-    # Planes lie one line more than their size apart, lest all fall into one set of the cache.
+    # Planes lie one line more than their size apart, lest all fall into one set of the cache. Rows
+    # of products do too: a last panel that is not full is written whole.
     row_in = step.channels * FLOAT_BYTES
     row_out = step.out_channels * FLOAT_BYTES + VECTOR_BYTES
     plane_in = group * row_in + VECTOR_BYTES

@@ -1,6 +1,6 @@
-"""Channels in whole panels: what a kernel writes at a time, and so what a value between steps has.
+"""Channels in whole vectors: what a kernel writes at a time, and so what a value between steps has.
 
-The channels that fill up the last panel are computed like the others, of weights that are zeros.
+The channels that fill up the last vector are computed like the others, of weights that are zeros.
 """
 
 from dataclasses import replace
@@ -11,14 +11,14 @@ from torch.nn import functional
 from ensemble.ops.operation import Geometry, Kind
 
 try:
-    from ensemble.ops.simd import PANEL, WIDTH
+    from ensemble.ops.simd import WIDTH
 except ImportError:  # without numba there are no kernels
-    PANEL = WIDTH = 1
+    WIDTH = 1
 
 
 def filled_up(channels: int) -> int:
-    """So many channels in whole panels."""
-    return -(-channels // PANEL) * PANEL
+    """So many channels in whole vectors."""
+    return -(-channels // WIDTH) * WIDTH
 
 
 def is_narrow(channels: int, kernel: tuple[int, int], groups: int) -> bool:
@@ -26,8 +26,8 @@ def is_narrow(channels: int, kernel: tuple[int, int], groups: int) -> bool:
     return channels < WIDTH and groups == 1 and kernel != (1, 1)
 
 
-def fits_panels(geometry: Geometry) -> bool:
-    """Can `in_panels` fill up its groups: with as many outputs as inputs, or full as they are?"""
+def fits_vectors(geometry: Geometry) -> bool:
+    """Can `in_vectors` fill up its groups: with as many outputs as inputs, or full as they are?"""
     groups = geometry.groups
     if groups == 1:
         return True
@@ -39,24 +39,24 @@ def fits_panels(geometry: Geometry) -> bool:
     )
 
 
-def in_panels(geometry: Geometry) -> Geometry:
-    """The geometry with channels, and groups, up to whole panels."""
+def in_vectors(geometry: Geometry) -> Geometry:
+    """The geometry with channels, and groups, up to whole vectors."""
     channels, out_channels = filled_up(geometry.channels), filled_up(geometry.out_channels)
     share = geometry.channels // geometry.groups
     groups = 1 if geometry.groups == 1 else channels // share
     return replace(geometry, channels=channels, out_channels=out_channels, groups=groups)
 
 
-def conv_in_panels(geometry: Geometry) -> Geometry:
+def conv_in_vectors(geometry: Geometry) -> Geometry:
     """The same of a convolution, which reads few channels as they are."""
-    filled = in_panels(geometry)
+    filled = in_vectors(geometry)
     if is_narrow(geometry.channels, geometry.kernel, geometry.groups):
         return replace(filled, channels=geometry.channels)
     return filled
 
 
-def weight_in_panels(weight: Tensor, kind: Kind) -> Tensor:
-    """`(N, K, C, R, S)` with zeros where `conv_in_panels` fills up; of groups C is as it is."""
+def weight_in_vectors(weight: Tensor, kind: Kind) -> Tensor:
+    """`(N, K, C, R, S)` with zeros where `conv_in_vectors` fills up; of groups C is as it is."""
     _, out_channels, channels, *kernel = weight.shape
     rows, columns = kernel
     narrow = kind == Kind.GROUPED or is_narrow(channels, (rows, columns), 1)
