@@ -68,12 +68,13 @@ def run(
     files = show.Files(config)
     if config.from_json:
         saved = exports.read(config.from_json, argument="from_json")
-        show.check_baseline(config, saved.environment, baseline)
+        cases = [row.case for row in saved.results]
+        show.check_baseline(config, saved.environment, cases, baseline)
         return finish(config, saved, baseline, files)
     earlier = exports.read_if(config.resume, argument="resume")
     workload = load(config, say=print)
     environment = predict(config, workload)
-    show.check_baseline(config, environment, baseline)
+    show.check_baseline(config, environment, config.plan(), baseline)
     begun = resuming.resume(config, Run(environment, config.plain(), ()), earlier)
     session = serve(config, workload, begun, files, measure)
     code = finish(config, session.run, baseline, files)

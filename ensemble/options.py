@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ensemble.records import SELF_CHECK, Case
 from ensemble.strategies import BEST, HYBRIDS, STRATEGIES, TUNE_SECONDS
 
 Number = TypeVar("Number", int, float)
@@ -80,13 +82,11 @@ class Config:
         nargs="+",
         metavar="PATH",
     )
-    arch: str = flag(
-        SERVE, "a torchvision classification architecture", default="resnet18", metavar="NAME"
-    )
+    arch: str = flag(SERVE, "a torchvision classifier", default="resnet18", metavar="NAME")
     image_path: str = flag(SERVE, "the image to predict", default=DEFAULT_IMAGE, metavar="PATH")
     image_size: tuple[int, ...] = flag(
         SERVE,
-        "side of the input; several make a grid",
+        "side of the input; several: a grid",
         type=positive,
         nargs="+",
         default=[224],
@@ -94,7 +94,7 @@ class Config:
     )
     batch_size: tuple[int, ...] = flag(
         SERVE,
-        "the image and B - 1 augmented ones; several make a grid",
+        "the image, B - 1 augmented ones; or a grid",
         type=positive,
         nargs="+",
         default=[1],
@@ -158,14 +158,14 @@ class Config:
     )
     min_pairs: int = flag(
         MEASURE,
-        "pairs of reference and strategy to time, at least",
+        "pairs with the reference, at least",
         type=positive,
         default=20,
         metavar="P",
     )
     min_seconds: float = flag(
         MEASURE,
-        "and for at least so long; more on a noisy machine",
+        "and for at least so long",
         type=seconds,
         default=2.0,
         metavar="S",
@@ -194,7 +194,7 @@ class Config:
     )
     timeout_minutes: float = flag(
         MEASURE,
-        "give up a process or rank that is silent for so long",
+        "give up what is silent for so long",
         type=minutes,
         default=5.0,
         metavar="M",
@@ -246,7 +246,7 @@ class Config:
     )
     max_wait_ms: float = flag(
         LOAD,
-        "let the oldest request wait so long for company",
+        "wait so long for company",
         type=milliseconds,
         default=0.0,
         metavar="MS",
@@ -258,9 +258,7 @@ class Config:
         default=0.0,
         metavar="S",
     )
-    load_log: str | None = flag(
-        LOAD, "keep LoadGen's own summary and detail logs in this folder", metavar="DIR"
-    )
+    load_log: str | None = flag(LOAD, "keep LoadGen's own logs in this folder", metavar="DIR")
     export_json: str | None = flag(SHOW, "write everything, after each row", metavar="PATH")
     export_csv: str | None = flag(SHOW, "the same as a table for a spreadsheet", metavar="PATH")
     export_markdown: str | None = flag(SHOW, "the same as a page to read", metavar="PATH")
@@ -286,6 +284,17 @@ class Config:
     )
     list_strategies: bool = switch(SHOW, "what strategies there are, and what each needs")
     verbose: bool = switch(SHOW, "all columns and rows, the top 5 classes, raw times")
+
+    def plan(self) -> list[Case]:
+        """The rows to measure, in their order: cell by cell of the grid, each once."""
+        names = [(name, dtype) for dtype, name in product(self.dtype, self.strategies)]
+        names += [(SELF_CHECK, "float32")] if self.self_check else []
+        cells = product(self.image_size, self.batch_size, self.num_models)
+        return [
+            Case(name, num_models, batch_size, image_size, dtype, self.inputs)
+            for image_size, batch_size, num_models in cells
+            for name, dtype in dict.fromkeys(names)
+        ]
 
     def plain(self) -> dict[str, Any]:
         """As a result file has it: tuples are lists there."""

@@ -17,8 +17,10 @@ from ensemble.statistics import (
 
 REFERENCE = "loop"  # in float32
 SELF_CHECK = "self_check"  # the reference against itself: the noise floor of this program
-# Share of the CPU that other programs may take before a row is warned of.
-BUSY = 0.05
+# Share of the CPU that other programs may take before a row is warned of, and before its speedup is
+# not claimed: threads that wait for each other lose whole time slices to a third. Beside a program
+# that kept one of two cores busy, a loop of many short kernels once took 200 times one long call.
+BUSY, TOO_BUSY = 0.05, 0.25
 
 
 @dataclass(frozen=True)
@@ -390,6 +392,8 @@ class Result:
             return None
         if self.speedup_interval is None:
             return "too few pairs"
+        if (self.others_cpu_share or 0.0) > TOO_BUSY:
+            return "machine busy"
         if len(self.process_speedups) > 1:  # there what is noisy is wide
             is_noisy = half_width(self.speedup_interval) > TOO_WIDE
         else:

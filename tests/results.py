@@ -1,13 +1,12 @@
 """The results page, tests/data/README.md, made of the stored runs: `python -m tests.results`."""
 
 from pathlib import Path
-from statistics import geometric_mean
 
 from ensemble.records import Result, Run
 from ensemble.report import exports
 from ensemble.report.table import render_table
 from ensemble.report.verdict import render_answer
-from tests.peers import PEERS, RESNETS
+from tests import peers
 
 DATA = Path(__file__).parent / "data"
 PAGE = DATA / "README.md"
@@ -31,7 +30,7 @@ FOUR = ("allocator/system_n4", "float32_n4")  # where `vmap` of four stands
 FEW_FAULTS = 1000  # a call; a process has a handful, or tens of thousands
 STRATEGIES = (
     *("vmap", "lowered_vmap", "prepacked_loop", "prepacked_concurrent"),
-    *PEERS,
+    *peers.PEERS,
 )
 
 
@@ -63,22 +62,6 @@ def settings_table() -> list[str]:
         cells = " | ".join(figure(rows.get(strategy)) for strategy in STRATEGIES)
         lines.append(f"| [{setting}]({name}.json) | {most} | {cells} |")
     return lines
-
-
-def resnets_table() -> list[str]:
-    """Every ResNet by `best` and the peers, and how far ahead `best` is of the fastest of these."""
-    lines = [
-        "| four models, 224 px, float32 | best | openvino | onnxruntime | best / fastest of them |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    leads = []
-    for arch in RESNETS:
-        rows = {row.case.strategy: row for row in read(f"resnets/{arch}").results}
-        speedups = {name: rows[name].speedup or 0.0 for name in ("best", *PEERS)}
-        leads.append(speedups["best"] / max(speedups[name] for name in PEERS))
-        cells = " | ".join(figure(rows[name]) for name in speedups)
-        lines.append(f"| [{arch}](resnets/{arch}.json) | {cells} | {leads[-1]:.2f} |")
-    return [*lines, "", f"Geometric mean of the last column: {geometric_mean(leads):.2f}."]
 
 
 def allocator_table() -> list[str]:
@@ -139,9 +122,8 @@ def machine(run: Run) -> str:
 TEMPLATE = """# Results: stored runs
 
 `python -m tests.results` computes every figure here from a stored result file, and a test holds the page to them.
-`python resnet_vmap.py --from_json tests/data/float32_n4.json` shows one with all its rows. Speedups are over the
-float32 loop, with 95 % intervals: of the processes where there are several, else of the pairs of one process,
-which say nothing of the next one. An empty cell was not run. ONNX Runtime convolves in float32 only here.
+`python resnet_vmap.py --from_json tests/data/float32_n4.json` shows one with all its rows. Speedups are over the float32
+loop, with 95 % intervals: of the processes, or where there is one, of its pairs. An empty cell was not run.
 
 CPU: {cpu} (AVX-512 with bfloat16, no AMX; a shared machine).
 
@@ -149,7 +131,8 @@ CPU: {cpu} (AVX-512 with bfloat16, no AMX; a shared machine).
 
 ## Every ResNet, beside the runtimes that people would use instead
 
-{resnets}
+{resnets} Timed in turns in one process, three
+processes for each; in brackets their range. bfloat16 and other families: [peers](peers/README.md).
 
 ## Every strategy, four models
 
@@ -169,8 +152,8 @@ rate of a matrix product. Above 100 % a row beats the library's own matrix produ
 {allocators}
 
 Eager vmap over the loop, by `--allocator`, and page faults per call. A vmapped activation is N times larger than the
-loop's. glibc gives such blocks back to the system when they are freed, and every call faults its pages in again. Which
-way a process goes is drawn with the state of its heap. {modes} `--allocator retain` keeps freed memory.
+loop's. glibc gives such blocks back when they are freed, and every call faults its pages in again. Which way a
+process goes is drawn with the state of its heap. {modes} `--allocator retain` keeps freed memory.
 
 ## Where vmap starts to win, on the CPU
 
@@ -194,7 +177,7 @@ def page() -> str:
     return TEMPLATE.format(
         cpu=machine(four),
         settings="\n".join(settings_table()),
-        resnets="\n".join(resnets_table()),
+        resnets="\n".join(peers.table(peers.read(), peers.OF_RESNETS)),
         four_command=" ".join(four.environment.argv),
         four_answer=render_answer(four.results).rstrip(),
         four_table=render_table(four.results).rstrip(),

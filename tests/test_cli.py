@@ -14,19 +14,26 @@ import torch
 import torchvision
 
 import resnet_vmap
+from ensemble import records
 from ensemble.command_line import parse
 from ensemble.machine import memory
-from ensemble.models import pretrained
+from ensemble.models import pretrained, workload
 from ensemble.records import Case, Run
 from ensemble.report import exports, show
 from ensemble.strategies import STRATEGIES
-from tests.made import changed
+from tests.made import VMAP, changed
 
 ROOT = Path(resnet_vmap.__file__).parent
 KITTEN = str(ROOT / "kitten.jpg")
 QUICK = ["--image_path", KITTEN, "--image_size", "32", "--warmup", "0"]
 QUICK += ["--min_pairs", "8", "--min_seconds", "0", "--processes", "0"]
 QUICK += ["--strategies", "loop", "vmap"]
+
+
+@pytest.fixture(autouse=True)
+def tests_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows are judged as if nothing else ran."""
+    monkeypatch.setattr(records, "TOO_BUSY", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +427,10 @@ def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
     argv += ["--max_minutes", "1e-6"]
     assert resnet_vmap.main([*argv, "--export_json", str(part)]) == 0
     captured = capsys.readouterr()
-    assert "1 of 4 rows are finished; not finished: vmap, 1 model; " in captured.err
+    assert (
+        "1 of 4 rows are finished; not measured, or by fewer processes than asked: vmap, 1 model; "
+        in captured.err
+    )
     assert rows_of(part) == rows_of(whole)[:1]
     first = exports.read(str(part), argument="").results
     assert resnet_vmap.main([*argv[:-2], "--resume", str(part)]) == 0
@@ -474,6 +484,7 @@ def with_steady_times(run: Run, time_s: float = 0.9) -> Run:
             row,
             times_s=(1.0 if row.case.is_reference else time_s,) * 8,
             reference_times_s=() if row.case.is_reference else (1.0,) * 8,
+            others_cpu_share=0.0,
         )
         for row in run.results
     ]
@@ -513,7 +524,7 @@ def test_a_saved_run_is_shown_drawn_and_compared_without_torch(
     capsys.readouterr()
     show.show(run, verbose=parse(argv).verbose)
     assert done.stdout.startswith(capsys.readouterr().out)
-    assert "vmap, 2 models, batch 1, 40 px, float32: time in times of the reference 1.000" in (
+    assert "vmap, 2 models, batch 1, 40 px, float32: time per call / that of the loop is 1.000" in (
         done.stdout
     )
     assert names["json"].read_text() == path.read_text()
@@ -535,6 +546,24 @@ def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
     assert "surely slower" in capsys.readouterr().out
     assert resnet_vmap.main([*argv, "--fail_above", "10"]) == 1
     assert resnet_vmap.main([*argv, "--fail_above", "5000"]) == 0
+    loop_alone = replace(run, results=run.results[:1])
+    exports.save(loop_alone, {"json": str(old)})
+    assert resnet_vmap.main(argv) == 0
+    assert resnet_vmap.main([*argv, "--fail_above", "10"]) == 2  # it judges nothing
+    assert "there is nothing to compare" in capsys.readouterr().err
+
+
+def test_a_baseline_without_a_row_of_the_run_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "old.json"
+    here = workload.load(parse(QUICK), say=lambda line: None)
+    environment = here.describe(parse(QUICK), first_forward_s=1.0)
+    exports.save(Run(environment, {}, (changed(VMAP, image_size=999),)), {"json": str(path)})
+    assert resnet_vmap.main([*QUICK, "--baseline", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert f"--baseline: expected in {path} a row of this run" in captured.err
+    assert "Serving multiple models" not in captured.out
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from ensemble.records import Result
 from ensemble.strategies import STRATEGIES
-from tests import load_results, peers, results
+from tests import load_results, results
 from tests.distributed import figures
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,6 @@ def test_the_results_page_is_what_the_stored_files_say() -> None:
 def test_every_stored_run_has_its_figures_on_the_results_page() -> None:
     shown = {*results.SETTINGS, "sweep", "cuda_sweep"}
     assert {path.stem for path in results.DATA.glob("*.json")} == shown
-    assert {path.stem for path in results.DATA.glob("resnets/*.json")} == {*peers.RESNETS}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

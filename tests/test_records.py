@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from tests.made import PROCESS, ROW, changed
+from ensemble.report.verdict import render_answer, render_remarks
+from tests.made import ENVIRONMENT, LOOP, PROCESS, ROW, VMAP, changed
 
 
 def test_the_speedup_is_the_median_of_the_ratios_of_pairs_and_not_a_ratio_of_medians() -> None:
@@ -38,3 +39,12 @@ def test_the_build_of_a_row_holds_what_its_first_process_took_to_choose_for_all(
     assert row.start_s == 6.7
     assert row.name == "vmap (folded_loop)"
     assert (ROW.tune_s, ROW.build_s, ROW.name) == (None, 0.1, "vmap")
+
+
+def test_nothing_is_claimed_beside_other_programs_that_take_much_of_the_cpu() -> None:
+    assert changed(VMAP, others_cpu_share=0.1).inconclusive is None
+    busy = changed(VMAP, others_cpu_share=0.5)
+    assert busy.inconclusive == "machine busy"
+    remarks = render_remarks([LOOP, busy], ENVIRONMENT)
+    assert "other programs took 50% of the CPU while this was timed: nothing is claimed" in remarks
+    assert "not sure enough to say, because of vmap (machine busy)" in render_answer([LOOP, busy])

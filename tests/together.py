@@ -13,6 +13,7 @@ import torchvision
 
 from ensemble import strategies
 from ensemble.machine.timing import interleaved
+from ensemble.models import stacking
 from ensemble.strategies.agreement import TOLERANCES, check
 from ensemble.strategies.built import Built, Choice
 
@@ -29,10 +30,18 @@ class Timed:
 
 
 def timed(
-    names: Sequence[str], arch: str, px: int, num_models: int, *, rounds: int, seconds: float
+    names: Sequence[str],
+    arch: str,
+    px: int,
+    num_models: int,
+    *,
+    rounds: int,
+    seconds: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Timed:
-    """Build each of `names` (`best` among them), compare it with the loop, and time all in rounds:
-    at least so many, and for so long. Models are drawn at random, the image is one for all."""
+    """Build each of `names` (`best` among them), compare it with the loop in float32, and time all
+    in rounds: at least so many, and for so long. Models are drawn at random, the image is one for
+    all."""
     torch.manual_seed(0)
     models = [
         torchvision.models.get_model(arch, weights=None).eval().requires_grad_(False)
@@ -40,6 +49,8 @@ def timed(
     ]
     x = torch.randn(1, 3, px, px)
     reference = strategies.make("loop", models, x).forward(x)
+    if dtype != x.dtype:
+        models, x = stacking.cast(models, dtype), x.to(dtype)
     rows: dict[str, Built] = {}
     out: dict[str, str] = {}
     for name in names:

@@ -33,13 +33,18 @@ def read(beside: Sequence[int] = ()) -> Reading:
     return Reading(time.perf_counter(), own_s, busy)
 
 
-def share_of_others(before: Reading, after: Reading) -> float | None:
-    """The share of the machine's cores that other programs took between two readings, 0 to 1."""
+def share_of_others(before: Reading, after: Reading, needed: int | None = None) -> float | None:
+    """The share of the machine's cores that other programs took between two readings, 0 to 1.
+
+    needed: where this program keeps so many cores busy at most, the others may have all else, and
+        the share is that of these cores.
+    """
     cores, wall = os.cpu_count(), after.wall_s - before.wall_s
     if before.all_s is None or after.all_s is None or not cores or wall <= 0:
         return None
-    others = (after.all_s - before.all_s) - (after.own_s - before.own_s)
-    return min(1.0, max(0.0, others / wall / cores))
+    needed = min(needed or cores, cores)
+    others = ((after.all_s - before.all_s) - (after.own_s - before.own_s)) / wall
+    return min(1.0, max(0.0, (others - (cores - needed)) / needed))
 
 
 def _seconds_of(pid: int) -> float:

@@ -80,14 +80,10 @@ def interleaved(
     any, and is not timed.
     """
     before = ready or [lambda: None for _ in functions]
-
-    def untimed(index: int) -> object:
-        before[index]()
-        return functions[index]()
-
-    for index in range(len(functions)):
+    untimed = [partial(_one_after_another, *both) for both in zip(before, functions, strict=True)]
+    for call in untimed:
         for _ in range(warmup):
-            untimed(index)
+            call()
     timed = partial(time_call, synchronize=synchronize, clock=clock, page_faults=page_faults)
     begin, rounds, last = clock(), 0, dict[int, float]()
     order, draw = list(range(len(functions))), random.Random(0)
@@ -98,12 +94,17 @@ def interleaved(
             if last.get(index, 0.0) >= LONG_S:
                 sleep(SETTLE_S)
             else:
-                _settle(partial(untimed, index), synchronize, clock)
+                _settle(untimed[index], synchronize, clock)
             before[index]()
             samples[index] = timed(functions[index])
             last[index] = samples[index].seconds
         yield tuple(samples[index] for index in range(len(functions)))
         rounds += 1
+
+
+def _one_after_another(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()
 
 
 def _settle(function: Callable[[], object], synchronize: Callable[[], None], clock: Clock) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby, product
+from itertools import groupby
 from typing import Protocol
 
 from ensemble.measure import row
@@ -12,7 +12,7 @@ from ensemble.measure.cell import Cell, make_cell, measure_limits, with_roofline
 from ensemble.measure.stages import Stage
 from ensemble.models.workload import Workload
 from ensemble.options import Config
-from ensemble.records import SELF_CHECK, Case, Result
+from ensemble.records import Case, Result
 from ensemble.report.words import case_name
 
 # Called with what is measured in words, what is being done to it, and how much of that is done.
@@ -26,16 +26,6 @@ class Measure(Protocol):
     def __call__(self, case: Case, cell: Cell, config: Config, *, progress: Stage) -> Result: ...
 
 
-def plan(config: Config) -> list[Case]:
-    """The rows to measure, in their order: cell by cell of the grid."""
-    cells = product(config.image_size, config.batch_size, config.num_models)
-    return [
-        Case(name, num_models, batch_size, image_size, dtype, config.inputs)
-        for image_size, batch_size, num_models in cells
-        for name, dtype in _names(config)
-    ]
-
-
 def run(
     config: Config,
     cases: Sequence[Case],
@@ -45,7 +35,7 @@ def run(
     measure: Measure = row.measure,
     make: Make | None = None,
 ) -> Iterator[Result]:
-    """Measure cases of `plan`; a failure costs its own row only.
+    """Measure cases of `Config.plan`; a failure costs its own row only.
 
     Args:
         config: how to measure.
@@ -69,10 +59,3 @@ def run(
                 continue
             found = measure(case, cell, config, progress=partial(progress, case_name(case)))
             yield with_roofline(found, limits, workload)
-
-
-def _names(config: Config) -> list[tuple[str, str]]:
-    """The strategies and dtypes of one cell, each once."""
-    names = [(name, dtype) for dtype, name in product(config.dtype, config.strategies)]
-    names += [(SELF_CHECK, "float32")] if config.self_check else []
-    return list(dict.fromkeys(names))

@@ -22,6 +22,9 @@ from ensemble.records import REFERENCE, Case, Process, Result
 from ensemble.statistics import median
 from ensemble.strategies.agreement import TOLERANCES, check, check_served
 
+# Cores that a forward on an accelerator keeps busy: what launches its kernels, and the driver.
+LAUNCHING = 2
+
 log = logging.getLogger(__name__)
 
 
@@ -145,6 +148,7 @@ def _time(case: Case, started: Started, cell: Cell, config: Config, progress: St
         rounds.append(samples)
         waited = (time.perf_counter() - begin) / config.min_seconds if config.min_seconds else 1.0
         progress(TIMING, min(1.0, waited, len(rounds) / config.min_pairs))
+    after, is_cpu = other_programs.read(beside), reference.example.device.type == "cpu"
     ours = [samples[-1] for samples in rounds]
     paired = [] if case.is_reference else [samples[0] for samples in rounds]
     return replace(
@@ -153,7 +157,9 @@ def _time(case: Case, started: Started, cell: Cell, config: Config, progress: St
         reference_times_s=tuple(sample.seconds for sample in paired),
         page_faults_per_call=_page_faults(ours),
         reference_page_faults_per_call=_page_faults(paired),
-        others_cpu_share=other_programs.share_of_others(before, other_programs.read(beside)),
+        others_cpu_share=other_programs.share_of_others(
+            before, after, needed=None if is_cpu else LAUNCHING
+        ),
     )
 
 

@@ -63,12 +63,12 @@ def measure_all(
     processes of their own, or where there are none here). Ctrl-C, the budget of minutes, or a rank
     that ends, ends it with what is finished.
     """
-    cases = grid.plan(config)
+    cases = config.plan()
     missing = _missing(cases, run, config)
     if config.resume:
         say(f"Going on with {config.resume}: {len(missing)} of {len(cases)} rows are missing")
-    deadline = time.monotonic() + 60 * (config.max_minutes or float("inf"))
-    stopped, broken = "", False
+    minutes = config.max_minutes or float("inf")
+    deadline, stopped, broken = time.monotonic() + 60 * minutes, "", False
     measure = measure or (_in_processes if config.processes else in_this_process)
     row = LOADED_ROW if config.scenario else workers.ROW
     try:
@@ -80,12 +80,19 @@ def measure_all(
                 run = _with(run, several, cases)
                 save(run)
                 if time.monotonic() > deadline:
-                    stopped = f"{config.max_minutes:g} minutes are over"
+                    stopped = f"{minutes:g} minutes are over"
                     break
     except KeyboardInterrupt:
         stopped = INTERRUPTED
     except RankError as error:
         stopped, broken = str(error), True
+    return _session(config, cases, run, stopped, broken=broken)
+
+
+def _session(
+    config: Config, cases: Sequence[Case], run: Run, stopped: str, *, broken: bool
+) -> Session:
+    """How it ended; minutes that were over when nothing was left have stopped nothing."""
     left = _missing(cases, run, config)
     stopped = stopped if stopped == INTERRUPTED or broken or left else ""
     return Session(run, len(cases), left, stopped, broken)

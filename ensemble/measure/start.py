@@ -76,11 +76,7 @@ def start(
         logits = built.forward(own_example)
     synchronize(device)
     called = time.perf_counter()
-    # What a second call warns of, or compiles again, the timed calls would too.
-    with warnings.catch_warnings(record=True) as caught, _no_recompilation():
-        warnings.simplefilter("always")
-        built.forward(own_example)
-        synchronize(device)
+    caught = _call_again(built.forward, own_example)
     peak = memory.peak_bytes(device) if peak_known else None
     shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
     return Started(
@@ -94,6 +90,15 @@ def start(
         notes=_notes(built, caught),
         choice=built.choice,
     )
+
+
+def _call_again(forward: Forward, example: Tensor) -> Sequence[warnings.WarningMessage]:
+    """What a second call warns of, or compiles again, the timed calls would too."""
+    with warnings.catch_warnings(record=True) as caught, _no_recompilation():
+        warnings.simplefilter("always")
+        forward(example)
+        synchronize(example.device)
+    return caught
 
 
 def tidy() -> None:

@@ -44,7 +44,7 @@ def architectures() -> list[str]:
 
 
 def load_models(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     *,
     arch: str,
     device: str | torch.device,
@@ -60,6 +60,7 @@ def load_models(
     Raises:
         InputError: a file that is not a usable checkpoint of `arch`, or K files for another N.
     """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     wanted = len(paths) if num_models is None else num_models
     if wanted < 1 or not paths or len(paths) not in (1, wanted):
         found = f"{words.count(len(paths), 'file')} for {words.count(wanted, 'model')}"

@@ -27,6 +27,7 @@ SETTINGS = (
 # As above, of the configuration.
 OPTIONS = ("arch", "warmup", "min_seconds", "min_pairs", "seed", "reduce")
 BEFORE = {"reduce": "none"}  # of files that are older than the option
+PLACE = ("batch", "px", "dtype")  # what a case is told by, beside its strategy and N
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,16 @@ class Comparison:
     row: Result
     ratio: float | None
     interval: tuple[float, float] | None
-    two_modes: bool = False  # in either run
+    not_judged: str | None = None  # why not, of either run
 
     def surely_slower(self, percent: float) -> bool:
         """Is the whole interval above `percent` more?
 
-        Not judged are the reference by itself, and a row of two modes: which of them a run meets
-        how often is chance, and no difference of the code.
+        Not judged are the reference by itself, a row of which one of the runs claims nothing, and
+        one of two modes: which of them a run meets how often is chance, and no difference of the
+        code.
         """
-        if self.row.case.is_reference or self.two_modes or self.interval is None:
+        if self.row.case.is_reference or self.not_judged or self.interval is None:
             return False
         return self.interval[0] > 1 + percent / 100
 
@@ -128,16 +130,17 @@ def ratio_interval(
 
 def render(comparisons: Sequence[Comparison], new: Run, old: Run) -> str:
     """What to print of a comparison: a line a row, and what differs between the runs."""
-    lines = [f"Baseline of {old.environment.date}, commit {old.environment.git_commit}:"]
+    lines = [
+        f"Baseline of {old.environment.date}, commit {old.environment.git_commit}; in brackets"
+        f" {CONFIDENCE:.0%} intervals that hold for all rows together:"
+    ]
     lines += [f"  differs in {difference}" for difference in differences(new, old)]
     lines += [f"  {_sentence(comparison)}" for comparison in comparisons]
     missing = {row.case for row in new.results} - {
         comparison.row.case for comparison in comparisons
     }
     if missing:
-        names = ", ".join(
-            f"{case.strategy} N={case.num_models}" for case in sorted(missing, key=str)
-        )
+        names = "; ".join(case_name(case, PLACE) for case in sorted(missing, key=str))
         lines.append(f"  without times in both runs, not compared: {names}")
     return "\n".join(lines) + "\n"
 
@@ -150,8 +153,12 @@ def _compare(row: Result, old: Result, confidence: float) -> Comparison:
     else:
         medians, before = _times(row.processes[0]), _times(old.processes[0])
         interval = ratio_interval(medians, before, confidence)
-    two_modes = any(len(modes(values)) > 1 for values in (_medians(row), _medians(old)))
-    return Comparison(row, float(np.median(medians) / np.median(before)), interval, two_modes)
+    ratio = float(np.median(medians) / np.median(before))
+    return Comparison(row, ratio, interval, _not_judged(row) or _not_judged(old))
+
+
+def _not_judged(row: Result) -> str | None:
+    return row.inconclusive or ("two modes" if len(modes(_medians(row))) > 1 else None)
 
 
 def _medians(row: Result) -> list[float]:
@@ -167,19 +174,21 @@ def _times(process: Process) -> list[float]:
 
 def _sentence(comparison: Comparison) -> str:
     row, interval = comparison.row, comparison.interval
-    name = case_name(row.case, ("batch", "px", "dtype"))
-    measure = "time" if row.case.is_reference else "time in times of the reference"
+    name = case_name(row.case, PLACE)
+    measure = "time per call" if row.case.is_reference else "time per call / that of the loop"
     if interval is None:
-        return f"{name}: {measure} {comparison.ratio:.3f} of what it was, too few pairs to be sure"
+        return (
+            f"{name}: {measure} is {comparison.ratio:.3f} of what it was: too few pairs to be sure"
+        )
     low, high = interval
     verdict = "no sure difference"
-    if comparison.two_modes:
-        verdict = "two modes, not judged"
+    if comparison.not_judged:
+        verdict = f"{comparison.not_judged}, not judged"
     elif low > 1 or high < 1:
         verdict = "surely slower" if low > 1 else "surely faster"
     return (
-        f"{name}: {measure} {comparison.ratio:.3f} of what it was, {CONFIDENCE:.0%} interval"
-        f" (of all rows together) {low:.3f} to {high:.3f}: {verdict}"
+        f"{name}: {measure} is {comparison.ratio:.3f} of what it was"
+        f" ({low:.3f} to {high:.3f}): {verdict}"
     )
 
 

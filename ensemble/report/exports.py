@@ -31,7 +31,7 @@ _OF_LOAD_RUN = (
     *("why_not", "mean_batch", "wasted_share", "cpu_s_per_request", "overhead_s"),
 )
 _DERIVED = (
-    *("median_s", "iqr_s", "speedup", "speedup_interval", "roofline_share"),
+    *("median_s", "iqr_s", "speedup", "speedup_interval", "inconclusive", "roofline_share"),
     *("parallel_efficiency", "communication", "interference", "speedup_over_one_rank"),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ensemble.errors import InputError
@@ -36,7 +36,8 @@ def show_left(stopped: str, left: Sequence[Case], planned: int) -> None:
     if stopped and left:
         names = "; ".join(case_name(case, varying_fields(left)) for case in left)
         finished = f"{planned - len(left)} of {planned} rows are finished"
-        print(f"{stopped}: {finished}; not finished: {names}", file=sys.stderr)
+        few = "not measured, or by fewer processes than asked"
+        print(f"{stopped}: {finished}; {few}: {names}", file=sys.stderr)
 
 
 def list_strategies() -> None:
@@ -53,11 +54,24 @@ def compare(run: Run, baseline: Run | None, fail_above: float | None) -> bool:
     return fail_above is not None and any(row.surely_slower(fail_above) for row in compared)
 
 
-def check_baseline(config: Config, environment: Environment, baseline: Run | None) -> None:
-    """Raise InputError unless a baseline comes from the machine of the run."""
-    if baseline is not None:
-        path = str(config.baseline)
-        comparison.check_machine(environment, baseline.environment, argument="baseline", path=path)
+def check_baseline(
+    config: Config, environment: Environment, cases: Collection[Case], baseline: Run | None
+) -> None:
+    """Raise InputError unless a baseline comes from the machine of the run and has one of its
+    cases, timed."""
+    if baseline is None:
+        return
+    path = str(config.baseline)
+    comparison.check_machine(environment, baseline.environment, argument="baseline", path=path)
+    timed = {row.case for row in baseline.results if row.times_s}
+    if config.fail_above is not None:  # the reference is never judged
+        timed = {case for case in timed if not case.is_reference}
+    if timed.isdisjoint(cases):
+        raise InputError(
+            f"expected in {path} a row of this run, found none of the same strategy, N, batch, px,"
+            " dtype and inputs: there is nothing to compare",
+            argument="baseline",
+        )
 
 
 def has_failed(config: Config, run: Run) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from ensemble.records import BUSY, Environment, Result
 from ensemble.report import sweep
-from ensemble.report.words import case_name, count, place_name, varying_fields
+from ensemble.report.words import case_name, count, milliseconds, place_name, varying_fields
 from ensemble.statistics import CONFIDENCE, NOISY, TOO_NOISY, median, modes
 
 NOTHING = "Nothing was compared with the loop."
@@ -104,8 +104,8 @@ def _shorter_calls(best: Result, rows: Sequence[Result]) -> str:
         return ""
     return (
         f" But {shortest.name} had the shorter calls,"
-        f" {1e3 * (shortest.median_s or 0):.3g} ms against {1e3 * best.median_s:.3g} ms: the loop"
-        " ran faster beside it."
+        f" {milliseconds(shortest.median_s or 0.0)} against {milliseconds(best.median_s)}: the"
+        " loop ran faster beside it."
     )
 
 
@@ -186,9 +186,10 @@ def _differ(faults: Sequence[float | None]) -> bool:
 
 def _noise(row: Result, who: str) -> list[str]:
     if row.others_cpu_share is not None and row.others_cpu_share > BUSY:
+        says = "nothing is claimed" if row.inconclusive else "which hits strategies unequally"
         return [
             f"Warning: {who}: other programs took {row.others_cpu_share:.0%} of the CPU while this"
-            " was timed, which hits strategies unequally; stop them and run again."
+            f" was timed: {says}; stop them and run again."
         ]
     within, between = row.within_processes, row.between_processes
     if between is not None and within is not None:

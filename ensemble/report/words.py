@@ -11,6 +11,12 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def milliseconds(seconds: float) -> str:
+    """`18.1 ms`, `1,912 ms`: three digits or more."""
+    value = 1e3 * seconds
+    return f"{value:,.0f} ms" if value >= 999.5 else f"{value:.3g} ms"
+
+
 def varying_fields(cases: Sequence[Case]) -> dict[str, str]:
     """Headers and fields of what is not the same in all cases, beside N."""
     fields = {"batch": "batch_size", "px": "image_size", "dtype": "dtype"}

@@ -18,6 +18,7 @@ from ensemble.measure.start import tidy
 from ensemble.models import stacking
 from ensemble.options import Config
 from ensemble.records import Case, Load, Process, Result
+from ensemble.report.words import milliseconds
 from ensemble.serving import ways
 from ensemble.serving.engine import Engine
 from ensemble.serving.play import Player
@@ -100,8 +101,8 @@ def _find(player: Player) -> None:
     """Search the rate that is held, then fill the curve below it."""
     if player.call_s > player.bound_s:
         raise TooSlowError(
-            f"expected a bound of at least one call, {1e3 * player.call_s:.3g} ms, found"
-            f" {1e3 * player.bound_s:.3g} ms"
+            f"expected a bound of at least one call, {milliseconds(player.call_s)}, found"
+            f" {milliseconds(player.bound_s)}"
         )
 
     def hold(rate: float, draw: int) -> bool:

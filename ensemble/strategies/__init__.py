@@ -193,15 +193,18 @@ def build(
     Args:
         name: a key of `STRATEGIES`; `best` tries those that could win here and keeps the fastest.
         models: N eval-mode models of one class, on one device, in one dtype.
-        example: `(B, 3, H, W)`, seen by all models, or `(N, B, 3, H, W)`, one batch for each.
+        example: `(B, channels, H, W)`, seen by all models, or `(N, B, channels, H, W)`, one batch
+            for each.
         tune_seconds: after so long a strategy that chooses among others begins no further one.
 
     Returns:
-        forward: x like `example` -> logits `(N, B, classes)`.
+        forward: x like `example` -> logits `(N, B, classes)`, or what else each model gives as one
+            tensor: `(N, *its shape)`.
 
     Raises:
-        ValueError: an unknown name, an example that does not fit the models, or models that differ
-            in more than the values of their tensors (only `loop` and `prepacked_...` take them).
+        ValueError: an unknown name, an example that does not fit the models, models that give no
+            single tensor, or that differ in more than the values of their tensors (only `loop` and
+            `prepacked_...` take them).
         UnavailableError: the strategy cannot run here.
     """
     return make(name, models, example, tune_seconds=tune_seconds).forward
@@ -219,6 +222,9 @@ def make(
 
     if name not in STRATEGIES:
         raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
+    if isinstance(models, torch.nn.Module) and not isinstance(models, torch.nn.ModuleList):
+        raise ValueError(f"expected a list of models, found one {type(models).__name__}")
+    models = tuple(models)
     _check_example(models, example)
     with torch.inference_mode():
         built = STRATEGIES[name].builder(tune_seconds=tune_seconds)(models, example)
@@ -230,8 +236,10 @@ def _check_example(models: Sequence[nn.Module], example: Tensor) -> None:
         raise ValueError("expected at least one model, found none")
     per_model = example.dim() == 5 and example.shape[0] == len(models)
     if example.dim() != 4 and not per_model:
-        expected = f"(B, 3, H, W) or ({len(models)}, B, 3, H, W)"
+        expected = f"(B, channels, H, W) or ({len(models)}, B, channels, H, W)"
         raise ValueError(f"expected an example of shape {expected}, found {tuple(example.shape)}")
+    if not example.numel():
+        raise ValueError(f"expected at least one image, found shape {tuple(example.shape)}")
     weight = next(models[0].parameters())
     if (weight.device, weight.dtype) != (example.device, example.dtype):
         expected, found = (

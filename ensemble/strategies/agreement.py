@@ -34,6 +34,8 @@ class Check:
 def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
     """Compare logits with the reference's, both `(N, B, classes)`, model by model by index.
 
+    Outputs of other shapes, `(N, B, ...)`, count as if all that belongs to an image were classes.
+
     max_rel_error is the largest over the models of max abs(logits - reference) / max abs(reference)
     of that model; above `tolerance` the model disagrees. An image whose own logits are small is
     held to `tolerance` of its own largest logit, which is stricter, down to `ROUNDING` of the
@@ -46,7 +48,9 @@ def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
         expected, found = tuple(reference.shape), tuple(logits.shape)
         return Check(None, None, None, f"expected logits of shape {expected}, found {found}")
     rounding = ROUNDING * torch.finfo(logits.dtype).eps
-    logits, reference = logits.cpu().double(), reference.cpu().double()
+    logits, reference = (
+        one.cpu().double().reshape(*one.shape[:2], -1) for one in (logits, reference)
+    )
     of_images = reference.abs().amax(2)
     if not of_images.isfinite().all():
         return Check(None, None, None, "the reference's own logits are not finite: bad weights?")

@@ -20,6 +20,7 @@ from ensemble.errors import first_line
 from ensemble.machine.devices import synchronize
 from ensemble.machine.memory import available_bytes, release
 from ensemble.machine.timing import Clock, interleaved
+from ensemble.report.words import milliseconds
 from ensemble.strategies.built import Built, Forward
 
 # A duel lasts so long, and at least so many rounds; while the two are within CLOSE of each other it
@@ -46,7 +47,7 @@ class Contest:
     @property
     def tried(self) -> str:
         """What was tried, in one line: the milliseconds of a call, and why one is out."""
-        times = [f"{name} {1e3 * seconds:.3g} ms" for name, seconds in self.times_s.items()]
+        times = [f"{name} {milliseconds(seconds)}" for name, seconds in self.times_s.items()]
         out = [f"{name}: {first_line(error)}" for name, error in self.out.items()]
         return "; ".join([", ".join(times), *out] if times else out)
 

@@ -26,17 +26,23 @@ except ImportError:  # a torch that has dropped it
 def loop(models: Sequence[Callable[[Tensor], Tensor]], example: Tensor) -> Built:
     """One forward a model, one after another. Naive on purpose: this is the reference."""
     if example.dim() == 5:
-        return Built(
-            lambda x: torch.stack([model(batch) for model, batch in zip(models, x, strict=True)])
-        )
-    return Built(lambda x: torch.stack([model(x) for model in models]))
+        return Built(lambda x: _stacked([model(one) for model, one in zip(models, x, strict=True)]))
+    return Built(lambda x: _stacked([model(x) for model in models]))
+
+
+def _stacked(outputs: list[Tensor]) -> Tensor:
+    """What the models give, in one tensor; ValueError where one gives something else."""
+    for output in outputs:
+        if not isinstance(output, Tensor):
+            raise ValueError(f"expected one tensor from each model, found {type(output).__name__}")
+    return torch.stack(outputs)
 
 
 @torch.inference_mode()
 def logits_in(models: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> Tensor:
     """The loop's logits of x in another dtype; no more than one model exists in it at a time."""
     inputs = x if x.dim() == 5 else [x] * len(models)
-    return torch.stack(
+    return _stacked(
         [_cast(model, dtype)(batch.to(dtype)) for model, batch in zip(models, inputs, strict=True)]
     )
 

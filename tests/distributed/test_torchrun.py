@@ -145,7 +145,7 @@ def every_row_agrees(ranks: Ranks) -> None:
 
 
 def a_run_that_was_stopped_is_resumed_and_says_where_it_was_made(ranks: Ranks) -> None:
-    assert "not finished: vmap, 5 models" in ranks.said("first", 0)[2]
+    assert "than asked: vmap, 5 models" in ranks.said("first", 0)[2]
     assert ranks.said("rest", 0)[0] == 0
     run = ranks.run("shared")
     assert [row.case.strategy for row in run.results] == ["loop", "vmap"]

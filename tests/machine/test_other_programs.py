@@ -20,6 +20,17 @@ def test_the_share_of_others_is_what_this_process_did_not_do(
     assert share_of_others(before, after) == 0.5  # 7 busy seconds less 3 of its own, of 2 s x 4
 
 
+def test_where_few_cores_are_needed_the_others_may_have_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    before = Reading(0.0, 0.0, 0.0)
+    of_others = {3.0: 0.0, 6.0: 0.0, 7.0: 0.5, 8.0: 1.0}  # cores they keep busy: share of our two
+    found = {cores: share_of_others(before, Reading(1.0, 0.0, cores), 2) for cores in of_others}
+    assert found == of_others
+    assert share_of_others(before, Reading(1.0, 0.0, 4.0), 99) == 0.5
+
+
 def test_an_unknown_reading_gives_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other_programs, "_STAT", tmp_path / "none")
     assert share_of_others(other_programs.read(), other_programs.read()) is None

@@ -48,7 +48,7 @@ def run(config: Config) -> list[Result]:
 
 def started(config: Config, models: Sequence[nn.Module], images: Tensor) -> Iterator[Result]:
     """The rows of a configuration, as they come; images of another size are resized."""
-    cases = grid.plan(config)
+    cases = config.plan()
 
     def sized(px: int) -> Tensor:
         return nn.functional.interpolate(images, (px, px))

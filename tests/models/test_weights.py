@@ -310,6 +310,14 @@ def test_two_files_for_another_number_of_models_are_refused(num_models: int, mod
         weights.load_models(["a", "b"], arch=SMALL, device="cpu", num_models=num_models)
 
 
+def test_one_path_by_itself_is_one_file(small_state: State, tmp_path: Path) -> None:
+    path = tmp_path / "one.pth"
+    torch.save(small_state, path)
+    (model,) = weights.load_models(path, arch=SMALL, device="cpu")
+    assert_same_state(model, small_state)
+    assert len(weights.load_models(str(path), arch=SMALL, device="cpu", num_models=3)) == 3
+
+
 def test_no_file_at_all_is_refused() -> None:
     with pytest.raises(InputError, match=r"paths: expected one file.*found 0 files"):
         weights.load_models([], arch=SMALL, device="cpu")

@@ -76,15 +76,17 @@ def test_rows_that_only_one_run_has_or_that_were_not_timed_are_named() -> None:
     found = compare(new, run(LOOP, VMAP, changed(VMAP, strategy="jax")))
     assert [compared.row.case.strategy for compared in found] == ["loop", "vmap"]
     text = render(found, new, run())
-    assert "without times in both runs, not compared: jax N=4, vmap N=8" in text
+    place = "batch 1, 224 px, float32"
+    expected = f"not compared: jax, 4 models, {place}; vmap, 8 models, {place}"
+    assert f"without times in both runs, {expected}" in text
 
 
 def test_the_text_gives_ratio_interval_test_and_direction() -> None:
     slow = changed(VMAP, times_s=(0.06,) * 20)
     text = render(compare(run(slow), run(VMAP)), run(slow), run(VMAP))
     assert (
-        "vmap, 4 models, batch 1, 224 px, float32: time in times of the reference 1.200 of what it"
-        " was, 95% interval (of all rows together) 1.200 to 1.200: surely slower" in text
+        "vmap, 4 models, batch 1, 224 px, float32: time per call / that of the loop is 1.200 of"
+        " what it was (1.200 to 1.200): surely slower" in text
     )
 
 
@@ -179,3 +181,15 @@ def test_a_row_of_two_modes_is_told_and_not_judged() -> None:
     found = compare(run(new), run(old))
     assert not found[0].surely_slower(0)
     assert "two modes, not judged" in render(found, run(new), run(old))
+
+
+def test_a_row_that_claims_nothing_in_one_of_the_runs_is_told_and_not_judged() -> None:
+    slow = changed(VMAP, times_s=(0.5,) * 20)
+    busy = changed(slow, others_cpu_share=0.5)
+    assert [compare(run(new), run(VMAP))[0].surely_slower(5) for new in (slow, busy)] == [
+        True,
+        False,
+    ]
+    (found,) = compare(run(slow), run(changed(VMAP, others_cpu_share=0.5)))
+    assert not found.surely_slower(5)
+    assert "machine busy, not judged" in render([found], run(slow), run(VMAP))

@@ -63,6 +63,17 @@ def test_logits_of_another_shape_disagree() -> None:
     assert found.problem == "expected logits of shape (2, 1, 3), found (1, 1, 3)"
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 5, 6)])
+def test_outputs_that_are_no_logits_are_compared_image_by_image(shape: tuple[int, ...]) -> None:
+    reference = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 1
+    assert check(reference.clone(), reference, tolerance=1e-4).problem is None
+    wrong = reference.clone()
+    wrong[1, 2] *= 1.01
+    found = check(wrong, reference, tolerance=1e-4)
+    assert found.problem is not None
+    assert "model 1" in found.problem
+
+
 def test_logits_that_are_all_zero_agree_with_zeros_alone() -> None:
     zeros = torch.zeros(2, 1, 3)
     assert check(zeros, zeros, tolerance=1e-4).problem is None

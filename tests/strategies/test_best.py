@@ -140,6 +140,22 @@ def test_models_that_differ_are_run_by_the_loop_or_one_after_another() -> None:
     )
 
 
+def test_models_that_give_a_map_of_classes_are_checked_and_run() -> None:
+    torch.manual_seed(0)
+    models: list[nn.Module] = [
+        nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 5, 1)).eval()
+        for _ in range(2)
+    ]
+    x = torch.randn(2, 3, 20, 20)
+    built = strategies.make("best", models, x)
+    assert built.choice is not None
+    assert "lowered_vmap" in built.choice.note
+    assert "disagree" not in built.choice.note
+    expected = independent(models, x)
+    assert expected.shape == (2, 2, 5, 20, 20)
+    torch.testing.assert_close(built.forward(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_best_is_what_users_take_home() -> None:
     torch.manual_seed(0)
     models = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(2)]

@@ -214,14 +214,35 @@ def test_an_unknown_strategy_is_named_with_those_there_are() -> None:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (torch.zeros(3, 8, 8), r"expected an example of shape \(B, 3, H, W\).*found \(3, 8, 8\)"),
-        (torch.zeros(3, 1, 3, 8, 8), r"or \(2, B, 3, H, W\), found \(3, 1, 3, 8, 8\)"),
+        (torch.zeros(3, 8, 8), r"expected an example of shape \(B, channels, H, W\).*\(3, 8, 8\)"),
+        (torch.zeros(3, 1, 3, 8, 8), r"or \(2, B, channels, H, W\), found \(3, 1, 3, 8, 8\)"),
+        (torch.zeros(0, 3, 8, 8), r"expected at least one image, found shape \(0, 3, 8, 8\)"),
         (torch.zeros(1, 3, 8, 8).half(), "expected an example in torch.float32 on cpu"),
     ],
 )
 def test_an_example_that_does_not_fit_the_models_is_refused(example: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ensemble.build("loop", tiny_models(2), example)
+
+
+def test_one_model_that_is_no_list_is_refused_and_an_iterator_of_models_is_taken() -> None:
+    models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="expected a list of models, found one TinyNet"):
+        ensemble.build("vmap", models[0], x)  # type: ignore[arg-type]
+    forward = ensemble.build("loop", iter(models), x)  # type: ignore[arg-type]
+    torch.testing.assert_close(forward(x), independent(models, x))
+
+
+def test_a_model_that_gives_no_single_tensor_is_refused_in_words() -> None:
+    class Wrapped(TinyNet):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"out": super().forward(x)}
+
+    x = torch.randn(1, 3, 8, 8)
+    models: list[nn.Module] = [Wrapped().eval()]
+    for name in ("loop", BEST):
+        with pytest.raises(ValueError, match="expected one tensor from each model, found dict"):
+            ensemble.build(name, models, x)(x)
 
 
 def test_models_in_train_mode_are_refused() -> None:
