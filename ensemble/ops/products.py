@@ -20,6 +20,7 @@ from ensemble.ops.simd import (
     WIDTH,
     assemble,
     constant,
+    fetch_at,
     larger,
     load_at,
     pointer_to,
@@ -222,9 +223,8 @@ def _multiply_into_two(builder: ir.IRBuilder, rows: int, arguments: Sequence[ir.
 def _prefetch(builder: ir.IRBuilder, panel: ir.Value, columns: int, ahead: ir.Value) -> None:
     """Fetch the row of a panel that lies `ahead` bytes on into the second level of the cache."""
     for column in range(0, columns * VECTOR_BYTES, LINE_BYTES):
-        following = builder.bitcast(panel, _BYTE.as_pointer())
-        following = builder.gep(following, [builder.add(ahead, constant(column))])
-        _fetch(builder, following)
+        following = builder.add(builder.ptrtoint(panel, INT), ahead)
+        fetch_at(builder, builder.add(following, constant(column)))
 
 
 def _fetch_rows(
@@ -235,15 +235,7 @@ def _fetch_rows(
         first = builder.add(start, builder.mul(stride, loop.index))
         for column in range(0, columns * VECTOR_BYTES, LINE_BYTES):
             address = builder.add(first, constant(column))
-            _fetch(builder, builder.inttoptr(address, _BYTE.as_pointer()))
-
-
-def _fetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
-    arguments = [_BYTE.as_pointer(), *[ir.IntType(32)] * 3]
-    prefetch = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
-    )
-    builder.call(prefetch, [pointer, _hint(0), _hint(2), _hint(1)])
+            fetch_at(builder, address)
 
 
 def _multiply_add(
@@ -264,9 +256,4 @@ def _everywhere(value: float) -> ir.Constant:
     return ir.Constant(VECTOR, [ir.Constant(FLOAT, value)] * WIDTH)
 
 
-_BIT, _BYTE = ir.IntType(1), ir.IntType(8)
-
-
-def _hint(value: int) -> ir.Constant:
-    """Of a prefetch: 0, to be read; 2, into the second level; 1, data."""
-    return ir.Constant(ir.IntType(32), value)
+_BIT = ir.IntType(1)

@@ -111,6 +111,17 @@ def store_float(typing_context, address, value):
 
 
 @intrinsic
+def fetch(typing_context, address):
+    """Bring what lies at an address into the second level of the cache, while others compute."""
+
+    def generate(context, builder, signature, arguments):
+        fetch_at(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def to_bf16(typing_context, low, high):
     """Two vectors of floats, rounded to bfloat16, as one: two numbers in the room of a float.
 
@@ -346,6 +357,16 @@ def load_at(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
 
 def store_at(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
     builder.store(value, builder.bitcast(pointer, VECTOR.as_pointer()), align=FLOAT_BYTES)
+
+
+def fetch_at(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """As `fetch`."""
+    pointer, hint = ir.IntType(8).as_pointer(), ir.IntType(32)
+    prefetch = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [pointer, *[hint] * 3]), "llvm.prefetch.p0"
+    )
+    read, second_level, data = (ir.Constant(hint, value) for value in (0, 2, 1))
+    builder.call(prefetch, [builder.inttoptr(address, pointer), read, second_level, data])
 
 
 def repeated(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:

@@ -21,6 +21,7 @@ from ensemble.ops.simd import (
     REGISTERS,
     VECTOR_BYTES,
     WIDTH,
+    fetch,
     load,
     splat,
     stand_alone,
@@ -142,9 +143,25 @@ def _find_taps(step, planes, lines, phase_width, offsets):
             offsets[tap * planes + plane] = at + plane * lines * line_bytes
 
 
+@jit
+def _fetch_lines(step, image, channel, first_y, lines):
+    """Some lines of one vector of channels, where they lie in the image."""
+    pixel_bytes = step.channels * FLOAT_BYTES
+    for y in range(max(first_y, 0), min(first_y + lines, step.height)):
+        first = image + y * step.width * pixel_bytes + channel * FLOAT_BYTES
+        for x in range(step.width):
+            fetch(first + x * pixel_bytes)
+
+
 @jit_within
-def _convolve_strip(step, strip, line_bytes, offsets, taps, factors, start, other, out, rows):
-    """One vector of outputs of some rows; out and other are those of the first pixel."""
+def _convolve_strip(
+    step, strip, line_bytes, offsets, taps, factors, start, other, out, rows, image, channel, y
+):
+    """One vector of outputs of some rows; out and other are those of the first pixel.
+
+    Meanwhile a vector of channels is fetched of the lines from y on that the next strip has in
+    `image` (0: none): read one after another, so far apart, they would be waited for each by each.
+    """
     share = step.channels // step.groups
     lanes = share if share < WIDTH else 0
     pixels = _pixels_at_once(step.out_width)
@@ -152,6 +169,8 @@ def _convolve_strip(step, strip, line_bytes, offsets, taps, factors, start, othe
     flags = (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
     for row in range(rows):
         line = strip + row * step.stride_y * line_bytes
+        if image != 0:
+            _fetch_lines(step, image, channel, y + row * step.stride_y, step.stride_y)
         for first in range(0, step.out_width, pixels):
             x0 = min(first, step.out_width - pixels)
             place = (row * step.out_width + x0) * pixel_bytes
@@ -177,6 +196,17 @@ def _plan(step, planes):
 
 
 @jit
+def _find(step, x, index, strips, blocks, rows, at_once):
+    """Of a strip of some channels: its image, its first row of outputs, first line of inputs (which
+    may lie above the image) and first set of channels."""
+    place, block = divmod(index, blocks)
+    image, strip = divmod(place, strips)
+    y0 = min(strip * rows, step.out_height - rows)
+    image_bytes = step.height * step.width * step.channels * FLOAT_BYTES
+    return x + image * image_bytes, image, y0, y0 * step.stride_y - step.pad_y, block * at_once
+
+
+@jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
     """Strips of the images, for each the channels that a vector of outputs reads.
 
@@ -194,15 +224,15 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
     table = np.empty(taps, np.int64)
     _find_taps(step, planes, lines, phase_width, table)
     offsets = table.ctypes.data
-    image_bytes = step.height * step.width * step.channels * FLOAT_BYTES
-    for index in range(part, step.images * strips * blocks, parts):
-        place, block = divmod(index, blocks)
-        image, strip = divmod(place, strips)
-        y0 = min(strip * rows, step.out_height - rows)
-        first_y, first = y0 * step.stride_y - step.pad_y, block * at_once
+    count, last = step.images * strips * blocks, step.channels // WIDTH - 1
+    for index in range(part, count, parts):
+        source, image, y0, first_y, first = _find(step, x, index, strips, blocks, rows, at_once)
         end = min(sets, first + at_once)
-        source, channel, count = x + image * image_bytes, first * planes * WIDTH, end - first
-        _copy_strip(step, source, channel, count * planes, first_y, lines, phase_width, scratch)
+        channel, copied = first * planes * WIDTH, (end - first) * planes
+        _copy_strip(step, source, channel, copied, first_y, lines, phase_width, scratch)
+        following, y, after = 0, 0, 0
+        if share > 1 and index + parts < count:  # one channel is computed before it could come
+            following, _, _, y, after = _find(step, x, index + parts, strips, blocks, rows, at_once)
         for vector in range(first * readers, end * readers):
             pixel = (image * step.out_height + y0) * step.out_width
             at = (pixel * step.out_channels + vector * WIDTH) * FLOAT_BYTES
@@ -211,7 +241,23 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
             start = bias + vector * VECTOR_BYTES
             plane = (vector // readers - first) * planes
             read, c = scratch + plane * lines * line_bytes, out + at
-            _convolve_strip(step, read, line_bytes, offsets, taps, factors, start, added, c, rows)
+            fetched = min(after * planes + (vector - first * readers) % copied, last)
+            fetched *= WIDTH
+            _convolve_strip(
+                step,
+                read,
+                line_bytes,
+                offsets,
+                taps,
+                factors,
+                start,
+                added,
+                c,
+                rows,
+                following,
+                fetched,
+                y,
+            )
 
 
 GROUPED = Kernel(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _cost)
