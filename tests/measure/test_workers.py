@@ -116,6 +116,7 @@ def test_a_worker_that_says_nothing_is_given_up(workload: Workload) -> None:
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.slow
 def test_a_worker_that_allocates_until_it_is_killed_costs_its_own_row(
     workload: Workload, tmp_path: Path
 ) -> None:
@@ -329,6 +330,7 @@ def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resume
     assert [row.processes[0] for row in rows] == [row.processes[0] for row in begun.run.results]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_workers_within_a_second_and_keeps_what_is_finished(tmp_path: Path) -> None:
     code = (
         "import signal, sys, resnet_vmap\n"

@@ -102,7 +102,7 @@ def shares() -> list[int]:
 
 
 @pytest.mark.parametrize(("kind", "geometry"), cases())
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_convolution_stays_in_its_memory(
     kind: Kind, geometry: Geometry, threads: int, check_guards: Callable[[], None]
 ) -> None:

@@ -17,6 +17,7 @@ from ensemble.ops import lowering
 from ensemble.passes.folding import folded
 from ensemble.passes.operators import with_operators
 from ensemble.strategies import lowered
+from ensemble.strategies.agreement import TOLERANCES
 from tests import nets
 from tests.checkpoints import lively
 from tests.nets import Net, Norm, SumWith
@@ -97,6 +98,36 @@ def test_an_image_without_contrast_does_not_hide_that_winograd_errs() -> None:
     models = [Cancelling().eval().requires_grad_(False)]
     built = strategies.make("lowered_vmap", models, torch.zeros(1, 3, 16, 16))
     assert "second.weight: direct" in built.note
+
+
+class Active(nn.Module):
+    """Activations of results that nothing else reads, and one whose input is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, 1, 1, groups=24)
+        self.c, self.d = nn.Conv2d(24, 40, 1), nn.Conv2d(40, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.silu(self.b(nn.functional.hardswish(self.a(x))))
+        x = nn.functional.relu6(self.c(x))
+        y = self.d(x)
+        return (nn.functional.sigmoid(y) + y).mean((2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_activation_is_done_where_its_input_is_written_unless_others_read_that(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    models = [Active().eval().requires_grad_(False) for _ in range(2)]
+    x = 4 * torch.randn(1, 3, 9, 9)
+    built = strategies.make(
+        "lowered_vmap", [copy.deepcopy(m).to(dtype) for m in models], x.to(dtype)
+    )
+    assert " 1 activation," in built.note
+    limit = LIMIT if dtype == torch.float32 else TOLERANCES[dtype]
+    assert error(built.forward(x.to(dtype)).float(), in_float64(models, x)) < limit
 
 
 class Constants(nn.Module):
