@@ -48,9 +48,7 @@ def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
         expected, found = tuple(reference.shape), tuple(logits.shape)
         return Check(None, None, None, f"expected logits of shape {expected}, found {found}")
     rounding = ROUNDING * torch.finfo(logits.dtype).eps
-    logits, reference = (
-        one.cpu().double().reshape(*one.shape[:2], -1) for one in (logits, reference)
-    )
+    logits, reference = _by_images(logits), _by_images(reference)
     of_images = reference.abs().amax(2)
     if not of_images.isfinite().all():
         return Check(None, None, None, "the reference's own logits are not finite: bad weights?")
@@ -72,6 +70,11 @@ def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
         top1_agreement=float((top1 == reference.argmax(-1)).double().mean()),
         problem=problem and f"outputs disagree: {problem}",
     )
+
+
+def _by_images(outputs: Tensor) -> Tensor:
+    """`(N, B, ...)` in float64 on the CPU, as `(N, B, all that belongs to an image)`."""
+    return outputs.cpu().double().reshape(*outputs.shape[:2], -1)
 
 
 def check_served(served: Tensor, reference: Tensor, *, reduce: str, tolerance: float) -> Check:

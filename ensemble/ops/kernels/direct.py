@@ -33,6 +33,7 @@ from ensemble.ops.simd import (
 DEPTH = 1024  # of a product at a time: a panel of it and its rows fit a core's cache
 GROUP_BYTES = 256 * 1024  # rows that are gathered at a time
 PANEL_BYTES = PANEL * FLOAT_BYTES
+LAST = 16  # beside the flags of a product, above them: its sums are whole
 FLOATS, BF16 = 1, 2  # variants: how many numbers make a factor of the product
 
 
@@ -274,7 +275,7 @@ def _gather_rows(step, x, padded, line, rows_at, first, count, rows, k, depth):
 
 @jit_within
 def _multiply_rows(
-    step, rows_at, factors, columns, out, other, start, count, rows, depth, flags, function, ahead
+    step, rows_at, factors, columns, out, other, start, count, rows, depth, flags, ahead
 ):
     """Gathered rows times one panel of weights, or the first vectors of it; `out` and `other` are
     the first pixel's."""
@@ -285,8 +286,8 @@ def _multiply_rows(
         block, place = min(rows, count - row), row * row_bytes
         a, c, added = rows_at + row * whole, out + place, other + place
         multiply(bf16, columns, block, a, factors, c, row_bytes, depth, start, added, flags, ahead)
-        if function != NONE:
-            activate(function, c, c, row_bytes, block, columns)
+        if flags >= LAST and step.function != NONE:
+            activate(step.function, c, c, row_bytes, block, columns)
 
 
 @jit
@@ -334,10 +335,9 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
         for k in range(0, total, longest):
             depth = min(longest, total - k)
             _gather_rows(step, x, padded, scratch, rows_at, first, count, rows, k, depth)
-            flags, function = 0 if k == 0 else START_FROM_C, NONE
+            flags = 0 if k == 0 else START_FROM_C
             if k + depth == total:
-                flags += (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
-                function = step.function
+                flags += LAST + (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
             ahead = panel_parts * total * PANEL_BYTES
             for panel in range(panel_part, ceil(step.out_channels, PANEL), panel_parts):
                 place = first * step.out_channels * FLOAT_BYTES + panel * PANEL_BYTES
@@ -345,19 +345,7 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
                 b = weight + (panel * total + k) * PANEL_BYTES
                 columns = min(PANEL_VECTORS, step.out_channels // WIDTH - panel * PANEL_VECTORS)
                 _multiply_rows(
-                    step,
-                    rows_at,
-                    b,
-                    columns,
-                    c,
-                    added,
-                    start,
-                    count,
-                    rows,
-                    depth,
-                    flags,
-                    function,
-                    ahead,
+                    step, rows_at, b, columns, c, added, start, count, rows, depth, flags, ahead
                 )
 
 

@@ -144,23 +144,23 @@ def _find_taps(step, planes, lines, phase_width, offsets):
 
 
 @jit
-def _fetch_lines(step, image, channel, first_y, lines):
-    """Some lines of one vector of channels, where they lie in the image."""
+def _fetch_lines(step, vector, first_y, lines):
+    """Some lines of one vector of channels, of which the image's first pixel is at `vector`."""
     pixel_bytes = step.channels * FLOAT_BYTES
     for y in range(max(first_y, 0), min(first_y + lines, step.height)):
-        first = image + y * step.width * pixel_bytes + channel * FLOAT_BYTES
+        first = vector + y * step.width * pixel_bytes
         for x in range(step.width):
             fetch(first + x * pixel_bytes)
 
 
 @jit_within
 def _convolve_strip(
-    step, strip, line_bytes, offsets, taps, factors, start, other, out, rows, image, channel, y
+    step, strip, line_bytes, offsets, taps, factors, start, other, out, rows, ahead, y
 ):
     """One vector of outputs of some rows; out and other are those of the first pixel.
 
-    Meanwhile a vector of channels is fetched of the lines from y on that the next strip has in
-    `image` (0: none): read one after another, so far apart, they would be waited for each by each.
+    Meanwhile one of the vectors of channels of the next strip is fetched, `ahead` (0: none), the
+    lines from y on: read one after another, so far apart, each would be waited for by itself.
     """
     share = step.channels // step.groups
     lanes = share if share < WIDTH else 0
@@ -169,8 +169,8 @@ def _convolve_strip(
     flags = (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
     for row in range(rows):
         line = strip + row * step.stride_y * line_bytes
-        if image != 0:
-            _fetch_lines(step, image, channel, y + row * step.stride_y, step.stride_y)
+        if ahead != 0:
+            _fetch_lines(step, ahead, y + row * step.stride_y, step.stride_y)
         for first in range(0, step.out_width, pixels):
             x0 = min(first, step.out_width - pixels)
             place = (row * step.out_width + x0) * pixel_bytes
@@ -196,6 +196,20 @@ def _plan(step, planes):
 
 
 @jit
+def _sets(step):
+    """How a step's channels are divided.
+
+    Channels of a group; vectors that a vector of outputs reads, which are a set; how many sets;
+    vectors of outputs that read the same set; sets that are copied together.
+    """
+    share = step.channels // step.groups
+    planes = max(1, share // WIDTH)
+    sets = step.channels // (planes * WIDTH)
+    readers = step.out_channels // WIDTH // sets
+    return share, planes, sets, readers, min(sets, max(1, PLANES // planes))
+
+
+@jit
 def _find(step, x, index, strips, blocks, rows, at_once):
     """Of a strip of some channels: its image, its first row of outputs, first line of inputs (which
     may lie above the image) and first set of channels."""
@@ -212,11 +226,7 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
 
     weight is `(out_channels / WIDTH, taps, channels of a group, WIDTH)`.
     """
-    share = step.channels // step.groups
-    planes = max(1, share // WIDTH)  # that a vector of outputs reads
-    sets = step.channels // (planes * WIDTH)
-    readers = step.out_channels // WIDTH // sets  # vectors of outputs that read the same planes
-    at_once = min(sets, max(1, PLANES // planes))
+    share, planes, sets, readers, at_once = _sets(step)
     blocks = ceil(sets, at_once)
     phase_width, rows, lines, strips = _plan(step, at_once * planes)
     line_bytes = phase_width * step.stride_x * VECTOR_BYTES
@@ -241,22 +251,12 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
             start = bias + vector * VECTOR_BYTES
             plane = (vector // readers - first) * planes
             read, c = scratch + plane * lines * line_bytes, out + at
-            fetched = min(after * planes + (vector - first * readers) % copied, last)
-            fetched *= WIDTH
+            ahead = following
+            if following != 0:
+                nearest = min(after * planes + (vector - first * readers) % copied, last)
+                ahead += nearest * VECTOR_BYTES
             _convolve_strip(
-                step,
-                read,
-                line_bytes,
-                offsets,
-                taps,
-                factors,
-                start,
-                added,
-                c,
-                rows,
-                following,
-                fetched,
-                y,
+                step, read, line_bytes, offsets, taps, factors, start, added, c, rows, ahead, y
             )
 
 
