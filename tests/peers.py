@@ -151,11 +151,8 @@ def measure(place: Place) -> Process:
         rounds=ROUNDS,
         seconds=LEAST_S,
     )
-    return Process(place.arch, found.choice.name, found.times_s, dict(found.out), *_rest(place))
-
-
-def _rest(place: Place) -> tuple[int, str]:
-    return place.num_models, place.dtype
+    what = place.arch, found.choice.name, found.times_s, dict(found.out)
+    return Process(*what, place.num_models, place.dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

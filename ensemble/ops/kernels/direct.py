@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ensemble.ops.kernels.activation import NONE, activate
-from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply
+from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply, panels_of
 from ensemble.ops.operation import Geometry
 from ensemble.ops.products import ADD_OTHER, RELU, START_FROM_C
 from ensemble.ops.simd import (
@@ -77,15 +77,15 @@ def _empty(weight: Tensor) -> Tensor:
     """`(N, K / PANEL, R * S * C, PANEL)`, the last panel filled up with zeros."""
     num_models, out_channels, *rest = weight.shape
     depth = rest[0] * rest[1] * rest[2]
-    panels = -(-out_channels // PANEL)
-    return weight.new_empty(num_models, panels, depth, PANEL, dtype=torch.float32)
+    shape = (num_models, panels_of(out_channels), depth, PANEL)
+    return weight.new_empty(shape, dtype=torch.float32)
 
 
 def _empty_bf16(weight: Tensor) -> Tensor:
     """`(N, K / PANEL, R * S * C / 2, PANEL, 2)`, of an odd depth one more, with zeros."""
     num_models, out_channels, *rest = weight.shape
     half = -(-rest[0] * rest[1] * rest[2] // 2)
-    shape = (num_models, -(-out_channels // PANEL), half, PANEL, 2)
+    shape = (num_models, panels_of(out_channels), half, PANEL, 2)
     return weight.new_empty(shape, dtype=torch.bfloat16)
 
 
@@ -180,11 +180,11 @@ def _gather(step, x, a, first, rows, k, depth):
     bf16 = step.variant == BF16
     at_once = 2 if bf16 else 1
     blocks, stride = ceil(depth, WIDTH), rows * VECTOR_BYTES
-    whole = step.channels % (at_once * WIDTH) == 0
+    dense = step.channels % (at_once * WIDTH) == 0 and _is_dense(step)
     image, out_y, out_x = _first(step, first)
     for row in range(rows):
         block, target = 0, a + row * VECTOR_BYTES
-        if whole and _is_dense(step):
+        if dense:
             source = x + ((first + row) * step.channels + k * at_once) * FLOAT_BYTES
             _put(bf16, source, target, blocks, stride)
             continue

@@ -72,9 +72,14 @@ def cost(*, products: int, weight_bytes: int, transforms: int = 0) -> float:
     return max(products, weight_bytes * PER_WEIGHT_BYTE) + transforms * PER_TRANSFORMED
 
 
+def panels_of(channels: int) -> int:
+    """How many panels hold so many channels: weights are packed so, the last one with zeros."""
+    return -(-channels // PANEL)
+
+
 def whole_panels(channels: int) -> int:
-    """So many channels in whole panels, as weights are packed and the bias of a head lies."""
-    return -(-channels // PANEL) * PANEL
+    """So many channels in whole panels, as the bias of a head lies."""
+    return panels_of(channels) * PANEL
 
 
 def jit(function: Any) -> Any:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ensemble.ops.kernels.kernel import Kernel, ceil, cost, jit, jit_within, multiply_floats
+from ensemble.ops.kernels.kernel import (
+    Kernel,
+    ceil,
+    cost,
+    jit,
+    jit_within,
+    multiply_floats,
+    panels_of,
+)
 from ensemble.ops.operation import Geometry
 from ensemble.ops.simd import (
     FLOAT_BYTES,
@@ -71,7 +79,7 @@ def _scratch_bytes(geometry: Geometry) -> int:
 def _empty(tile: int, weight: Tensor) -> Tensor:
     """`(N, planes, K / PANEL, C, PANEL)`, the last panel filled up with zeros."""
     num_models, out_channels, channels, _, _ = weight.shape
-    shape = (num_models, (tile + 2) ** 2, -(-out_channels // PANEL), channels, PANEL)
+    shape = (num_models, (tile + 2) ** 2, panels_of(out_channels), channels, PANEL)
     return weight.new_empty(shape, dtype=torch.float32)
 
 
