@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ensemble import command_line
 from ensemble.errors import InputError
-from ensemble.machine import launch
+from ensemble.machine import importing, launch
 from ensemble.options import Config
 from ensemble.records import Environment, Run
 from ensemble.report import exports, resuming, show
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """N models and their images on the device. torch is imported here and not before."""
-    from ensemble.models import workload
-
+    with importing.without_collecting():
+        from ensemble.models import workload
     return workload.load(config, say=say)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import time_call
@@ -72,6 +71,8 @@ def work(model: nn.Module, num_models: int, example: Tensor, dtype: torch.dtype)
     A convolution counts as a direct one: 2 operations a multiply-add. Bytes are the least traffic:
     all weights once, in `dtype`, and the input once.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, in 0.1 s
+
     one = example[0] if example.dim() == 5 else example
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         stacking.skeleton(model)(one.to("meta"))

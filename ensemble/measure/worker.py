@@ -1,15 +1,15 @@
 """A worker process: this program started afresh, to measure one case, and to say one record.
 
-`python -m ensemble.measure.worker` imports what it needs and says that it is ready; it then reads a
-job from its standard input, a line of JSON, and writes messages to its standard output, a line of
-JSON each: stages while it works, then the row, and the reference's half of its pairs.
+`python -m ensemble.measure.worker STRATEGY DEVICE` imports what it needs and says that it is ready;
+it then reads a job from its standard input, a line of JSON, and writes messages to its standard
+output, a line of JSON each: stages while it works, then the row, and the reference's half of its
+pairs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import json
 import os
 import signal
@@ -18,6 +18,7 @@ from dataclasses import fields
 from importlib import import_module
 from typing import IO, Any
 
+from ensemble.machine import importing
 from ensemble.options import Config
 from ensemble.records import Case
 
@@ -34,13 +35,14 @@ def main() -> None:
         messages.write(json.dumps(message) + "\n")
         messages.flush()
 
-    from ensemble.measure.cell import make_cell
-    from ensemble.measure.row import reference_row
-    from ensemble.models import workload
-    from ensemble.records import Result
-    from ensemble.report.exports import row_of
+    with importing.without_collecting():
+        from ensemble.measure.cell import make_cell
+        from ensemble.measure.row import reference_row
+        from ensemble.models import workload
+        from ensemble.records import Result
+        from ensemble.report.exports import row_of
 
-    gc.freeze()  # the garbage that a row collects is not in what was imported: 0.15 s each time
+        _import_for(*sys.argv[1:])
     say({"stage": READY})
     line = sys.stdin.readline()
     if not line:  # the parent has ended, or given up
@@ -67,6 +69,22 @@ def config_of(values: dict[str, Any]) -> Config:
     tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     names = {field.name for field in fields(Config)}
     return Config(**{name: value for name, value in (values | tuples).items() if name in names})
+
+
+def _import_for(strategy: str, device: str) -> None:
+    """Import what building the strategy would: two workers do it at once, and no row's time has it.
+
+    What cannot be imported is said by the row.
+    """
+    import torch
+
+    from ensemble.strategies import STRATEGIES, best
+
+    with contextlib.suppress(Exception):
+        STRATEGIES[strategy].builder()
+        if STRATEGIES[strategy].tunes:
+            for name in best.candidates(torch.device(device)):
+                STRATEGIES[name].builder()
 
 
 def _own_output() -> IO[str]:

@@ -54,12 +54,12 @@ def jobs(config: Config, workload: Workload, *, row: str = ROW) -> Iterator[Job]
 class Worker:
     """A process that measures one case. However its use ends, it has ended too."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, strategy: str) -> None:
         self._job = job
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by __exit__
         # In a session of its own: Ctrl-C reaches this process alone, which ends it.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ensemble.measure.worker"],
+            [sys.executable, "-m", "ensemble.measure.worker", strategy, job.device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -140,26 +140,31 @@ def measure(
     picked: Callable[[Case], str | None],
     progress: Callable[[Case, str, float], None],
     number: Callable[[Case], int] = lambda case: 0,
+    needs: Callable[[Case], bool] = lambda case: True,
 ) -> Iterator[tuple[Result, Result | None]]:
     """Each case in a worker of its own, one after another; `number` of its processes so far.
 
-    Two at a time are started, because importing torch keeps one core busy for seconds; they then
-    wait, and measure one after the other. `picked` is asked what an earlier one chose for the case.
+    Several are started together, because importing torch keeps one core busy for seconds; they then
+    wait, and measure one after the other. `picked` is asked what an earlier one chose for the case,
+    `needs` whether the case still needs one, when its turn has come.
     """
     while together := tuple(islice(cases, AT_ONCE)):
         with contextlib.ExitStack() as stack:
-            workers = [stack.enter_context(Worker(job)) for _ in together]
+            workers = [
+                stack.enter_context(Worker(job, picked(case) or case.strategy)) for case in together
+            ]
             progress(together[0], "start", 0.0)
             for worker in workers:
                 worker.wait()
             for worker, case in zip(workers, together, strict=True):
                 with worker:
-                    yield worker.measure(
-                        case,
-                        number=number(case),
-                        picked=picked(case),
-                        progress=partial(progress, case),
-                    )
+                    if needs(case):
+                        yield worker.measure(
+                            case,
+                            number=number(case),
+                            picked=picked(case),
+                            progress=partial(progress, case),
+                        )
 
 
 def _python_path() -> str:

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision import transforms
-from torchvision.models import ResNet18_Weights
 
 from ensemble import files
 from ensemble.errors import InputError
 from ensemble.machine import memory
+from ensemble.models.vision import torchvision
 
 # A sliver of an image becomes huge when its short side is resized, as any does at a huge size.
 _MAX_RESIZED_PIXELS = 100_000_000
@@ -62,8 +61,10 @@ def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
             argument="image_size",
         )
     # The partial of the enum is torchvision's public name for its ImageClassification preset.
-    preset: Callable[[Image.Image], Tensor] = ResNet18_Weights.IMAGENET1K_V1.transforms(
-        crop_size=image_size, resize_size=shorter
+    preset: Callable[[Image.Image], Tensor] = (
+        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms(
+            crop_size=image_size, resize_size=shorter
+        )
     )
     return preset(image)
 
@@ -98,11 +99,11 @@ def augmented(image: Image.Image, count: int, *, image_size: int, seed: int) -> 
             f" {free / 1e9:.1f} GB are free: at most {free // plain.nbytes} fit",
             argument="batch_size",
         )
-    augment = transforms.Compose(
+    augment = torchvision.transforms.Compose(
         [
-            transforms.RandomResizedCrop(_shorter_side(image_size), scale=(0.3, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
+            torchvision.transforms.RandomResizedCrop(_shorter_side(image_size), scale=(0.3, 1.0)),
+            torchvision.transforms.RandomHorizontalFlip(),
+            torchvision.transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
         ]
     )
     batch = torch.empty((count, *plain.shape))
@@ -116,7 +117,7 @@ def augmented(image: Image.Image, count: int, *, image_size: int, seed: int) -> 
 
 def labels(num_classes: int) -> list[str] | None:
     """ImageNet's class names where there are as many classes, else None."""
-    names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    names = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
     return names if len(names) == num_classes else None
 
 

@@ -10,9 +10,9 @@ from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
-import torchvision
 
 from ensemble.errors import InputError, first_line
+from ensemble.models.vision import torchvision
 from ensemble.models.weights import State, read_checkpoint
 
 DOWNLOAD_TIMEOUT_S = 10.0

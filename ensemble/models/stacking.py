@@ -44,7 +44,7 @@ def skeleton(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor):
                 memo[id(value)] = value.detach().clone()
     for tensor in [*model.parameters(), *model.buffers()]:
-        meta = torch.empty_like(tensor, device="meta")
+        meta = tensor.detach().to("meta")  # empty_like imports sympy here
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
     return copy.deepcopy(model, memo)

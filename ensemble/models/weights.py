@@ -12,7 +12,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ from ensemble import files
 from ensemble.errors import InputError, first_line
 from ensemble.machine import memory
 from ensemble.models import stacking
+from ensemble.models.meta import ByShape
+from ensemble.models.vision import torchvision
 from ensemble.report import words
 
 _WRAPPERS = ("state_dict", "model")
@@ -152,7 +153,7 @@ def build_skeleton(arch: str, classes: int | None) -> nn.Module:
     """
     check_arch(arch)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), ByShape():
             return _construct(arch, classes)
     except NotImplementedError:  # RegNet computes its widths from the values of tensors
         with torch.random.fork_rng(devices=[]):

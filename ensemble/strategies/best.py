@@ -45,7 +45,7 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     Each must give the logits of the loop in float32, as a row of the table must.
     """
     begin = time.perf_counter()
-    names = CANDIDATES.get(example.device.type, ELSEWHERE)
+    names = candidates(example.device)
     x = example if example.std() > 0 else torch.randn_like(example)  # a blank one shows no error
     found = duel.fastest(
         {name: partial(STRATEGIES[name].builder(), models, example) for name in names},
@@ -58,6 +58,11 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     took = time.perf_counter() - begin - found.build_s[found.name]
     note = f"picked {found.name} (tried: {found.tried})"
     return Built(found.built.forward, found.built.note, Choice(found.name, note, took))
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """The names of what is tried on a device, in this order."""
+    return CANDIDATES.get(device.type, ELSEWHERE)
 
 
 def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
+from ensemble.models.meta import ByShape
 from ensemble.strategies.built import Built
 
 # torch's words, by the number of dimensions on both sides.
@@ -100,7 +101,8 @@ def stateless_model(
             warnings.filterwarnings(
                 "ignore", message=".*combine_state_for_ensemble", category=FutureWarning
             )
-            stateless, _, _ = functorch.combine_state_for_ensemble(skeletons)
+            with ByShape():
+                stateless, _, _ = functorch.combine_state_for_ensemble(skeletons)
         return stateless, tuple(stateless.param_names), tuple(stateless.buffer_names)
     names = tuple(name for name, _ in models[0].named_parameters())
     buffer_names = tuple(name for name, _ in models[0].named_buffers())

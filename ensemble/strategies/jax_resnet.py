@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-import torchvision
 from jax import lax
 from jax import numpy as jnp
 from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
+from ensemble.models.vision import torchvision
 
 State = dict[str, jax.Array]
 Run = Callable[[list[np.ndarray]], list[np.ndarray]]
