@@ -5,8 +5,9 @@ import warnings
 from functools import lru_cache
 
 import torch
-import torchvision
 from torch import Tensor, nn
+
+from ensemble.models.vision import torchvision
 
 SMALL = "shufflenet_v2_x0_5"  # 1.4 MB with 10 classes, batch norm included
 

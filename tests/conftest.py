@@ -1,20 +1,24 @@
 """Fixtures that several test modules share, each built once a session."""
 
+from __future__ import annotations
+
 import gc
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-from ensemble.machine import timing
-from ensemble.strategies import duel
-from tests.checkpoints import SMALL, trained
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # these have the cores between them
+gc.disable()  # until all is imported: a third of that time
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # these have the cores between them; their parent no torch
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -22,12 +26,16 @@ def pytest_collection_finish() -> None:
     """Rows collect garbage before they begin: what was imported is none, and takes 0.2 s each."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times that no test looks at need no quiet before each call, nor many of them; a third of the
     suite's time."""
+    from ensemble.machine import timing
+    from ensemble.strategies import duel
+
     monkeypatch.setattr(timing, "SETTLE_S", 0.0)
     monkeypatch.setattr(duel, "SHORT_S", 0.0)
     monkeypatch.setattr(duel, "LONG_S", 0.0)
@@ -37,6 +45,8 @@ def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """torch on one CPU thread: small models are slow where many threads meet a busy machine."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,6 +61,8 @@ def kitten() -> Path:
 @pytest.fixture(scope="session")
 def small_model() -> nn.Module:
     """A small torchvision model with 10 classes; tests read it and leave it as it is."""
+    from tests.checkpoints import SMALL, trained
+
     return trained(SMALL, classes=10, seed=7)
 
 
@@ -63,6 +75,10 @@ def small_state(small_model: nn.Module) -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def five_resnets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, nn.Module]]:
     """Five different ResNet-18 with 10 classes: the file of each and the model that is in it."""
+    import torch
+
+    from tests.checkpoints import trained
+
     folder = tmp_path_factory.mktemp("resnets")
     models = {
         folder / f"resnet{seed}.pth": trained("resnet18", classes=10, seed=seed)

@@ -9,11 +9,11 @@ from functools import partial
 from statistics import median
 
 import torch
-import torchvision
 
 from ensemble import strategies
 from ensemble.machine.timing import interleaved
 from ensemble.models import stacking
+from ensemble.models.vision import torchvision
 from ensemble.strategies.agreement import TOLERANCES, check
 from ensemble.strategies.built import Built, Choice
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.measure import cell, failure, grid, roofline
 from ensemble.measure.start import Started, start
+from ensemble.models.vision import torchvision
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Result

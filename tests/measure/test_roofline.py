@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torchvision
 
 from ensemble.measure import roofline
 from ensemble.measure.roofline import Limits, Work, measure, work
+from ensemble.models.vision import torchvision
 
 
 def test_the_operations_of_a_resnet18_are_those_of_its_paper() -> None:

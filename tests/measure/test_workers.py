@@ -108,6 +108,7 @@ def test_a_worker_that_dies_costs_its_own_row(workload: Workload) -> None:
     assert str(rows["leave"].error).startswith("ended with exit code 3 and no row")
 
 
+@pytest.mark.slow
 def test_a_worker_that_says_nothing_is_given_up(workload: Workload) -> None:
     begin = time.monotonic()
     rows, _ = measured(replace(QUICK, timeout_minutes=0.15), workload, "hang", "vmap")
@@ -284,6 +285,7 @@ def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Worklo
     assert again == done.run
 
 
+@pytest.mark.slow
 def test_what_the_first_process_of_best_picks_the_others_run_too(workload: Workload) -> None:
     config = replace(QUICK, strategies=("best",), min_pairs=18)
     done = session.measure_all(

@@ -11,11 +11,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ensemble.models import stacking
+from ensemble.models.vision import torchvision
 from ensemble.passes import folding
 from tests.checkpoints import SMALL, trained
 from tests.tiny import TinyNet, tiny_models

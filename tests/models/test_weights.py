@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ensemble.errors import InputError
 from ensemble.machine import memory
 from ensemble.models import stacking, weights
+from ensemble.models.vision import torchvision
 from tests.checkpoints import SMALL, hollow, on_meta, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -279,6 +279,7 @@ def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None
         torch.testing.assert_close(found[model], (means @ last[model].T)[:, :5])
 
 
+@pytest.mark.slow
 def test_a_further_process_finds_the_kernels_compiled() -> None:
     """They take 15 s and more; what a function closes over must not make it another each time."""
     code = (

@@ -114,6 +114,7 @@ def test_an_interrupt_between_two_parts_leaves_none_waiting() -> None:
 
 
 SETUP = """
+import gc; gc.disable()  # its imports take a third less
 import os, signal, sys, threading, time
 import torch
 from torch import nn
@@ -150,6 +151,7 @@ def run(code: str, *, threads: int, size: int = 16) -> str:
     return found.stdout
 
 
+@pytest.mark.slow
 def test_forwards_of_several_programs_called_from_several_threads_neither_hang_nor_differ() -> None:
     code = """
 other = ensemble.build("lowered_vmap", models[:4], x)

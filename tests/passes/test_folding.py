@@ -17,7 +17,13 @@ def norms(model: nn.Module) -> int:
 
 @pytest.mark.parametrize(
     ("arch", "left"),
-    [("resnet18", 0), ("resnet50", 0), ("mobilenet_v2", 0), ("vgg11_bn", 0), ("densenet121", 62)],
+    [
+        ("resnet18", 0),
+        pytest.param("resnet50", 0, marks=pytest.mark.slow),
+        ("mobilenet_v2", 0),
+        pytest.param("vgg11_bn", 0, marks=pytest.mark.slow),
+        ("densenet121", 62),
+    ],
 )
 def test_a_folded_model_computes_the_same_with_the_norms_gone(arch: str, left: int) -> None:
     models = [lively(arch, seed) for seed in range(2)]

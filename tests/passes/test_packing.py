@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
+from ensemble.models.vision import torchvision
 from ensemble.passes import folding, packing
 from tests.checkpoints import lively
 
@@ -21,7 +21,7 @@ def pack(model: nn.Module, x: Tensor) -> nn.Module:
         ("resnet50", 53),
         ("resnext50_32x4d", 53),
         pytest.param("wide_resnet50_2", 53, marks=pytest.mark.slow),
-        ("vgg11_bn", 8),
+        pytest.param("vgg11_bn", 8, marks=pytest.mark.slow),
         ("mobilenet_v2", 52),
         pytest.param("densenet121", 120, marks=pytest.mark.slow),
         ("squeezenet1_0", 26),

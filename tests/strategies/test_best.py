@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 
 import ensemble
 from ensemble import strategies
+from ensemble.models.vision import torchvision
 from ensemble.strategies import STRATEGIES, Strategy, best
 from ensemble.strategies.built import Builder, Built
 from tests.tiny import TinyNet, independent, tiny_models

@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ensemble
 from ensemble import strategies
 from ensemble.models import stacking
+from ensemble.models.vision import torchvision
 from ensemble.ops import lowering
 from ensemble.passes.folding import folded
 from ensemble.passes.operators import with_operators
@@ -20,6 +20,7 @@ from ensemble.strategies import lowered
 from ensemble.strategies.agreement import TOLERANCES
 from tests import nets
 from tests.checkpoints import lively
+from tests.marks import some_slow
 from tests.nets import Net, Norm, SumWith
 from tests.tiny import independent
 
@@ -43,7 +44,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).abs().max() / exact.abs().max())
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", some_slow(range(5), quick=2))
 def test_the_error_against_float64_is_small_for_any_weights(seed: int) -> None:
     models = [lively("resnet18", 10 * seed + index) for index in range(2)]
     x = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(seed))
@@ -51,7 +52,7 @@ def test_the_error_against_float64_is_small_for_any_weights(seed: int) -> None:
     assert error(found, in_float64(models, x)) < LIMIT
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", some_slow(range(3), quick=1))
 def test_badly_scaled_weights_keep_the_error_small(seed: int) -> None:
     """Batch norm scales spread over four orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
@@ -182,10 +183,10 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> No
         ("resnext50_32x4d", 1),
         # Adaptive pooling to 7x7 pixels is torch's own.
         pytest.param("vgg11_bn", 2, marks=pytest.mark.slow),
-        ("mobilenet_v2", 1),
+        pytest.param("mobilenet_v2", 1, marks=pytest.mark.slow),
         ("mobilenet_v3_small", 2),  # between two linear layers an activation is torch's own
         pytest.param("efficientnet_b0", 1, marks=pytest.mark.slow),
-        ("regnet_y_400mf", 1),
+        pytest.param("regnet_y_400mf", 1, marks=pytest.mark.slow),
         pytest.param("densenet121", 1, marks=pytest.mark.slow),
         ("squeezenet1_1", 1),
         ("googlenet", 1),
@@ -264,7 +265,7 @@ def test_an_input_unlike_the_example_is_refused_and_not_read(x: Tensor) -> None:
         forward(x)
 
 
-@pytest.mark.parametrize("per_model", [False, True])
+@pytest.mark.parametrize("per_model", some_slow([True, False], quick=1))
 def test_the_cuda_path_is_batched_matrix_products_under_fake_tensors(
     per_model: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,6 @@ from functools import lru_cache
 import functorch
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.resnet import BasicBlock
@@ -16,6 +15,7 @@ from ensemble import strategies
 from ensemble.errors import UnavailableError
 from ensemble.machine import devices
 from ensemble.models import stacking
+from ensemble.models.vision import torchvision
 from ensemble.strategies import BEST, STRATEGIES
 from ensemble.strategies.built import Built
 from ensemble.strategies.concurrent import shares
@@ -85,7 +85,13 @@ def test_one_model_alone_is_an_ensemble(name: str) -> None:
     "name",
     [*from_registry(slow=False), *(pytest.param(name, marks=QUIET) for name in PEERS)],
 )
-@pytest.mark.parametrize(("arch", "per_model"), [("resnet18", True), ("resnet50", False)])
+@pytest.mark.parametrize(
+    ("arch", "per_model"),
+    [
+        ("resnet18", True),
+        pytest.param("resnet50", False, marks=pytest.mark.slow),
+    ],
+)
 def test_resnets_give_the_logits_of_the_models_themselves(
     name: str, arch: str, per_model: bool
 ) -> None:
@@ -101,7 +107,7 @@ def test_resnets_give_the_logits_of_the_models_themselves(
     ("name", "arch"),
     [
         ("vmap", "resnet34"),
-        ("folded_vmap", "resnet101"),
+        pytest.param("folded_vmap", "resnet101", marks=pytest.mark.slow),
         pytest.param("vmap", "resnet101", marks=pytest.mark.slow),
         pytest.param("vmap", "resnet152", marks=pytest.mark.slow),
         pytest.param("folded_vmap", "resnet152", marks=pytest.mark.slow),
@@ -254,19 +260,21 @@ def test_models_in_train_mode_are_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*batching rule")  # as_strided_, of a channels-last mean
 @pytest.mark.parametrize("name", ["loop", "vmap", "folded_loop", "folded_vmap"])
-@pytest.mark.parametrize("per_model", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "per_model"),
+    [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)],
+)
 def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
-    name: str, per_model: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, per_model: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode(), torch.device("cuda"):
         template = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7).eval()
-        models = stacking.allocate(template, 3, device=torch.device("cuda"), dtype=dtype)
-        x = torch.empty((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64), dtype=dtype)
+        models = stacking.allocate(template, 2, device=torch.device("cuda"), dtype=dtype)
+        x = torch.empty((2, 3, 3, 64, 64) if per_model else (3, 3, 64, 64), dtype=dtype)
         logits = ensemble.build(name, models, x)(x)
-    assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", dtype, (3, 2, 7))
+    assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", dtype, (2, 3, 7))
 
 
 @pytest.mark.filterwarnings("ignore:.*batching rule")
