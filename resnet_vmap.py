@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ensemble import command_line
+from ensemble import command_line, garbage
 from ensemble.errors import InputError
-from ensemble.machine import importing, launch
+from ensemble.machine import launch
 from ensemble.options import Config
 from ensemble.records import Environment, Run
 from ensemble.report import exports, resuming, show
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """N models and their images on the device. torch is imported here and not before."""
-    with importing.without_collecting():
+    with garbage.imported_for_good():
         from ensemble.models import workload
     return workload.load(config, say=say)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,45 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # these have the cores between them; th
     import torch
 
     torch.set_num_threads(1)
+
+
+ROOT = Path(__file__).parent.parent
+# Tests that call the kernels, which are compiled once, in half a minute: by a process beside those
+# of the tests, which run the others first.
+LATE = ("ops", "strategies", "passes", "serving", "measure/test_grid", "test_concurrency")
+COMPILE = """
+import torch
+from ensemble.ops import simd, stacks
+stacks.packed_max_pool2d(torch.zeros(1, 1, simd.WIDTH, 4, 4), [2, 2], [2, 2], [0, 0])
+"""
+compiling: list[subprocess.Popen[bytes]] = []
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """In the parent of several test processes: begin to compile what is not compiled yet."""
+    if session.config.getoption("numprocesses", None) and not are_compiled():
+        compiling.append(subprocess.Popen([sys.executable, "-c", COMPILE], cwd=ROOT))
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    for process in compiling:
+        process.kill()
+        process.wait()
+
+
+def are_compiled() -> bool:
+    """Is there a file of compiled kernels that is younger than all that they come from?"""
+    folder = ROOT / "ensemble" / "ops"
+    compiled = [path.stat().st_mtime for path in folder.glob("kernels/__pycache__/run*.nbi")]
+    sources = [path.stat().st_mtime for path in folder.rglob("*.py")]
+    return bool(compiled) and max(compiled) > max(sources)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that call the kernels come last."""
+    late = tuple(str(ROOT / "tests" / name) for name in LATE)
+    items.sort(key=lambda item: str(item.path).startswith(late))
 
 
 def pytest_collection_finish() -> None:

@@ -10,7 +10,7 @@ import ensemble
 ROOT = Path(ensemble.__file__).parent
 
 # From the ground up: a wing imports those before it, and itself.
-GROUND = ("errors", "statistics", "records", "files")
+GROUND = ("errors", "statistics", "records", "files", "garbage")
 WINGS: tuple[str, ...] = (
     *GROUND,
     "ops",

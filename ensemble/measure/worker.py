@@ -18,7 +18,7 @@ from dataclasses import fields
 from importlib import import_module
 from typing import IO, Any
 
-from ensemble.machine import importing
+from ensemble import garbage
 from ensemble.options import Config
 from ensemble.records import Case
 
@@ -35,7 +35,7 @@ def main() -> None:
         messages.write(json.dumps(message) + "\n")
         messages.flush()
 
-    with importing.without_collecting():
+    with garbage.imported_for_good():
         from ensemble.measure.cell import make_cell
         from ensemble.measure.row import reference_row
         from ensemble.models import workload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from math import prod
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ensemble import garbage
 from ensemble.ops import kernels, serial
 from ensemble.ops.operation import Kind, Operation
 from ensemble.ops.pages import in_large_pages
@@ -130,7 +132,9 @@ class Program(nn.Module):
         def stop() -> None:
             state[kernels.STOP] = 1
 
-        with self._lock():  # the arenas are its own: one call at a time
+        # The first call of a process compiles the kernels, or reads them from the disk.
+        first = contextlib.nullcontext() if kernels.run.signatures else garbage.not_collected()
+        with self._lock(), first:  # the arenas are its own: one call at a time
             if self._threads == 1:
                 part(0)
             else:
