@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import shutil
 import subprocess
@@ -65,9 +66,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Rows collect garbage before they begin: what was imported is none, and takes 0.2 s each."""
-    gc.collect()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        importlib.import_module("torch._dynamo")  # which most of them come to later
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_earlier_modules_left() -> None:
+    """Nor is that searched for garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

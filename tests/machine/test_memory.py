@@ -107,6 +107,7 @@ def test_more_than_two_gibibytes_are_retained_too() -> None:
     assert second < 0.01 * first, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 def test_retained_memory_is_not_faulted_in_again() -> None:
     program = (
