@@ -62,6 +62,7 @@ def test_what_cannot_be_read_is_unknown_and_not_zero(
     assert not memory.reset_peak(CPU)
 
 
+@pytest.mark.slow
 def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: str) -> None:
     """Issue 2: N models plus their stack cost the weights once, at most 1.05 times."""
     program = (

@@ -181,6 +181,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert run(code, threads=3) == "0\n"
 
 
+@pytest.mark.slow
 def test_interrupts_during_calls_leave_a_process_that_computes_and_ends() -> None:
     code = """
 def interrupt():
