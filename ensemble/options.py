@@ -151,9 +151,9 @@ class Config:
     )
     warmup: int = flag(
         MEASURE,
-        "untimed calls of strategy and reference",
+        "untimed calls before the pairs",
         type=not_negative,
-        default=3,
+        default=1,
         metavar="CALLS",
     )
     min_pairs: int = flag(
