@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class ByShape(TorchFunctionMode):
-    """Within, meta tensors are stacked by their shapes, and no random numbers are drawn for them.
+    """Within, meta tensors are stacked and made alike by their shapes, and no random numbers are
+    drawn for them.
 
-    The results are those of torch; importing `torch._dynamo` takes a second.
+    The results are those of torch, which would import `torch._dynamo` or sympy, in a second.
     """
 
     def __torch_function__(
@@ -26,6 +27,9 @@ class ByShape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:
             return args[0]
+        if func is torch.empty_like and args[0].is_meta:
+            x = args[0]
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         if func is torch.stack and not kwargs and len(args) == 1 and args[0][0].is_meta:
             return args[0][0].new_empty((len(args[0]), *args[0][0].shape))
         return func(*args, **kwargs)

@@ -19,7 +19,7 @@ models = weights.random_models(2, arch="resnet18", device=torch.device("cpu"), s
 x = torch.randn(1, 3, 64, 64)
 logits = [strategies.build(name, models, x)(x) for name in ("loop", "vmap")]
 assert torch.allclose(*logits, rtol=1e-4, atol=1e-4)
-print("torch._dynamo" in sys.modules)
+print({"torch._dynamo", "sympy"} & sys.modules.keys() or False)
 """
 
 
