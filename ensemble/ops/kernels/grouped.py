@@ -6,6 +6,7 @@ An output reads few inputs, so that nothing is gathered: strips of the image are
 zero borders, so that the pixels which neighbours read at a tap lie side by side.
 """
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,10 @@ SIZES = tuple(size for size in (14, 7, 4, 1) if size <= REGISTERS // 2 - 2)
 # Groups that lie side by side in a vector, by channels; wider ones fill whole vectors.
 LANES = tuple(lanes for lanes in (1, 2, 4, 8) if lanes < WIDTH)
 PER_LANE_PRODUCT = 4 / 3  # of the time of another product: an input is moved to its lanes
+# Taps in a row that read neighbours, whose inputs are loaded and moved once for all of them.
+RUN = 3
+LONG_RUNS = (5, 7)  # of one channel a group
+RUNS = (1, RUN, *LONG_RUNS)
 
 
 def _can_run(geometry: Geometry) -> bool:
@@ -74,22 +79,36 @@ def _pack(weight: Tensor, target: Tensor) -> None:
     target.copy_(vectors.permute(0, 3, 2, 1))
 
 
+@jit
+def _has_run(lanes, run):
+    return lanes > 0 and (run == RUN or (lanes == 1 and run in LONG_RUNS))
+
+
 def _make_convolve() -> Any:
-    """`convolve(lanes, pixels, ...)`: the product for that many, one branch for each."""
+    """`convolve(lanes, pixels, run, ...)`: the product for that many, one branch for each."""
     arguments = "x, offsets, taps, weights, c, c_stride, start, other, flags"
-    lines = [f"def convolve(lanes, pixels, {arguments}):", "    stand_alone()"]
+    lines = [f"def convolve(lanes, pixels, run, {arguments}):", "    stand_alone()"]
     scope = {"stand_alone": stand_alone}
     for lanes in (0, *LANES):
-        for pixels in SIZES:
-            name = f"taps_{lanes}_{pixels}"
-            scope[name] = multiply_taps(pixels, lanes)
-            lines.append(f"    if lanes == {lanes} and pixels == {pixels}:")
+        for pixels, run in product(SIZES, RUNS):
+            if run > 1 and (pixels == 1 or not _has_run(lanes, run)):
+                continue
+            name = f"taps_{lanes}_{pixels}_{run}"
+            scope[name] = multiply_taps(pixels, lanes, run)
+            lines.append(f"    if lanes == {lanes} and pixels == {pixels} and run == {run}:")
             lines.append(f"        return {name}({arguments})")
     exec("\n".join(lines), scope)
     return scope["convolve"]
 
 
 _convolve = jit(_make_convolve())
+
+
+@jit
+def _run_of(step, lanes, pixels):
+    """How many taps in a row of a kernel are done together."""
+    neighbours = step.stride_x == 1 and step.dilation_x == 1 and pixels > 1
+    return step.kernel_x if neighbours and _has_run(lanes, step.kernel_x) else 1
 
 
 @jit
@@ -165,6 +184,7 @@ def _convolve_strip(
     share = step.channels // step.groups
     lanes = share if share < WIDTH else 0
     pixels = _pixels_at_once(step.out_width)
+    run = _run_of(step, lanes, pixels)
     pixel_bytes = step.out_channels * FLOAT_BYTES
     flags = (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
     for row in range(rows):
@@ -175,7 +195,20 @@ def _convolve_strip(
             x0 = min(first, step.out_width - pixels)
             place = (row * step.out_width + x0) * pixel_bytes
             a, c, added = line + x0 * VECTOR_BYTES, out + place, other + place
-            _convolve(lanes, pixels, a, offsets, taps, factors, c, pixel_bytes, start, added, flags)
+            _convolve(
+                lanes,
+                pixels,
+                run,
+                a,
+                offsets,
+                taps,
+                factors,
+                c,
+                pixel_bytes,
+                start,
+                added,
+                flags,
+            )
             if step.function != NONE:
                 activate(step.function, c, c, pixel_bytes, pixels, np.int64(1))
 
