@@ -8,7 +8,7 @@ from contextlib import contextmanager
 @contextmanager
 def not_collected() -> Iterator[None]:
     """No garbage is collected within. Importing torch takes a third less so, and numba's
-    compilation of the kernels a quarter."""
+    compilation of the kernels a seventh."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

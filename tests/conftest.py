@@ -104,7 +104,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kitten() -> Path:
-    return Path(__file__).parent.parent / "kitten.jpg"
+    return ROOT / "kitten.jpg"
 
 
 @pytest.fixture(scope="session")

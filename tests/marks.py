@@ -7,6 +7,8 @@ import pytest
 
 
 def some_slow(values: Iterable[Any], *, quick: int) -> list[Any]:
-    """The values as parameters, all after the first `quick` of them marked slow."""
-    every = list(values)
-    return every[:quick] + [pytest.param(value, marks=pytest.mark.slow) for value in every[quick:]]
+    """The values, or tuples of them, as parameters; all after the first `quick` are marked slow."""
+    every = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*each) for each in every[:quick]] + [
+        pytest.param(*each, marks=pytest.mark.slow) for each in every[quick:]
+    ]

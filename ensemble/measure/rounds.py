@@ -81,8 +81,6 @@ def merged(row: Result | None, new: Result) -> Result:
     """A row with what a further process found. One that failed fails the row, which says so."""
     if row is None:
         return new
-    if row.status != "ok":  # it was begun before that was known
-        return row
     heads = {_head(note) for note in row.notes}
     notes = row.notes + tuple(note for note in new.notes if _head(note) not in heads)
     both = replace(

@@ -154,12 +154,9 @@ def _in_processes(
         def is_wanted(case: Case) -> bool:
             return case in cases and rounds.wants_more(rows.get(case), config)
 
-        def needs(case: Case) -> bool:
-            return case not in rows or rows[case].status == "ok"
-
         for several in rounds.rounds(cases, rows, config):
             measured = workers.measure(
-                job, several, picked=picked, progress=tell, number=number, needs=needs
+                job, several, picked=picked, progress=tell, number=number, is_wanted=is_wanted
             )
             for new, beside in measured:
                 wanted = beside is not None and is_wanted(beside.case)

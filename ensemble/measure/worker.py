@@ -78,13 +78,16 @@ def _import_for(strategy: str, device: str) -> None:
     """
     import torch
 
-    from ensemble.strategies import STRATEGIES, best
+    from ensemble.strategies import BEST, HYBRIDS, STRATEGIES, best
 
-    with contextlib.suppress(Exception):
-        STRATEGIES[strategy].builder()
-        if STRATEGIES[strategy].tunes:
-            for name in best.candidates(torch.device(device)):
-                STRATEGIES[name].builder()
+    names = {strategy}
+    if strategy in HYBRIDS:
+        names = {HYBRIDS[strategy].alone, HYBRIDS[strategy].together}
+    elif strategy == BEST:
+        names.update(best.candidates(torch.device(device)))
+    for name in STRATEGIES.keys() & names:
+        with contextlib.suppress(Exception):
+            STRATEGIES[name].builder()
 
 
 def _own_output() -> IO[str]:

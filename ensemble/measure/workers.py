@@ -140,13 +140,13 @@ def measure(
     picked: Callable[[Case], str | None],
     progress: Callable[[Case, str, float], None],
     number: Callable[[Case], int] = lambda case: 0,
-    needs: Callable[[Case], bool] = lambda case: True,
+    is_wanted: Callable[[Case], bool] = lambda case: True,
 ) -> Iterator[tuple[Result, Result | None]]:
     """Each case in a worker of its own, one after another; `number` of its processes so far.
 
     Several are started together, because importing torch keeps one core busy for seconds; they then
     wait, and measure one after the other. `picked` is asked what an earlier one chose for the case,
-    `needs` whether the case still needs one, when its turn has come.
+    `is_wanted` whether it still is, when its turn has come.
     """
     while together := tuple(islice(cases, AT_ONCE)):
         with contextlib.ExitStack() as stack:
@@ -158,7 +158,7 @@ def measure(
                 worker.wait()
             for worker, case in zip(workers, together, strict=True):
                 with worker:
-                    if needs(case):
+                    if is_wanted(case):
                         yield worker.measure(
                             case,
                             number=number(case),

@@ -1,4 +1,4 @@
-"""torchvision, imported without `torch._dynamo`, which takes longer than torch's own half.
+"""torchvision, imported without `torch._dynamo`.
 
 torchvision 0.29's `ops/roi_align.py` imports `torch._dynamo.utils` for one function, which no
 classification model calls. That import takes 1.2 s of a process's 3.6 s, and a run starts a process

@@ -1,6 +1,6 @@
 """The inner loop of a grouped convolution, as LLVM's code."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -33,8 +33,9 @@ def multiply_taps(pixels: int, lanes: int, run: int = 1) -> Any:
     vector apart there, and `c_stride` bytes in c and other, a vector each. `start` is one vector,
     the bias, flags as in `multiply_rows`. `weights` are vectors: one for each input channel of each
     tap. With `lanes`, groups of so many inputs and as many outputs lie side by side in a vector,
-    and an output reads its own group; with 0 each output reads all inputs. Where taps come in runs
-    that read neighbours, each its pixel's next, an input is moved to its lanes once for a `run`.
+    and an output reads its own group, and taps may come in runs of `run` that read one pixel after
+    another: an input is moved to its lanes once for all of them. With 0 each output reads all
+    inputs, tap by tap.
     """
 
     @intrinsic
@@ -56,24 +57,19 @@ def _multiply_taps(
     block.start(asked_flag(builder, flags, START_FROM_C), c, start)
     table = builder.inttoptr(offsets, INT.as_pointer())
     channels = lanes or WIDTH
-    runs = taps if run == 1 else builder.sdiv(taps, constant(run))
-    with cgutils.for_range(builder, runs, intp=INT) as loop:
+    with cgutils.for_range(builder, builder.sdiv(taps, constant(run)), intp=INT) as loop:
         tap = builder.mul(loop.index, constant(run))
         inputs = builder.add(x, builder.load(builder.gep(table, [tap])))
         factors = builder.add(weights, builder.mul(tap, constant(channels * VECTOR_BYTES)))
-        if run > 1:
+        if lanes:
             for channel in range(channels):
                 _add_run(builder, block, channel, lanes, run, inputs, factors)
-        elif lanes:
-            for first in range(0, channels, _CHANNELS_AT_ONCE):
-                chunk = range(first, min(first + _CHANNELS_AT_ONCE, channels))
-                _add_channels(builder, block, chunk, lanes, inputs, factors)
         else:  # every chunk by the same code
             with cgutils.for_range(builder, constant(WIDTH // _CHANNELS_AT_ONCE), intp=INT) as part:
                 first = builder.mul(part.index, constant(_CHANNELS_AT_ONCE))
                 at = builder.add(inputs, builder.mul(first, constant(FLOAT_BYTES)))
                 vectors = builder.add(factors, builder.mul(first, constant(VECTOR_BYTES)))
-                _add_channels(builder, block, range(_CHANNELS_AT_ONCE), lanes, at, vectors)
+                _add_channels(builder, block, at, vectors)
     with builder.if_then(asked_flag(builder, flags, ADD_OTHER)):
         block.add(other)
     with builder.if_then(asked_flag(builder, flags, RELU)):
@@ -81,28 +77,15 @@ def _multiply_taps(
     block.finish(c)
 
 
-def _add_channels(
-    builder: ir.IRBuilder,
-    block: Block,
-    channels: range,
-    lanes: int,
-    inputs: ir.Value,
-    factors: ir.Value,
-) -> None:
-    """Add the products of some input channels of a tap to the sums of all pixels."""
-    weights = [
-        load_at(
-            builder, pointer_to(builder, builder.add(factors, constant(channel * VECTOR_BYTES)))
-        )
-        for channel in channels
-    ]
+def _add_channels(builder: ir.IRBuilder, block: Block, inputs: ir.Value, factors: ir.Value) -> None:
+    """Add the products of some input channels of a tap, read by all outputs, to all sums."""
+    channels = range(_CHANNELS_AT_ONCE)
+    weights = [_vector_at(builder, factors, channel) for channel in channels]
     for (pixel, _), total in block.sums.items():
         at = pointer_to(builder, builder.add(inputs, constant(pixel * VECTOR_BYTES)))
-        value = builder.load(total)
-        for weight, factor in zip(weights, _factors(builder, at, channels, lanes), strict=True):
-            product = builder.fmul(factor, weight, flags=FUSE)
-            value = builder.fadd(product, value, flags=FUSE)
-        builder.store(value, total)
+        for channel, weight in zip(channels, weights, strict=True):
+            factor = repeated(builder, builder.load(builder.gep(at, [constant(channel)])))
+            _add_product(builder, total, factor, weight)
 
 
 def _add_run(
@@ -114,33 +97,28 @@ def _add_run(
     inputs: ir.Value,
     factors: ir.Value,
 ) -> None:
-    """Add the products of an input channel of `run` taps, which read neighbours, to all sums."""
-    weights = [
-        load_at(builder, pointer_to(builder, builder.add(factors, constant(offset * VECTOR_BYTES))))
-        for offset in range(channel, run * lanes, lanes)
-    ]
-    totals = [total for _, total in sorted(block.sums.items(), key=lambda item: item[0])]
-    for place in range(len(totals) + run - 1):
-        at = pointer_to(builder, builder.add(inputs, constant(place * VECTOR_BYTES)))
-        (factor,) = _factors(builder, at, range(channel, channel + 1), lanes)
+    """Add the products of a channel of each group, at `run` taps that read neighbours, to all sums:
+    each output multiplies its own group's input."""
+    order = [lane // lanes * lanes + channel for lane in range(WIDTH)]
+    indices = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), order)
+    weights = [_vector_at(builder, factors, tap * lanes + channel) for tap in range(run)]
+    pixels = len(block.sums)
+    for place in range(pixels + run - 1):
+        values = _vector_at(builder, inputs, place)
+        factor = builder.shuffle_vector(values, ir.Constant(VECTOR, ir.Undefined), indices)
         for tap, weight in enumerate(weights):
-            if 0 <= place - tap < len(totals):
-                total = totals[place - tap]
-                product = builder.fmul(factor, weight, flags=FUSE)
-                sum_ = builder.fadd(product, builder.load(total), flags=FUSE)
-                builder.store(sum_, total)
+            if 0 <= place - tap < pixels:
+                _add_product(builder, block.sums[place - tap, 0], factor, weight)
 
 
-def _factors(
-    builder: ir.IRBuilder, at: ir.Value, channels: range, lanes: int
-) -> Iterator[ir.Value]:
-    """For each channel, what each output of a vector multiplies: its own group's input."""
-    if not lanes:
-        for channel in channels:
-            yield repeated(builder, builder.load(builder.gep(at, [constant(channel)])))
-        return
-    values, undefined = load_at(builder, at), ir.Constant(VECTOR, ir.Undefined)
-    for channel in channels:
-        order = [lane // lanes * lanes + channel for lane in range(WIDTH)]
-        indices = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), order)
-        yield builder.shuffle_vector(values, undefined, indices)
+def _vector_at(builder: ir.IRBuilder, first: ir.Value, index: int) -> ir.Value:
+    """A vector of those that lie one after another from the address `first` on."""
+    at = builder.add(first, constant(index * VECTOR_BYTES))
+    return load_at(builder, pointer_to(builder, at))
+
+
+def _add_product(
+    builder: ir.IRBuilder, total: ir.Value, factor: ir.Value, weight: ir.Value
+) -> None:
+    product = builder.fmul(factor, weight, flags=FUSE)
+    builder.store(builder.fadd(product, builder.load(total), flags=FUSE), total)

@@ -14,6 +14,7 @@ import torch
 
 import ensemble
 from ensemble.strategies import concurrent
+from tests.marks import some_slow
 from tests.tiny import independent, tiny_models
 
 ROOT = Path(__file__).parents[2]
@@ -119,8 +120,7 @@ def test_calls_from_several_threads_do_not_mix(name: str, num_models: int) -> No
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
-    ("name", "num_models"),
-    [("concurrent", 2), pytest.param("prepacked_concurrent", 3, marks=pytest.mark.slow)],
+    ("name", "num_models"), some_slow([*zip(NAMES, (2, 3), strict=True)], quick=1)
 )
 def test_a_process_that_is_forked_after_a_call_can_call_too(name: str, num_models: int) -> None:
     program = """

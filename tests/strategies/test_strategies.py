@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 
 import functorch
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchvision.models.resnet import BasicBlock
 
 import ensemble
 from ensemble import strategies
@@ -20,6 +20,7 @@ from ensemble.strategies import BEST, STRATEGIES
 from ensemble.strategies.built import Built
 from ensemble.strategies.concurrent import shares
 from tests.checkpoints import lively
+from tests.marks import some_slow
 from tests.tiny import TinyNet, independent, tiny_models
 
 SHAPES = {"shared": (2, 3, 8, 8), "per_model": (3, 2, 3, 8, 8)}
@@ -87,10 +88,7 @@ def test_one_model_alone_is_an_ensemble(name: str) -> None:
 )
 @pytest.mark.parametrize(
     ("arch", "per_model"),
-    [
-        ("resnet18", True),
-        pytest.param("resnet50", False, marks=pytest.mark.slow),
-    ],
+    some_slow([("resnet18", True), ("resnet50", False)], quick=1),
 )
 def test_resnets_give_the_logits_of_the_models_themselves(
     name: str, arch: str, per_model: bool
@@ -105,13 +103,13 @@ def test_resnets_give_the_logits_of_the_models_themselves(
 
 @pytest.mark.parametrize(
     ("name", "arch"),
-    [
-        ("vmap", "resnet34"),
-        pytest.param("folded_vmap", "resnet101", marks=pytest.mark.slow),
-        pytest.param("vmap", "resnet101", marks=pytest.mark.slow),
-        pytest.param("vmap", "resnet152", marks=pytest.mark.slow),
-        pytest.param("folded_vmap", "resnet152", marks=pytest.mark.slow),
-    ],
+    some_slow(
+        [
+            ("vmap", "resnet34"),
+            *product(("vmap", "folded_vmap"), ("resnet101", "resnet152")),
+        ],
+        quick=1,
+    ),
 )
 def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(
     name: str, arch: str
@@ -262,7 +260,13 @@ def test_models_in_train_mode_are_refused() -> None:
 @pytest.mark.parametrize("name", ["loop", "vmap", "folded_loop", "folded_vmap"])
 @pytest.mark.parametrize(
     ("dtype", "per_model"),
-    [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)],
+    some_slow(
+        [
+            *((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)),
+            *((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)),
+        ],
+        quick=3,
+    ),
 )
 def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
     name: str, dtype: torch.dtype, per_model: bool, monkeypatch: pytest.MonkeyPatch
@@ -270,7 +274,8 @@ def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
     # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode(), torch.device("cuda"):
-        template = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7).eval()
+        block = torchvision.models.resnet.BasicBlock
+        template = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=7).eval()
         models = stacking.allocate(template, 2, device=torch.device("cuda"), dtype=dtype)
         x = torch.empty((2, 3, 3, 64, 64) if per_model else (3, 3, 64, 64), dtype=dtype)
         logits = ensemble.build(name, models, x)(x)

@@ -6,7 +6,6 @@ An output reads few inputs, so that nothing is gathered: strips of the image are
 zero borders, so that the pixels which neighbours read at a tap lie side by side.
 """
 
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -37,10 +36,8 @@ SIZES = tuple(size for size in (14, 7, 4, 1) if size <= REGISTERS // 2 - 2)
 # Groups that lie side by side in a vector, by channels; wider ones fill whole vectors.
 LANES = tuple(lanes for lanes in (1, 2, 4, 8) if lanes < WIDTH)
 PER_LANE_PRODUCT = 4 / 3  # of the time of another product: an input is moved to its lanes
-# Taps in a row that read neighbours, whose inputs are loaded and moved once for all of them.
-RUN = 3
-LONG_RUNS = (5, 7)  # of one channel a group
-RUNS = (1, RUN, *LONG_RUNS)
+# Taps of a row, at stride 1, that an input is loaded and moved once for, by lanes.
+RUNS = {lanes: (3, 5, 7) if lanes == 1 else (3,) for lanes in LANES}
 
 
 def _can_run(geometry: Geometry) -> bool:
@@ -79,36 +76,27 @@ def _pack(weight: Tensor, target: Tensor) -> None:
     target.copy_(vectors.permute(0, 3, 2, 1))
 
 
-@jit
-def _has_run(lanes, run):
-    return lanes > 0 and (run == RUN or (lanes == 1 and run in LONG_RUNS))
-
-
 def _make_convolve() -> Any:
-    """`convolve(lanes, pixels, run, ...)`: the product for that many, one branch for each."""
+    """`convolve(lanes, pixels, run, ...)`: the product for that many, one branch for each.
+
+    Taps of a run that has no branch are done one by one.
+    """
     arguments = "x, offsets, taps, weights, c, c_stride, start, other, flags"
     lines = [f"def convolve(lanes, pixels, run, {arguments}):", "    stand_alone()"]
     scope = {"stand_alone": stand_alone}
     for lanes in (0, *LANES):
-        for pixels, run in product(SIZES, RUNS):
-            if run > 1 and (pixels == 1 or not _has_run(lanes, run)):
-                continue
-            name = f"taps_{lanes}_{pixels}_{run}"
-            scope[name] = multiply_taps(pixels, lanes, run)
-            lines.append(f"    if lanes == {lanes} and pixels == {pixels} and run == {run}:")
-            lines.append(f"        return {name}({arguments})")
+        for pixels in SIZES:
+            longer = RUNS.get(lanes, ()) if pixels > 1 else ()
+            for run in (*longer, 1):
+                name, asked = f"taps_{lanes}_{pixels}_{run}", f" and run == {run}"
+                scope[name] = multiply_taps(pixels, lanes, run)
+                condition = f"lanes == {lanes} and pixels == {pixels}{asked if run > 1 else ''}"
+                lines += [f"    if {condition}:", f"        return {name}({arguments})"]
     exec("\n".join(lines), scope)
     return scope["convolve"]
 
 
 _convolve = jit(_make_convolve())
-
-
-@jit
-def _run_of(step, lanes, pixels):
-    """How many taps in a row of a kernel are done together."""
-    neighbours = step.stride_x == 1 and step.dilation_x == 1 and pixels > 1
-    return step.kernel_x if neighbours and _has_run(lanes, step.kernel_x) else 1
 
 
 @jit
@@ -184,8 +172,8 @@ def _convolve_strip(
     share = step.channels // step.groups
     lanes = share if share < WIDTH else 0
     pixels = _pixels_at_once(step.out_width)
-    run = _run_of(step, lanes, pixels)
-    pixel_bytes = step.out_channels * FLOAT_BYTES
+    run = step.kernel_x if step.stride_x == 1 and step.dilation_x == 1 else 1
+    pixel = step.out_channels * FLOAT_BYTES  # from one to the next
     flags = (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
     for row in range(rows):
         line = strip + row * step.stride_y * line_bytes
@@ -193,24 +181,11 @@ def _convolve_strip(
             _fetch_lines(step, ahead, y + row * step.stride_y, step.stride_y)
         for first in range(0, step.out_width, pixels):
             x0 = min(first, step.out_width - pixels)
-            place = (row * step.out_width + x0) * pixel_bytes
+            place = (row * step.out_width + x0) * pixel
             a, c, added = line + x0 * VECTOR_BYTES, out + place, other + place
-            _convolve(
-                lanes,
-                pixels,
-                run,
-                a,
-                offsets,
-                taps,
-                factors,
-                c,
-                pixel_bytes,
-                start,
-                added,
-                flags,
-            )
+            _convolve(lanes, pixels, run, a, offsets, taps, factors, c, pixel, start, added, flags)
             if step.function != NONE:
-                activate(step.function, c, c, pixel_bytes, pixels, np.int64(1))
+                activate(step.function, c, c, pixel, pixels, np.int64(1))
 
 
 @jit
