@@ -29,11 +29,7 @@ ROOT = Path(__file__).parent.parent
 # Tests that call the kernels, which are compiled once, in half a minute: by a process beside those
 # of the tests, which run the others first.
 LATE = ("ops", "strategies", "passes", "serving", "measure/test_grid", "test_concurrency")
-COMPILE = """
-import torch
-from ensemble.ops import simd, stacks
-stacks.packed_max_pool2d(torch.zeros(1, 1, simd.WIDTH, 4, 4), [2, 2], [2, 2], [0, 0])
-"""
+COMPILE = "from ensemble.ops import kernels; kernels.load()"
 compiling: list[subprocess.Popen[bytes]] = []
 
 

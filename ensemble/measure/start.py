@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,8 +62,12 @@ def start(
     *,
     tune_seconds: float = TUNE_SECONDS,
 ) -> Started:
-    """Build a strategy and call it twice. Its peak memory counts its models and all it adds."""
+    """Build a strategy and call it twice. Its peak memory counts its models and all it adds.
+
+    Neither its time nor its memory has what is done once: see `prepare`.
+    """
     device = example.device
+    prepare(name, device)
     before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
     synchronize(device)
     begin = time.perf_counter()
@@ -90,6 +95,21 @@ def start(
         notes=_notes(built, caught),
         choice=built.choice,
     )
+
+
+def prepare(name: str, device: torch.device) -> None:
+    """Import what building the strategy would, and have its kernels: compiled, once per
+    installation, or read from the disk.
+
+    Raises:
+        UnavailableError: what it needs is not installed.
+    """
+    strategy = strategies.STRATEGIES[name]
+    strategy.builder()
+    if strategy.has_kernels and device.type == "cpu" and find_spec("numba"):
+        from ensemble.ops import kernels
+
+        kernels.load()
 
 
 def _call_again(forward: Forward, example: Tensor) -> Sequence[warnings.WarningMessage]:

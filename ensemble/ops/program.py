@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Sequence
 from math import prod
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ensemble import garbage
 from ensemble.ops import kernels, serial
 from ensemble.ops.operation import Kind, Operation
 from ensemble.ops.pages import in_large_pages
@@ -59,6 +57,7 @@ class Program(nn.Module):
         self._in_shapes = _in_shapes(operations)
         self._places = {value: _places(operations, value) for value in (*inputs, *outputs)}
         offsets, arena_bytes = _plan(operations, outputs)
+        kernels.load()
         self._steps = np.zeros(len(operations), kernels.STEP)
         for step, operation in zip(self._steps, operations, strict=True):
             _fill(step, operation, offsets)
@@ -132,9 +131,7 @@ class Program(nn.Module):
         def stop() -> None:
             state[kernels.STOP] = 1
 
-        # The first call of a process compiles the kernels, or reads them from the disk.
-        first = contextlib.nullcontext() if kernels.run.signatures else garbage.not_collected()
-        with self._lock(), first:  # the arenas are its own: one call at a time
+        with self._lock():  # the arenas are its own: one call at a time
             if self._threads == 1:
                 part(0)
             else:

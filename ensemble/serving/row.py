@@ -14,7 +14,7 @@ from ensemble.machine.timing import interleaved
 from ensemble.measure.cell import Cell
 from ensemble.measure.failure import reason
 from ensemble.measure.stages import Stage
-from ensemble.measure.start import tidy
+from ensemble.measure.start import prepare, tidy
 from ensemble.models import stacking
 from ensemble.options import Config
 from ensemble.records import Case, Load, Process, Result
@@ -48,8 +48,11 @@ def measure(
     tidy()
     row, dtype = Result(case, notes=cell.notes), getattr(torch, case.dtype)
     device, cpu = cell.example.device, other_programs.read()
-    before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
+    asked = ways.plan(case)
     try:
+        for name in filter(None, (asked.alone, asked.together)):
+            prepare(name, device)
+        before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
         engine = ways.build(case, cell, max_batch=config.max_batch, progress=progress)
         row = replace(row, notes=row.notes + _notes(engine), max_rel_error=engine.max_rel_error)
         player = Player(case, config, engine, _bound_s(case, cell, config), progress)
@@ -60,7 +63,7 @@ def measure(
         return replace(row, status="failed", error=str(error))
     except Exception as error:
         log.debug("%s failed", case, exc_info=True)
-        name = ways.plan(case).alone or ways.plan(case).together or case.strategy
+        name = asked.alone or asked.together or case.strategy
         why = reason(error, name, cell.models, cell.example, dtype)
         return replace(row, status="failed", error=why)
     peak = memory.peak_bytes(device) if peak_known else None

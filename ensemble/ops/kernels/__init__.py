@@ -7,7 +7,7 @@ from torch import Tensor
 from ensemble.ops.kernels.direct import is_planar
 from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry, whole_panels
 from ensemble.ops.kernels.registry import KERNELS
-from ensemble.ops.kernels.run import ARRIVALS, STOP, run
+from ensemble.ops.kernels.run import ARRIVALS, STOP, load, run
 from ensemble.ops.operation import Geometry, Kind
 from ensemble.ops.pages import in_large_pages
 
@@ -22,6 +22,7 @@ __all__ = [
     "empty_packed",
     "fill_geometry",
     "is_planar",
+    "load",
     "pack",
     "run",
     "scratch_bytes",

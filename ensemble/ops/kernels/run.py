@@ -11,10 +11,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numba import njit
 
+from ensemble import garbage
 from ensemble.ops import operation, products, simd, taps
-from ensemble.ops.kernels.kernel import LOCAL, ceil, jit, jit_within
+from ensemble.ops.kernels.kernel import LOCAL, STEP, ceil, jit, jit_within
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.simd import fetch_add, give_way, load_shared, relax
 
@@ -166,3 +168,12 @@ def _make_run(sources: str) -> Any:
 _FILES = [Path(str(module.__file__)) for module in (simd, products, taps, operation)]
 _FILES += sorted(Path(__file__).parent.glob("*.py"))
 run = _make_run(hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest())
+
+
+def load() -> None:
+    """Have `run` in this process: compiled, once per installation, or read from the disk."""
+    if not run.signatures:
+        steps, addresses = np.zeros(0, STEP), np.zeros(1, np.int64)
+        state = np.zeros(ARRIVALS + 1, np.int64)
+        with garbage.not_collected():
+            run(steps, addresses, addresses, state.ctypes.data, 0, 1, 0)  # of no model
