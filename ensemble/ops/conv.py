@@ -142,20 +142,30 @@ def _pooled(pool: Callable[..., Tensor], x: Tensor, *options: Any) -> Tensor:
 
 @custom_op("ensemble::average_pool2d", mutates_args=())
 def average_pool2d(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], zeros: bool
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    zeros: bool,
+    ceil_mode: bool = False,
 ) -> Tensor:
     """Average pooling of one model: x `(B, C, H, W)` -> `(B, C, OH, OW)`.
 
     zeros: those around the image count as pixels.
     """
-    return _plain_average_pool2d(x, kernel, stride, padding, zeros)
+    return _plain_average_pool2d(x, kernel, stride, padding, zeros, ceil_mode)
 
 
 def _plain_average_pool2d(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], zeros: bool
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    zeros: bool,
+    ceil_mode: bool = False,
 ) -> Tensor:
     sizes = list(kernel), list(stride), list(padding)
-    return functional.avg_pool2d(x, *sizes, count_include_pad=zeros)
+    return functional.avg_pool2d(x, *sizes, ceil_mode=ceil_mode, count_include_pad=zeros)
 
 
 @average_pool2d.register_fake
@@ -166,7 +176,7 @@ def _(x: Tensor, *options: Any) -> Tensor:
 @average_pool2d.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> tuple[Tensor, int]:
     (x,) = _stacked_first([x], in_dims)
-    if _can_pool(Kind.AVERAGE_POOL, x, *options[:3]):
+    if _can_pool(Kind.AVERAGE_POOL, x, *options[:3], *options[4:]):
         return stacks.packed_average_pool2d(x, *options), 0
     return _pooled(_plain_average_pool2d, x, *options), 0
 
@@ -192,8 +202,13 @@ def _(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Any) -> tuple[Tensor, int]:
     x, scale, shift = _stacked_first(tensors, in_dims)
     is_stacked = [dim is not None for dim in in_dims]
-    if all(is_stacked) and x.dim() == 5 and stacks.can_run(Kind.AFFINE, x, stacks.pointwise(x)):
-        return stacks.packed_affine(x, scale, shift), 0
+    fits = is_stacked[0] and x.dim() == 5
+    if fits and stacks.can_run(Kind.AFFINE, x, stacks.pointwise(x)):
+        of_models = [
+            tensor if stacked else tensor.expand(info.batch_size, -1)
+            for tensor, stacked in zip((scale, shift), is_stacked[1:], strict=True)
+        ]
+        return stacks.packed_affine(x, *of_models), 0
     images = x if is_stacked[0] else x.expand(info.batch_size, *x.shape)
     factors, summands = (
         (t[:, None] if stacked else t)

@@ -13,15 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ensemble.errors import UnavailableError
-from ensemble.ops import conv, stacks, steps
+from ensemble.ops import conv, stacks, steps, tracing
 from ensemble.ops.operation import Kind, Operation
+from ensemble.ops.tracing import remove_identities, traced
 from ensemble.ops.vectors import is_narrow
-
-try:
-    from functorch import make_fx
-except ImportError:  # a torch that has dropped functorch
-    from torch.fx.experimental.proxy_tensor import make_fx
 
 State = dict[str, Tensor]
 Values = dict[fx.Node, Tensor]
@@ -43,13 +38,11 @@ class Lowered:
     refused: tuple[str, ...]
 
 
-def lower(
-    mapped: Callable[[State, Tensor], Tensor], state: State, example: Tensor, *, threads: int
-) -> Lowered:
+def lower(mapped: Callable[..., Tensor], state: State, example: Tensor, *, threads: int) -> Lowered:
     """`mapped` as a function of x alone, for inputs like `example`.
 
     Args:
-        mapped: `(state, x) -> logits`, vmapped over N models. It may write over what it forms.
+        mapped: `(*state, x) -> logits`, vmapped over N models.
         state: stacked tensors by name. Emptied: each is freed once nothing needs it.
         example: `(B, C, H, W)` or `(N, B, C, H, W)`. Winograd's error is measured on it, or on
             noise where it is the same everywhere.
@@ -60,10 +53,9 @@ def lower(
     """
     names, num_models = list(state), len(next(iter(state.values()), ()))
 
-    def flat(*arguments: Tensor) -> Tensor:
-        return mapped(dict(zip(names, arguments[:-1], strict=True)), arguments[-1])
-
-    module = _trace(flat, (*state.values(), example))
+    module = traced(mapped, (*state.values(), example))
+    _keep_pixels(module.graph)
+    remove_identities(module.graph)
     *placeholders, x = module.graph.find_nodes(op="placeholder")
     values = {node: state.pop(name) for node, name in zip(placeholders, names, strict=True)}
     layers = dict(zip(placeholders, names, strict=True))
@@ -81,26 +73,6 @@ def lower(
     module.graph.lint()
     module.recompile()
     return Lowered(module, tuple(operations), tuple(refused))
-
-
-def _trace(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
-    """A graph in which no node writes over another's memory: it may be cut and run in parts.
-
-    Writes are taken out of the traced graph, not while vmap runs: there torch leaves those into
-    tensors that vmap does not map, as circular padding of a shared image.
-    """
-    module = make_fx(function, tracing_mode="fake")(*arguments)
-    if _writes(module):
-        module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*arguments)
-    if writes := _writes(module):
-        raise UnavailableError(f"this model writes over a tensor in a way of its own: {writes[0]}")
-    # A kernel's result may lie in memory in another order than its trace says; where nothing
-    # writes, a view is as good as a copy.
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
-    _keep_pixels(module.graph)
-    _remove_identities(module.graph)
-    return module
 
 
 def _keep_pixels(graph: fx.Graph) -> None:
@@ -121,31 +93,6 @@ def _keep_pixels(graph: fx.Graph) -> None:
         node.args, node.meta["val"] = (x, dims, True), mean[..., None, None]
 
 
-def _remove_identities(graph: fx.Graph) -> None:
-    """Take out what gives back what it is given, so that nothing comes between two kernels."""
-    aten = torch.ops.aten
-    for node in graph.nodes:
-        if node.target is aten.reshape.default:
-            source = _node(node.args[0])
-            if source.target is aten.reshape.default:
-                node.args = (source.args[0], *node.args[1:])
-                source = _node(source.args[0])
-            known = source.meta.get("val")
-            same = known is not None and known.shape == node.meta["val"].shape
-        else:
-            same = node.target is aten.alias.default
-        if same:
-            node.replace_all_uses_with(_node(node.args[0]))
-    graph.eliminate_dead_code()
-
-
-def _writes(module: fx.GraphModule) -> list[str]:
-    """The operators of a graph that write over what they are given."""
-    calls = (node.target for node in module.graph.nodes if node.op == "call_function")
-    operators = (target for target in calls if isinstance(target, torch._ops.OpOverload))
-    return [str(target) for target in operators if target._schema.is_mutable]
-
-
 def _run_once(
     module: fx.GraphModule, values: Values, layers: dict[fx.Node, str]
 ) -> tuple[set[fx.Node], list[str]]:
@@ -153,7 +100,7 @@ def _run_once(
 
     Returns the nodes that x reaches, and the layers where a kernel was refused, with the reason.
     """
-    reached, refused = _reached(module.graph), []
+    reached, refused = tracing.reached(module.graph), []
     readers = {node: len(node.users) for node in module.graph.nodes}
     for node in module.graph.nodes:
         if node in values or node.op == "output":
@@ -164,7 +111,7 @@ def _run_once(
             packing = _node(node.args[1])
             problem = _make_accurate(node, packing, values)
             if problem:
-                refused.append(f"{layers.get(_node(packing.args[0]), node.name)}: {problem}")
+                refused.append(f"{layers.get(_origin(packing), node.name)}: {problem}")
             _run_node(packing, values, readers, reached)
             _run_node(node, values, readers, reached)
         elif node.target is not _PACK or next(iter(node.users)).target is not _CONV2D:
@@ -175,13 +122,11 @@ def _run_once(
     return reached, refused
 
 
-def _reached(graph: fx.Graph) -> set[fx.Node]:
-    """The input of a call, and all nodes that depend on it."""
-    found = {graph.find_nodes(op="placeholder")[-1]}
-    for node in graph.nodes:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
+def _origin(node: fx.Node) -> fx.Node:
+    """The placeholder that a packed weight was made of."""
+    while node.op == "call_function":
+        node = _node(node.args[0])
+    return node
 
 
 def _run_node(

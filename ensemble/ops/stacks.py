@@ -92,16 +92,21 @@ def _(x: Tensor, *options: Any) -> Tensor:
 
 @custom_op("ensemble::packed_average_pool2d", mutates_args=())
 def packed_average_pool2d(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], zeros: bool
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    zeros: bool,
+    ceil_mode: bool = False,
 ) -> Tensor:
     """`average_pool2d` of N models: x `(N, B, C, H, W)` -> `(N, B, C, OH, OW)`."""
-    operation = average_pool2d_operation(x, kernel, stride, padding, zeros)
+    operation = average_pool2d_operation(x, kernel, stride, padding, zeros, ceil_mode)
     return _run(operation, [x], num_models=len(x))
 
 
 @packed_average_pool2d.register_fake
 def _(x: Tensor, *options: Any) -> Tensor:
-    return _fake(x, len(x), pool_geometry(x, *options[:3]))
+    return _fake(x, len(x), pool_geometry(x, *options[:3], *options[4:]))
 
 
 @custom_op("ensemble::packed_affine", mutates_args=())
@@ -155,10 +160,16 @@ def max_pool2d_operation(x: Tensor, *options: Any) -> Operation:
     return _in_vectors(Operation(Kind.MAX_POOL, pool_geometry(x, *options), X, OUT))
 
 
-def average_pool2d_operation(x: Tensor, *options: Any) -> Operation:
+def average_pool2d_operation(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    zeros: bool,
+    ceil_mode: bool = False,
+) -> Operation:
     """`packed_average_pool2d` as a step."""
-    *sizes, zeros = options
-    geometry = pool_geometry(x, *sizes)
+    geometry = pool_geometry(x, kernel, stride, padding, ceil_mode)
     return _in_vectors(Operation(Kind.AVERAGE_POOL, geometry, X, OUT, option=int(zeros)))
 
 

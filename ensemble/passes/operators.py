@@ -1,198 +1,311 @@
-"""A model by the operators of `ensemble.ops.conv`, whose vmap rules choose kernels for N models."""
+"""A graph of torch's operators by those of `ensemble.ops.conv`, whose vmap rules choose kernels.
+
+One walk from the input on: each node that is a convolution, pooling, batch norm, linear layer, sum
+or relu becomes an operator of ours, or part of the one before it. A batch norm, and whatever else
+multiplies channels by constants and adds constants to them, goes into the convolution before it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import Tensor, fx
 
-from ensemble.models import stacking
-from ensemble.ops import conv
-from ensemble.passes.effects import effects
-from ensemble.passes.fusing import fuse
-from ensemble.passes.tracing import is_features, is_images, replaceable, replaceable_once
+from ensemble.ops.tracing import reached, value_of
 
+aten, ours = torch.ops.aten, torch.ops.ensemble
 
-class Conv2d(nn.Module):
-    """`conv`, what is added to it and its relu, as the operator `ensemble::conv2d`."""
-
-    def __init__(self, original: nn.Conv2d, *, relu: bool) -> None:
-        super().__init__()
-        self.weight, self.bias = original.weight, original.bias
-        self.options = (
-            list(original.stride),
-            list(original.padding),
-            list(original.dilation),
-            original.groups,
-            relu,
-        )
-
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        return conv.conv2d(x, self.weight, self.bias, other, *self.options)
+_CONV2D = ours.conv2d.default
 
 
-class _Pool2d(nn.Module):
-    """A pooling layer's sizes and flag, as the operators of `ensemble.ops.conv` take them."""
-
-    def __init__(self, original: nn.MaxPool2d | nn.AvgPool2d, flag: bool) -> None:
-        super().__init__()
-        sizes = (original.kernel_size, original.stride, original.padding)
-        self.options = (*map(_y_and_x, sizes), flag)
-
-
-class MaxPool2d(_Pool2d):
-    """A layer as the operator `ensemble::max_pool2d`; the flag: ceil mode."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv.max_pool2d(x, *self.options)
+def with_operators(module: fx.GraphModule) -> None:
+    """Rewrite a graph of `passes.aten.graph_of`; what the operators do not fit stays."""
+    module.graph.eliminate_dead_code()  # results of a norm that nobody reads
+    rewriting = _Rewriting(module.graph)
+    for node in list(module.graph.nodes):
+        rewrite = _REWRITES.get(node.target)
+        if rewrite is not None and node in rewriting.reached and not node.kwargs:
+            rewrite(rewriting, node)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
 
 
-class AvgPool2d(_Pool2d):
-    """A layer as the operator `ensemble::average_pool2d`; the flag: zeros count."""
+class _Rewriting:
+    """A graph, and which of its nodes depend on the input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return conv.average_pool2d(x, *self.options)
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph, self.reached = graph, reached(graph)
+        self.batch = len(value_of(graph.find_nodes(op="placeholder")[-1]))
 
+    def is_images(self, node: object) -> bool:
+        """Is it `(B, C, H, W)`, and depends on the input?"""
+        return node in self.reached and _dim(node) == 4
 
-class Mean(nn.Module):
-    """Adaptive average pooling to one pixel: torch has no vmap rule for that."""
+    def is_constant(self, *nodes: object) -> bool:
+        """Do they not depend on the input?"""
+        return not any(node in self.reached for node in nodes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _mean_of_pixels(x)
+    def call(self, target: Callable[..., Any], *arguments: Any, like: fx.Node | None) -> fx.Node:
+        """A new node; like: which of the graph's it takes the place of, if any."""
+        node = self.graph.call_function(target, arguments)
+        if like is not None:
+            node.meta["val"] = like.meta["val"]
+            self.reached.add(node)
+        return node
 
+    def replace(self, node: fx.Node, target: Callable[..., Any], *arguments: Any) -> fx.Node:
+        with self.graph.inserting_before(node):
+            made = self.call(target, *arguments, like=node)
+        node.replace_all_uses_with(made)
+        self.graph.erase_node(node)
+        return made
 
-def _mean_of_pixels(x: Tensor) -> Tensor:
-    return x.mean((-2, -1), keepdim=True)
+    def gives_one(self, node: fx.Node) -> bool:
+        """Of several results, does nobody read another than the first? Then it is the node's."""
+        users = list(node.users)
+        if len(users) != 1 or users[0].args[1] != 0:
+            return False
+        node.meta["val"] = value_of(users[0])
+        self.drop(users[0], node)
+        return True
 
-
-class BatchNorm2d(nn.Module):
-    """`original`, which no convolution before it could take, as the operator `ensemble::affine`."""
-
-    def __init__(self, original: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = original.weight, original.bias, original.eps
-        self.register_buffer("running_mean", original.running_mean)
-        self.register_buffer("running_var", original.running_var)
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(self.running_var.dtype, torch.float32)
-        scale = (self.running_var.to(wide) + self.eps).rsqrt()
-        scale = scale if self.weight is None else scale * self.weight.to(wide)
-        shift = -self.running_mean.to(wide) * scale
-        shift = shift if self.bias is None else shift + self.bias.to(wide)
-        return conv.affine(x, scale, shift)
-
-
-class Head(nn.Module):
-    """Average pooling to one pixel and the linear layer after it, as `ensemble::head`."""
-
-    def __init__(self, original: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = original.weight, original.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv.head(x, self.weight, self.bias)
+    def drop(self, node: fx.Node, value: fx.Node) -> None:
+        """Let `value` stand for a node that gives the same."""
+        node.replace_all_uses_with(value)
+        self.graph.erase_node(node)
 
 
-class Linear(nn.Module):
-    """A linear layer on features `(B, C)`, as `ensemble::head` of images of one pixel."""
-
-    def __init__(self, original: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = original.weight, original.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv.head(x.reshape(*x.shape, 1, 1), self.weight, self.bias)
+def _convolution(graph: _Rewriting, node: fx.Node) -> None:
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
+    if graph.is_images(x) and _dim(weight) == 4 and not transposed:
+        options = (stride, padding, dilation, groups, False)
+        graph.replace(node, _CONV2D, x, weight, bias, None, *options)
 
 
-def with_operators(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """`model` by the operators of `ensemble.ops.conv`, its tensors under their own names.
-
-    example: `(B, C, H, W)`. What the operators do not fit, or is more than its call, stays.
-    """
-    fused = fuse(model, example, lambda layer, _, relu: Conv2d(layer, relu=relu), in_place=False)
-    for name, node in replaceable_once(fused, fused.graph).items():
-        module = fused.get_submodule(name)
-        if type(module) is nn.Linear:
-            _take_pooling(fused, node, module)
-    for name, nodes in replaceable(fused, fused.graph).items():
-        module = fused.get_submodule(name)
-        if not all(is_images(node.args[0]) for node in nodes):
-            continue
-        replacement = _operator_for(module)
-        if replacement is not None:
-            fused.set_submodule(name, replacement)
-    for node in fused.graph.find_nodes(op="call_function", target=functional.adaptive_avg_pool2d):
-        if is_images(node.args[0]) and node.args[1:] in ((1,), ((1, 1),)) and not node.kwargs:
-            node.target, node.args = _mean_of_pixels, node.args[:1]
-    for name, nodes in replaceable(fused, fused.graph).items():
-        module = fused.get_submodule(name)
-        if type(module) is nn.Linear and all(is_features(node.args[0]) for node in nodes):
-            fused.set_submodule(name, Linear(module))
-    fused.graph.lint()
-    fused.recompile()
-    return fused
-
-
-def _operator_for(module: nn.Module) -> nn.Module | None:
-    """The same by an operator of ours, where there is one."""
-    if type(module) is nn.MaxPool2d:
-        plain = module.dilation in (1, (1, 1)) and not module.return_indices
-        return MaxPool2d(module, module.ceil_mode) if plain else None
-    if type(module) is nn.AvgPool2d:
-        plain = not module.ceil_mode and module.divisor_override is None
-        return AvgPool2d(module, module.count_include_pad) if plain else None
-    if type(module) is nn.AdaptiveAvgPool2d:
-        return Mean() if module.output_size in (1, (1, 1)) else None
-    if type(module) is nn.BatchNorm2d:
-        plain = not module.training and module.running_mean is not None
-        return BatchNorm2d(module) if plain else None
-    return None
-
-
-def _y_and_x(size: Any) -> list[int]:
-    return [size, size] if isinstance(size, int) else [size[0], size[-1]]
-
-
-def _take_pooling(fused: fx.GraphModule, node: fx.Node, linear: nn.Linear) -> None:
-    """Where `linear` reads nothing but a flattened mean over all pixels, make them one."""
-    flat = node.args[0]
-    assert isinstance(flat, fx.Node)
-    plain = flat.target is torch.flatten and flat.args[1:] == (1,) and not flat.kwargs
-    pool = flat.args[0] if plain else None
-    pools = replaceable(fused, fused.graph)
-    if not isinstance(pool, fx.Node) or pool not in pools.get(str(pool.target), ()):
+def _batch_norm(graph: _Rewriting, node: fx.Node) -> None:
+    """In eval mode, by statistics that it holds: a factor and a summand for each channel."""
+    x, weight, bias, mean, variance, *rest = node.args
+    eps: Any = rest[-1]
+    is_training = len(rest) == 3 and rest[0]
+    held = isinstance(mean, fx.Node) and isinstance(variance, fx.Node)
+    if is_training or not held or not graph.is_images(x):
         return
-    pooling, images = fused.get_submodule(str(pool.target)), pool.args[0]
-    assert isinstance(images, fx.Node)
-    if (
-        type(pooling) is nn.AdaptiveAvgPool2d
-        and pooling.output_size in (1, (1, 1))
-        and is_images(images)
-        and len(flat.users) == len(pool.users) == 1
-        and effects(fused, fresh=node).may_run_at(pool, node, reading=images)
-    ):
-        node.args = (images,)
-        fused.graph.erase_node(flat)
-        fused.graph.erase_node(pool)
-        fused.set_submodule(str(node.target), Head(linear))
+    if graph.is_constant(weight, bias, mean, variance) and graph.gives_one(node):
+        with graph.graph.inserting_before(node):
+            factors = graph.call(_norm_factors, weight, variance, eps, like=None)
+            summands = graph.call(_norm_summands, bias, mean, factors, like=None)
+        _affine(graph, node, _node(x), factors, summands)
 
 
-def state_of(
-    graph: nn.Module, state: dict[str, Tensor], model: nn.Module, num_models: int
-) -> dict[str, Tensor]:
-    """The stacked tensors that `graph`, made of `model`, has, by the names that it has them under.
+def _norm_factors(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    factors = (variance.double() + eps).rsqrt()
+    return factors if weight is None else factors * weight.double()
 
-    It lacks those of modules that are never called, may have another of a tied tensor's names, and
-    has constants that are the same for all models.
-    """
-    names = stacking.first_names(model)
-    return {
-        name: state[names[name]] if name in names else torch.stack([tensor] * num_models)
-        for name, tensor in stacking.named_tensors(graph).items()
-    }
+
+def _norm_summands(bias: Tensor | None, mean: Tensor, factors: Tensor) -> Tensor:
+    summands = -mean.double() * factors
+    return summands if bias is None else summands + bias.double()
+
+
+def _by_constants(factor: bool, sign: int = 1) -> Callable[[_Rewriting, fx.Node], None]:
+    """Of `x * c` or `x + c`, either way round, and `x / c`, `x - c` (sign -1)."""
+
+    def rewrite(graph: _Rewriting, node: fx.Node) -> None:
+        first, second = node.args
+        x, constant = (first, second) if graph.is_constant(second) or sign < 0 else (second, first)
+        known, result = value_of(x), value_of(node)
+        fits = graph.is_images(x) and graph.is_constant(constant)
+        if not fits or (known.shape, known.dtype) != (result.shape, result.dtype):
+            return
+        if not _is_of_channels(value_of(constant), known.shape[1]):
+            return
+        power, sign_ = (sign, 1) if factor else (1, sign)
+        like = known.shape[1], known.device
+        with graph.graph.inserting_before(node):
+            values = graph.call(_of_channels, constant, power, sign_, *like, like=None)
+            neutral = graph.call(_of_channels, 0 if factor else 1, 1, 1, *like, like=None)
+        factors, summands = (values, neutral) if factor else (neutral, values)
+        _affine(graph, node, _node(x), factors, summands)
+
+    return rewrite
+
+
+def _is_of_channels(constant: object, channels: int) -> bool:
+    """Does it broadcast to images as a number, or as one for each channel?"""
+    if not isinstance(constant, Tensor):
+        return isinstance(constant, int | float)
+    *images, own, height, width = (1, 1, 1, *constant.shape)[-4:]
+    return constant.dim() <= 4 and images == [1] and own in (1, channels) and height == width == 1
+
+
+def _of_channels(
+    constant: Tensor | float, power: int, sign: int, channels: int, device: torch.device
+) -> Tensor:
+    """`sign * constant ** power` for each channel: `(C,)` in float64."""
+    if not isinstance(constant, Tensor):
+        return torch.full((channels,), sign * constant**power, dtype=torch.float64, device=device)
+    values = constant.double().flatten() ** power
+    return (sign * values).expand(channels)
+
+
+def _affine(
+    graph: _Rewriting, node: fx.Node, x: fx.Node, factors: fx.Node, summands: fx.Node
+) -> None:
+    """Put `x * factors + summands`, `(C,)` in float64 each, in the place of a node."""
+    with graph.graph.inserting_before(node):
+        if _is_bare(x, _CONV2D) and graph.is_constant(*x.args[1:3]):
+            source, weight, bias, *rest = x.args
+            scaled = graph.call(_scaled, weight, factors, like=None)
+            shifted = graph.call(_shifted, bias, weight, factors, summands, like=None)
+            graph.replace(node, _CONV2D, source, scaled, shifted, *rest)
+            graph.graph.erase_node(x)
+            return
+        wide = torch.promote_types(value_of(x).dtype, torch.float32)
+        tensors = [graph.call(Tensor.to, tensor, wide, like=None) for tensor in (factors, summands)]
+        graph.replace(node, ours.affine.default, x, *tensors)
+
+
+def _scaled(weight: Tensor, factors: Tensor) -> Tensor:
+    # Not in float64: of a layer of many models that would be a lot of memory.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) * factors.to(wide)[:, None, None, None]).to(weight.dtype)
+
+
+def _shifted(bias: Tensor | None, weight: Tensor, factors: Tensor, summands: Tensor) -> Tensor:
+    shifted = summands if bias is None else bias.double() * factors + summands
+    return shifted.to(weight.dtype)
+
+
+def _add(graph: _Rewriting, node: fx.Node) -> None:
+    """A sum of two images of one shape: into the later convolution of the two."""
+    first, second = node.args
+    known = [(v.shape, v.dtype) for v in map(value_of, (*node.args, node)) if isinstance(v, Tensor)]
+    if len(known) < 3 or len(set(known)) > 1 or not all(map(graph.is_images, node.args)):
+        _by_constants(factor=False)(graph, node)
+        return
+    bare = [source for source in map(_node, node.args) if _is_bare(source, _CONV2D)]
+    if not bare or first is second:
+        return
+    conv = max(bare)  # by their order in the graph
+    other = second if conv is first else first
+    x, weight, bias, _, *rest = conv.args
+    graph.replace(node, _CONV2D, x, weight, bias, other, *rest)
+    graph.graph.erase_node(conv)
+
+
+def _relu(graph: _Rewriting, node: fx.Node) -> None:
+    x = _node(node.args[0])
+    if x.target is _CONV2D and len(x.users) == 1 and not x.args[-1]:
+        x.args = (*x.args[:-1], True)
+        graph.drop(node, x)
+
+
+def _max_pool(graph: _Rewriting, node: fx.Node) -> None:
+    x, kernel, stride, padding, dilation, ceil_mode = _filled(node)
+    if graph.is_images(x) and set(_two(dilation)) == {1} and graph.gives_one(node):
+        sizes = _two(kernel), _two(stride or kernel), _two(padding)
+        graph.replace(node, ours.max_pool2d.default, x, *sizes, ceil_mode)
+
+
+def _average_pool(graph: _Rewriting, node: fx.Node) -> None:
+    x, kernel, stride, padding, ceil_mode, zeros, divisor = _filled(node)
+    if graph.is_images(x) and divisor is None:
+        sizes = _two(kernel), _two(stride or kernel), _two(padding)
+        graph.replace(node, ours.average_pool2d.default, x, *sizes, zeros, ceil_mode)
+
+
+def _adaptive_average_pool(graph: _Rewriting, node: fx.Node) -> None:
+    """To a size that divides the image's: windows of one size, side by side."""
+    x, size = _node(node.args[0]), _two(node.args[1])
+    if not graph.is_images(x):
+        return
+    whole = list(value_of(x).shape[-2:])
+    if whole == size:
+        graph.drop(node, x)
+    elif all(length % count == 0 for length, count in zip(whole, size, strict=True)):
+        kernel = [length // count for length, count in zip(whole, size, strict=True)]
+        none = [0, 0]
+        graph.replace(node, ours.average_pool2d.default, x, kernel, kernel, none, False, False)
+
+
+def _linear(graph: _Rewriting, node: fx.Node) -> None:
+    """`(bias, x, weight)` or `(x, weight)`, weight `(C, K)`: of features `(B, C)`, with the mean
+    over all pixels that they may be."""
+    bias, x, weight = node.args if len(node.args) == 3 else (None, *node.args)
+    if not graph.is_constant(weight, bias) or x not in graph.reached or _dim(bias) not in (None, 1):
+        return
+    if len(value_of(x)) != graph.batch:
+        return
+    with graph.graph.inserting_before(node):
+        rows = graph.call(aten.t.default, weight, like=None)
+        images = _mean_of(_node(x))
+        if images is None:
+            shape = [*value_of(x).shape, 1, 1]
+            images = graph.graph.call_function(aten.reshape.default, (x, shape))
+            images.meta["val"] = value_of(x)[..., None, None]
+            graph.reached.add(images)
+        graph.replace(node, ours.head.default, images, rows, bias)
+
+
+def _mean_of(x: fx.Node) -> fx.Node | None:
+    """The images whose mean over all pixels x is, `(B, C)`, if nobody else reads it."""
+    if x.target is aten.reshape.default and len(x.users) == 1:
+        x = _node(x.args[0])
+    images = x.args[0] if x.target is aten.mean.dim and len(x.users) == 1 else None
+    dims = x.args[1] if isinstance(images, fx.Node) else None
+    if _dim(images) != 4 or x.kwargs or not isinstance(dims, list | tuple):
+        return None
+    is_of_pixels = sorted(dim % 4 for dim in dims) == [2, 3]
+    return _node(images) if is_of_pixels else None
+
+
+_Rewrite = Callable[[_Rewriting, fx.Node], None]
+_REWRITES: dict[Any, _Rewrite] = {
+    aten.convolution.default: _convolution,
+    aten.native_batch_norm.default: _batch_norm,
+    aten.cudnn_batch_norm.default: _batch_norm,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    aten.mul.Tensor: _by_constants(factor=True),
+    aten.div.Tensor: _by_constants(factor=True, sign=-1),
+    aten.sub.Tensor: _by_constants(factor=False, sign=-1),
+    aten.add.Tensor: _add,
+    aten.relu.default: _relu,
+    aten.max_pool2d_with_indices.default: _max_pool,
+    aten.avg_pool2d.default: _average_pool,
+    aten._adaptive_avg_pool2d.default: _adaptive_average_pool,
+    aten.addmm.default: _linear,
+    aten.mm.default: _linear,
+}
+
+
+def _filled(node: fx.Node) -> list[Any]:
+    """A node's arguments, with the defaults of those that are not given."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    known = node.target._schema.arguments[len(node.args) :]
+    return [*node.args, *(argument.default_value for argument in known)]
+
+
+def _two(size: Any) -> list[int]:
+    """The sizes of y and x, of two or of one for both."""
+    return [int(size[0]), int(size[-1])] if isinstance(size, Sequence) else [int(size)] * 2
+
+
+def _is_bare(node: fx.Node, target: Callable[..., Any]) -> bool:
+    """A convolution of ours that nothing was added to, and that only one node reads?"""
+    if node.target is not target or len(node.users) != 1:
+        return False
+    _, _, _, other, *_, relu = node.args
+    return other is None and not relu
+
+
+def _dim(node: object) -> int | None:
+    known = value_of(node)
+    return known.dim() if isinstance(known, Tensor) else None
+
+
+def _node(value: object) -> fx.Node:
+    assert isinstance(value, fx.Node)
+    return value

@@ -148,12 +148,6 @@ def is_images(node: object) -> bool:
     return known is not None and len(known.shape) == 4
 
 
-def is_features(node: object) -> bool:
-    """Is it a batch of features, `(B, C)`?"""
-    known = signature(node)
-    return known is not None and len(known.shape) == 2
-
-
 def _own_tensors(module: nn.Module) -> list[Tensor]:
     tensors = (*module._parameters.values(), *module._buffers.values())
     return [tensor for tensor in tensors if tensor is not None]

@@ -1,7 +1,7 @@
 """The vmapped forward with operators of its own, lowered to what depends on the images.
 
-The model is written once, by the operators of `ensemble.ops`; `torch.vmap` maps it over the stacked
-state, and their vmap rules choose kernels for N models. The traced forward then loses all that the
+One model is traced and written by the operators of `ensemble.ops`; `torch.vmap` maps that over the
+stacked state, and their vmap rules choose kernels for N models. What comes of it loses all that the
 state alone decides, and what is left runs as programs of kernels where there are such.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ensemble.models.stacking import stacked_state, stateless
+from ensemble.models import stacking
 from ensemble.ops import lowering, serial
-from ensemble.passes.folding import channels_last, folded
-from ensemble.passes.operators import state_of, with_operators
+from ensemble.passes.aten import graph_of
+from ensemble.passes.operators import with_operators
 from ensemble.strategies.built import Built
 from ensemble.strategies.compiled import as_one_graph
 from ensemble.strategies.eager import over_models
@@ -40,11 +40,15 @@ def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
 
 
 def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lowering.Lowered:
-    """The vmapped forward of the folded models by the operators of `ensemble.ops`, lowered."""
-    per_model, copies = example.dim() == 5, folded(models)
-    graph = with_operators(copies[0], channels_last(example[0] if per_model else example))
-    state = state_of(graph, stacked_state(copies), copies[0], len(copies))
-    mapped = over_models(torch.vmap(stateless(graph), in_dims=(0, 0 if per_model else None)))
-    del copies, graph  # the state is freed tensor by tensor, as it is packed
+    """The vmapped forward of the models by the operators of `ensemble.ops`, lowered."""
+    stacking.check_alike(models)
+    per_model = example.dim() == 5
+    graph, names = graph_of(models[0], example[0] if per_model else example)
+    with_operators(graph)
+    in_dims = (*[0] * len(names), 0 if per_model else None)
+    mapped = over_models(torch.vmap(graph, in_dims=in_dims))
+    stacked = stacking.stacked_state(models)
+    state = {name: stacked[name] for name in names}
+    del stacked  # the state is freed tensor by tensor, as it is packed
     # A trace holds for inputs that lie in memory as its example does.
     return lowering.lower(mapped, state, example.contiguous(), threads=torch.get_num_threads())

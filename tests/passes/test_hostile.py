@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CHANNELS = 32
 REWRITING = ["vmap", "folded_loop", "prepacked_loop", "lowered_vmap"]
 # fx records `z += y` as a new tensor, in which no other name of z shares.
-REFUSED = {("sum_into_what_is_read_again", name) for name in REWRITING[2:]}
+REFUSED = {("sum_into_what_is_read_again", "prepacked_loop")}
 CASES: dict[str, type["Net"]] = {}
 
 
@@ -497,7 +497,8 @@ def test_a_net_that_tempts_a_pass_computes_what_the_models_compute(
     forward = ensemble.build(strategy, models, x)
     for images in (other, x, other):  # what a call leaves in memory is not what the next one needs
         expected = independent(models, images)
-        torch.testing.assert_close(forward(images.clone()), expected, rtol=1e-4, atol=1e-4)
+        atol = max(1e-4, 1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(forward(images.clone()), expected, rtol=1e-4, atol=atol)
 
 
 class WritesIntoShared(Net):
@@ -546,30 +547,67 @@ def test_a_norm_of_its_own_class_is_not_folded() -> None:
         torch.testing.assert_close(found, independent(models, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["prepacked_loop", "lowered_vmap"])
-def test_a_model_that_asks_whether_its_input_is_a_tensor_is_refused_by_what_runs_its_trace(
-    name: str,
+class Asking(Net):
+    """A trace of fx's brings it something else than a tensor."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.a(x) if isinstance(x, Tensor) else self.b(x)
+
+
+class Hooked(Net):
+    def prepare(self) -> None:
+        self.register_forward_hook(double_result)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.a(x)
+
+
+class Branching(Net):
+    """What it does depends on the shape of what it is given."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.norm(self.a(x)) if x.shape[-1] > 4 and len(x) == 2 else self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (Asking, "its trace gives another result than the model"),
+        (Hooked, "it has hooks, or a call of its own, around for"),
+        (Branching, "cannot be used as inputs to control flow"),
+    ],
+)
+def test_what_fx_cannot_trace_is_refused_by_what_runs_its_trace_and_no_other(
+    net: type[Net], reason: str
 ) -> None:
-    class Asking(Net):
-        def body(self, x: Tensor) -> Tensor:
-            return self.a(x) if isinstance(x, Tensor) else self.b(x)
-
-    models, x = models_of(Asking, 2), torch.randn(2, 3, 8, 8)
-    with pytest.raises(UnavailableError, match="its trace gives another result than the model"):
-        ensemble.build(name, models, x)
+    models, x = models_of(net, 2), torch.randn(2, 3, 8, 8)
+    with pytest.raises(UnavailableError, match=reason):
+        ensemble.build("prepacked_loop", models, x)
+    found = ensemble.build("lowered_vmap", models, x)(x)
+    torch.testing.assert_close(found, independent(models, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["prepacked_loop", "lowered_vmap"])
-def test_a_model_with_hooks_of_its_own_is_refused_by_what_runs_its_trace(name: str) -> None:
-    class Plain(Net):
-        def body(self, x: Tensor) -> Tensor:
-            return self.a(x)
+class ByValues(Net):
+    def body(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.sum() > 0 else self.b(x)
 
-    models, x = models_of(Plain, 2), torch.randn(2, 3, 8, 8)
-    for model in models:
-        model.register_forward_hook(double_result)
-    with pytest.raises(UnavailableError, match="it has hooks, or a call of its own, around for"):
-        ensemble.build(name, models, x)
+
+class InMemory(Net):
+    def body(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return torch.as_strided(y, y.shape, y.stride())
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (ByValues, "its code asks for values that depend on its input"),
+        (InMemory, "the order in which it lies in mem"),
+    ],
+)
+def test_what_no_trace_can_hold_is_refused_in_words(net: type[Net], reason: str) -> None:
+    with pytest.raises(UnavailableError, match=reason):
+        ensemble.build("lowered_vmap", models_of(net, 2), torch.randn(2, 3, 8, 8))
 
 
 def test_tracing_leaves_the_model_as_it_was() -> None:

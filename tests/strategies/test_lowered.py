@@ -14,7 +14,7 @@ from ensemble import strategies
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
 from ensemble.ops import lowering
-from ensemble.passes.folding import folded
+from ensemble.passes.aten import graph_of
 from ensemble.passes.operators import with_operators
 from ensemble.strategies import lowered
 from ensemble.strategies.agreement import TOLERANCES
@@ -163,11 +163,12 @@ def test_constants_are_summands_and_inputs_as_they_are_in_the_model(
 def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> None:
     models = [lively("resnet18", index) for index in range(2)]
     x = torch.randn(1, 3, 64, 64)
-    copies = folded(models)
-    state = stacking.stacked_state(copies)
-    operators = with_operators(copies[0], x)
-    mapped = torch.vmap(stacking.stateless(operators), in_dims=(0, None))
     with torch.inference_mode():
+        graph, names = graph_of(models[0], x)
+        with_operators(graph)
+        stacked = stacking.stacked_state(models)
+        state = {name: stacked[name] for name in names}
+        mapped = torch.vmap(graph, in_dims=(*[0] * len(names), None))
         found = lowering.lower(mapped, state, x, threads=2)
     assert not state
     called = [node.op for node in found.forward.graph.nodes]

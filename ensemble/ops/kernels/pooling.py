@@ -58,8 +58,15 @@ def sum_of(line, count, stride):
 
 
 @jit
+def _length(size, kernel, stride, pad, place):
+    """Of a window, without what lies behind the padding."""
+    first = place * stride - pad
+    return min(first + kernel, size + pad) - first
+
+
+@jit
 def _average(step, x, weight, bias, other, out, scratch, part, parts):
-    """The mean of each window; `option`: zeros around the image count too."""
+    """The mean of each window; `option`: the zeros of the padding count too."""
     row = step.channels * FLOAT_BYTES
     for line in range(part, step.images * step.out_height, parts):
         image, out_y = divmod(line, step.out_height)
@@ -68,7 +75,8 @@ def _average(step, x, weight, bias, other, out, scratch, part, parts):
             top, bottom, left, right = _window(step, out_y, out_x)
             count = (bottom - top) * (right - left)
             if step.option != 0:
-                count = step.kernel_y * step.kernel_x
+                count = _length(step.height, step.kernel_y, step.stride_y, step.pad_y, out_y)
+                count *= _length(step.width, step.kernel_x, step.stride_x, step.pad_x, out_x)
             share = np.float32(1 / count)
             for channel in range(0, row, VECTOR_BYTES):
                 total = splat(np.float32(0))

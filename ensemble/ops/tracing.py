@@ -1,0 +1,99 @@
+"""A function as a graph of torch's own operators (ATen), in which nothing writes over anything.
+
+A pass may then move, join and replace nodes by looking at them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ensemble.errors import UnavailableError
+
+try:
+    from functorch import make_fx
+except ImportError:  # a torch that has dropped functorch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+_COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
+
+
+def traced(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
+    """The graph of `function(*arguments)`; a node's `meta["val"]` is a tensor without values.
+
+    A view is a reshape, and no copy is left: what takes a node's place may lie in memory in another
+    order than that did, and where nothing writes, one is as good as the other.
+
+    Raises:
+        UnavailableError: torch cannot trace it, or cannot take out what it writes, or it asks how
+            a tensor lies in memory.
+    """
+    try:
+        module = _graph_of(function, arguments)
+        if _writes(module):
+            module = _graph_of(torch.func.functionalize(module), arguments)
+    except UnavailableError:
+        raise
+    except Exception as error:  # a trace runs the model's own code, which may raise anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "DataDependent" in type(error).__name__:
+            reason = "its code asks for values that depend on its input"
+        raise UnavailableError(f"torch cannot trace this model: {reason}") from error
+    if writes := _writes(module):
+        raise UnavailableError(f"this model writes over a tensor in a way of its own: {writes[0]}")
+    if module.graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        raise UnavailableError("this model reads a tensor by the order in which it lies in memory")
+    for node in module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+    remove_identities(module.graph)
+    return module
+
+
+def _graph_of(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
+    # Constants that the function holds are no fake tensors.
+    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+
+
+def _writes(module: fx.GraphModule) -> list[str]:
+    """The operators of a graph that write over what they are given."""
+    calls = (node.target for node in module.graph.nodes if node.op == "call_function")
+    operators = (target for target in calls if isinstance(target, torch._ops.OpOverload))
+    return [str(target) for target in operators if target._schema.is_mutable]
+
+
+def remove_identities(graph: fx.Graph) -> None:
+    """Take out what gives back what it is given, so that nothing comes between two kernels."""
+    for node in graph.nodes:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            continue
+        if node.target is aten.reshape.default:
+            if source.target is aten.reshape.default:
+                node.args = (source.args[0], *node.args[1:])
+            before, after = value_of(node.args[0]), value_of(node)
+            same = before is not None and before.shape == after.shape
+        else:
+            same = node.target in _COPIES
+        if same:
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+
+
+def value_of(node: object) -> Any:
+    """What is known of a node's result, a tensor without values; what is no node, as it is."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def reached(graph: fx.Graph) -> set[fx.Node]:
+    """The last placeholder, the input of a call, and all nodes that depend on it."""
+    found = {graph.find_nodes(op="placeholder")[-1]}
+    for node in graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found

@@ -1,0 +1,39 @@
+"""A model as a graph of torch's own operators, ATen, on its tensors and one input.
+
+Whatever a model is made of, layers of its own class, functions, hooks, branches on a shape, this is
+all that it does with tensors.
+"""
+
+from torch import Tensor, fx, nn
+
+from ensemble.models import stacking
+from ensemble.ops.tracing import traced
+
+
+def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[str]]:
+    """`graph(*tensors, x)`, and the names of the model's tensors that it reads, in their order.
+
+    What is no tensor of the model, a constant that its code holds, is an attribute of the graph.
+
+    Args:
+        model: in eval mode.
+        example: `(B, C, H, W)`; the graph is right for inputs like it.
+
+    Raises:
+        UnavailableError: see `traced`; the model's code asks for the values of what it computes, or
+            writes over its own tensors.
+    """
+    tensors, stateless = stacking.named_tensors(model), stacking.stateless(model)
+
+    def flat(*arguments: Tensor) -> Tensor:
+        state = dict(zip(tensors, arguments[:-1], strict=True))
+        return stateless(state, arguments[-1].clone())  # it may write over its input
+
+    module = traced(flat, (*tensors.values(), example))
+    *placeholders, _ = module.graph.find_nodes(op="placeholder")
+    read = {name: node for name, node in zip(tensors, placeholders, strict=True) if node.users}
+    for node in placeholders:
+        if not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+    return module, list(read)
