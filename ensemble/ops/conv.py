@@ -181,6 +181,43 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> t
     return _pooled(_plain_average_pool2d, x, *options), 0
 
 
+@custom_op("ensemble::select", mutates_args=())
+def select(
+    x: Tensor, rows: Sequence[int], columns: Sequence[int], channels: Sequence[int]
+) -> Tensor:
+    """`x[:, channels][:, :, rows][..., columns]`, zeros for -1: `(B, C, H, W)`."""
+    return plain_select(x, rows, columns, channels)
+
+
+def plain_select(
+    x: Tensor, rows: Sequence[int], columns: Sequence[int], channels: Sequence[int]
+) -> Tensor:
+    """What `select` computes, by torch's own operators, of `(..., C, H, W)`."""
+    result = x
+    for dim, wanted in ((-3, channels), (-2, rows), (-1, columns)):
+        indices = torch.tensor(wanted, device=x.device)
+        shape = [-1, *[1] * (-1 - dim)]
+        result = result.index_select(dim, indices.clamp(min=0))
+        if min(wanted) < 0:
+            result = result.masked_fill((indices < 0).view(shape), 0)
+    return result
+
+
+@select.register_fake
+def _(x: Tensor, rows: Sequence[int], columns: Sequence[int], channels: Sequence[int]) -> Tensor:
+    return x.new_empty(*x.shape[:-3], len(channels), len(rows), len(columns))
+
+
+@select.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *taken: Any) -> Any:
+    (x,) = _stacked_first([x], in_dims)
+    if in_dims[0] is None:  # one image for all models
+        return select(x, *taken), None
+    if x.dim() == 5 and stacks.can_run(Kind.SELECT, x, stacks.select_geometry(x, *taken)):
+        return stacks.packed_select(x, *taken), 0
+    return plain_select(x, *taken), 0
+
+
 @custom_op("ensemble::affine", mutates_args=())
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """`x * scale + shift` for each channel: x `(B, C, H, W)`, scale and shift `(C,)`, of at

@@ -34,6 +34,7 @@ class Kind(IntEnum):
     SCALE = 12, "scale"
     AFFINE = 13, "batch norm"
     COPY = 14, "copy"
+    SELECT = 15, "selection"
 
     @property
     def attempts(self) -> tuple[Kind, ...]:

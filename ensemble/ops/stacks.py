@@ -109,6 +109,19 @@ def _(x: Tensor, *options: Any) -> Tensor:
     return _fake(x, len(x), pool_geometry(x, *options[:3], *options[4:]))
 
 
+@custom_op("ensemble::packed_select", mutates_args=())
+def packed_select(
+    x: Tensor, rows: Sequence[int], columns: Sequence[int], channels: Sequence[int]
+) -> Tensor:
+    """`select` of N models: x `(N, B, C, H, W)` -> `(N, B, channels, rows, columns)`."""
+    return _run(select_operation(x, rows, columns, channels), [x], num_models=len(x))
+
+
+@packed_select.register_fake
+def _(x: Tensor, *taken: Any) -> Tensor:
+    return _fake(x, len(x), select_geometry(x, *taken))
+
+
 @custom_op("ensemble::packed_affine", mutates_args=())
 def packed_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """`affine` of N models: x `(N, B, C, H, W)`, scale and shift `(N, C)`."""
@@ -171,6 +184,16 @@ def average_pool2d_operation(
     """`packed_average_pool2d` as a step."""
     geometry = pool_geometry(x, kernel, stride, padding, ceil_mode)
     return _in_vectors(Operation(Kind.AVERAGE_POOL, geometry, X, OUT, option=int(zeros)))
+
+
+def select_operation(
+    x: Tensor, rows: Sequence[int], columns: Sequence[int], channels: Sequence[int]
+) -> Operation:
+    """`packed_select` as a step."""
+    geometry = select_geometry(x, rows, columns, channels)
+    table = kernels.select_table(rows, columns, channels)
+    step = _in_vectors(Operation(Kind.SELECT, geometry, X, OUT))
+    return replace(step, weight=table.expand(len(x), -1))  # all models read the one table
 
 
 def affine_operation(x: Tensor, scale: Tensor, shift: Tensor) -> Operation:
@@ -304,6 +327,13 @@ def pool_geometry(
 def pointwise(x: Tensor) -> Geometry:
     """What computes each number of x, `(..., B, C, H, W)`, by itself, in whole vectors."""
     return in_vectors(conv_geometry(x, x.shape[-3], (1, 1), (1, 1), (0, 0), (1, 1)))
+
+
+def select_geometry(
+    x: Tensor, rows: Sequence[int], columns: Sequence[int], channels: Sequence[int]
+) -> Geometry:
+    whole = conv_geometry(x, len(channels), (1, 1), (1, 1), (0, 0), (1, 1))
+    return replace(whole, out_size=(len(rows), len(columns)))
 
 
 def head_geometry(x: Tensor, out_channels: int) -> Geometry:

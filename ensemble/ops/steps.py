@@ -23,6 +23,7 @@ KERNELS = (
     ours.packed_conv2d.default,
     ours.packed_max_pool2d.default,
     ours.packed_average_pool2d.default,
+    ours.packed_select.default,
     ours.packed_affine.default,
     ours.packed_head.default,
 )
@@ -87,7 +88,7 @@ def _weighted(make: Callable[..., Operation]) -> Callable[[fx.Node, Trace], list
     return steps
 
 
-def _pooling(make: Callable[..., Operation]) -> Callable[[fx.Node, Trace], list[Operation]]:
+def _weightless(make: Callable[..., Operation]) -> Callable[[fx.Node, Trace], list[Operation]]:
     def steps(node: fx.Node, trace: Trace) -> list[Operation]:
         return [_numbered(make(*map(trace.tensor, node.args)), node, trace, node.args[0])]
 
@@ -177,8 +178,9 @@ _MAKERS: dict[Any, Callable[[fx.Node, Trace], list[Operation]]] = {
     ours.packed_conv2d.default: _weighted(stacks.conv2d_operation),
     ours.packed_affine.default: _weighted(stacks.affine_operation),
     ours.packed_head.default: _weighted(stacks.head_operation),
-    ours.packed_max_pool2d.default: _pooling(stacks.max_pool2d_operation),
-    ours.packed_average_pool2d.default: _pooling(stacks.average_pool2d_operation),
+    ours.packed_max_pool2d.default: _weightless(stacks.max_pool2d_operation),
+    ours.packed_select.default: _weightless(stacks.select_operation),
+    ours.packed_average_pool2d.default: _weightless(stacks.average_pool2d_operation),
     aten.relu.default: _activation(Function.RELU),
     aten.hardtanh.default: _activation(Function.RELU6, 0.0, 6.0),
     aten.sigmoid.default: _activation(Function.SIGMOID),

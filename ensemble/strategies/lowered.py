@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ensemble.models import stacking
 from ensemble.ops import lowering, serial
 from ensemble.passes.aten import graph_of
+from ensemble.passes.moving import join_moves
 from ensemble.passes.operators import with_operators
 from ensemble.strategies.built import Built
 from ensemble.strategies.compiled import as_one_graph
@@ -44,6 +45,7 @@ def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lowering.Lowered
     stacking.check_alike(models)
     per_model = example.dim() == 5
     graph, names = graph_of(models[0], example[0] if per_model else example)
+    join_moves(graph)
     with_operators(graph)
     in_dims = (*[0] * len(names), 0 if per_model else None)
     mapped = over_models(torch.vmap(graph, in_dims=in_dims))

@@ -18,7 +18,7 @@ from ensemble.ops.operation import Function, Geometry, Kind, Operation
 
 pytest.importorskip("numba")
 
-from ensemble.ops import kernels, program, stacks, steps
+from ensemble.ops import conv, kernels, program, stacks, steps
 from ensemble.ops.simd import PANEL, WIDTH
 
 GUARD = 256  # bytes before and after each buffer
@@ -236,16 +236,31 @@ def test_pooling_stays_in_its_memory(
 ) -> None:
     x = torch.randn(2, 2, channels, *size)
     options = kernel, stride, padding
-    for zeros in (False, True):
-        step = replace(stacks.average_pool2d_operation(x, *options, zeros), x=0, out=9)
+    for zeros, ceil in product((False, True), repeat=2):
+        step = replace(stacks.average_pool2d_operation(x, *options, zeros, ceil), x=0, out=9)
         found = run_between_guards([step], [x], 3, check_guards)
-        expected = torch.nn.functional.avg_pool2d(x.flatten(0, 1), *options, False, zeros)
+        expected = torch.nn.functional.avg_pool2d(x.flatten(0, 1), *options, ceil, zeros)
         torch.testing.assert_close(found, expected.unflatten(0, (2, 2)))
     for ceil in (False, True):
         step = replace(stacks.max_pool2d_operation(x, *options, ceil), x=0, out=9)
         found = run_between_guards([step], [x], 3, check_guards)
         expected = torch.nn.functional.max_pool2d(x.flatten(0, 1), *options, ceil_mode=ceil)
         torch.testing.assert_close(found, expected.unflatten(0, (2, 2)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_selections_stay_in_their_memory(
+    channels: int, threads: int, check_guards: Callable[[], None]
+) -> None:
+    x, every = torch.randn(2, 2, channels, 4, 5), list(range(channels))
+    rows, columns = [3, -1, 0, 1, 1], [4, 0, -1]
+    for taken in (every, every[::-1], [-1, *every, -1], every[channels // 2 :], [*every, *every]):
+        for where in ((rows, columns), (list(range(4)), list(range(5)))):
+            step = replace(stacks.select_operation(x, *where, taken), x=0, out=9)
+            found = run_between_guards([step], [x], threads, check_guards)
+            expected = conv.plain_select(x, *where, taken)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ from ensemble.ops.kernels.direct import is_planar
 from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry, whole_panels
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.kernels.run import ARRIVALS, STOP, load, run
+from ensemble.ops.kernels.select import select_table
 from ensemble.ops.operation import Geometry, Kind
 from ensemble.ops.pages import in_large_pages
 
@@ -26,6 +27,7 @@ __all__ = [
     "pack",
     "run",
     "scratch_bytes",
+    "select_table",
     "whole_panels",
 ]
 

@@ -6,6 +6,7 @@ from ensemble.ops.kernels.grouped import GROUPED
 from ensemble.ops.kernels.head import HEAD
 from ensemble.ops.kernels.pointwise import AFFINE, COPY, SCALE, SUM
 from ensemble.ops.kernels.pooling import AVERAGE_POOL, MAX_POOL
+from ensemble.ops.kernels.select import SELECT
 from ensemble.ops.kernels.strassen import STRASSEN
 from ensemble.ops.kernels.winograd import WINOGRAD_2, WINOGRAD_4
 from ensemble.ops.operation import Kind
@@ -25,4 +26,5 @@ KERNELS = {
     Kind.SCALE: SCALE,
     Kind.AFFINE: AFFINE,
     Kind.COPY: COPY,
+    Kind.SELECT: SELECT,
 }
