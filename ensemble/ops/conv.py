@@ -72,7 +72,7 @@ def _by_kernel(
     *options: Any,
 ) -> Tensor:
     bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-    packed = stacks.pack_weight(weight, kind)
+    packed = stacks.pack_weight(weight, kind, options[-1])
     return stacks.packed_conv2d(x, packed, bias, other, kind, weight.shape[-2:], *options, relu)
 
 

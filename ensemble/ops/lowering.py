@@ -161,7 +161,7 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
     largest = exact.abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(exact.dtype).tiny)
     problems, kind = [], Kind.DIRECT
     for attempt in Kind(chosen).attempts:
-        packed = stacks.pack_weight(weight, attempt)
+        packed = stacks.pack_weight(weight, attempt)  # these have no groups
         found = stacks.packed_conv2d(inputs[0], packed, *inputs[1:], attempt, kernel, *options)
         error = float(((found - exact).abs().amax((1, 2, 3, 4)) / largest).max())
         if error <= LARGEST_ERROR:

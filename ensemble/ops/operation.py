@@ -64,7 +64,10 @@ class Function(IntEnum):
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution or pooling of one model, channels-last in memory. Two numbers are (y, x)."""
+    """A convolution or pooling of one model, channels-last in memory. Two numbers are (y, x).
+
+    `share`: inputs and outputs of a group, where channels that fill up vectors belong to none.
+    """
 
     images: int
     channels: int
@@ -76,6 +79,12 @@ class Geometry:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int = 1
+    share: tuple[int, int] | None = None
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """Channels in and out of a group."""
+        return self.share or (self.channels // self.groups, self.out_channels // self.groups)
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:

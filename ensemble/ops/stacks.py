@@ -17,7 +17,6 @@ from ensemble.ops.operation import Geometry, Kind, Operation
 from ensemble.ops.vectors import (
     conv_in_vectors,
     filled_up,
-    fits_vectors,
     in_vectors,
     weight_in_vectors,
 )
@@ -32,14 +31,15 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @custom_op("ensemble::pack_weight", mutates_args=())
-def pack_weight(weight: Tensor, kind: int) -> Tensor:
+def pack_weight(weight: Tensor, kind: int, groups: int = 1) -> Tensor:
     """`(N, K, C, R, S)` -> the weights of N models as the kernel `kind` reads them."""
-    return kernels.pack(weight_in_vectors(weight, Kind(kind)), Kind(kind))
+    return kernels.pack(weight_in_vectors(weight, Kind(kind), groups), Kind(kind))
 
 
 @pack_weight.register_fake
-def _(weight: Tensor, kind: int) -> Tensor:
-    return kernels.empty_packed(weight_in_vectors(weight, Kind(kind)), Kind(kind))
+def _(weight: Tensor, kind: int, groups: int = 1) -> Tensor:
+    filled = weight_in_vectors(weight, Kind(kind), groups)
+    return kernels.empty_packed(filled, Kind(kind))
 
 
 @custom_op("ensemble::packed_conv2d", mutates_args=())
@@ -260,7 +260,7 @@ def can_run(kind: Kind, x: Tensor, geometry: Geometry) -> bool:
 def kernel_for(x: Tensor, geometry: Geometry) -> Kind | None:
     """The kernel with the least estimated time for a convolution of x, in bfloat16 rather than in
     float32; None where no kernel can run it."""
-    if not is_ours(x) or not fits_vectors(geometry):
+    if not is_ours(x):
         return None
     grouped, geometry = geometry.groups > 1, conv_in_vectors(geometry)
     bf16 = x.dtype == torch.bfloat16 and kernels.can_run(Kind.DIRECT_BF16, geometry)

@@ -3,7 +3,10 @@
 The channels that fill up the last vector are computed like the others, of weights that are zeros.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from math import gcd
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
@@ -11,9 +14,17 @@ from torch.nn import functional
 from ensemble.ops.operation import Geometry, Kind
 
 try:
+    from numba.extending import register_jitable  # kernels call the function too
+
     from ensemble.ops.simd import WIDTH
 except ImportError:  # without numba there are no kernels
     WIDTH = 1
+
+    def register_jitable(function: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[no-redef]
+        return function
+
+
+MOST_LANES = 8  # channels of a group that lies beside others: an input is moved to its lanes
 
 
 def filled_up(channels: int) -> int:
@@ -26,25 +37,47 @@ def is_narrow(channels: int, kernel: tuple[int, int], groups: int) -> bool:
     return channels < WIDTH and groups == 1 and kernel != (1, 1)
 
 
-def fits_vectors(geometry: Geometry) -> bool:
-    """Can `in_vectors` fill up its groups: with as many outputs as inputs, or full as they are?"""
-    groups = geometry.groups
-    if groups == 1:
-        return True
-    share, channels = geometry.channels // groups, filled_up(geometry.channels)
-    if geometry.channels == geometry.out_channels:
-        return channels % share == 0
-    return channels == geometry.channels and filled_up(geometry.out_channels) == (
-        geometry.out_channels
-    )
-
-
 def in_vectors(geometry: Geometry) -> Geometry:
-    """The geometry with channels, and groups, up to whole vectors."""
+    """The geometry with channels up to whole vectors."""
     channels, out_channels = filled_up(geometry.channels), filled_up(geometry.out_channels)
-    share = geometry.channels // geometry.groups
-    groups = 1 if geometry.groups == 1 else channels // share
-    return replace(geometry, channels=channels, out_channels=out_channels, groups=groups)
+    share = geometry.shares if geometry.groups > 1 else None
+    return replace(geometry, channels=channels, out_channels=out_channels, share=share)
+
+
+@register_jitable
+def window(vector: int, share: int, out_share: int, planes: int) -> tuple[int, int]:
+    """The vectors of inputs that a vector of outputs of a grouped convolution reads: first and end.
+
+    They hold all inputs of the groups that its outputs are of; planes: the vectors that there are.
+    """
+    first = vector * WIDTH // out_share * share // WIDTH
+    end = ((vector * WIDTH + WIDTH - 1) // out_share + 1) * share
+    return first, min((end + WIDTH - 1) // WIDTH, planes)
+
+
+@register_jitable
+def set_of(share: int, out_share: int) -> tuple[int, int]:
+    """The fewest whole vectors of inputs that whole vectors of outputs read alone: both numbers."""
+    # Both are powers of two, as WIDTH is.
+    groups = max(WIDTH // gcd(share, WIDTH), WIDTH // gcd(out_share, WIDTH))
+    return groups * share // WIDTH, groups * out_share // WIDTH
+
+
+@register_jitable
+def widest(share: int, out_share: int) -> int:
+    """The most vectors that a `window` has."""
+    planes, readers = set_of(share, out_share)
+    most = 0
+    for vector in range(readers):
+        first, end = window(vector, share, out_share, planes)
+        most = max(most, end - first)
+    return most
+
+
+@register_jitable
+def lies_side_by_side(share: int, out_share: int) -> bool:
+    """Do groups lie side by side in a vector, with as many outputs as inputs?"""
+    return share == out_share < WIDTH and WIDTH % share == 0 and share <= MOST_LANES
 
 
 def conv_in_vectors(geometry: Geometry) -> Geometry:
@@ -55,10 +88,37 @@ def conv_in_vectors(geometry: Geometry) -> Geometry:
     return filled
 
 
-def weight_in_vectors(weight: Tensor, kind: Kind) -> Tensor:
-    """`(N, K, C, R, S)` with zeros where `conv_in_vectors` fills up; of groups C is as it is."""
+def weight_in_vectors(weight: Tensor, kind: Kind, groups: int = 1) -> Tensor:
+    """`(N, K, C, R, S)` with zeros where `conv_in_vectors` fills up.
+
+    Of groups C is as it is, or, where they do not lie side by side in a vector, the channels of the
+    widest `window`, with zeros for those of other groups.
+    """
     _, out_channels, channels, *kernel = weight.shape
     rows, columns = kernel
-    narrow = kind == Kind.GROUPED or is_narrow(channels, (rows, columns), 1)
-    more = 0 if narrow else filled_up(channels) - channels
-    return functional.pad(weight, (0, 0, 0, 0, 0, more, 0, filled_up(out_channels) - out_channels))
+    more = filled_up(out_channels) - out_channels
+    if kind == Kind.GROUPED:
+        share = channels, out_channels // groups
+        if not lies_side_by_side(*share):
+            weight = _in_windows(weight, *share)
+        return functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, more))
+    narrow = is_narrow(channels, (rows, columns), 1)
+    inputs = 0 if narrow else filled_up(channels) - channels
+    return functional.pad(weight, (0, 0, 0, 0, 0, inputs, 0, more))
+
+
+def _in_windows(weight: Tensor, share: int, out_share: int) -> Tensor:
+    """Each filter at its inputs' place in the window of its vector."""
+    num_models, out_channels, _, *kernel = weight.shape
+    placed = weight.new_zeros(num_models, out_channels, widest(share, out_share) * WIDTH, *kernel)
+    planes = filled_up(out_channels // out_share * share) // WIDTH
+    for vector in range(-(-out_channels // WIDTH)):
+        first_plane, _ = window(vector, share, out_share, planes)
+        begin, end = vector * WIDTH, min((vector + 1) * WIDTH, out_channels)
+        while begin < end:
+            group = begin // out_share
+            stop = min(end, (group + 1) * out_share)
+            first = group * share - first_plane * WIDTH
+            placed[:, begin:stop, first : first + share] = weight[:, begin:stop]
+            begin = stop
+    return placed

@@ -18,7 +18,7 @@ from ensemble.ops.operation import Function, Geometry, Kind, Operation
 
 pytest.importorskip("numba")
 
-from ensemble.ops import conv, kernels, program, stacks, steps
+from ensemble.ops import conv, kernels, program, stacks, steps, vectors
 from ensemble.ops.simd import PANEL, WIDTH
 
 GUARD = 256  # bytes before and after each buffer
@@ -91,9 +91,22 @@ def cases() -> list[tuple[Kind, Geometry]]:
         if five % share == 0:
             groups = five // share
             geometries.append(replace(geometry, channels=five, out_channels=five, groups=groups))
+    # Groups whose outputs and inputs begin anywhere in a vector, and as many as fill whole ones.
+    for (share, out_share), size, stride in product(in_windows(), sizes, (1, 2)):
+        out = (size[0] - 1) // stride + 1, (size[1] - 1) // stride + 1
+        geometry = Geometry(
+            *(2, WIDTH * share, size, WIDTH * out_share, out),
+            *((3, 3), (stride, stride), (1, 1), (1, 1), WIDTH),
+        )
+        geometries.append(geometry)
     convolutions = [kind for kind, kernel in kernels.KERNELS.items() if kernel.cost]
     candidates = product(convolutions, geometries)
     return [(kind, geometry) for kind, geometry in candidates if kernels.can_run(kind, geometry)]
+
+
+def in_windows() -> list[tuple[int, int]]:
+    """Inputs and outputs of a group that do not lie side by side in a vector."""
+    return [(3, 3), (1, 2), (4, 1), (3 * WIDTH // 2, 3 * WIDTH // 2)]
 
 
 def shares() -> list[int]:
@@ -107,9 +120,11 @@ def test_a_convolution_stays_in_its_memory(
     kind: Kind, geometry: Geometry, threads: int, check_guards: Callable[[], None]
 ) -> None:
     channels, out_channels, kernel = geometry.channels, geometry.out_channels, geometry.kernel
-    share = channels // geometry.groups
+    groups = geometry.groups
+    share = channels // groups
     weight = torch.randn(2, out_channels, share, *kernel) / (share * kernel[0] * kernel[1]) ** 0.5
-    packed = inside_guards(kernels.pack(weight, kind).float()).to(
+    placed = vectors.weight_in_vectors(weight, kind, groups) if groups > 1 else weight
+    packed = inside_guards(kernels.pack(placed, kind).float()).to(
         torch.bfloat16 if kind == Kind.DIRECT_BF16 else torch.float32
     )
     step = Operation(kind, geometry, 0, 9, 1, packed, inside_guards(torch.zeros(2, out_channels)))
@@ -118,7 +133,7 @@ def test_a_convolution_stays_in_its_memory(
         torch.randn(2, geometry.images, out_channels, *geometry.out_size),
     )
     found = run_between_guards([step], [x, other], threads, check_guards)
-    options: Any = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    options: Any = geometry.stride, geometry.padding, geometry.dilation, groups
     expected = torch.stack(
         [
             torch.nn.functional.conv2d(batch, filters, None, *options)

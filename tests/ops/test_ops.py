@@ -506,7 +506,7 @@ def test_the_grouped_kernel_takes_every_geometry(
     options = stride, padding, dilation, 2 * PANEL // share
     expected = exact(x, weight, bias, None, False, *options)
     other = randn(*expected.shape, seed=2)
-    packed = stacks.pack_weight(weight, Kind.GROUPED)
+    packed = stacks.pack_weight(weight, Kind.GROUPED, options[-1])
     found = stacks.packed_conv2d(x, packed, bias, other, Kind.GROUPED, kernel, *options, True)
     assert error(found, (expected + other).relu()) < 1e-6
 

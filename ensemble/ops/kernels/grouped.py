@@ -28,36 +28,39 @@ from ensemble.ops.simd import (
     store,
 )
 from ensemble.ops.taps import multiply_taps
+from ensemble.ops.vectors import lies_side_by_side, set_of, widest, window
 
 STRIP_BYTES = 256 * 1024  # of padded input at a time
 PLANES = 4  # vectors of channels that are copied at a time, where groups are not wider
 # Pixels whose sums are in registers; what else is there is weights and inputs.
 SIZES = tuple(size for size in (14, 7, 4, 1) if size <= REGISTERS // 2 - 2)
-# Groups that lie side by side in a vector, by channels; wider ones fill whole vectors.
-LANES = tuple(lanes for lanes in (1, 2, 4, 8) if lanes < WIDTH)
+# Groups that lie side by side in a vector, by channels; others are read by windows of vectors.
+LANES = tuple(share for share in range(1, WIDTH) if lies_side_by_side(share, share))
 PER_LANE_PRODUCT = 4 / 3  # of the time of another product: an input is moved to its lanes
 # Taps of a row, at stride 1, that an input is loaded and moved once for, by lanes.
 RUNS = {lanes: (3, 5, 7) if lanes == 1 else (3,) for lanes in LANES}
 
 
 def _can_run(geometry: Geometry) -> bool:
-    inputs = geometry.channels // geometry.groups
-    outputs = geometry.out_channels // geometry.groups
-    whole = geometry.channels % WIDTH == geometry.out_channels % WIDTH == 0
-    side_by_side = inputs == outputs and inputs in LANES
-    return whole and (side_by_side or inputs % WIDTH == outputs % WIDTH == 0)
+    return geometry.groups > 1 and geometry.channels % WIDTH == geometry.out_channels % WIDTH == 0
 
 
 def _cost(geometry: Geometry) -> float:
-    inputs = geometry.channels // geometry.groups
-    factors = geometry.kernel[0] * geometry.kernel[1] * inputs * geometry.out_channels
-    products = geometry.images * geometry.out_size[0] * geometry.out_size[1] * factors
-    weighed = products * PER_LANE_PRODUCT if inputs < WIDTH else products
-    return cost(products=int(weighed), weight_bytes=4 * factors)
+    share = geometry.shares
+    vectors, planes = geometry.out_channels // WIDTH, geometry.channels // WIDTH
+    if lies_side_by_side(*share):
+        inputs = geometry.out_channels * share[0] * PER_LANE_PRODUCT
+    else:
+        windows = (window(vector, *share, planes) for vector in range(vectors))
+        inputs = WIDTH * sum((end - first) * WIDTH for first, end in windows)
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    products = geometry.images * geometry.out_size[0] * geometry.out_size[1] * taps * inputs
+    weight_bytes = 4 * taps * share[0] * geometry.out_channels
+    return cost(products=int(products), weight_bytes=weight_bytes)
 
 
 def _scratch_bytes(geometry: Geometry) -> int:
-    planes = max(PLANES, geometry.channels // geometry.groups // WIDTH)
+    planes = max(PLANES, set_of(*geometry.shares)[0])
     line = geometry.size[1] + 2 * geometry.padding[1] + geometry.stride[1]
     reach = (geometry.kernel[0] - 1) * geometry.dilation[0] + 1
     least = planes * line * reach * VECTOR_BYTES  # for one line of outputs
@@ -65,15 +68,16 @@ def _scratch_bytes(geometry: Geometry) -> int:
 
 
 def _empty(weight: Tensor) -> Tensor:
-    """`(N, K / WIDTH, R * S, C, WIDTH)`, C channels of a group."""
+    """`(N, K / WIDTH, P, R * S, C / P, WIDTH)`: C channels of a group, or of P vectors."""
     num_models, out_channels, channels, rows, columns = weight.shape
-    shape = (num_models, out_channels // WIDTH, rows * columns, channels, WIDTH)
-    return weight.new_empty(shape, dtype=torch.float32)
+    planes = max(1, channels // WIDTH)
+    shape = (planes, rows * columns, channels // planes, WIDTH)
+    return weight.new_empty((num_models, out_channels // WIDTH, *shape), dtype=torch.float32)
 
 
 def _pack(weight: Tensor, target: Tensor) -> None:
-    vectors = weight.flatten(2).unflatten(0, (-1, WIDTH))
-    target.copy_(vectors.permute(0, 3, 2, 1))
+    vectors = weight.flatten(2).unflatten(0, (-1, WIDTH)).unflatten(2, (target.shape[1], -1))
+    target.copy_(vectors.permute(0, 2, 4, 3, 1))
 
 
 def _make_convolve() -> Any:
@@ -140,14 +144,14 @@ def _copy_strip(step, image, channel, planes, first_y, lines, phase_width, strip
 
 @jit
 def _find_taps(step, planes, lines, phase_width, offsets):
-    """Where in a strip a tap reads, from where the first one does; planes within taps."""
-    line_bytes = phase_width * step.stride_x * VECTOR_BYTES
-    for tap in range(step.kernel_y * step.kernel_x):
+    """Where in a strip a tap reads, from where the first one does; taps within planes."""
+    line_bytes, taps = phase_width * step.stride_x * VECTOR_BYTES, step.kernel_y * step.kernel_x
+    for tap in range(taps):
         tap_y, tap_x = divmod(tap, step.kernel_x)
         column, phase = divmod(tap_x * step.dilation_x, step.stride_x)
         at = tap_y * step.dilation_y * line_bytes + (phase * phase_width + column) * VECTOR_BYTES
         for plane in range(planes):
-            offsets[tap * planes + plane] = at + plane * lines * line_bytes
+            offsets[plane * taps + tap] = at + plane * lines * line_bytes
 
 
 @jit
@@ -169,8 +173,7 @@ def _convolve_strip(
     Meanwhile one of the vectors of channels of the next strip is fetched, `ahead` (0: none), the
     lines from y on: read one after another, so far apart, each would be waited for by itself.
     """
-    share = step.channels // step.groups
-    lanes = share if share < WIDTH else 0
+    lanes = step.share if lies_side_by_side(step.share, step.out_share) else 0
     pixels = _pixels_at_once(step.out_width)
     run = step.kernel_x if step.stride_x == 1 and step.dilation_x == 1 else 1
     pixel = step.out_channels * FLOAT_BYTES  # from one to the next
@@ -207,20 +210,20 @@ def _plan(step, planes):
 def _sets(step):
     """How a step's channels are divided.
 
-    Channels of a group; vectors that a vector of outputs reads, which are a set; how many sets;
-    vectors of outputs that read the same set; sets that are copied together.
+    Vectors of inputs that vectors of outputs read alone, which are a set; how many sets; vectors of
+    outputs that read a set; sets that are copied together.
     """
-    share = step.channels // step.groups
-    planes = max(1, share // WIDTH)
-    sets = step.channels // (planes * WIDTH)
-    readers = step.out_channels // WIDTH // sets
-    return share, planes, sets, readers, min(sets, max(1, PLANES // planes))
+    planes, readers = 1, 1
+    if not lies_side_by_side(step.share, step.out_share):
+        planes, readers = set_of(step.share, step.out_share)
+    sets = ceil(step.channels, planes * WIDTH)
+    return planes, sets, readers, min(sets, max(1, PLANES // planes))
 
 
 @jit
 def _find(step, x, index, strips, blocks, rows, at_once):
     """Of a strip of some channels: its image, its first row of outputs, first line of inputs (which
-    may lie above the image) and first set of channels."""
+    may lie above the image) and first vector of channels."""
     place, block = divmod(index, blocks)
     image, strip = divmod(place, strips)
     y0 = min(strip * rows, step.out_height - rows)
@@ -232,37 +235,47 @@ def _find(step, x, index, strips, blocks, rows, at_once):
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
     """Strips of the images, for each the channels that a vector of outputs reads.
 
-    weight is `(out_channels / WIDTH, taps, channels of a group, WIDTH)`.
+    weight is `(out_channels / WIDTH, planes, taps, channels, WIDTH)`.
     """
-    share, planes, sets, readers, at_once = _sets(step)
-    blocks = ceil(sets, at_once)
+    planes, sets, readers, at_once = _sets(step)
+    by_lanes = lies_side_by_side(step.share, step.out_share)
+    blocks, every = ceil(sets, at_once), step.channels // WIDTH
     phase_width, rows, lines, strips = _plan(step, at_once * planes)
-    line_bytes = phase_width * step.stride_x * VECTOR_BYTES
-    taps = step.kernel_y * step.kernel_x * planes
-    table = np.empty(taps, np.int64)
+    line_bytes, kernel = phase_width * step.stride_x * VECTOR_BYTES, step.kernel_y * step.kernel_x
+    table = np.empty(kernel * planes, np.int64)
     _find_taps(step, planes, lines, phase_width, table)
     offsets = table.ctypes.data
-    count, last = step.images * strips * blocks, step.channels // WIDTH - 1
+    of_vector = kernel * step.share
+    if not by_lanes:
+        of_vector = kernel * WIDTH * widest(step.share, step.out_share)
+    count, last = step.images * strips * blocks, every - 1
     for index in range(part, count, parts):
-        source, image, y0, first_y, first = _find(step, x, index, strips, blocks, rows, at_once)
-        end = min(sets, first + at_once)
-        channel, copied = first * planes * WIDTH, (end - first) * planes
+        source, image, y0, first_y, first = _find(
+            step, x, index, strips, blocks, rows, at_once * planes
+        )
+        copied = min(every - first, at_once * planes)
+        channel = first * WIDTH
         _copy_strip(step, source, channel, copied, first_y, lines, phase_width, scratch)
         following, y, after = 0, 0, 0
-        if share > 1 and index + parts < count:  # one channel is computed before it could come
-            following, _, _, y, after = _find(step, x, index + parts, strips, blocks, rows, at_once)
-        for vector in range(first * readers, end * readers):
+        if step.share > 1 and index + parts < count:  # one channel is done before it could come
+            following, _, _, y, after = _find(
+                step, x, index + parts, strips, blocks, rows, at_once * planes
+            )
+        begin = first // planes * readers
+        for vector in range(begin, min(begin + at_once * readers, step.out_channels // WIDTH)):
             pixel = (image * step.out_height + y0) * step.out_width
             at = (pixel * step.out_channels + vector * WIDTH) * FLOAT_BYTES
             added = other + at if other != 0 else 0
-            factors = weight + vector * taps * min(share, WIDTH) * VECTOR_BYTES
+            factors = weight + vector * of_vector * VECTOR_BYTES
             start = bias + vector * VECTOR_BYTES
-            plane = (vector // readers - first) * planes
-            read, c = scratch + plane * lines * line_bytes, out + at
+            plane, end = vector, vector + 1
+            if not by_lanes:
+                plane, end = window(vector, step.share, step.out_share, every)
+            taps = (end - plane) * kernel
+            read, c = scratch + (plane - first) * lines * line_bytes, out + at
             ahead = following
             if following != 0:
-                nearest = min(after * planes + (vector - first * readers) % copied, last)
-                ahead += nearest * VECTOR_BYTES
+                ahead += min(after + (vector - begin) % copied, last) * VECTOR_BYTES
             _convolve_strip(
                 step, read, line_bytes, offsets, taps, factors, start, added, c, rows, ahead, y
             )

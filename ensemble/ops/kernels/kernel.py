@@ -30,7 +30,7 @@ OPERANDS = ("x", "weight", "bias", "other", "out")
 _GEOMETRY = (
     *("images", "height", "width", "channels", "out_height", "out_width", "out_channels"),
     *("kernel_y", "kernel_x", "stride_y", "stride_x", "pad_y", "pad_x"),
-    *("dilation_y", "dilation_x", "groups"),
+    *("dilation_y", "dilation_x", "share", "out_share"),
 )
 STEP = np.dtype(
     [(f"{name}{part}", np.int64) for name in OPERANDS for part in ("", "_stride")]
@@ -98,7 +98,8 @@ def fill_geometry(step: np.void, geometry: Geometry) -> None:
     step["images"], step["channels"] = geometry.images, geometry.channels
     step["height"], step["width"] = geometry.size
     step["out_height"], step["out_width"] = geometry.out_size
-    step["out_channels"], step["groups"] = geometry.out_channels, geometry.groups
+    step["out_channels"] = geometry.out_channels
+    step["share"], step["out_share"] = geometry.shares
     for name in ("kernel", "stride", "padding", "dilation"):
         short = "pad" if name == "padding" else name
         step[f"{short}_y"], step[f"{short}_x"] = getattr(geometry, name)

@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from ensemble import garbage
-from ensemble.ops import operation, products, simd, taps
+from ensemble.ops import operation, products, simd, taps, vectors
 from ensemble.ops.kernels.kernel import LOCAL, STEP, ceil, jit, jit_within
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.simd import fetch_add, give_way, load_shared, relax
@@ -165,7 +165,7 @@ def _make_run(sources: str) -> Any:
 
 
 # Every file that the code comes from.
-_FILES = [Path(str(module.__file__)) for module in (simd, products, taps, operation)]
+_FILES = [Path(str(module.__file__)) for module in (simd, products, taps, operation, vectors)]
 _FILES += sorted(Path(__file__).parent.glob("*.py"))
 run = _make_run(hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest())
 
