@@ -254,6 +254,41 @@ def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Any) -> tuple[Tensor
     return _plain_affine(images, factors, summands), 0
 
 
+@custom_op("ensemble::group_norm", mutates_args=())
+def group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> Tensor:
+    """Group norm of one model: x `(B, C, H, W)`, weight and bias `(C,)`."""
+    return functional.group_norm(x, groups, weight, bias, eps)
+
+
+@group_norm.register_fake
+def _(x: Tensor, *options: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@group_norm.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    *tensors, groups, eps = arguments
+    x, weight, bias = _stacked_first(tensors, in_dims)
+    count = info.batch_size
+    images = x if in_dims[0] is not None else x.expand(count, *x.shape)
+    weight, bias = (
+        tensor if dim is not None or tensor is None else tensor.expand(count, -1)
+        for tensor, dim in zip((weight, bias), in_dims[1:3], strict=True)
+    )
+    if images.dim() == 5 and stacks.can_run(Kind.GROUP_NORM, images, stacks.pointwise(images)):
+        channels = images.shape[-3]
+        weight = images.new_ones(count, channels) if weight is None else weight
+        bias = images.new_zeros(count, channels) if bias is None else bias
+        return stacks.packed_group_norm(images, weight, bias, groups, eps), 0
+    flat = images.flatten(0, -4)
+    result = functional.group_norm(flat, groups, None, None, eps).unflatten(0, images.shape[:-3])
+    spread = (..., *[None] * (images.dim() - 4), slice(None), None, None)
+    result = result if weight is None else result * weight[spread]
+    return (result if bias is None else result + bias[spread]), 0
+
+
 @custom_op("ensemble::head", mutates_args=())
 def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The mean over all pixels, then a linear layer: x `(B, C, H, W)` -> `(B, K)`."""

@@ -35,6 +35,7 @@ class Kind(IntEnum):
     AFFINE = 13, "batch norm"
     COPY = 14, "copy"
     SELECT = 15, "selection"
+    GROUP_NORM = 16, "group norm"
 
     @property
     def attempts(self) -> tuple[Kind, ...]:
@@ -60,6 +61,7 @@ class Function(IntEnum):
     SILU = 4
     HARDSIGMOID = 5
     HARDSWISH = 6
+    LEAKY_RELU = 7
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Operation:
 
     weight and bias hold those of all models, one after another. `option` is for the kernel alone:
     the channel that a copy begins at, whether the mean of a window counts zeros around the image.
+    So is `number`: the eps of a norm, the slope of a leaky relu, where negative.
     Of the geometry's channels the first ones mean something, the
     others fill up vectors: `channels` and `out_channels` (None: all).
     """
@@ -112,6 +115,7 @@ class Operation:
     relu: bool = False
     function: Function = Function.NONE
     option: int = 0
+    number: float = 0.0
     channels: int | None = None
     out_channels: int | None = None
 

@@ -232,7 +232,7 @@ def _in_shapes(operations: Sequence[Operation]) -> dict[int, tuple[int, ...]]:
 def _fill(step: np.void, operation: Operation, offsets: dict[int, int]) -> None:
     step["kind"], step["variant"] = operation.kind, kernels.KERNELS[operation.kind].variant
     step["relu"], step["function"] = operation.relu, operation.function
-    step["option"] = operation.option
+    step["option"], step["number"] = operation.option, operation.number
     step["real"] = operation.channels or operation.geometry.channels
     kernels.fill_geometry(step, operation.geometry)
     for name in ("weight", "bias"):

@@ -133,6 +133,17 @@ def _(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return _fake(x, len(x), conv_geometry(x, x.shape[-3], (1, 1), (1, 1), (0, 0), (1, 1)))
 
 
+@custom_op("ensemble::packed_group_norm", mutates_args=())
+def packed_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """`group_norm` of N models: x `(N, B, C, H, W)`, weight and bias `(N, C)`."""
+    return _run(group_norm_operation(x, weight, bias, groups, eps), [x], num_models=len(x))
+
+
+@packed_group_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    return _fake(x, len(x), conv_geometry(x, x.shape[-3], (1, 1), (1, 1), (0, 0), (1, 1)))
+
+
 @custom_op("ensemble::packed_head", mutates_args=())
 def packed_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`head` of N models: x `(N, B, C, H, W)` -> `(N, B, K)`; bias `(N, K)`."""
@@ -203,6 +214,16 @@ def affine_operation(x: Tensor, scale: Tensor, shift: Tensor) -> Operation:
     channels = x.shape[-3]
     step = Operation(Kind.AFFINE, geometry, X, OUT, None, factors, summands)
     return replace(step, channels=channels, out_channels=channels)
+
+
+def group_norm_operation(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Operation:
+    """`packed_group_norm` as a step."""
+    share = x.shape[-3] // groups
+    step = affine_operation(x, weight, bias)
+    geometry = replace(step.geometry, share=(share, share))
+    return replace(step, kind=Kind.GROUP_NORM, geometry=geometry, number=eps)
 
 
 def head_operation(x: Tensor, weight: Tensor, bias: Tensor) -> Operation:

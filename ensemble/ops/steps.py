@@ -25,6 +25,7 @@ KERNELS = (
     ours.packed_average_pool2d.default,
     ours.packed_select.default,
     ours.packed_affine.default,
+    ours.packed_group_norm.default,
     ours.packed_head.default,
 )
 
@@ -123,6 +124,14 @@ def _activation(function: Function, *extra: float) -> Callable[[fx.Node, Trace],
     return steps
 
 
+def _leaky_relu(node: fx.Node, trace: Trace) -> list[Operation]:
+    x, slope = (*node.args, 0.01)[:2]
+    if not trace.is_stack(x) or node.kwargs or not isinstance(slope, float | int):
+        return []
+    options: dict[str, Any] = {"function": Function.LEAKY_RELU, "number": float(slope)}
+    return [_pointwise(Kind.ACTIVATION, node, trace, x, **options)]
+
+
 def _add(node: fx.Node, trace: Trace) -> list[Operation]:
     x, other = node.args[:2]
     if node.kwargs or not (trace.is_stack(x) and trace.is_stack(other)):
@@ -177,6 +186,7 @@ def _concatenate(node: fx.Node, trace: Trace) -> list[Operation]:
 _MAKERS: dict[Any, Callable[[fx.Node, Trace], list[Operation]]] = {
     ours.packed_conv2d.default: _weighted(stacks.conv2d_operation),
     ours.packed_affine.default: _weighted(stacks.affine_operation),
+    ours.packed_group_norm.default: _weighted(stacks.group_norm_operation),
     ours.packed_head.default: _weighted(stacks.head_operation),
     ours.packed_max_pool2d.default: _weightless(stacks.max_pool2d_operation),
     ours.packed_select.default: _weightless(stacks.select_operation),
@@ -187,6 +197,7 @@ _MAKERS: dict[Any, Callable[[fx.Node, Trace], list[Operation]]] = {
     aten.silu.default: _activation(Function.SILU),
     aten.hardsigmoid.default: _activation(Function.HARDSIGMOID),
     aten.hardswish.default: _activation(Function.HARDSWISH),
+    aten.leaky_relu.default: _leaky_relu,
     aten.add.Tensor: _add,
     aten.mul.Tensor: _multiply,
     aten.mean.dim: _mean,
@@ -197,7 +208,7 @@ _MAKERS: dict[Any, Callable[[fx.Node, Trace], list[Operation]]] = {
 TAKES_ALL = (Kind.DIRECT, Kind.DIRECT_BF16, Kind.GROUPED)
 _TAKES_RELU = (
     *TAKES_ALL,
-    *(Kind.WINOGRAD_2, Kind.WINOGRAD_4, Kind.STRASSEN, Kind.SUM, Kind.AFFINE),
+    *(Kind.WINOGRAD_2, Kind.WINOGRAD_4, Kind.STRASSEN, Kind.SUM, Kind.AFFINE, Kind.GROUP_NORM),
 )
 
 
@@ -224,7 +235,8 @@ def with_activations_taken(steps: list[Operation], outputs: set[int]) -> list[Op
 def _with_activation(step: Operation, activation: Operation) -> Operation:
     is_relu = activation.function == Function.RELU
     function = Function.NONE if is_relu else activation.function
-    return replace(step, relu=is_relu, function=function, out=activation.out)
+    number = activation.number if function else step.number
+    return replace(step, relu=is_relu, function=function, number=number, out=activation.out)
 
 
 def _node(value: object) -> fx.Node:

@@ -78,6 +78,12 @@ class _Rewriting:
         self.graph.erase_node(node)
 
 
+def _group_norm(graph: _Rewriting, node: fx.Node) -> None:
+    x, weight, bias, *_, groups, eps = node.args
+    if graph.is_images(x) and graph.is_constant(weight, bias) and graph.gives_one(node):
+        graph.replace(node, ours.group_norm.default, x, weight, bias, groups, eps)
+
+
 def _convolution(graph: _Rewriting, node: fx.Node) -> None:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
     if graph.is_images(x) and _dim(weight) == 4 and not transposed:
@@ -268,6 +274,7 @@ _REWRITES: dict[Any, _Rewrite] = {
     aten.native_batch_norm.default: _batch_norm,
     aten.cudnn_batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    aten.native_group_norm.default: _group_norm,
     aten.mul.Tensor: _by_constants(factor=True),
     aten.div.Tensor: _by_constants(factor=True, sign=-1),
     aten.sub.Tensor: _by_constants(factor=False, sign=-1),

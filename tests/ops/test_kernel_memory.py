@@ -155,6 +155,7 @@ FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
     Function.SILU: torch.nn.functional.silu,
     Function.HARDSIGMOID: torch.nn.functional.hardsigmoid,
     Function.HARDSWISH: torch.nn.functional.hardswish,
+    Function.LEAKY_RELU: lambda x: torch.nn.functional.leaky_relu(x, 0.25),
 }
 
 
@@ -196,7 +197,7 @@ def test_steps_on_each_number_stay_in_their_memory(
     for function, exact in FUNCTIONS.items():
         values = 4 * x
         values[0, 0, 0, 0, 0], values[1, 1, -1, -1, -1] = 200, -200
-        step = Operation(Kind.ACTIVATION, geometry, 0, 9, function=function, **real)
+        step = Operation(Kind.ACTIVATION, geometry, 0, 9, function=function, number=0.25, **real)
         found = run_between_guards([step], [values], threads, check_guards)
         torch.testing.assert_close(found, exact(values), rtol=1e-6, atol=1e-6)
         values[0, 0, 0, 0, 0] = torch.nan
@@ -210,9 +211,15 @@ def test_steps_on_each_number_stay_in_their_memory(
     found = run_between_guards([step], [x, factors], threads, check_guards)
     torch.testing.assert_close(found, x * factors)
     scale, shift = torch.randn(2, 2, channels)
+    per_channel = (2, 1, channels, 1, 1)
+    for groups in {1, channels}:
+        step = stacks.group_norm_operation(x, scale, shift, groups, 1e-2)
+        found = run_between_guards([replace(step, x=0, out=9)], [x], threads, check_guards)
+        plain = torch.nn.functional.group_norm(x.flatten(0, 1), groups, eps=1e-2).view(x.shape)
+        expected = plain * scale.view(per_channel) + shift.view(per_channel)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     step = stacks.affine_operation(x, scale, shift)
     found = run_between_guards([replace(step, x=0, out=9)], [x], threads, check_guards)
-    per_channel = (2, 1, channels, 1, 1)
     torch.testing.assert_close(found, x * scale.view(per_channel) + shift.view(per_channel))
 
 

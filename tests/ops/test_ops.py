@@ -137,6 +137,7 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
         (conv.average_pool2d, (randn(1, 4, 8, 8), [3, 3], [2, 2], [1, 1], False)),
         (conv.select, (randn(1, 4, 8, 8), [1, -1, 0], [7, 6], [3, 3, 1, 2, -1])),
         (conv.affine, (randn(1, 4, 8, 8), randn(4), randn(4))),
+        (conv.group_norm, (randn(2, 6, 3, 3), randn(6), None, 2, 1e-5)),
         (conv.head, (randn(2, 4, 3, 3), randn(5, 4), randn(5))),
         (stacks.pack_weight, (randn(2, PANEL, WIDTH, 3, 3), Kind.WINOGRAD_4)),
         (
@@ -158,6 +159,7 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
         (stacks.packed_max_pool2d, (randn(2, 1, WIDTH, 5, 5), [3, 3], [2, 2], [1, 1], True)),
         (stacks.packed_average_pool2d, (randn(2, 1, 7, 5, 5), [3, 3], [2, 2], [1, 1], True)),
         (stacks.packed_select, (randn(2, 1, 7, 5, 5), [1, -1], [4, 3, 0], [*range(7), -1])),
+        (stacks.packed_group_norm, (randn(2, 1, 6, 5, 5), randn(2, 6), randn(2, 6), 3, 1e-3)),
         (stacks.packed_affine, (randn(2, 1, 7, 5, 5), randn(2, 7), randn(2, 7))),
     ],
     ids=lambda value: getattr(value, "_name", None),
@@ -235,6 +237,34 @@ def test_pooling_and_factors_for_channels_are_what_a_loop_gives(
         assert found.dtype == expected.dtype == dtype
         limit = 1e-5 if dtype == torch.float32 else 2e-2
         assert error(found[index].double(), expected.double()) < limit
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(6, 1), (6, 3), (32, 32), (40, 5), (72, 3)])
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (None, 0, None), (0, None, None)])
+@pytest.mark.parametrize("size", [(1, 2), (7, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_norm_is_that_of_each_model(
+    channels: int,
+    groups: int,
+    in_dims: tuple[int | None, ...],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    stacked = (
+        100 + 3 * randn(3, 2, channels, *size),
+        randn(3, channels, seed=1),
+        randn(3, channels, seed=2),
+    )
+    tensors = [
+        (stack if dim == 0 else stack[0]).to(dtype)
+        for stack, dim in zip(stacked, in_dims, strict=True)
+    ]
+    found = torch.vmap(lambda *each: conv.group_norm(*each, groups, 1e-3).relu(), in_dims)(*tensors)
+    for index in range(3):
+        operands = [t if d is None else t[index] for t, d in zip(tensors, in_dims, strict=True)]
+        x, weight, bias = (operand.double() for operand in operands)
+        expected = functional.group_norm(x, groups, weight, bias, 1e-3).relu()
+        assert error(found[index].double(), expected) < (3e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize(

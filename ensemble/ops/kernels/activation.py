@@ -17,7 +17,7 @@ from ensemble.ops.simd import (
     store,
 )
 
-NONE, RELU, RELU6, SIGMOID, SILU, HARDSIGMOID, HARDSWISH = (int(function) for function in Function)
+NONE, RELU, RELU6, SIGMOID, SILU, HARDSIGMOID, HARDSWISH, LEAKY_RELU = map(int, Function)
 
 
 @jit
@@ -35,7 +35,7 @@ def _hardsigmoid(x):
 
 
 @jit
-def _of(function, x):
+def _of(function, number, x):
     if function == RELU:
         return maximum(x, splat(np.float32(0)))
     if function == RELU6:
@@ -44,26 +44,30 @@ def _of(function, x):
         return _sigmoid(x)
     if function == SILU:
         return x * _sigmoid(x)
+    if function == LEAKY_RELU:
+        zero = splat(np.float32(0))
+        return maximum(x, zero) + np.float32(number) * minimum(x, zero)
     if function == HARDSIGMOID:
         return _hardsigmoid(x)
     return x * _hardsigmoid(x)
 
 
 @jit
-def activate(function, source, target, row_bytes, rows, vectors):
+def activate(function, number, source, target, row_bytes, rows, vectors):
     """`rows` rows of so many vectors, `row_bytes` apart, from source to target: may be the same."""
     stand_alone()
     for row in range(rows):
         first = row * row_bytes
         for at in range(first, first + vectors * VECTOR_BYTES, VECTOR_BYTES):
-            store(target + at, _of(function, load(source + at)))
+            store(target + at, _of(function, number, load(source + at)))
 
 
 @jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
     first, end = share_of_vectors(step, part, parts)
     vectors = (end - first) // VECTOR_BYTES
-    activate(step.function, x + first, out + first, np.int64(0), np.int64(1), vectors)
+    first_x, first_out, one = x + first, out + first, np.int64(1)
+    activate(step.function, step.number, first_x, first_out, np.int64(0), one, vectors)
 
 
 ACTIVATION = Kernel(_body, takes_pixels, no_scratch)

@@ -287,7 +287,7 @@ def _multiply_rows(
         a, c, added = rows_at + row * whole, out + place, other + place
         multiply(bf16, columns, block, a, factors, c, row_bytes, depth, start, added, flags, ahead)
         if flags >= LAST and step.function != NONE:
-            activate(step.function, c, c, row_bytes, block, columns)
+            activate(step.function, step.number, c, c, row_bytes, block, columns)
 
 
 @jit

@@ -188,7 +188,7 @@ def _convolve_strip(
             a, c, added = line + x0 * VECTOR_BYTES, out + place, other + place
             _convolve(lanes, pixels, run, a, offsets, taps, factors, c, pixel, start, added, flags)
             if step.function != NONE:
-                activate(step.function, c, c, pixel, pixels, np.int64(1))
+                activate(step.function, step.number, c, c, pixel, pixels, np.int64(1))
 
 
 @jit

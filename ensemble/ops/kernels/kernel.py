@@ -38,6 +38,7 @@ STEP = np.dtype(
         (name, np.int64)
         for name in ("kind", "variant", "relu", "function", "option", "real", *_GEOMETRY)
     ]
+    + [("number", np.float64)]
 )
 
 

@@ -2,6 +2,7 @@
 
 from ensemble.ops.kernels.activation import ACTIVATION
 from ensemble.ops.kernels.direct import DIRECT, DIRECT_BF16
+from ensemble.ops.kernels.group_norm import GROUP_NORM
 from ensemble.ops.kernels.grouped import GROUPED
 from ensemble.ops.kernels.head import HEAD
 from ensemble.ops.kernels.pointwise import AFFINE, COPY, SCALE, SUM
@@ -27,4 +28,5 @@ KERNELS = {
     Kind.AFFINE: AFFINE,
     Kind.COPY: COPY,
     Kind.SELECT: SELECT,
+    Kind.GROUP_NORM: GROUP_NORM,
 }
