@@ -34,6 +34,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "roll": lambda x: x.roll(1, 1),
     "shift": lambda x: x.roll(1, 3),
     "slice": lambda x: x[:, :, 1:, :-1],
+    "half": lambda x: x.chunk(2, 1)[-1],
+    "shuffle": lambda x: functional.channel_shuffle(x, 4),
+    "border": lambda x: functional.pad(x, (0, 1, 2, 0, 1, 0)),
+    "border of ones": lambda x: functional.pad(x, (1, 0), value=1.0),
+    "reflected": lambda x: functional.pad(x, (1, 2, 2, 1), "reflect"),
+    "every other": lambda x: x[:, ::2, ::2, 1::2],
+    "larger": lambda x: functional.interpolate(x, scale_factor=2.0),
+    "times": lambda x: x * 0.5,
+    "by": lambda x: x / 3,
+    "minus": lambda x: x - 0.25,
+    "from": lambda x: 1 - x,
+    "own norm": lambda x: functional.layer_norm(x, x.shape[1:]),
 }
 ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "ReLU": nn.ReLU,
@@ -42,6 +54,7 @@ ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "Hardsigmoid": nn.Hardsigmoid,
     "Hardswish_": partial(nn.Hardswish, inplace=True),
     "LeakyReLU": partial(nn.LeakyReLU, 0.1),
+    "LeakyReLU_": partial(nn.LeakyReLU, -0.5, inplace=True),
     "Identity": nn.Identity,
     "Dropout": nn.Dropout,
 }
@@ -166,6 +179,21 @@ class Norm(Step):
             raise ValueError("too few pixels to divide by what they differ by")
         norm = nn.BatchNorm2d(channels, affine=self.affine, track_running_stats=self.tracked)
         return Call(norm, self.index(values))
+
+
+@dataclass(frozen=True, repr=False)
+class GroupNorm(Step):
+    """Of `groups` groups; None: of a channel each."""
+
+    groups: int | None = 1
+    affine: bool = True
+
+    def layer(self, values: Values, layers: Sequence[nn.Module]) -> nn.Module:
+        _, channels, height, width = values[self.index(values)].shape
+        groups = channels if self.groups is None else self.groups
+        if channels // groups * height * width < 16:
+            raise ValueError("too few numbers to divide by what they differ by")
+        return Call(nn.GroupNorm(groups, channels, affine=self.affine), self.index(values))
 
 
 @dataclass(frozen=True, repr=False)
@@ -508,10 +536,13 @@ def _steps() -> st.SearchStrategy[Step]:
     again = st.builds(Again, source=_SOURCES, layer_before=st.integers(0, 3), tied=_FLAGS)
     concat = st.builds(Concat, source=_SOURCES, other=_OTHERS)
     often = [plain, conv, norm, activate, added]
+    grouped = st.builds(
+        GroupNorm, source=_SOURCES, groups=st.sampled_from([1, 4, 8, 3, None]), affine=st.booleans()
+    )
     excite = st.builds(
         Excite, source=_SOURCES, between=st.sampled_from([4, 8, 20]), swapped=st.booleans()
     )
-    rare = [*_poolings(), constant, again, concat, excite, st.builds(Unused)]
+    rare = [*_poolings(), grouped, constant, again, concat, excite, st.builds(Unused)]
     return st.one_of(*often, *often, conv, *rare)
 
 
@@ -534,7 +565,7 @@ def _convolutions() -> tuple[st.SearchStrategy[Step], st.SearchStrategy[Step]]:
         padding=st.sampled_from([1, 0, 2, "same", "valid", (1, 0), (0, 2), 3]),
         mode=st.sampled_from(["zeros", "zeros", "zeros", "reflect", "replicate", "circular"]),
         dilation=st.sampled_from([1, 1, 1, 2, (1, 2), (2, 1)]),
-        groups=st.sampled_from([1, 1, 1, 2, None, 8]),
+        groups=st.sampled_from([1, 1, 1, 2, None, 8, 4, 3]),
         bias=st.booleans(),
         functional=st.sampled_from([False, False, False, True]),
     )
@@ -608,6 +639,9 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
                 _ = scale is not None and scale.uniform_(0.5, 2, generator=generator)
             for shift in (module.running_mean, module.bias):
                 _ = shift is not None and shift.normal_(0, 0.3, generator=generator)
+        elif isinstance(module, nn.GroupNorm) and module.affine:
+            module.weight.uniform_(0.5, 2, generator=generator)
+            module.bias.normal_(0, 0.3, generator=generator)
         elif isinstance(module, nn.Conv2d | nn.Linear):
             inputs = module.weight[0].numel()
             module.weight.normal_(0, (2 / inputs) ** 0.5, generator=generator)

@@ -87,8 +87,8 @@ def _group_norm(graph: _Rewriting, node: fx.Node) -> None:
 def _convolution(graph: _Rewriting, node: fx.Node) -> None:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
     if graph.is_images(x) and _dim(weight) == 4 and not transposed:
-        options = (stride, padding, dilation, groups, False)
-        graph.replace(node, _CONV2D, x, weight, bias, None, *options)
+        sizes = map(_two, (stride, padding, dilation))
+        graph.replace(node, _CONV2D, x, weight, bias, None, *sizes, groups, False)
 
 
 def _batch_norm(graph: _Rewriting, node: fx.Node) -> None:

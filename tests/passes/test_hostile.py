@@ -232,6 +232,12 @@ def sum_into_a_tuple(self: Any, x: Tensor) -> Tensor:
     return torch.cat(halves, 1)
 
 
+@case
+def functions_with_borders_in_words(self: Any, x: Tensor) -> Tensor:
+    y = functional.conv2d(x, self.a.weight, self.a.bias, padding="valid")
+    return functional.conv2d(y, self.b.weight, None, 1, "same", (1, 2))
+
+
 # Changes in place that nothing reads
 
 
