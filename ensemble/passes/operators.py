@@ -8,6 +8,7 @@ multiplies channels by constants and adds constants to them, goes into the convo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -78,12 +79,6 @@ class _Rewriting:
         self.graph.erase_node(node)
 
 
-def _group_norm(graph: _Rewriting, node: fx.Node) -> None:
-    x, weight, bias, *_, groups, eps = node.args
-    if graph.is_images(x) and graph.is_constant(weight, bias) and graph.gives_one(node):
-        graph.replace(node, ours.group_norm.default, x, weight, bias, groups, eps)
-
-
 def _convolution(graph: _Rewriting, node: fx.Node) -> None:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
     if graph.is_images(x) and _dim(weight) == 4 and not transposed:
@@ -116,22 +111,33 @@ def _norm_summands(bias: Tensor | None, mean: Tensor, factors: Tensor) -> Tensor
     return summands if bias is None else summands + bias.double()
 
 
-def _by_constants(factor: bool, sign: int = 1) -> Callable[[_Rewriting, fx.Node], None]:
-    """Of `x * c` or `x + c`, either way round, and `x / c`, `x - c` (sign -1)."""
+def _group_norm(graph: _Rewriting, node: fx.Node) -> None:
+    x, weight, bias, *_, groups, eps = node.args
+    if graph.is_images(x) and graph.is_constant(weight, bias) and graph.gives_one(node):
+        graph.replace(node, ours.group_norm.default, x, weight, bias, groups, eps)
+
+
+def _by_constants(factor: bool, inverse: bool = False) -> Callable[[_Rewriting, fx.Node], None]:
+    """Of `x * c` or `x + c`, either way round; inverse: of `x / c` or `x - c`."""
 
     def rewrite(graph: _Rewriting, node: fx.Node) -> None:
-        first, second = node.args
-        x, constant = (first, second) if graph.is_constant(second) or sign < 0 else (second, first)
+        x, constant = node.args
+        if not inverse and graph.is_constant(x):
+            x, constant = constant, x
         known, result = value_of(x), value_of(node)
-        fits = graph.is_images(x) and graph.is_constant(constant)
-        if not fits or (known.shape, known.dtype) != (result.shape, result.dtype):
+        if not graph.is_images(x) or not graph.is_constant(constant):
+            return
+        if (known.shape, known.dtype) != (
+            result.shape,
+            result.dtype,
+        ) or not known.is_floating_point():
             return
         if not _is_of_channels(value_of(constant), known.shape[1]):
             return
-        power, sign_ = (sign, 1) if factor else (1, sign)
+        power, sign = (-1 if inverse and factor else 1), (-1 if inverse and not factor else 1)
         like = known.shape[1], known.device
         with graph.graph.inserting_before(node):
-            values = graph.call(_of_channels, constant, power, sign_, *like, like=None)
+            values = graph.call(_of_channels, constant, power, sign, *like, like=None)
             neutral = graph.call(_of_channels, 0 if factor else 1, 1, 1, *like, like=None)
         factors, summands = (values, neutral) if factor else (neutral, values)
         _affine(graph, node, _node(x), factors, summands)
@@ -140,9 +146,12 @@ def _by_constants(factor: bool, sign: int = 1) -> Callable[[_Rewriting, fx.Node]
 
 
 def _is_of_channels(constant: object, channels: int) -> bool:
-    """Does it broadcast to images as a number, or as one for each channel?"""
+    """Does it broadcast to images as a number, or as one for each channel?
+
+    A convolution cannot take a factor that is not finite, the inverse of 0 neither.
+    """
     if not isinstance(constant, Tensor):
-        return isinstance(constant, int | float)
+        return isinstance(constant, int | float) and constant != 0 and isfinite(constant)
     *images, own, height, width = (1, 1, 1, *constant.shape)[-4:]
     return constant.dim() <= 4 and images == [1] and own in (1, channels) and height == width == 1
 
@@ -151,10 +160,11 @@ def _of_channels(
     constant: Tensor | float, power: int, sign: int, channels: int, device: torch.device
 ) -> Tensor:
     """`sign * constant ** power` for each channel: `(C,)` in float64."""
-    if not isinstance(constant, Tensor):
-        return torch.full((channels,), sign * constant**power, dtype=torch.float64, device=device)
-    values = constant.double().flatten() ** power
-    return (sign * values).expand(channels)
+    if isinstance(constant, Tensor):
+        values = constant.double().flatten()
+    else:
+        values = torch.full((1,), constant, dtype=torch.float64, device=device)
+    return (sign * values**power).expand(channels)
 
 
 def _affine(
@@ -276,8 +286,8 @@ _REWRITES: dict[Any, _Rewrite] = {
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.native_group_norm.default: _group_norm,
     aten.mul.Tensor: _by_constants(factor=True),
-    aten.div.Tensor: _by_constants(factor=True, sign=-1),
-    aten.sub.Tensor: _by_constants(factor=False, sign=-1),
+    aten.div.Tensor: _by_constants(factor=True, inverse=True),
+    aten.sub.Tensor: _by_constants(factor=False, inverse=True),
     aten.add.Tensor: _add,
     aten.relu.default: _relu,
     aten.max_pool2d_with_indices.default: _max_pool,

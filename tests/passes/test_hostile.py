@@ -233,6 +233,20 @@ def sum_into_a_tuple(self: Any, x: Tensor) -> Tensor:
 
 
 @case
+def factors_and_summands_of_every_kind(self: Any, x: Tensor) -> Tensor:
+    y = 3 * (self.a(x) / 2 - 1) + self.norm.bias[:, None, None]
+    z = (self.b(x) * self.norm.weight.view(1, -1, 1, 1) - x) / self.norm.running_var[:, None, None]
+    rows = self.c(x) * torch.linspace(0.5, 1.0, x.shape[-1])  # not of channels
+    counted = ((y > 0).long() * 16777217 + 1).remainder(3)  # more than a float holds
+    return y + z + rows + counted + 1 / (2 + x.square())
+
+
+@case
+def divided_by_nothing(self: Any, x: Tensor) -> Tensor:
+    return torch.sigmoid(self.a(x) / 0) + self.b(x)
+
+
+@case
 def functions_with_borders_in_words(self: Any, x: Tensor) -> Tensor:
     y = functional.conv2d(x, self.a.weight, self.a.bias, padding="valid")
     return functional.conv2d(y, self.b.weight, None, 1, "same", (1, 2))
