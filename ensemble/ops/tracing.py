@@ -57,7 +57,27 @@ def traced(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx
 
 def _graph_of(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
     # Constants that the function holds are no fake tensors.
-    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    for node in module.graph.nodes:
+        if node.target in (aten.as_strided.default, aten.as_strided_.default) and _is_same(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _is_same(strided: fx.Node) -> bool:
+    """Does it find every element where it was? So does torch's mean over all pixels end, to say in
+    which order its one pixel lies."""
+    source, size, strides, *offset = strided.args
+    known = value_of(source)
+    assert isinstance(size, list | tuple)
+    assert isinstance(strides, list | tuple)
+    moved = any(
+        length > 1 and before != after
+        for length, before, after in zip(size, known.stride(), strides, strict=False)
+    )
+    return list(size) == list(known.shape) and not moved and not any(offset)
 
 
 def _writes(module: fx.GraphModule) -> list[str]:

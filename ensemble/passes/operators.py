@@ -140,7 +140,9 @@ def _by_constants(factor: bool, inverse: bool = False) -> Callable[[_Rewriting, 
             values = graph.call(_of_channels, constant, power, sign, *like, like=None)
             neutral = graph.call(_of_channels, 0 if factor else 1, 1, 1, *like, like=None)
         factors, summands = (values, neutral) if factor else (neutral, values)
-        _affine(graph, node, _node(x), factors, summands)
+        # A tensor may hold a 0, by which a sum may be divided, but not what it sums up.
+        divides = power < 0 and isinstance(constant, fx.Node)
+        _affine(graph, node, _node(x), factors, summands, foldable=not divides)
 
     return rewrite
 
@@ -168,11 +170,17 @@ def _of_channels(
 
 
 def _affine(
-    graph: _Rewriting, node: fx.Node, x: fx.Node, factors: fx.Node, summands: fx.Node
+    graph: _Rewriting,
+    node: fx.Node,
+    x: fx.Node,
+    factors: fx.Node,
+    summands: fx.Node,
+    *,
+    foldable: bool = True,
 ) -> None:
     """Put `x * factors + summands`, `(C,)` in float64 each, in the place of a node."""
     with graph.graph.inserting_before(node):
-        if _is_bare(x, _CONV2D) and graph.is_constant(*x.args[1:3]):
+        if foldable and _is_bare(x, _CONV2D) and graph.is_constant(*x.args[1:3]):
             source, weight, bias, *rest = x.args
             scaled = graph.call(_scaled, weight, factors, like=None)
             shifted = graph.call(_shifted, bias, weight, factors, summands, like=None)

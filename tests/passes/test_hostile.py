@@ -232,6 +232,18 @@ def sum_into_a_tuple(self: Any, x: Tensor) -> Tensor:
     return torch.cat(halves, 1)
 
 
+@prepared(lambda self: self.to(memory_format=torch.channels_last))
+def weights_with_channels_last(self: Any, x: Tensor) -> Tensor:
+    y = self.norm(self.a(x))
+    return self.b(y) * self.mean(y).sigmoid()
+
+
+@case
+def norm_of_each_pixel(self: Any, x: Tensor) -> Tensor:
+    y = functional.layer_norm(self.a(x).permute(0, 2, 3, 1), [CHANNELS])
+    return self.b(y.permute(0, 3, 1, 2)) * self.mean(y.permute(0, 3, 1, 2))
+
+
 @case
 def factors_and_summands_of_every_kind(self: Any, x: Tensor) -> Tensor:
     y = 3 * (self.a(x) / 2 - 1) + self.norm.bias[:, None, None]
@@ -243,7 +255,8 @@ def factors_and_summands_of_every_kind(self: Any, x: Tensor) -> Tensor:
 
 @case
 def divided_by_nothing(self: Any, x: Tensor) -> Tensor:
-    return torch.sigmoid(self.a(x) / 0) + self.b(x)
+    nothing = self.norm.bias[:, None, None] * 0
+    return torch.sigmoid(self.a(x) / 0) + torch.sigmoid(self.c(x) / nothing) + self.b(x)
 
 
 @case
@@ -615,7 +628,8 @@ class ByValues(Net):
 class InMemory(Net):
     def body(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        return torch.as_strided(y, y.shape, y.stride())
+        batch, channel, row, column = y.stride()
+        return torch.as_strided(y, y.shape, (batch, channel, column, row))
 
 
 @pytest.mark.parametrize(
