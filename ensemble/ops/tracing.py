@@ -46,6 +46,8 @@ def traced(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx
         raise UnavailableError(f"torch cannot trace this model: {reason}") from error
     if writes := _writes(module):
         raise UnavailableError(f"this model writes over a tensor in a way of its own: {writes[0]}")
+    if any(_has_unknown_size(node) for node in module.graph.nodes):
+        raise UnavailableError("torch cannot trace this model: a size in it depends on values")
     if module.graph.find_nodes(op="call_function", target=aten.as_strided.default):
         raise UnavailableError("this model reads a tensor by the order in which it lies in memory")
     for node in module.graph.nodes:
@@ -103,6 +105,12 @@ def remove_identities(graph: fx.Graph) -> None:
         if same:
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
+
+
+def _has_unknown_size(node: fx.Node) -> bool:
+    """So has what a mask selects, even where the mask is always the same."""
+    known = value_of(node)
+    return isinstance(known, Tensor) and any(isinstance(n, torch.SymInt) for n in known.shape)
 
 
 def value_of(node: object) -> Any:

@@ -625,6 +625,12 @@ class ByValues(Net):
         return self.a(x) if x.sum() > 0 else self.b(x)
 
 
+class ByMask(Net):
+    def body(self, x: Tensor) -> Tensor:
+        half = self.a(x)[:, torch.arange(CHANNELS) % 2 == 0]
+        return self.fc(half.flatten(2).mean(2).repeat(1, 2))
+
+
 class InMemory(Net):
     def body(self, x: Tensor) -> Tensor:
         y = self.a(x)
@@ -635,6 +641,7 @@ class InMemory(Net):
 @pytest.mark.parametrize(
     ("net", "reason"),
     [
+        (ByMask, "a size in it depends on values"),
         (ByValues, "its code asks for values that depend on its input"),
         (InMemory, "the order in which it lies in mem"),
     ],
