@@ -305,6 +305,8 @@ def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Any) -> tuple[Tensor
     x, weight, bias = _stacked_first(tensors, in_dims)
     is_stacked = [dim is not None for dim in in_dims]
     fits = is_stacked[0] and _fits(x, weight, bias, is_stacked)
+    if fits and x.shape[-3] != weight.shape[-1]:  # the kernel reads as many factors as channels
+        raise ValueError(f"expected {weight.shape[-1]} channels, found {x.shape[-3]}")
     if fits and stacks.can_run(Kind.HEAD, x, stacks.head_geometry(x, weight.shape[-2])):
         bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
         packed = stacks.pack_weight(weight[..., None, None], Kind.DIRECT)

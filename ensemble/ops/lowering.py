@@ -123,9 +123,9 @@ def _run_once(
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """The placeholder that a packed weight was made of."""
-    while node.op == "call_function":
-        node = _node(node.args[0])
+    """The first placeholder that a packed weight was made of, if it was of one."""
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
     return node
 
 

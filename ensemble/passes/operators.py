@@ -275,7 +275,11 @@ def _linear(graph: _Rewriting, node: fx.Node) -> None:
 
 
 def _mean_of(x: fx.Node) -> fx.Node | None:
-    """The images whose mean over all pixels x is, `(B, C)`, if nobody else reads it."""
+    """The images `(B, C, H, W)` whose mean over all pixels x is, `(B, C)`, if nobody else reads it.
+
+    Not those of other numbers, whose mean is only arranged so.
+    """
+    features = value_of(x).shape
     if x.target is aten.reshape.default and len(x.users) == 1:
         x = _node(x.args[0])
     images = x.args[0] if x.target is aten.mean.dim and len(x.users) == 1 else None
@@ -283,7 +287,8 @@ def _mean_of(x: fx.Node) -> fx.Node | None:
     if _dim(images) != 4 or x.kwargs or not isinstance(dims, list | tuple):
         return None
     is_of_pixels = sorted(dim % 4 for dim in dims) == [2, 3]
-    return _node(images) if is_of_pixels else None
+    fits = is_of_pixels and value_of(images).shape[:2] == features
+    return _node(images) if fits else None
 
 
 _Rewrite = Callable[[_Rewriting, fx.Node], None]

@@ -232,6 +232,29 @@ def sum_into_a_tuple(self: Any, x: Tensor) -> Tensor:
     return torch.cat(halves, 1)
 
 
+@case
+def linear_of_two_images_side_by_side(self: Any, x: Tensor) -> Tensor:
+    half = self.bare(torch.cat([x, x.flip(3)]))[:, : CHANNELS // 2]
+    return self.fc(half.mean((2, 3)).reshape(x.shape[0], -1))
+
+
+@case
+def linear_of_an_image_in_two_parts(self: Any, x: Tensor) -> Tensor:
+    parts = self.a(x).reshape(2 * x.shape[0], CHANNELS // 2, 8, 8)
+    return self.fc(parts.mean((2, 3)).reshape(x.shape[0], CHANNELS))
+
+
+def sum_to_nothing(self: Any) -> None:
+    with torch.no_grad():
+        self.a.weight -= self.a.weight.mean((2, 3), keepdim=True)
+
+
+@prepared(sum_to_nothing)
+def winograd_refused_for_a_weight_in_parts(self: Any, x: Tensor) -> Tensor:
+    weight = torch.cat(self.a.weight.chunk(2))
+    return functional.conv2d(self.bare(x).relu() + 30, weight, padding=1)[:, :, 1:-1, 1:-1]
+
+
 @prepared(lambda self: self.to(memory_format=torch.channels_last))
 def weights_with_channels_last(self: Any, x: Tensor) -> Tensor:
     y = self.norm(self.a(x))
