@@ -146,26 +146,19 @@ def average_pool2d(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    ceil_mode: bool,
     zeros: bool,
-    ceil_mode: bool = False,
 ) -> Tensor:
     """Average pooling of one model: x `(B, C, H, W)` -> `(B, C, OH, OW)`.
 
     zeros: those around the image count as pixels.
     """
-    return _plain_average_pool2d(x, kernel, stride, padding, zeros, ceil_mode)
+    return _plain_average_pool2d(x, kernel, stride, padding, ceil_mode, zeros)
 
 
-def _plain_average_pool2d(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    zeros: bool,
-    ceil_mode: bool = False,
-) -> Tensor:
-    sizes = list(kernel), list(stride), list(padding)
-    return functional.avg_pool2d(x, *sizes, ceil_mode=ceil_mode, count_include_pad=zeros)
+def _plain_average_pool2d(x: Tensor, *options: Any) -> Tensor:
+    kernel, stride, padding, ceil_mode, zeros = options
+    return functional.avg_pool2d(x, list(kernel), list(stride), list(padding), ceil_mode, zeros)
 
 
 @average_pool2d.register_fake
@@ -176,7 +169,7 @@ def _(x: Tensor, *options: Any) -> Tensor:
 @average_pool2d.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> tuple[Tensor, int]:
     (x,) = _stacked_first([x], in_dims)
-    if _can_pool(Kind.AVERAGE_POOL, x, *options[:3], *options[4:]):
+    if _can_pool(Kind.AVERAGE_POOL, x, *options[:-1]):
         return stacks.packed_average_pool2d(x, *options), 0
     return _pooled(_plain_average_pool2d, x, *options), 0
 
@@ -241,11 +234,8 @@ def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Any) -> tuple[Tensor
     is_stacked = [dim is not None for dim in in_dims]
     fits = is_stacked[0] and x.dim() == 5
     if fits and stacks.can_run(Kind.AFFINE, x, stacks.pointwise(x)):
-        of_models = [
-            tensor if stacked else tensor.expand(info.batch_size, -1)
-            for tensor, stacked in zip((scale, shift), is_stacked[1:], strict=True)
-        ]
-        return stacks.packed_affine(x, *of_models), 0
+        scale, shift = _of_all((scale, shift), is_stacked[1:], info.batch_size)
+        return stacks.packed_affine(x, scale, shift), 0
     images = x if is_stacked[0] else x.expand(info.batch_size, *x.shape)
     factors, summands = (
         (t[:, None] if stacked else t)
@@ -271,12 +261,8 @@ def _(x: Tensor, *options: Any) -> Tensor:
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
     *tensors, groups, eps = arguments
     x, weight, bias = _stacked_first(tensors, in_dims)
-    count = info.batch_size
-    images = x if in_dims[0] is not None else x.expand(count, *x.shape)
-    weight, bias = (
-        tensor if dim is not None or tensor is None else tensor.expand(count, -1)
-        for tensor, dim in zip((weight, bias), in_dims[1:3], strict=True)
-    )
+    count, is_stacked = info.batch_size, [dim is not None for dim in in_dims[:3]]
+    images, weight, bias = _of_all((x, weight, bias), is_stacked, count)
     if images.dim() == 5 and stacks.can_run(Kind.GROUP_NORM, images, stacks.pointwise(images)):
         channels = images.shape[-3]
         weight = images.new_ones(count, channels) if weight is None else weight
@@ -376,6 +362,14 @@ def _stacked_first(tensors: Sequence[Any], in_dims: Sequence[int | None]) -> lis
     return [
         tensor.movedim(dim, 0) if dim else tensor
         for tensor, dim in zip(tensors, in_dims, strict=False)
+    ]
+
+
+def _of_all(tensors: Sequence[Any], is_stacked: Sequence[bool], num_models: int) -> list[Any]:
+    """Each tensor as a stack; one that all models share is held once."""
+    return [
+        tensor if stacked or tensor is None else tensor.expand(num_models, *tensor.shape)
+        for tensor, stacked in zip(tensors, is_stacked, strict=True)
     ]
 
 

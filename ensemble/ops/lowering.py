@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ensemble.ops import conv, stacks, steps, tracing
 from ensemble.ops.operation import Kind, Operation
-from ensemble.ops.tracing import remove_identities, traced
+from ensemble.ops.tracing import node_of, remove_identities, traced
 from ensemble.ops.vectors import is_narrow
 
 State = dict[str, Tensor]
@@ -80,7 +80,7 @@ def _keep_pixels(graph: fx.Graph) -> None:
     aten = torch.ops.aten
     for node in graph.find_nodes(op="call_function", target=aten.mean.dim):
         x, dims, keep = (*node.args, False)[:3]
-        found = _node(x).meta.get("val")
+        found = node_of(x).meta.get("val")
         if keep or node.kwargs or not isinstance(found, Tensor) or found.dim() != 5:
             continue
         if not steps.is_of_pixels(dims):
@@ -108,7 +108,7 @@ def _run_once(
         if node.op == "get_attr":
             values[node] = getattr(module, str(node.target))
         elif node.target is _CONV2D:
-            packing = _node(node.args[1])
+            packing = node_of(node.args[1])
             problem = _make_accurate(node, packing, values)
             if problem:
                 refused.append(f"{layers.get(_origin(packing), node.name)}: {problem}")
@@ -153,9 +153,10 @@ def _make_accurate(node: fx.Node, packing: fx.Node, values: Values) -> str:
     x, _, bias, other, chosen, kernel, *options = node.args
     if not Kind(chosen).attempts:
         return ""
-    weight, dtype = values[_node(packing.args[0])].float(), values[_node(x)].dtype
+    weight, dtype = values[node_of(packing.args[0])].float(), values[node_of(x)].dtype
     inputs: list[Any] = [
-        None if operand is None else values[_node(operand)].float() for operand in (x, bias, other)
+        None if operand is None else values[node_of(operand)].float()
+        for operand in (x, bias, other)
     ]
     exact = _one_by_one(weight, *inputs, *options)
     largest = exact.abs().amax((1, 2, 3, 4)).clamp_min(torch.finfo(exact.dtype).tiny)
@@ -263,11 +264,6 @@ def _make_program(
     for node in reversed(run):
         module.graph.erase_node(node)
     return operations
-
-
-def _node(value: object) -> fx.Node:
-    assert isinstance(value, fx.Node)
-    return value
 
 
 def _embed(module: fx.GraphModule, constants: Values) -> None:

@@ -96,17 +96,17 @@ def packed_average_pool2d(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    ceil_mode: bool,
     zeros: bool,
-    ceil_mode: bool = False,
 ) -> Tensor:
     """`average_pool2d` of N models: x `(N, B, C, H, W)` -> `(N, B, C, OH, OW)`."""
-    operation = average_pool2d_operation(x, kernel, stride, padding, zeros, ceil_mode)
+    operation = average_pool2d_operation(x, kernel, stride, padding, ceil_mode, zeros)
     return _run(operation, [x], num_models=len(x))
 
 
 @packed_average_pool2d.register_fake
 def _(x: Tensor, *options: Any) -> Tensor:
-    return _fake(x, len(x), pool_geometry(x, *options[:3], *options[4:]))
+    return _fake(x, len(x), pool_geometry(x, *options[:-1]))
 
 
 @custom_op("ensemble::packed_select", mutates_args=())
@@ -129,8 +129,8 @@ def packed_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 @packed_affine.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return _fake(x, len(x), conv_geometry(x, x.shape[-3], (1, 1), (1, 1), (0, 0), (1, 1)))
+def _(x: Tensor, *options: Any) -> Tensor:
+    return _fake(x, len(x), _same_size(x, x.shape[-3]))
 
 
 @custom_op("ensemble::packed_group_norm", mutates_args=())
@@ -140,8 +140,8 @@ def packed_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps:
 
 
 @packed_group_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    return _fake(x, len(x), conv_geometry(x, x.shape[-3], (1, 1), (1, 1), (0, 0), (1, 1)))
+def _(x: Tensor, *options: Any) -> Tensor:
+    return _fake(x, len(x), _same_size(x, x.shape[-3]))
 
 
 @custom_op("ensemble::packed_head", mutates_args=())
@@ -184,16 +184,10 @@ def max_pool2d_operation(x: Tensor, *options: Any) -> Operation:
     return _in_vectors(Operation(Kind.MAX_POOL, pool_geometry(x, *options), X, OUT))
 
 
-def average_pool2d_operation(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    zeros: bool,
-    ceil_mode: bool = False,
-) -> Operation:
+def average_pool2d_operation(x: Tensor, *options: Any) -> Operation:
     """`packed_average_pool2d` as a step."""
-    geometry = pool_geometry(x, kernel, stride, padding, ceil_mode)
+    *sizes, zeros = options
+    geometry = pool_geometry(x, *sizes)
     return _in_vectors(Operation(Kind.AVERAGE_POOL, geometry, X, OUT, option=int(zeros)))
 
 
@@ -347,14 +341,17 @@ def pool_geometry(
 
 def pointwise(x: Tensor) -> Geometry:
     """What computes each number of x, `(..., B, C, H, W)`, by itself, in whole vectors."""
-    return in_vectors(conv_geometry(x, x.shape[-3], (1, 1), (1, 1), (0, 0), (1, 1)))
+    return in_vectors(_same_size(x, x.shape[-3]))
+
+
+def _same_size(x: Tensor, out_channels: int) -> Geometry:
+    return conv_geometry(x, out_channels, (1, 1), (1, 1), (0, 0), (1, 1))
 
 
 def select_geometry(
     x: Tensor, rows: Sequence[int], columns: Sequence[int], channels: Sequence[int]
 ) -> Geometry:
-    whole = conv_geometry(x, len(channels), (1, 1), (1, 1), (0, 0), (1, 1))
-    return replace(whole, out_size=(len(rows), len(columns)))
+    return replace(_same_size(x, len(channels)), out_size=(len(rows), len(columns)))
 
 
 def head_geometry(x: Tensor, out_channels: int) -> Geometry:

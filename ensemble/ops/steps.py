@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from ensemble.ops import stacks
 from ensemble.ops.operation import Function, Kind, Operation
+from ensemble.ops.tracing import node_of
 
 aten, ours = torch.ops.aten, torch.ops.ensemble
 
@@ -83,7 +84,7 @@ def _weighted(make: Callable[..., Operation]) -> Callable[[fx.Node, Trace], list
         if not all(weight in trace.constants for weight in weights):
             return []
         step = make(*map(trace.tensor, node.args))
-        other = None if step.other is None else trace.numbers[_node(node.args[3])]
+        other = None if step.other is None else trace.numbers[node_of(node.args[3])]
         return [_numbered(step, node, trace, node.args[0], other)]
 
     return steps
@@ -99,7 +100,7 @@ def _weightless(make: Callable[..., Operation]) -> Callable[[fx.Node, Trace], li
 def _numbered(
     step: Operation, node: fx.Node, trace: Trace, x: Any, other: int | None = None
 ) -> Operation:
-    return replace(step, x=trace.numbers[_node(x)], other=other, out=trace.numbers[node])
+    return replace(step, x=trace.numbers[node_of(x)], other=other, out=trace.numbers[node])
 
 
 def _pointwise(kind: Kind, node: fx.Node, trace: Trace, x: Any, **options: Any) -> Operation:
@@ -158,7 +159,7 @@ def _mean(node: fx.Node, trace: Trace) -> list[Operation]:
         return []
     found = trace.tensor(x)
     whole = found.shape[-2:]
-    step = stacks.average_pool2d_operation(found, whole, (1, 1), (0, 0), False)
+    step = stacks.average_pool2d_operation(found, whole, (1, 1), (0, 0), False, False)
     return [_numbered(step, node, trace, x)]
 
 
@@ -237,8 +238,3 @@ def _with_activation(step: Operation, activation: Operation) -> Operation:
     function = Function.NONE if is_relu else activation.function
     number = activation.number if function else step.number
     return replace(step, relu=is_relu, function=function, number=number, out=activation.out)
-
-
-def _node(value: object) -> fx.Node:
-    assert isinstance(value, fx.Node)
-    return value

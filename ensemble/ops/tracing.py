@@ -5,7 +5,7 @@ A pass may then move, join and replace nodes by looking at them alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -113,14 +113,31 @@ def _has_unknown_size(node: fx.Node) -> bool:
     return isinstance(known, Tensor) and any(isinstance(n, torch.SymInt) for n in known.shape)
 
 
+def is_images(node: object) -> bool:
+    """Is it `(B, C, H, W)`?"""
+    known = value_of(node) if isinstance(node, fx.Node) else None
+    return isinstance(known, Tensor) and known.dim() == 4
+
+
 def value_of(node: object) -> Any:
     """What is known of a node's result, a tensor without values; what is no node, as it is."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def node_of(value: object) -> fx.Node:
+    """What must be a node, as one."""
+    assert isinstance(value, fx.Node)
+    return value
+
+
 def reached(graph: fx.Graph) -> set[fx.Node]:
     """The last placeholder, the input of a call, and all nodes that depend on it."""
-    found = {graph.find_nodes(op="placeholder")[-1]}
+    return depending_on(graph, graph.find_nodes(op="placeholder")[-1:])
+
+
+def depending_on(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that depend on one of them."""
+    found = set(nodes)
     for node in graph.nodes:
         if any(source in found for source in node.all_input_nodes):
             found.add(node)

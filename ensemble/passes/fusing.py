@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from ensemble.ops.tracing import node_of
 from ensemble.passes.effects import OVERWRITES, effects
 from ensemble.passes.tracing import (
     is_bare,
@@ -69,19 +70,19 @@ def _remove_identities(module: fx.GraphModule) -> None:
     for name, nodes in replaceable(module, module.graph).items():
         if type(module.get_submodule(name)) is nn.Identity:
             for node in nodes:
-                node.replace_all_uses_with(_node(node.args[0]))
+                node.replace_all_uses_with(node_of(node.args[0]))
                 module.graph.erase_node(node)
 
 
 def _fuse_node(
     module: fx.GraphModule, node: fx.Node, conv: nn.Conv2d, make: Make, *, in_place: bool
 ) -> None:
-    x = _node(node.args[0])
+    x = node_of(node.args[0])
     added = _sum_after(module, node, in_place=in_place)
     last, arguments = node, [x]
     if added is not None:
         last = added
-        arguments += [_node(argument) for argument in added.args if argument is not node]
+        arguments += [node_of(argument) for argument in added.args if argument is not node]
     relu = _only_user(last)
     fused = relu is not None and _is_relu(module, relu)
     shape = signature(x)
@@ -105,10 +106,10 @@ def _sum_after(module: fx.GraphModule, node: fx.Node, *, in_place: bool) -> fx.N
     others = [argument for argument in added.args if argument is not node]
     if len(added.args) != 2 or len(others) != 1 or added.kwargs not in ({}, {"alpha": 1}):
         return None
-    other, x = others[0], _node(node.args[0])
+    other, x = others[0], node_of(node.args[0])
     if not is_images(other) or not signature(node) == signature(other) == signature(added):
         return None
-    other, known = _node(other), effects(module, fresh=added)
+    other, known = node_of(other), effects(module, fresh=added)
     overwrites = in_place or (added.target is operator.iadd and added.args[0] is other)
     free = known.is_free_after(other, added) and other not in known.held[x]
     if not known.may_run_at(node, added, reading=x) or (overwrites and not free):
@@ -127,8 +128,3 @@ def _is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
     # In place or not: nobody else reads what it is of.
     plain = len(node.args) == 1 and node.kwargs.keys() <= {"inplace"}
     return node.op == "call_function" and node.target in _RELUS and plain
-
-
-def _node(value: object) -> fx.Node:
-    assert isinstance(value, fx.Node)
-    return value

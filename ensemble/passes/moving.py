@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ensemble.ops import conv
-from ensemble.ops.tracing import reached, value_of
+from ensemble.ops.tracing import depending_on, is_images, reached, value_of
 
 aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ def join_moves(module: fx.GraphModule) -> None:
     """Replace each chain of `_MOVES` from images to images, `(B, C, H, W)`, by one selection, where
     it is one: rows, columns and channels are taken independently of each other."""
     graph, on_input = module.graph, reached(module.graph)
-    of_state = _of_state(graph)
+    of_state = depending_on(graph, graph.find_nodes(op="placeholder"))
     paths: dict[fx.Node, list[fx.Node]] = {}  # from the images on, to a node that moves them
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
@@ -74,19 +74,10 @@ def join_moves(module: fx.GraphModule) -> None:
         if any(other in of_state for other in node.all_input_nodes if other is not source):
             continue
         paths[node] = [*paths.get(source, [source]), node]
-        if _is_images(node) and any(user.target not in _MOVES for user in node.users):
+        if is_images(node) and any(user.target not in _MOVES for user in node.users):
             _join(module, paths[node])
     graph.eliminate_dead_code()
     module.recompile()
-
-
-def _of_state(graph: fx.Graph) -> set[fx.Node]:
-    """The placeholders, and all that depends on them."""
-    found = set(graph.find_nodes(op="placeholder"))
-    for node in graph.nodes:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _join(module: fx.GraphModule, path: list[fx.Node]) -> None:
@@ -94,7 +85,7 @@ def _join(module: fx.GraphModule, path: list[fx.Node]) -> None:
     last = path[-1]
     for start, images in enumerate(path[:-1]):
         known = value_of(images)
-        if not _is_images(images) or known.numel() > MOST_ELEMENTS:
+        if not is_images(images) or known.numel() > MOST_ELEMENTS:
             continue
         found = _selection(module, path[start + 1 :], known)
         if found is None:
@@ -155,8 +146,3 @@ def _call(node: fx.Node, *arguments: Any) -> Any:
     assert callable(node.target)
     options = {name: value for name, value in node.kwargs.items() if name != "device"}
     return node.target(*arguments, **options)
-
-
-def _is_images(node: fx.Node) -> bool:
-    known = value_of(node)
-    return isinstance(known, Tensor) and known.dim() == 4

@@ -8,13 +8,14 @@ multiplies channels by constants and adds constants to them, goes into the convo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ensemble.ops.tracing import reached, value_of
+from ensemble.ops.tracing import is_images, node_of, reached, value_of
 
 aten, ours = torch.ops.aten, torch.ops.ensemble
 
@@ -43,11 +44,15 @@ class _Rewriting:
 
     def is_images(self, node: object) -> bool:
         """Is it `(B, C, H, W)`, and depends on the input?"""
-        return node in self.reached and _dim(node) == 4
+        return node in self.reached and is_images(node)
 
     def is_constant(self, *nodes: object) -> bool:
         """Do they not depend on the input?"""
         return not any(node in self.reached for node in nodes)
+
+    def before(self, node: fx.Node) -> AbstractContextManager[None]:
+        """Within, new nodes stand before this one."""
+        return self.graph.inserting_before(node)
 
     def call(self, target: Callable[..., Any], *arguments: Any, like: fx.Node | None) -> fx.Node:
         """A new node; like: which of the graph's it takes the place of, if any."""
@@ -58,7 +63,7 @@ class _Rewriting:
         return node
 
     def replace(self, node: fx.Node, target: Callable[..., Any], *arguments: Any) -> fx.Node:
-        with self.graph.inserting_before(node):
+        with self.before(node):
             made = self.call(target, *arguments, like=node)
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
@@ -95,10 +100,10 @@ def _batch_norm(graph: _Rewriting, node: fx.Node) -> None:
     if is_training or not held or not graph.is_images(x):
         return
     if graph.is_constant(weight, bias, mean, variance) and graph.gives_one(node):
-        with graph.graph.inserting_before(node):
+        with graph.before(node):
             factors = graph.call(_norm_factors, weight, variance, eps, like=None)
             summands = graph.call(_norm_summands, bias, mean, factors, like=None)
-        _affine(graph, node, _node(x), factors, summands)
+        _affine(graph, node, node_of(x), factors, summands)
 
 
 def _norm_factors(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
@@ -136,13 +141,13 @@ def _by_constants(factor: bool, inverse: bool = False) -> Callable[[_Rewriting, 
             return
         power, sign = (-1 if inverse and factor else 1), (-1 if inverse and not factor else 1)
         like = known.shape[1], known.device
-        with graph.graph.inserting_before(node):
+        with graph.before(node):
             values = graph.call(_of_channels, constant, power, sign, *like, like=None)
             neutral = graph.call(_of_channels, 0 if factor else 1, 1, 1, *like, like=None)
         factors, summands = (values, neutral) if factor else (neutral, values)
         # A tensor may hold a 0, by which a sum may be divided, but not what it sums up.
         divides = power < 0 and isinstance(constant, fx.Node)
-        _affine(graph, node, _node(x), factors, summands, foldable=not divides)
+        _affine(graph, node, node_of(x), factors, summands, foldable=not divides)
 
     return rewrite
 
@@ -179,7 +184,7 @@ def _affine(
     foldable: bool = True,
 ) -> None:
     """Put `x * factors + summands`, `(C,)` in float64 each, in the place of a node."""
-    with graph.graph.inserting_before(node):
+    with graph.before(node):
         if foldable and _is_bare(x, _CONV2D) and graph.is_constant(*x.args[1:3]):
             source, weight, bias, *rest = x.args
             scaled = graph.call(_scaled, weight, factors, like=None)
@@ -210,7 +215,7 @@ def _add(graph: _Rewriting, node: fx.Node) -> None:
     if len(known) < 3 or len(set(known)) > 1 or not all(map(graph.is_images, node.args)):
         _by_constants(factor=False)(graph, node)
         return
-    bare = [source for source in map(_node, node.args) if _is_bare(source, _CONV2D)]
+    bare = [source for source in map(node_of, node.args) if _is_bare(source, _CONV2D)]
     if not bare or first is second:
         return
     conv = max(bare)  # by their order in the graph
@@ -221,7 +226,7 @@ def _add(graph: _Rewriting, node: fx.Node) -> None:
 
 
 def _relu(graph: _Rewriting, node: fx.Node) -> None:
-    x = _node(node.args[0])
+    x = node_of(node.args[0])
     if x.target is _CONV2D and len(x.users) == 1 and not x.args[-1]:
         x.args = (*x.args[:-1], True)
         graph.drop(node, x)
@@ -238,12 +243,12 @@ def _average_pool(graph: _Rewriting, node: fx.Node) -> None:
     x, kernel, stride, padding, ceil_mode, zeros, divisor = _filled(node)
     if graph.is_images(x) and divisor is None:
         sizes = _two(kernel), _two(stride or kernel), _two(padding)
-        graph.replace(node, ours.average_pool2d.default, x, *sizes, zeros, ceil_mode)
+        graph.replace(node, ours.average_pool2d.default, x, *sizes, ceil_mode, zeros)
 
 
 def _adaptive_average_pool(graph: _Rewriting, node: fx.Node) -> None:
     """To a size that divides the image's: windows of one size, side by side."""
-    x, size = _node(node.args[0]), _two(node.args[1])
+    x, size = node_of(node.args[0]), _two(node.args[1])
     if not graph.is_images(x):
         return
     whole = list(value_of(x).shape[-2:])
@@ -263,9 +268,9 @@ def _linear(graph: _Rewriting, node: fx.Node) -> None:
         return
     if len(value_of(x)) != graph.batch:
         return
-    with graph.graph.inserting_before(node):
+    with graph.before(node):
         rows = graph.call(aten.t.default, weight, like=None)
-        images = _mean_of(_node(x))
+        images = _mean_of(node_of(x))
         if images is None:
             shape = [*value_of(x).shape, 1, 1]
             images = graph.graph.call_function(aten.reshape.default, (x, shape))
@@ -281,14 +286,14 @@ def _mean_of(x: fx.Node) -> fx.Node | None:
     """
     features = value_of(x).shape
     if x.target is aten.reshape.default and len(x.users) == 1:
-        x = _node(x.args[0])
+        x = node_of(x.args[0])
     images = x.args[0] if x.target is aten.mean.dim and len(x.users) == 1 else None
     dims = x.args[1] if isinstance(images, fx.Node) else None
-    if _dim(images) != 4 or x.kwargs or not isinstance(dims, list | tuple):
+    if not is_images(images) or x.kwargs or not isinstance(dims, list | tuple):
         return None
     is_of_pixels = sorted(dim % 4 for dim in dims) == [2, 3]
     fits = is_of_pixels and value_of(images).shape[:2] == features
-    return _node(images) if fits else None
+    return node_of(images) if fits else None
 
 
 _Rewrite = Callable[[_Rewriting, fx.Node], None]
@@ -334,8 +339,3 @@ def _is_bare(node: fx.Node, target: Callable[..., Any]) -> bool:
 def _dim(node: object) -> int | None:
     known = value_of(node)
     return known.dim() if isinstance(known, Tensor) else None
-
-
-def _node(value: object) -> fx.Node:
-    assert isinstance(value, fx.Node)
-    return value

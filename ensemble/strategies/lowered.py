@@ -20,7 +20,6 @@ from ensemble.passes.moving import join_moves
 from ensemble.passes.operators import with_operators
 from ensemble.strategies.built import Built
 from ensemble.strategies.compiled import as_one_graph
-from ensemble.strategies.eager import over_models
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -48,7 +47,7 @@ def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lowering.Lowered
     join_moves(graph)
     with_operators(graph)
     in_dims = (*[0] * len(names), 0 if per_model else None)
-    mapped = over_models(torch.vmap(graph, in_dims=in_dims))
+    mapped = torch.vmap(graph, in_dims=in_dims)
     stacked = stacking.stacked_state(models)
     state = {name: stacked[name] for name in names}
     del stacked  # the state is freed tensor by tensor, as it is packed

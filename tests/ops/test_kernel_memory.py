@@ -259,7 +259,7 @@ def test_pooling_stays_in_its_memory(
     x = torch.randn(2, 2, channels, *size)
     options = kernel, stride, padding
     for zeros, ceil in product((False, True), repeat=2):
-        step = replace(stacks.average_pool2d_operation(x, *options, zeros, ceil), x=0, out=9)
+        step = replace(stacks.average_pool2d_operation(x, *options, ceil, zeros), x=0, out=9)
         found = run_between_guards([step], [x], 3, check_guards)
         expected = torch.nn.functional.avg_pool2d(x.flatten(0, 1), *options, ceil, zeros)
         torch.testing.assert_close(found, expected.unflatten(0, (2, 2)))

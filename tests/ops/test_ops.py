@@ -134,7 +134,7 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
             (randn(1, 4, 8, 8), randn(6, 2, 3, 3), None, randn(1, 6, 8, 8), ONE, ONE, ONE, 2, True),
         ),
         (conv.max_pool2d, (randn(1, 4, 8, 8), [3, 3], [2, 2], [1, 1])),
-        (conv.average_pool2d, (randn(1, 4, 8, 8), [3, 3], [2, 2], [1, 1], False)),
+        (conv.average_pool2d, (randn(1, 4, 8, 8), [3, 3], [2, 2], [1, 1], False, False)),
         (conv.select, (randn(1, 4, 8, 8), [1, -1, 0], [7, 6], [3, 3, 1, 2, -1])),
         (conv.affine, (randn(1, 4, 8, 8), randn(4), randn(4))),
         (conv.group_norm, (randn(2, 6, 3, 3), randn(6), None, 2, 1e-5)),
@@ -157,7 +157,10 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
             ),
         ),
         (stacks.packed_max_pool2d, (randn(2, 1, WIDTH, 5, 5), [3, 3], [2, 2], [1, 1], True)),
-        (stacks.packed_average_pool2d, (randn(2, 1, 7, 5, 5), [3, 3], [2, 2], [1, 1], True)),
+        (
+            stacks.packed_average_pool2d,
+            (randn(2, 1, 7, 5, 5), [3, 3], [2, 2], [1, 1], False, True),
+        ),
         (stacks.packed_select, (randn(2, 1, 7, 5, 5), [1, -1], [4, 3, 0], [*range(7), -1])),
         (stacks.packed_group_norm, (randn(2, 1, 6, 5, 5), randn(2, 6), randn(2, 6), 3, 1e-3)),
         (stacks.packed_affine, (randn(2, 1, 7, 5, 5), randn(2, 7), randn(2, 7))),
@@ -228,7 +231,7 @@ def test_pooling_and_factors_for_channels_are_what_a_loop_gives(
 
     def one(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         changed = conv.affine(x, scale, shift)
-        return conv.average_pool2d(changed, [3, 2], [2, 1], [1, 0], False)
+        return conv.average_pool2d(changed, [3, 2], [2, 1], [1, 0], False, False)
 
     found = torch.vmap(one, in_dims)(*tensors)
     for index in range(3):
@@ -509,7 +512,7 @@ def test_no_image_of_a_batch_shows_in_anothers_result(kind: Kind, size: int) -> 
 @pytest.mark.parametrize("size", [(64, 64), (1, 40_000), (448, 448)])
 def test_the_mean_of_many_equal_pixels_is_their_value(size: tuple[int, int]) -> None:
     value = torch.full((1, 1, PANEL, *size), 0.7)
-    mean = stacks.packed_average_pool2d(value, size, ONE, [0, 0], False)
+    mean = stacks.packed_average_pool2d(value, size, ONE, [0, 0], False, False)
     torch.testing.assert_close(mean.flatten(), value.flatten()[:PANEL], rtol=1e-5, atol=0)
     weight = torch.eye(PANEL)[None, :, :, None, None]
     packed = stacks.pack_weight(weight, Kind.DIRECT)

@@ -58,6 +58,17 @@ def _spread(sums, first, real, share, number):
 
 
 @jit
+def _to_factors(step, variances, weight, first, count):
+    """Into each channel's place, from the channel `first` on, what a distance is multiplied by."""
+    for channel in range(first, first + count):
+        place, factor = variances + (channel - first) * FLOAT_BYTES, np.float32(0)
+        if channel < step.real:
+            deviation = np.sqrt(load_float(place) + step.number)
+            factor = np.float32(load_float(weight + channel * FLOAT_BYTES) / deviation)
+        store_float(place, factor)
+
+
+@jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
     """Of each image the fewest whole vectors at a time that hold whole groups.
 
@@ -71,8 +82,8 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
     for index in range(part, step.images * sets, parts):
         image, which = divmod(index, sets)
         first = which * planes * WIDTH
-        count, real = min(planes, step.channels // WIDTH - which * planes), step.real
-        end = min(real, first + planes * WIDTH)
+        count = min(planes, step.channels // WIDTH - which * planes)
+        end = min(step.real, first + planes * WIDTH)
         at = image * pixels * row + first * FLOAT_BYTES
         means, squares = scratch, scratch + planes * VECTOR_BYTES  # then factors
         summands = bias + first * FLOAT_BYTES
@@ -89,12 +100,7 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
                 total = total + _squares(line, step.width, row, mean)
             store(squares + vector, total)
         _spread(squares, first, end, step.share, number)
-        for channel in range(first, first + count * WIDTH):
-            place, factor = squares + (channel - first) * FLOAT_BYTES, np.float32(0)
-            if channel < real:
-                deviation = np.sqrt(load_float(place) + step.number)
-                factor = np.float32(load_float(weight + channel * FLOAT_BYTES) / deviation)
-            store_float(place, factor)
+        _to_factors(step, squares, weight, first, count * WIDTH)
         for pixel in range(pixels):
             place = at + pixel * row
             for vector in range(0, count * VECTOR_BYTES, VECTOR_BYTES):

@@ -210,14 +210,31 @@ def _plan(step, planes):
 def _sets(step):
     """How a step's channels are divided.
 
-    Vectors of inputs that vectors of outputs read alone, which are a set; how many sets; vectors of
-    outputs that read a set; sets that are copied together.
+    Vectors of inputs that vectors of outputs read alone, which are a set; vectors of outputs that
+    read a set; sets that are copied together.
     """
     planes, readers = 1, 1
     if not lies_side_by_side(step.share, step.out_share):
         planes, readers = set_of(step.share, step.out_share)
     sets = ceil(step.channels, planes * WIDTH)
-    return planes, sets, readers, min(sets, max(1, PLANES // planes))
+    return planes, readers, min(sets, max(1, PLANES // planes))
+
+
+@jit
+def _vector_bytes(step):
+    """Of the weights of one vector of outputs, all of which have the room of the widest window."""
+    channels = step.share
+    if not lies_side_by_side(step.share, step.out_share):
+        channels = WIDTH * widest(step.share, step.out_share)
+    return step.kernel_y * step.kernel_x * channels * VECTOR_BYTES
+
+
+@jit
+def _read_by(step, vector):
+    """The vectors of inputs that a vector of outputs reads: first and end."""
+    if lies_side_by_side(step.share, step.out_share):
+        return vector, vector + 1
+    return window(vector, step.share, step.out_share, step.channels // WIDTH)
 
 
 @jit
@@ -237,47 +254,38 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
 
     weight is `(out_channels / WIDTH, planes, taps, channels, WIDTH)`.
     """
-    planes, sets, readers, at_once = _sets(step)
-    by_lanes = lies_side_by_side(step.share, step.out_share)
-    blocks, every = ceil(sets, at_once), step.channels // WIDTH
-    phase_width, rows, lines, strips = _plan(step, at_once * planes)
-    line_bytes, kernel = phase_width * step.stride_x * VECTOR_BYTES, step.kernel_y * step.kernel_x
-    table = np.empty(kernel * planes, np.int64)
+    planes, readers, at_once = _sets(step)
+    together, every = at_once * planes, step.channels // WIDTH  # vectors of inputs
+    phase_width, rows, lines, strips = _plan(step, together)
+    plane_bytes = lines * phase_width * step.stride_x * VECTOR_BYTES
+    table = np.empty(step.kernel_y * step.kernel_x * planes, np.int64)
     _find_taps(step, planes, lines, phase_width, table)
-    offsets = table.ctypes.data
-    of_vector = kernel * step.share
-    if not by_lanes:
-        of_vector = kernel * WIDTH * widest(step.share, step.out_share)
-    count, last = step.images * strips * blocks, every - 1
+    blocks, vector_bytes = ceil(every, together), _vector_bytes(step)
+    count = step.images * strips * blocks
     for index in range(part, count, parts):
-        source, image, y0, first_y, first = _find(
-            step, x, index, strips, blocks, rows, at_once * planes
-        )
-        copied = min(every - first, at_once * planes)
-        channel = first * WIDTH
-        _copy_strip(step, source, channel, copied, first_y, lines, phase_width, scratch)
+        source, image, y0, first_y, first = _find(step, x, index, strips, blocks, rows, together)
+        copied = min(every - first, together)
+        _copy_strip(step, source, first * WIDTH, copied, first_y, lines, phase_width, scratch)
         following, y, after = 0, 0, 0
         if step.share > 1 and index + parts < count:  # one channel is done before it could come
             following, _, _, y, after = _find(
-                step, x, index + parts, strips, blocks, rows, at_once * planes
+                step, x, index + parts, strips, blocks, rows, together
             )
         begin = first // planes * readers
         for vector in range(begin, min(begin + at_once * readers, step.out_channels // WIDTH)):
             pixel = (image * step.out_height + y0) * step.out_width
             at = (pixel * step.out_channels + vector * WIDTH) * FLOAT_BYTES
             added = other + at if other != 0 else 0
-            factors = weight + vector * of_vector * VECTOR_BYTES
-            start = bias + vector * VECTOR_BYTES
-            plane, end = vector, vector + 1
-            if not by_lanes:
-                plane, end = window(vector, step.share, step.out_share, every)
-            taps = (end - plane) * kernel
-            read, c = scratch + (plane - first) * lines * line_bytes, out + at
+            factors, start = weight + vector * vector_bytes, bias + vector * VECTOR_BYTES
+            plane, end = _read_by(step, vector)
+            taps = (end - plane) * step.kernel_y * step.kernel_x
+            read, offsets = scratch + (plane - first) * plane_bytes, table.ctypes.data
             ahead = following
             if following != 0:
-                ahead += min(after + (vector - begin) % copied, last) * VECTOR_BYTES
+                ahead += min(after + (vector - begin) % copied, every - 1) * VECTOR_BYTES
+            line, c = plane_bytes // lines, out + at
             _convolve_strip(
-                step, read, line_bytes, offsets, taps, factors, start, added, c, rows, ahead, y
+                step, read, line, offsets, taps, factors, start, added, c, rows, ahead, y
             )
 
 
