@@ -57,6 +57,8 @@ def make_cell(
     models: Sequence[nn.Module],
     images_of: Callable[[int], Tensor],
     config: Config,
+    *,
+    is_first: bool = True,
 ) -> Cell | str:
     """The cell of these cases on this device, or why its reference failed, in one line.
 
@@ -65,6 +67,7 @@ def make_cell(
         models: float32 models on the device, at least N of them.
         images_of: px -> `(count, 3, px, px)` float32 on the device.
         config: what is served of the logits, and how long `best` may take to choose.
+        is_first: see `assemble`.
     """
     case = cases[0]
     chosen = models[: case.num_models]
@@ -80,23 +83,31 @@ def make_cell(
         reason=lambda error, name, dtype: reason(error, name, chosen, example, dtype),
         exact=partial(in_float64, chosen, example),
     )
-    return assemble(cases, runner, chosen, images)
+    return assemble(cases, runner, chosen, images, is_first=is_first)
 
 
 def assemble(
-    cases: Sequence[Case], runner: Runner, models: Sequence[nn.Module], images: Tensor
+    cases: Sequence[Case],
+    runner: Runner,
+    models: Sequence[nn.Module],
+    images: Tensor,
+    *,
+    is_first: bool = True,
 ) -> Cell | str:
     """A cell: its reference started, its check judged, and its logits in float64 where
-    a row of it asks for them."""
+    a row of it asks for them.
+
+    The last two are of the models and images alone: only the first process of a row asks for them.
+    """
     example = make_example(images, cases[0])
     tidy()
     try:
         reference = runner.start(REFERENCE, torch.float32)
-        notes: tuple[str, ...] = (WEAK,) if _is_weak(reference) else ()
+        notes: tuple[str, ...] = (WEAK,) if is_first and _is_weak(reference) else ()
     except Exception as error:
         return f"the reference failed: {runner.reason(error, REFERENCE, torch.float32)}"
     exact = None
-    if any(map(saves_multiplications, cases)):
+    if is_first and any(map(saves_multiplications, cases)):
         exact, more = optional("error to float64", runner.exact)
         notes += more
     return Cell(runner, models, images, example, reference, exact, notes)

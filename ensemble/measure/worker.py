@@ -51,7 +51,8 @@ def main() -> None:
     measure = import_module(job["row"]).measure
     config, case = config_of(job["config"]), Case(**job["case"])
     shared = workload.load_shared(job["shared"], config, device=job["device"])
-    cell = make_cell([case], shared.models, shared.images, config)
+    is_first = job["number"] == 0
+    cell = make_cell([case], shared.models, shared.images, config, is_first=is_first)
     if isinstance(cell, str):
         say({"row": row_of(Result(case, status="failed", error=cell)), "reference": None})
         return

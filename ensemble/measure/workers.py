@@ -95,8 +95,8 @@ class Worker:
     ) -> tuple[Result, Result | None]:
         """The row of a case, and the reference's half of its pairs where it has such.
 
-        `number` counts the processes of the row, and is added to the seed that arrivals under load
-        are drawn from: rows of the same number meet the same arrivals.
+        `number` is how many processes the row has had. It is added to the seed that arrivals under
+        load are drawn from: rows of the same number meet the same arrivals.
         A worker that dies, or says nothing for the job's `timeout_s`, is a failed row.
         """
         if self._is_silent:
@@ -105,7 +105,7 @@ class Worker:
         config = replace(self._job.config, seed=self._job.config.seed + number)
         task: dict[str, Any] = {"config": config.plain(), "case": asdict(case)}
         task |= {"shared": self._job.shared, "device": self._job.device, "row": self._job.row}
-        task["picked"] = picked
+        task |= {"number": number, "picked": picked}
         with contextlib.suppress(BrokenPipeError):  # it has died: the reason is asked below
             self._process.stdin.write(json.dumps(task) + "\n")
             self._process.stdin.flush()

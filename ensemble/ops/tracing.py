@@ -34,9 +34,7 @@ def traced(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx
             a tensor lies in memory.
     """
     try:
-        module = _graph_of(function, arguments)
-        if _writes(module):
-            module = _graph_of(torch.func.functionalize(module), arguments)
+        module = _graph_without_writes(function, arguments)
     except UnavailableError:
         raise
     except Exception as error:  # a trace runs the model's own code, which may raise anything
@@ -55,6 +53,18 @@ def traced(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx
             node.target = aten.reshape.default
     remove_identities(module.graph)
     return module
+
+
+def _graph_without_writes(
+    function: Callable[..., Tensor], arguments: tuple[Tensor, ...]
+) -> fx.GraphModule:
+    """In one trace, or in two: functorch finds no writes in a function that calls one of autograd,
+    nor those within some operators of torch; in a graph of either it does."""
+    try:
+        module = _graph_of(torch.func.functionalize(function), arguments)
+    except Exception:
+        module = _graph_of(function, arguments)
+    return _graph_of(torch.func.functionalize(module), arguments) if _writes(module) else module
 
 
 def _graph_of(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:

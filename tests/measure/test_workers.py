@@ -63,7 +63,7 @@ def workload() -> Workload:
 
 
 def case(strategy: str, **changes: object) -> Case:
-    return replace(CASE, strategy=strategy, num_models=3, image_size=8, **changes)  # type: ignore[arg-type]
+    return replace(CASE, **{"num_models": 3, "image_size": 8, "strategy": strategy} | changes)  # type: ignore[arg-type]
 
 
 def measured(
@@ -94,6 +94,29 @@ def test_a_worker_measures_what_this_process_would(workload: Workload) -> None:
     models, images = workload.models, workload.images(8)
     expected = [model(images[:1]).argmax(1).tolist() for model in models]
     assert rows["vmap"].top1 == expected
+
+
+def test_only_the_first_process_of_a_row_asks_what_the_others_would_find_too() -> None:
+    """The error against float64, and whether the check is weak: of models and images alone."""
+    models = tiny_models(2)
+    for model in models:
+        model.get_parameter("fc.weight").zero_()
+    images = {8: torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    blind = Workload(torch.device("cpu"), models, "made up", images.__getitem__)
+    asked, numbers = case("lowered_vmap", num_models=2), iter((0, 1))
+    with workers.jobs(QUICK, blind) as job:
+        (first, _), (second, _) = workers.measure(
+            job,
+            iter((asked, asked)),
+            picked=lambda _: None,
+            progress=lambda *_: None,
+            number=lambda _: next(numbers),
+        )
+    assert (first.status, second.status) == ("ok", "ok")
+    assert first.error_float64 is not None
+    assert second.error_float64 is None
+    assert any("check is weak" in note for note in first.notes)
+    assert not any("check is weak" in note for note in second.notes)
 
 
 def test_a_worker_that_dies_costs_its_own_row(workload: Workload) -> None:

@@ -84,12 +84,16 @@ def _empty(tile: int, weight: Tensor) -> Tensor:
 
 
 def _pack(tile: int, weight: Tensor, target: Tensor) -> None:
-    """Transformed in float64, a panel at a time: the largest part in float64 then stays small."""
+    """Transformed in float64, a panel at a time: the largest part in float64 then stays small.
+
+    g W g^T of all filters at once is one matrix product, whose rows lie as the kernel reads them.
+    """
     g = torch.tensor(_FILTER_TRANSFORMS[tile], dtype=torch.float64, device="cpu")
+    both = torch.kron(g, g)  # (planes, 9)
     for panel, rows in enumerate(weight.split(PANEL)):
-        planes = g @ rows.double() @ g.mT
-        factors = planes.permute(2, 3, 1, 0).flatten(0, 1)
-        target[:, panel].copy_(functional.pad(factors, (0, PANEL - len(rows))))
+        taps = rows.flatten(2).permute(2, 1, 0).contiguous().double()
+        filled = functional.pad(taps, (0, PANEL - len(rows)))  # (9, C, PANEL)
+        target[:, panel].copy_((both @ filled.flatten(1)).view(len(both), -1, PANEL))
 
 
 # A line of a patch -> a line of its transform, and a line of products -> one of the output tile.
