@@ -470,6 +470,16 @@ class PooledTwiceHead(nn.Module):
         return self.fc(flat) + flat.mean(1, keepdim=True)
 
 
+class LayersHead(nn.Sequential):
+    """As AlexNet, VGG and MobileNet-V3 have it: linear layers, and what stands between them."""
+
+    def __init__(self, value: Tensor, bias: bool) -> None:
+        first, second = nn.Linear(value[0].numel(), 9, bias), nn.Linear(9, 33, bias)
+        between = (nn.BatchNorm1d(9), nn.ReLU(inplace=True), nn.Dropout())
+        last = (nn.Hardswish(), nn.Linear(33, CLASSES, bias))
+        super().__init__(nn.SiLU(), nn.Flatten(), first, *between, second, *last)
+
+
 class ConvHead(nn.Module):
     """No linear layer: a convolution for each class."""
 
@@ -489,6 +499,7 @@ HEADS: dict[str, Callable[[Tensor, bool], nn.Module]] = {
     "twice": TwiceHead,
     "pooled twice": PooledTwiceHead,
     "conv": ConvHead,
+    "layers": LayersHead,
 }
 
 
@@ -634,7 +645,7 @@ def _fitting(
 def _fill(model: nn.Module, generator: torch.Generator) -> None:
     """Weights that keep values at about 1, and statistics that are not those of a new norm."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             for scale in (module.running_var, module.weight):
                 _ = scale is not None and scale.uniform_(0.5, 2, generator=generator)
             for shift in (module.running_mean, module.bias):

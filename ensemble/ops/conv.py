@@ -1,7 +1,7 @@
 """Convolution and pooling as torch operators whose vmap rules choose a kernel for N models.
 
-`conv2d`, `max_pool2d`, `average_pool2d`, `affine` and `head` are operators of one model. Under
-`torch.vmap` over stacked weights their rules take, on a CPU, the operators of
+`conv2d`, `max_pool2d`, `average_pool2d`, `select`, `affine` and `group_norm` are operators of one
+model. Under `torch.vmap` over stacked weights their rules take, on a CPU, the operators of
 `ensemble.ops.stacks`, on weights packed for the kernel that `choose` names; on CUDA batched matrix
 products (`ensemble.ops.matmul`); elsewhere torch's own rule: one grouped or one wide convolution.
 """
@@ -275,34 +275,6 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tens
     return (result if bias is None else result + bias[spread]), 0
 
 
-@custom_op("ensemble::head", mutates_args=())
-def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The mean over all pixels, then a linear layer: x `(B, C, H, W)` -> `(B, K)`."""
-    return plain_head(x, weight, bias)
-
-
-@head.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return plain_head(x, weight, bias)
-
-
-@head.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Any) -> tuple[Tensor, int]:
-    x, weight, bias = _stacked_first(tensors, in_dims)
-    is_stacked = [dim is not None for dim in in_dims]
-    fits = is_stacked[0] and _fits(x, weight, bias, is_stacked)
-    if fits and x.shape[-3] != weight.shape[-1]:  # the kernel reads as many factors as channels
-        raise ValueError(f"expected {weight.shape[-1]} channels, found {x.shape[-3]}")
-    if fits and stacks.can_run(Kind.HEAD, x, stacks.head_geometry(x, weight.shape[-2])):
-        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-        packed = stacks.pack_weight(weight[..., None, None], Kind.DIRECT)
-        return stacks.packed_head(x, packed, bias), 0
-    result = x.mean((-2, -1)) @ weight.mT
-    if bias is not None:
-        result = result + (bias.unsqueeze(-2) if is_stacked[2] else bias)
-    return result, 0
-
-
 def plain_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
@@ -350,11 +322,6 @@ def _grouped_conv2d(
         x, groups = x.movedim(0, 1).flatten(1, 2), num_models * groups
     result = functional.conv2d(x, weight.flatten(0, 1), bias, *options, groups)
     return result.unflatten(1, (num_models, -1)).movedim(1, 0)
-
-
-def plain_head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `head` computes, by torch's own operators."""
-    return functional.linear(x.mean((-2, -1)), weight, bias)
 
 
 def _stacked_first(tensors: Sequence[Any], in_dims: Sequence[int | None]) -> list[Any]:

@@ -25,7 +25,6 @@ class Kind(IntEnum):
     WINOGRAD_2 = 3, "Winograd F(2x2)"
     WINOGRAD_4 = 4, "Winograd F(4x4)"
     MAX_POOL = 5, "max pooling"
-    HEAD = 6, "mean and linear"
     GROUPED = 7, "grouped"
     STRASSEN = 8, "Strassen"
     AVERAGE_POOL = 9, "average pooling"

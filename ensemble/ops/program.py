@@ -26,7 +26,7 @@ class Program(nn.Module):
     Args:
         operations: those that write a value come before those that read it.
         inputs: the values that a call brings, each `(N, B, C, H, W)` or `(B, C, H, W)` for all.
-        outputs: the values that a call returns, each `(N, B, C, H, W)`, of a head `(N, B, C)`.
+        outputs: the values that a call returns, each `(N, B, C, H, W)`.
         num_models: N.
         threads: cores to use; models are spread over them.
         dtype: of inputs and outputs; in between all is float32.
@@ -171,8 +171,6 @@ def _as_read(x: Tensor, channels: int) -> Tensor:
 
 def _as_torch_has_it(result: Tensor, step: Operation) -> Tensor:
     """A step's result without the channels that fill it up, those before height and width."""
-    if step.kind == Kind.HEAD:
-        return result.flatten(-3)
     return result.movedim(-1, -3)[..., : step.out_channels, :, :]
 
 

@@ -16,7 +16,6 @@ from torch.nn import functional
 from ensemble.ops.operation import Geometry, Kind, Operation
 from ensemble.ops.vectors import (
     conv_in_vectors,
-    filled_up,
     in_vectors,
     weight_in_vectors,
 )
@@ -144,17 +143,6 @@ def _(x: Tensor, *options: Any) -> Tensor:
     return _fake(x, len(x), _same_size(x, x.shape[-3]))
 
 
-@custom_op("ensemble::packed_head", mutates_args=())
-def packed_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`head` of N models: x `(N, B, C, H, W)` -> `(N, B, K)`; bias `(N, K)`."""
-    return _run(head_operation(x, weight, bias), [x], num_models=len(x))
-
-
-@packed_head.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], bias.shape[1])
-
-
 X, OTHER, OUT = range(3)  # values of an operation by itself
 
 
@@ -220,13 +208,6 @@ def group_norm_operation(
     return replace(step, kind=Kind.GROUP_NORM, geometry=geometry, number=eps)
 
 
-def head_operation(x: Tensor, weight: Tensor, bias: Tensor) -> Operation:
-    """`packed_head` as a step."""
-    geometry = head_geometry(x, bias.shape[1])
-    bias = _filled(bias, kernels.whole_panels(bias.shape[1]))
-    return Operation(Kind.HEAD, geometry, X, OUT, None, weight, bias, channels=x.shape[-3])
-
-
 def _in_vectors(step: Operation) -> Operation:
     """The step with its channels filled up to whole vectors."""
     geometry = step.geometry
@@ -256,8 +237,6 @@ def _run(operation: Operation, inputs: Sequence[Tensor], *, num_models: int) -> 
         dtype=inputs[0].dtype,
     )
     (result,) = program(*inputs)
-    if result.dim() == 3:  # of a head
-        return result
     # Without what fills up vectors, as `_fake` says.
     return result.movedim(-3, -1).contiguous().movedim(-1, -3)
 
@@ -352,12 +331,6 @@ def select_geometry(
     x: Tensor, rows: Sequence[int], columns: Sequence[int], channels: Sequence[int]
 ) -> Geometry:
     return replace(_same_size(x, len(channels)), out_size=(len(rows), len(columns)))
-
-
-def head_geometry(x: Tensor, out_channels: int) -> Geometry:
-    images, channels, *size = x.shape[-4:]
-    one, whole = (1, 1), _y_and_x(size)
-    return Geometry(images, filled_up(channels), whole, out_channels, one, whole, one, (0, 0), one)
 
 
 def _fake(x: Tensor, num_models: int, geometry: Geometry) -> Tensor:

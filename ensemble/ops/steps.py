@@ -27,7 +27,6 @@ KERNELS = (
     ours.packed_select.default,
     ours.packed_affine.default,
     ours.packed_group_norm.default,
-    ours.packed_head.default,
 )
 
 
@@ -188,7 +187,6 @@ _MAKERS: dict[Any, Callable[[fx.Node, Trace], list[Operation]]] = {
     ours.packed_conv2d.default: _weighted(stacks.conv2d_operation),
     ours.packed_affine.default: _weighted(stacks.affine_operation),
     ours.packed_group_norm.default: _weighted(stacks.group_norm_operation),
-    ours.packed_head.default: _weighted(stacks.head_operation),
     ours.packed_max_pool2d.default: _weightless(stacks.max_pool2d_operation),
     ours.packed_select.default: _weightless(stacks.select_operation),
     ours.packed_average_pool2d.default: _weightless(stacks.average_pool2d_operation),

@@ -10,16 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from ensemble.ops.tracing import is_images, node_of, reached, value_of
+from ensemble.ops.vectors import is_narrow
 
 aten, ours = torch.ops.aten, torch.ops.ensemble
 
 _CONV2D = ours.conv2d.default
+_ACTIVATIONS = (  # beside relu, each on its first argument
+    *(aten.hardtanh.default, aten.sigmoid.default, aten.silu.default),
+    *(aten.hardsigmoid.default, aten.hardswish.default, aten.leaky_relu.default),
+)
 
 
 def with_operators(module: fx.GraphModule) -> None:
@@ -97,13 +102,21 @@ def _batch_norm(graph: _Rewriting, node: fx.Node) -> None:
     eps: Any = rest[-1]
     is_training = len(rest) == 3 and rest[0]
     held = isinstance(mean, fx.Node) and isinstance(variance, fx.Node)
-    if is_training or not held or not graph.is_images(x):
+    images = node_of(x) if graph.is_images(x) else _images_of(x)
+    if (
+        is_training
+        or not held
+        or images is None
+        or value_of(images).shape[1] != len(value_of(mean))
+    ):
         return
     if graph.is_constant(weight, bias, mean, variance) and graph.gives_one(node):
+        if images is not x:
+            node = _on_images(graph, node)
         with graph.before(node):
             factors = graph.call(_norm_factors, weight, variance, eps, like=None)
             summands = graph.call(_norm_summands, bias, mean, factors, like=None)
-        _affine(graph, node, node_of(x), factors, summands)
+        _affine(graph, node, images, factors, summands)
 
 
 def _norm_factors(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
@@ -225,7 +238,12 @@ def _add(graph: _Rewriting, node: fx.Node) -> None:
     graph.graph.erase_node(conv)
 
 
+def _activation(graph: _Rewriting, node: fx.Node) -> None:
+    _on_images(graph, node)
+
+
 def _relu(graph: _Rewriting, node: fx.Node) -> None:
+    node = _on_images(graph, node)
     x = node_of(node.args[0])
     if x.target is _CONV2D and len(x.users) == 1 and not x.args[-1]:
         x.args = (*x.args[:-1], True)
@@ -261,39 +279,61 @@ def _adaptive_average_pool(graph: _Rewriting, node: fx.Node) -> None:
 
 
 def _linear(graph: _Rewriting, node: fx.Node) -> None:
-    """`(bias, x, weight)` or `(x, weight)`, weight `(C, K)`: of features `(B, C)`, with the mean
-    over all pixels that they may be."""
+    """`(bias, x, weight)` or `(x, weight)`, weight `(F, K)`: a convolution whose filters are as
+    large as the images that the features `(B, F)` were, or of images of one pixel."""
     bias, x, weight = node.args if len(node.args) == 3 else (None, *node.args)
-    if not graph.is_constant(weight, bias) or x not in graph.reached or _dim(bias) not in (None, 1):
+    if not graph.is_constant(weight, bias) or x not in graph.reached:
         return
     if len(value_of(x)) != graph.batch:
         return
+    if bias is not None and value_of(bias).shape != value_of(node).shape[1:]:
+        return
+    ones, none = [1, 1], [0, 0]
     with graph.before(node):
-        rows = graph.call(aten.t.default, weight, like=None)
-        images = _mean_of(node_of(x))
-        if images is None:
-            shape = [*value_of(x).shape, 1, 1]
-            images = graph.graph.call_function(aten.reshape.default, (x, shape))
-            images.meta["val"] = value_of(x)[..., None, None]
-            graph.reached.add(images)
-        graph.replace(node, ours.head.default, images, rows, bias)
+        images = _images_of(node_of(x))
+        if images is None or is_narrow(value_of(images).shape[1], value_of(images).shape[-2:], 1):
+            images = _reshaped(graph, node_of(x), (*value_of(x).shape, 1, 1))
+        filters = graph.call(_filters, weight, list(value_of(images).shape[1:]), like=None)
+        result = graph.call(
+            *(_CONV2D, images, filters, bias, None, ones, none, ones, 1, False), like=node
+        )
+        result.meta["val"] = value_of(node)[..., None, None]
+        flat = _reshaped(graph, result, value_of(node).shape)
+    graph.drop(node, flat)
 
 
-def _mean_of(x: fx.Node) -> fx.Node | None:
-    """The images `(B, C, H, W)` whose mean over all pixels x is, `(B, C)`, if nobody else reads it.
+def _filters(weight: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`(C * H * W, K)` -> `(K, C, H, W)`."""
+    return weight.t().reshape(-1, *sizes)
 
-    Not those of other numbers, whose mean is only arranged so.
-    """
-    features = value_of(x).shape
-    if x.target is aten.reshape.default and len(x.users) == 1:
-        x = node_of(x.args[0])
-    images = x.args[0] if x.target is aten.mean.dim and len(x.users) == 1 else None
-    dims = x.args[1] if isinstance(images, fx.Node) else None
-    if not is_images(images) or x.kwargs or not isinstance(dims, list | tuple):
+
+def _reshaped(graph: _Rewriting, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+    result = graph.call(aten.reshape.default, x, list(shape), like=x)
+    result.meta["val"] = value_of(x).reshape(shape)
+    return result
+
+
+def _images_of(x: object) -> fx.Node | None:
+    """The images `(B, C, H, W)` that features `(B, C * H * W)` are."""
+    if not isinstance(x, fx.Node) or x.target is not aten.reshape.default or _dim(x) != 2:
         return None
-    is_of_pixels = sorted(dim % 4 for dim in dims) == [2, 3]
-    fits = is_of_pixels and value_of(images).shape[:2] == features
-    return node_of(images) if fits else None
+    images = node_of(x.args[0])
+    return images if is_images(images) and len(value_of(images)) == len(value_of(x)) else None
+
+
+def _on_images(graph: _Rewriting, node: fx.Node) -> fx.Node:
+    """What is done to each number of features is done to those of the images that they are."""
+    features, *rest = node.args
+    images = _images_of(features)
+    if images is None:
+        return node
+    with graph.before(node):
+        done = graph.call(cast("Any", node.target), images, *rest, like=images)
+        flat = _reshaped(graph, done, value_of(node).shape)
+    graph.drop(node, flat)
+    if not node_of(features).users:
+        graph.graph.erase_node(node_of(features))
+    return done
 
 
 _Rewrite = Callable[[_Rewriting, fx.Node], None]
@@ -308,6 +348,7 @@ _REWRITES: dict[Any, _Rewrite] = {
     aten.sub.Tensor: _by_constants(factor=False, inverse=True),
     aten.add.Tensor: _add,
     aten.relu.default: _relu,
+    **dict.fromkeys(_ACTIVATIONS, _activation),
     aten.max_pool2d_with_indices.default: _max_pool,
     aten.avg_pool2d.default: _average_pool,
     aten._adaptive_avg_pool2d.default: _adaptive_average_pool,

@@ -286,12 +286,12 @@ def test_selections_stay_in_their_memory(
 
 
 def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None]) -> None:
-    """Three convolutions, of which the last adds the first's result, pooling and a head."""
+    """Three convolutions, of which the last adds the first's result, pooling, a linear layer."""
     plain = Geometry(1, PANEL, (9, 7), PANEL, (9, 7), (3, 3), (1, 1), (1, 1), (1, 1))
     pooled = Geometry(1, PANEL, (9, 7), PANEL, (5, 4), (3, 3), (2, 2), (1, 1), (1, 1))
-    top = Geometry(1, PANEL, (5, 4), 5, (1, 1), (5, 4), (1, 1), (0, 0), (1, 1))
+    top = Geometry(1, PANEL, (5, 4), PANEL, (1, 1), (5, 4), (1, 1), (0, 0), (1, 1))
     weights = torch.randn(3, 2, PANEL, PANEL, 3, 3) / PANEL
-    last, bias = torch.randn(2, PANEL, PANEL) / PANEL, torch.zeros(2, PANEL)
+    last, bias = torch.randn(2, PANEL, PANEL, 5, 4) / PANEL, torch.zeros(2, PANEL)
     kinds = (Kind.DIRECT, Kind.WINOGRAD_4, Kind.WINOGRAD_2)
     packed = [stacks.pack_weight(w, kind) for w, kind in zip(weights, kinds, strict=True)]
     chain = [
@@ -299,7 +299,7 @@ def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None
         Operation(kinds[1], plain, 1, 2, None, packed[1], bias, True),
         Operation(kinds[2], plain, 2, 3, 1, packed[2], bias, True),
         Operation(Kind.MAX_POOL, pooled, 3, 4),
-        Operation(Kind.HEAD, top, 4, 5, None, stacks.pack_weight(last[..., None, None], 1), bias),
+        Operation(kinds[0], top, 4, 5, None, stacks.pack_weight(last, kinds[0]), bias),
     ]
     run = program.Program(
         chain, inputs=[0], outputs=[5], num_models=2, threads=2, dtype=torch.float32
@@ -312,8 +312,8 @@ def test_a_chain_of_steps_keeps_its_values_apart(check_guards: Callable[[], None
         one = conv2d(x, weights[0, model], padding=1).relu()
         two = conv2d(one, weights[1, model], padding=1).relu()
         three = (conv2d(two, weights[2, model], padding=1) + one).relu()
-        means = torch.nn.functional.max_pool2d(three, 3, 2, 1).mean((2, 3))
-        torch.testing.assert_close(found[model], (means @ last[model].T)[:, :5])
+        pooled_three = torch.nn.functional.max_pool2d(three, 3, 2, 1)
+        torch.testing.assert_close(found[model], conv2d(pooled_three, last[model]))
 
 
 @pytest.mark.slow

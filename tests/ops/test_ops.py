@@ -113,19 +113,6 @@ def test_a_nan_in_the_input_comes_out_as_nan_through_relu() -> None:
         assert bool(found.isnan().all())
 
 
-@pytest.mark.parametrize("classes", [1, 7, PANEL, 2 * PANEL + 5])
-@pytest.mark.parametrize("images", [1, 30])
-def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
-    classes: int, images: int
-) -> None:
-    x, weight, bias = randn(2, images, 2 * WIDTH, 3, 2), randn(2, classes, 2 * WIDTH), None
-    mapped = torch.vmap(conv.head)(x, weight, randn(2, classes))
-    expected = torch.einsum("nbc,nkc->nbk", x.double().mean((-2, -1)), weight.double())
-    assert error(mapped, expected + randn(2, classes)[:, None]) < 1e-5
-    without = torch.vmap(lambda x, weight: conv.head(x, weight, bias))(x, weight)
-    assert error(without, expected) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [
@@ -138,7 +125,6 @@ def test_the_head_is_a_mean_and_a_linear_layer_for_any_number_of_classes(
         (conv.select, (randn(1, 4, 8, 8), [1, -1, 0], [7, 6], [3, 3, 1, 2, -1])),
         (conv.affine, (randn(1, 4, 8, 8), randn(4), randn(4))),
         (conv.group_norm, (randn(2, 6, 3, 3), randn(6), None, 2, 1e-5)),
-        (conv.head, (randn(2, 4, 3, 3), randn(5, 4), randn(5))),
         (stacks.pack_weight, (randn(2, PANEL, WIDTH, 3, 3), Kind.WINOGRAD_4)),
         (
             stacks.packed_conv2d,
@@ -384,16 +370,15 @@ def test_without_numba_every_convolution_takes_torchs_own_rule(
 def test_a_program_gives_the_same_however_many_threads_share_the_models(
     num_models: int, threads: int
 ) -> None:
-    """Two convolutions, the second with a residual, pooling and a head; models left over too."""
+    """Two convolutions, the second with a residual, pooling, a mean and a linear layer; models left
+    over too."""
     first = Geometry(2, 3, (13, 11), PANEL, (13, 11), (3, 3), (1, 1), (1, 1), (1, 1))
     second = Geometry(2, PANEL, (13, 11), PANEL, (13, 11), (3, 3), (1, 1), (1, 1), (1, 1))
     pooled = Geometry(2, PANEL, (13, 11), PANEL, (7, 6), (3, 3), (2, 2), (1, 1), (1, 1))
-    classes = PANEL - 3
-    top = Geometry(2, PANEL, (7, 6), classes, (1, 1), (7, 6), (1, 1), (0, 0), (1, 1))
+    means = Geometry(2, PANEL, (7, 6), PANEL, (1, 1), (7, 6), (1, 1), (0, 0), (1, 1))
+    top = Geometry(2, PANEL, (1, 1), PANEL, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1))
     w1, w2 = randn(num_models, PANEL, 3, 3, 3), randn(num_models, PANEL, PANEL, 3, 3) / 9
     w3, b = randn(num_models, PANEL, PANEL), randn(num_models, PANEL, seed=4)
-    w3[:, classes:], b3 = 0, b.clone()
-    b3[:, classes:] = 0
     program = Program(
         [
             Operation(Kind.DIRECT, first, 0, 1, None, stacks.pack_weight(w1, Kind.DIRECT), b, True),
@@ -401,18 +386,15 @@ def test_a_program_gives_the_same_however_many_threads_share_the_models(
                 Kind.WINOGRAD_4, second, 1, 2, 1, stacks.pack_weight(w2, Kind.WINOGRAD_4), b, True
             ),
             Operation(Kind.MAX_POOL, pooled, 2, 3),
+            Operation(Kind.AVERAGE_POOL, means, 3, 4),
             Operation(
-                Kind.HEAD,
-                top,
-                3,
-                4,
-                None,
+                *(Kind.DIRECT, top, 4, 5, None),
                 stacks.pack_weight(w3[..., None, None], Kind.DIRECT),
-                b3,
+                b,
             ),
         ],
         inputs=[0],
-        outputs=[2, 4],
+        outputs=[2, 5],
         num_models=num_models,
         threads=threads,
         dtype=torch.float32,
@@ -420,14 +402,12 @@ def test_a_program_gives_the_same_however_many_threads_share_the_models(
     x = randn(2, 3, 13, 11, seed=5)
     one = exact(x, w1, b, None, True, ONE, ONE, ONE)
     two = exact(one, w2, b, one, True, ONE, ONE, ONE)
-    means = functional.max_pool2d(two.flatten(0, 1), 3, 2, 1).mean((-2, -1))
-    three = torch.einsum(
-        "nbc,nkc->nbk", means.unflatten(0, (num_models, 2)), w3[:, :classes].double()
-    )
+    mean = functional.max_pool2d(two.flatten(0, 1), 3, 2, 1).mean((-2, -1))
+    three = torch.einsum("nbc,nkc->nbk", mean.unflatten(0, (num_models, 2)), w3.double())
     for _ in range(3):
         found = program(x)
         assert error(found[0], two) < 1e-5
-        assert error(found[1], three + b[:, None, :classes]) < 1e-5
+        assert error(found[1].flatten(-3), three + b[:, None]) < 1e-5
 
 
 def geometry(channels: int, size: int, images: int = 1, stride: int = 1) -> Geometry:
@@ -514,10 +494,6 @@ def test_the_mean_of_many_equal_pixels_is_their_value(size: tuple[int, int]) -> 
     value = torch.full((1, 1, PANEL, *size), 0.7)
     mean = stacks.packed_average_pool2d(value, size, ONE, [0, 0], False, False)
     torch.testing.assert_close(mean.flatten(), value.flatten()[:PANEL], rtol=1e-5, atol=0)
-    weight = torch.eye(PANEL)[None, :, :, None, None]
-    packed = stacks.pack_weight(weight, Kind.DIRECT)
-    found = stacks.packed_head(value, packed, torch.zeros(1, PANEL))
-    torch.testing.assert_close(found.flatten(), value.flatten()[:PANEL], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("share", [share for share in (1, 2, 4, 8, 16, 32) if PANEL % share == 0])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ensemble.ops.kernels.direct import is_planar
-from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry, whole_panels
+from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.kernels.run import ARRIVALS, STOP, load, run
 from ensemble.ops.kernels.select import select_table
@@ -28,7 +28,6 @@ __all__ = [
     "run",
     "scratch_bytes",
     "select_table",
-    "whole_panels",
 ]
 
 

@@ -78,11 +78,6 @@ def panels_of(channels: int) -> int:
     return -(-channels // PANEL)
 
 
-def whole_panels(channels: int) -> int:
-    """So many channels in whole panels, as the bias of a head lies."""
-    return panels_of(channels) * PANEL
-
-
 def jit(function: Any) -> Any:
     """Compile by numba, without the interpreter's lock, with C's arithmetic."""
     return njit(nogil=True, error_model="numpy")(function)

@@ -4,7 +4,6 @@ from ensemble.ops.kernels.activation import ACTIVATION
 from ensemble.ops.kernels.direct import DIRECT, DIRECT_BF16
 from ensemble.ops.kernels.group_norm import GROUP_NORM
 from ensemble.ops.kernels.grouped import GROUPED
-from ensemble.ops.kernels.head import HEAD
 from ensemble.ops.kernels.pointwise import AFFINE, COPY, SCALE, SUM
 from ensemble.ops.kernels.pooling import AVERAGE_POOL, MAX_POOL
 from ensemble.ops.kernels.select import SELECT
@@ -18,7 +17,6 @@ KERNELS = {
     Kind.WINOGRAD_2: WINOGRAD_2,
     Kind.WINOGRAD_4: WINOGRAD_4,
     Kind.MAX_POOL: MAX_POOL,
-    Kind.HEAD: HEAD,
     Kind.GROUPED: GROUPED,
     Kind.STRASSEN: STRASSEN,
     Kind.AVERAGE_POOL: AVERAGE_POOL,
