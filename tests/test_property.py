@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import ensemble
 from ensemble.errors import UnavailableError
+from ensemble.ops import strips
 from ensemble.strategies import BEST, STRATEGIES
 from tests import nets
 from tests.nets import Described, Net
@@ -273,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the long profile")
     options = parser.parse_args(argv)
     faulthandler.enable()
+    strips.LARGE_BYTES, strips.STRIP_BYTES = 0, 4096  # so that small nets run by strips too
     counts: Counter[str] = Counter()
     if options.minutes is None:
         explore(counts, examples=NETS, seed=None, until=lambda: False, verbose=True)

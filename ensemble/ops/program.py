@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ensemble.ops import kernels, serial
+from ensemble.ops import kernels, serial, strips
 from ensemble.ops.operation import Kind, Operation
 from ensemble.ops.pages import in_large_pages
 from ensemble.ops.per_process import PerProcess
@@ -56,11 +56,15 @@ class Program(nn.Module):
         self._made = [made[value] for value in outputs]
         self._in_shapes = _in_shapes(operations)
         self._places = {value: _places(operations, value) for value in (*inputs, *outputs)}
-        offsets, arena_bytes = _plan(operations, outputs)
+        inside = {*made} - {*inputs} - {*outputs}
+        runs = strips.runs_of(operations, inside)
+        offsets, arena_bytes = _plan(operations, outputs, runs)
         kernels.load()
         self._steps = np.zeros(len(operations), kernels.STEP)
         for step, operation in zip(self._steps, operations, strict=True):
             _fill(step, operation, offsets)
+        self._by_strips, whole = strips.steps_by_strips(operations, self._steps, runs)
+        self._whole = np.array([*whole.items()], np.int64).reshape(-1, 2)
         scratch_bytes = max(
             kernels.scratch_bytes(operation.kind, operation.geometry) for operation in operations
         )
@@ -115,11 +119,14 @@ class Program(nn.Module):
     def _run(self, steps: np.ndarray, operands: list[Tensor]) -> None:
         """Take all models through the steps, whose operands live until the last thread has left."""
         state = np.zeros(kernels.ARRIVALS + self._threads, np.int64)
+        by_strips = self._by_strips.copy()
+        by_strips[self._whole[:, 0]] = steps[self._whole[:, 1]]
 
         def part(index: int) -> None:
             _ = operands
             kernels.run(
                 steps,
+                by_strips,
                 self._arenas,
                 self._scratches,
                 state.ctypes.data,
@@ -178,22 +185,28 @@ def _as_torch_has_it(result: Tensor, step: Operation) -> Tensor:
 _IN_PLACE = (Kind.ACTIVATION, Kind.SUM, Kind.SCALE, Kind.AFFINE)
 
 
-def _plan(operations: Sequence[Operation], outputs: Sequence[int]) -> tuple[dict[int, int], int]:
+def _plan(
+    operations: Sequence[Operation], outputs: Sequence[int], runs: Sequence[strips.Run]
+) -> tuple[dict[int, int], int]:
     """Where in a core's arena each value between two operations lies, and the arena's bytes.
 
     A value takes its step's own input, where nobody reads that afterwards and the step can work in
-    place, or the first free slot that is large enough, once its last reader has run.
+    place, or the first free slot that is large enough, once its last reader has run, with all of
+    the run by strips that it is of.
     """
-    last_read = {value: i for i, operation in enumerate(operations) for value in operation.reads}
+    within = {index: run for run in runs for index in range(run.first, run.end)}
+    ends = [within[i].end - 1 if i in within else i for i in range(len(operations))]
+    last_read = {value: ends[i] for i, step in enumerate(operations) for value in step.reads}
     offsets: dict[int, int] = {}
     slots: dict[int, tuple[int, int]] = {}  # offset -> (bytes, the step that last needs it)
     end = 0
     for index, operation in enumerate(operations):
         if operation.out in outputs or operation.out in offsets:  # of several copies the first
             continue
-        until = last_read.get(operation.out, index)
+        until = max(last_read.get(operation.out, index), ends[index])
         x = operation.x
-        if operation.kind in _IN_PLACE and x in offsets and last_read[x] == index:
+        in_place = operation.kind in _IN_PLACE and index not in within
+        if in_place and x in offsets and last_read[x] == index:
             offset = offsets[x]
             room = slots[offset][0]
         else:

@@ -98,24 +98,25 @@ def team_size(left, parts):
 
 
 @jit_within
-def _take(steps, arenas, scratches, state, model, part, size, team, arrivals):
+def _take(steps, by_strips, arenas, scratches, state, model, part, size, team, arrivals):
     """One model through all steps, by a team of `size` threads: each step begins when all have
-    arrived. By one (team -1) there is nobody to wait for. The arrivals, or -1 where the call is
-    over before its time."""
+    arrived. By one (team -1) there is nobody to wait for, and its steps are by strips. The
+    arrivals, or -1 where the call is over before its time."""
+    table = by_strips if team < 0 else steps
     arena, member, members = arenas[part], 0, 1
     if team >= 0:
         arena, member, members = arenas[team * size], part % size, size
-    for index in range(len(steps)):
+    for index in range(len(table)):
         if team >= 0:
             arrivals += size
             if not _wait(state, state + 8 * (ARRIVALS + team), arrivals):
                 return -1
-        _execute(steps[index], model, arena, scratches[part], member, members)
+        _execute(table[index], model, arena, scratches[part], member, members)
     return arrivals
 
 
 @jit_within
-def _run(steps, arenas, scratches, state, part, parts, num_models):
+def _run(steps, by_strips, arenas, scratches, state, part, parts, num_models):
     """Take models through all steps until none is left: first each thread by itself; when fewer
     are left than threads, in teams that use the arena of their first member."""
     alone = num_models // parts * parts
@@ -130,7 +131,9 @@ def _run(steps, arenas, scratches, state, part, parts, num_models):
         if together and team >= teams:
             return
         teammates = team if together else -1
-        arrivals = _take(steps, arenas, scratches, state, model, part, size, teammates, arrivals)
+        arrivals = _take(
+            steps, by_strips, arenas, scratches, state, model, part, size, teammates, arrivals
+        )
         if arrivals < 0:
             return
         if together:
@@ -148,14 +151,15 @@ def _make_run(sources: str) -> Any:
     closes over: a text alone, since a compiled function is another in each process.
     """
 
-    def run(steps, arenas, scratches, state, part, parts, num_models):
+    def run(steps, by_strips, arenas, scratches, state, part, parts, num_models):
         """All models through all steps; called once by each of `parts` threads.
 
-        arenas, scratches: an address for each part. state: the address of `ARRIVALS + parts`
-        integers that are 0 when the first part starts. Once STOP is not 0 every part leaves early.
+        by_strips: the steps for one thread by itself, see `ensemble.ops.strips`. arenas, scratches:
+        an address for each part. state: the address of `ARRIVALS + parts` integers that are 0 when
+        the first part starts. Once STOP is not 0 every part leaves early.
         """
         sources  # noqa: B018
-        _run(steps, arenas, scratches, state, part, parts, num_models)
+        _run(steps, by_strips, arenas, scratches, state, part, parts, num_models)
 
     options = {"nogil": True, "error_model": "numpy"}
     try:
@@ -176,4 +180,4 @@ def load() -> None:
         steps, addresses = np.zeros(0, STEP), np.zeros(1, np.int64)
         state = np.zeros(ARRIVALS + 1, np.int64)
         with garbage.not_collected():
-            run(steps, addresses, addresses, state.ctypes.data, 0, 1, 0)  # of no model
+            run(steps, steps, addresses, addresses, state.ctypes.data, 0, 1, 0)  # of no model
