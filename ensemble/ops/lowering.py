@@ -53,7 +53,7 @@ def lower(mapped: Callable[..., Tensor], state: State, example: Tensor, *, threa
     """
     names, num_models = list(state), len(next(iter(state.values()), ()))
 
-    module = traced(mapped, (*state.values(), example))
+    module = traced(mapped, (*state.values(), example), is_mapped=True)
     _keep_pixels(module.graph)
     remove_identities(module.graph)
     *placeholders, x = module.graph.find_nodes(op="placeholder")

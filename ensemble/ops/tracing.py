@@ -23,8 +23,11 @@ aten = torch.ops.aten
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 
 
-def traced(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
+def traced(
+    function: Callable[..., Tensor], arguments: tuple[Tensor, ...], *, is_mapped: bool = False
+) -> fx.GraphModule:
     """The graph of `function(*arguments)`; a node's `meta["val"]` is a tensor without values.
+    is_mapped: it is `torch.vmap` of such a graph, in which there are hardly writes.
 
     A view is a reshape, and no copy is left: what takes a node's place may lie in memory in another
     order than that did, and where nothing writes, one is as good as the other.
@@ -34,7 +37,9 @@ def traced(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx
             a tensor lies in memory.
     """
     try:
-        module = _graph_without_writes(function, arguments)
+        module = _graph_of(function, arguments) if is_mapped else _functional(function, arguments)
+        if _writes(module):
+            module = _graph_of(torch.func.functionalize(module), arguments)
     except UnavailableError:
         raise
     except Exception as error:  # a trace runs the model's own code, which may raise anything
@@ -51,20 +56,39 @@ def traced(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx
     for node in module.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
+    for node in module.graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
+        _count_from_the_front(node)
+    for zeros in (aten.new_zeros.default, aten.zero.default):
+        for node in module.graph.find_nodes(op="call_function", target=zeros):
+            _is_of_no_tensor(node)
     remove_identities(module.graph)
     return module
 
 
-def _graph_without_writes(
-    function: Callable[..., Tensor], arguments: tuple[Tensor, ...]
-) -> fx.GraphModule:
-    """In one trace, or in two: functorch finds no writes in a function that calls one of autograd,
-    nor those within some operators of torch; in a graph of either it does."""
+def _count_from_the_front(scatter: fx.Node) -> None:
+    """Bounds within the tensor: torch 2.14's vmap rule refuses those that count from the end."""
+    arguments: tuple[Any, ...] = scatter.args
+    x, source, *rest = arguments
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    dim, first, end, step = (*rest, *defaults[len(rest) :])
+    first, end, _ = slice(first, end).indices(value_of(x).shape[dim])
+    scatter.args = (x, source, dim, first, end, step)
+
+
+def _is_of_no_tensor(zeros: fx.Node) -> None:
+    """Zeros like a tensor are those of a shape: what is made of them, a mask, is of no model."""
+    known = value_of(zeros)
+    zeros.target, zeros.args = aten.zeros.default, (list(known.shape),)
+    zeros.kwargs = {"dtype": known.dtype, "device": known.device}
+
+
+def _functional(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
+    """Writes are taken out while it is traced, where functorch can: not of a function that calls
+    one of autograd, nor within some operators of torch; of a graph of either it can."""
     try:
-        module = _graph_of(torch.func.functionalize(function), arguments)
+        return _graph_of(torch.func.functionalize(function), arguments)
     except Exception:
-        module = _graph_of(function, arguments)
-    return _graph_of(torch.func.functionalize(module), arguments) if _writes(module) else module
+        return _graph_of(function, arguments)
 
 
 def _graph_of(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:

@@ -192,16 +192,19 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> No
         ("squeezenet1_1", 1),
         ("googlenet", 1),
         ("shufflenet_v2_x0_5", 1),
+        # Layer norm and attention are torch's own; a mask is written piece by piece.
+        pytest.param("swin_t", None, marks=pytest.mark.slow),
     ],
 )
-def test_other_architectures_are_programs_too(arch: str, programs: int) -> None:
+def test_other_architectures_are_programs_too(arch: str, programs: int | None) -> None:
     models = [lively(arch, index) for index in range(2)]
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         graph = lowered.lower_vmap(models, x).forward
         found = graph(x)
     assert error(found, in_float64(models, x)) < LIMIT
-    assert [node.op for node in graph.graph.nodes].count("call_module") == programs
+    called = [node.op for node in graph.graph.nodes].count("call_module")
+    assert called == programs if programs else called > 1
 
 
 class FewChannels(nn.Module):
