@@ -65,9 +65,7 @@ class Program(nn.Module):
             _fill(step, operation, offsets)
         self._by_strips, whole = strips.steps_by_strips(operations, self._steps, runs)
         self._whole = np.array([*whole.items()], np.int64).reshape(-1, 2)
-        scratch_bytes = max(
-            kernels.scratch_bytes(operation.kind, operation.geometry) for operation in operations
-        )
+        scratch_bytes = max(kernels.scratch_bytes(step.kind, step.geometry) for step in operations)
         # Cleared, so that no call is the first to touch them.
         self._memory = [
             [_kept(size).zero_() for _ in range(threads)] for size in (arena_bytes, scratch_bytes)

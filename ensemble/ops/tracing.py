@@ -60,7 +60,7 @@ def traced(
         _count_from_the_front(node)
     for zeros in (aten.new_zeros.default, aten.zero.default):
         for node in module.graph.find_nodes(op="call_function", target=zeros):
-            _is_of_no_tensor(node)
+            _untie(node)
     remove_identities(module.graph)
     return module
 
@@ -75,7 +75,7 @@ def _count_from_the_front(scatter: fx.Node) -> None:
     scatter.args = (x, source, dim, first, end, step)
 
 
-def _is_of_no_tensor(zeros: fx.Node) -> None:
+def _untie(zeros: fx.Node) -> None:
     """Zeros like a tensor are those of a shape: what is made of them, a mask, is of no model."""
     known = value_of(zeros)
     zeros.target, zeros.args = aten.zeros.default, (list(known.shape),)

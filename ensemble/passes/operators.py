@@ -238,10 +238,6 @@ def _add(graph: _Rewriting, node: fx.Node) -> None:
     graph.graph.erase_node(conv)
 
 
-def _activation(graph: _Rewriting, node: fx.Node) -> None:
-    _on_images(graph, node)
-
-
 def _relu(graph: _Rewriting, node: fx.Node) -> None:
     node = _on_images(graph, node)
     x = node_of(node.args[0])
@@ -336,7 +332,7 @@ def _on_images(graph: _Rewriting, node: fx.Node) -> fx.Node:
     return done
 
 
-_Rewrite = Callable[[_Rewriting, fx.Node], None]
+_Rewrite = Callable[[_Rewriting, fx.Node], object]
 _REWRITES: dict[Any, _Rewrite] = {
     aten.convolution.default: _convolution,
     aten.native_batch_norm.default: _batch_norm,
@@ -348,7 +344,7 @@ _REWRITES: dict[Any, _Rewrite] = {
     aten.sub.Tensor: _by_constants(factor=False, inverse=True),
     aten.add.Tensor: _add,
     aten.relu.default: _relu,
-    **dict.fromkeys(_ACTIVATIONS, _activation),
+    **dict.fromkeys(_ACTIVATIONS, _on_images),
     aten.max_pool2d_with_indices.default: _max_pool,
     aten.avg_pool2d.default: _average_pool,
     aten._adaptive_avg_pool2d.default: _adaptive_average_pool,

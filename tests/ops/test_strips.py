@@ -37,8 +37,10 @@ def convolution(
     return replace(step, x=x, out=out)
 
 
-def activation(x: int, out: int, size: tuple[int, int], function: Function) -> Operation:
-    like = torch.empty(2, IMAGES, CHANNELS, *size)
+def activation(
+    x: int, out: int, size: tuple[int, int], function: Function, channels: int = CHANNELS
+) -> Operation:
+    like = torch.empty(2, IMAGES, channels, *size)
     return Operation(Kind.ACTIVATION, stacks.pointwise(like), x, out, function=function)
 
 
@@ -49,17 +51,23 @@ def bottleneck(size: tuple[int, int], *options: Any) -> list[Operation]:
     first = convolution(1, 2, size, (CHANNELS, wide), ONE, ONE, [0, 0], ONE, 1)
     second = convolution(2, 3, size, (wide, wide), *options)
     smaller = second.geometry.out_size
-    third = replace(activation(3, 4, smaller, Function.SIGMOID), geometry=first.geometry)
-    like = torch.empty(2, IMAGES, wide, *smaller)
-    third = replace(third, geometry=stacks.pointwise(like))
+    third = activation(3, 4, smaller, Function.SIGMOID, wide)
     fourth = convolution(4, 5, smaller, (wide, CHANNELS), ONE, ONE, [0, 0], ONE, 1)
     if smaller == size:
         fourth = replace(fourth, other=1)
-    begin, end = (
-        activation(0, 1, size, Function.HARDSWISH),
-        activation(5, 9, smaller, Function.RELU6),
-    )
+    begin = activation(0, 1, size, Function.HARDSWISH)
+    end = activation(5, 9, smaller, Function.RELU6)
     return [begin, replace(first, relu=True), second, third, fourth, end]
+
+
+SIZE = 21, 8
+BETWEEN = convolution(4, 5, SIZE, (CHANNELS, CHANNELS), [3, 3], ONE, ONE, ONE, 1)
+
+
+def pooled(x: int, out: int, window: tuple[int, int]) -> Operation:
+    like = torch.empty(2, IMAGES, CHANNELS, *SIZE)
+    step = stacks.average_pool2d_operation(like, window, window, [0, 0], False, False)
+    return replace(step, x=x, out=out)
 
 
 @pytest.fixture
@@ -119,19 +127,16 @@ def test_a_run_by_strips_computes_what_its_whole_steps_do(
 def test_factors_of_channels_and_sums_of_images_are_taken_by_strips_too(
     whole_and_by_strips: WholeAndByStrips,
 ) -> None:
-    size = 21, 8
-    like = torch.empty(2, IMAGES, CHANNELS, *size)
-    pooled = stacks.average_pool2d_operation(like, size, ONE, [0, 0], False, False)
-    geometry = stacks.pointwise(like)
+    begin = activation(0, 1, SIZE, Function.HARDSWISH)
     operations = [
-        activation(0, 1, size, Function.HARDSWISH),
-        replace(pooled, x=1, out=2),
-        Operation(Kind.SCALE, geometry, 1, 3, 2),
-        Operation(Kind.SUM, geometry, 3, 4, 1, relu=True),
-        convolution(4, 5, size, (CHANNELS, CHANNELS), [3, 3], ONE, ONE, ONE, 1),
-        activation(5, 9, size, Function.SILU),
+        begin,
+        pooled(1, 2, SIZE),
+        Operation(Kind.SCALE, begin.geometry, 1, 3, 2),
+        Operation(Kind.SUM, begin.geometry, 3, 4, 1, relu=True),
+        BETWEEN,
+        activation(5, 9, SIZE, Function.SILU),
     ]
-    x = torch.randn(2, IMAGES, CHANNELS, *size)
+    x = torch.randn(2, IMAGES, CHANNELS, *SIZE)
     whole, found = whole_and_by_strips(operations, x, 3 * 8 * CHANNELS * 4)
     assert torch.equal(found, whole)
 
@@ -140,16 +145,13 @@ def test_a_run_does_not_end_in_place_of_its_last_strip(
     whole_and_by_strips: WholeAndByStrips,
 ) -> None:
     """An activation by itself may write over what it reads, but not rows over those of a strip."""
-    size = 21, 8
-    like = torch.empty(2, IMAGES, CHANNELS, *size)
-    pooled = stacks.average_pool2d_operation(like, (3, 2), (3, 2), [0, 0], False, False)
     operations = [
-        activation(0, 1, size, Function.HARDSWISH),
-        convolution(1, 2, size, (CHANNELS, CHANNELS), [3, 3], ONE, ONE, ONE, 1),
-        activation(2, 3, size, Function.SIGMOID),
-        replace(pooled, x=3, out=9),
+        activation(0, 4, SIZE, Function.HARDSWISH),
+        BETWEEN,
+        activation(5, 3, SIZE, Function.SIGMOID),
+        pooled(3, 9, (3, 2)),
     ]
-    x = torch.randn(2, IMAGES, CHANNELS, *size)
+    x = torch.randn(2, IMAGES, CHANNELS, *SIZE)
     whole, found = whole_and_by_strips(operations, x, 3 * 8 * CHANNELS * 4)
     assert torch.equal(found, whole)
 

@@ -207,6 +207,28 @@ def test_other_architectures_are_programs_too(arch: str, programs: int | None) -
     assert called == programs if programs else called > 1
 
 
+@pytest.mark.parametrize("classes", [1, 7, 32, 69])
+@pytest.mark.parametrize("images", [1, 30])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_linear_layer_is_right_for_any_number_of_classes(
+    pooled: bool, images: int, classes: int
+) -> None:
+    torch.manual_seed(0)
+    pool = nn.AdaptiveAvgPool2d(1) if pooled else nn.Identity()
+    inputs = 40 * (1 if pooled else 3 * 2)
+    models = [
+        nn.Sequential(
+            *(nn.Conv2d(3, 40, 3), pool, nn.Flatten(), nn.Linear(inputs, classes, bias=images > 1))
+        ).eval()
+        for _ in range(3)
+    ]
+    x = torch.randn(images, 3, 5, 4)
+    with torch.inference_mode():
+        graph = lowered.lower_vmap(models, x).forward
+        assert error(graph(x), in_float64(models, x)) < 1e-5
+    assert [node.op for node in graph.graph.nodes].count("call_module") == 1
+
+
 class FewChannels(nn.Module):
     """Convolutions of few channels read an image and what a step writes, and so do others."""
 
