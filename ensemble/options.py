@@ -174,7 +174,7 @@ class Config:
         MEASURE,
         "fresh processes per row, at most; 0: this one, for a debugger or a profiler",
         type=not_negative,
-        default=5,
+        default=4,
         metavar="P",
     )
     precision: float = flag(

@@ -113,10 +113,13 @@ def share_covered(kind: str, *, processes: int, precision: float, runs: int = 20
 
 
 @pytest.mark.parametrize("kind", ["quiet", "one mode", "skewed", "1 of 10 rare", "3 of 10 rare"])
-def test_the_interval_covers_what_the_next_runs_say_as_often_as_it_says(kind: str) -> None:
-    """With the default number of processes and precision: at least 93 % of runs."""
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_interval_covers_what_the_next_runs_say_as_often_as_it_says(
+    kind: str, more: int
+) -> None:
+    """With the default number of processes, or one more, and precision: at least 93 % of runs."""
     config = parse([])
-    found = share_covered(kind, processes=config.processes, precision=config.precision)
+    found = share_covered(kind, processes=config.processes + more, precision=config.precision)
     assert found >= 0.93
 
 

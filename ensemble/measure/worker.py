@@ -73,7 +73,7 @@ def config_of(values: dict[str, Any]) -> Config:
 
 
 def _import_for(strategy: str, device: str) -> None:
-    """Import what building the strategy would: two workers do it at once, and no row's time has it.
+    """Import what building the strategy would: workers do it at once, and no row's time has it.
 
     What cannot be imported is said by the row.
     """
