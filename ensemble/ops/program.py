@@ -116,9 +116,9 @@ class Program(nn.Module):
 
     def _run(self, steps: np.ndarray, operands: list[Tensor]) -> None:
         """Take all models through the steps, whose operands live until the last thread has left."""
-        state = np.zeros(kernels.ARRIVALS + self._threads, np.int64)
         by_strips = self._by_strips.copy()
         by_strips[self._whole[:, 0]] = steps[self._whole[:, 1]]
+        state = kernels.new_state(self._threads, len(by_strips))
 
         def part(index: int) -> None:
             _ = operands

@@ -285,6 +285,17 @@ def fetch_add(typing_context, address, value):
 
 
 @intrinsic
+def fetch_or(typing_context, address, bits):
+    """Set bits of the integer at an address as one step for all threads; what it was before."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], INT.as_pointer())
+        return builder.atomic_rmw("or", pointer, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
 def load_shared(typing_context, address):
     """The integer at an address, as other threads last wrote it."""
 

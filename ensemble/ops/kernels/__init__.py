@@ -7,13 +7,12 @@ from torch import Tensor
 from ensemble.ops.kernels.direct import is_planar
 from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry
 from ensemble.ops.kernels.registry import KERNELS
-from ensemble.ops.kernels.run import ARRIVALS, STOP, load, run
+from ensemble.ops.kernels.run import STOP, load, new_state, run
 from ensemble.ops.kernels.select import select_table
 from ensemble.ops.operation import Geometry, Kind
 from ensemble.ops.pages import in_large_pages
 
 __all__ = [
-    "ARRIVALS",
     "KERNELS",
     "LOCAL",
     "STEP",
@@ -24,6 +23,7 @@ __all__ = [
     "fill_geometry",
     "is_planar",
     "load",
+    "new_state",
     "pack",
     "run",
     "scratch_bytes",

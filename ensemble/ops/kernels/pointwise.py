@@ -66,7 +66,10 @@ def _copy(step, x, weight, bias, other, out, scratch, part, parts):
     row, out_row = step.channels * FLOAT_BYTES, step.out_channels * FLOAT_BYTES
     whole, rest = step.real // WIDTH * WIDTH, step.out_channels - step.option
     filled = rest if rest - step.real < WIDTH else step.real
-    for pixel in range(part, step.images * step.height * step.width, parts):
+    pixels = step.images * step.height * step.width
+    if out < x < out + pixels * out_row:  # over what it reads later: in the order of the pixels
+        part, parts = (0, 1) if part == 0 else (pixels, 1)
+    for pixel in range(part, pixels, parts):
         source, target = x + pixel * row, out + pixel * out_row + step.option * FLOAT_BYTES
         for at in range(0, whole * FLOAT_BYTES, VECTOR_BYTES):
             store(target + at, load(source + at))

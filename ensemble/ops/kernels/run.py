@@ -3,8 +3,10 @@
 """All models through all steps of a program, on all cores, with no Python in between.
 
 Each model goes through all its steps on one core, so that its activations stay in that core's
-cache; models left over when every core has had as many as the others are shared, step by step, by
-all cores.
+cache. A thread that finds no model left helps one that is still at its own, which a slower core
+or another program has held up. Models left over when every core has had as many as the others are
+shared so from their first step on. Who is there takes the next share of a step, and nobody waits
+for a thread that has taken none: its core may be another program's.
 """
 
 import hashlib
@@ -18,13 +20,25 @@ from ensemble import garbage
 from ensemble.ops import operation, products, simd, taps, vectors
 from ensemble.ops.kernels.kernel import LOCAL, STEP, ceil, jit, jit_within
 from ensemble.ops.kernels.registry import KERNELS
-from ensemble.ops.simd import fetch_add, give_way, load_shared, relax
+from ensemble.ops.simd import fetch_add, fetch_or, give_way, load_shared, relax
 
 SPINS = 512  # of some 40 cycles each, at a barrier before the core is offered to others
 
-# Integers that the threads of a call share: what is told to leave, how many models were begun, and
-# each team's arrivals at barriers.
-STOP, BEGUN, ARRIVALS = range(3)
+# Integers that the threads of a call share: what is told to leave, how many models were begun;
+STOP, BEGUN, _THREADS = range(3)
+# of each thread how many have asked to help it, or CLOSED and more where it is too late, and what
+# it has told them;
+_ASKED, _TOLD, _OF_THREAD = range(3)
+# of each model that several share how many have come, whose arena it lies in, how many shares of
+# its steps are done, and which of each step are taken, a bit for each. At most one model of each
+# thread is helped, and fewer models than threads are left over.
+_CAME, _LEADER, _DONE, _TAKEN = range(4)
+_CLOSED = 1 << 32
+
+
+def new_state(parts: int, steps: int) -> np.ndarray:
+    """What the threads of a call share, before it; of a program of at most so many steps."""
+    return np.zeros(_THREADS + parts * (_OF_THREAD + 2 * (_TAKEN + steps)), np.int64)
 
 
 def _make_dispatch() -> Any:
@@ -61,15 +75,26 @@ def _execute(step, model, arena, scratch, part, parts):
 
 
 @jit
-def _wait(state, counter, arrivals):
-    """Arrive, and spin until all have: steps are shorter than it takes to wake a thread.
+def _of_thread(state, part):
+    """Where a thread's integers begin."""
+    return state + 8 * (_THREADS + _OF_THREAD * part)
+
+
+@jit
+def _of_shared(state, parts, steps, number):
+    """Where the integers of a shared model begin: first of those of each thread, then of others."""
+    return state + 8 * (_THREADS + _OF_THREAD * parts + (_TAKEN + steps) * number)
+
+
+@jit
+def _until(state, counter, count):
+    """Spin until a counter has come so far: steps are shorter than it takes to wake a thread.
 
     One that has no core of its own is let in after some microseconds. False where the call is over
     because one of its parts will not come.
     """
-    fetch_add(counter, 1)
     spins = 0
-    while load_shared(counter) < arrivals:
+    while load_shared(counter) < count:
         if load_shared(state + 8 * STOP) != 0:
             return False
         spins += 1
@@ -83,6 +108,7 @@ def _wait(state, counter, arrivals):
 # Of a model's time, what a team does not share, and the most threads that still gain something: of
 # ResNets, whose steps were timed part by part (tests/schedule.py).
 UNSHARED, MOST_THREADS = 0.15, 8
+_MOST = 1 << 10  # shares of a step are fewer
 
 
 @jit
@@ -97,51 +123,128 @@ def team_size(left, parts):
     return best
 
 
-@jit_within
-def _take(steps, by_strips, arenas, scratches, state, model, part, size, team, arrivals):
-    """One model through all steps, by a team of `size` threads: each step begins when all have
-    arrived. By one (team -1) there is nobody to wait for, and its steps are by strips. The
-    arrivals, or -1 where the call is over before its time."""
-    table = by_strips if team < 0 else steps
-    arena, member, members = arenas[part], 0, 1
-    if team >= 0:
-        arena, member, members = arenas[team * size], part % size, size
-    for index in range(len(table)):
-        if team >= 0:
-            arrivals += size
-            if not _wait(state, state + 8 * (ARRIVALS + team), arrivals):
-                return -1
-        _execute(table[index], model, arena, scratches[part], member, members)
-    return arrivals
+@jit
+def _deal(num_models, parts):
+    """How many models are taken by one thread each, and how many threads share each of the rest."""
+    alone = num_models // parts * parts
+    size = team_size(max(1, num_models - alone), parts)
+    return (num_models if size == 1 else alone), size
+
+
+@jit
+def _is_asked(state, part):
+    """Has another thread asked to help this one?"""
+    return load_shared(_of_thread(state, part) + 8 * _ASKED) != 0
+
+
+@jit
+def _close(state, part, steps, model, index):
+    """Let nobody ask this thread for help any more, and tell those who have at which model, and
+    from which step on, they can: behind the last one where it is too late. How many share it."""
+    integers = _of_thread(state, part)
+    asked = fetch_add(integers + 8 * _ASKED, _CLOSED)
+    if not 0 < asked < _CLOSED:
+        return 1
+    size = min(asked + 1, MOST_THREADS)
+    fetch_add(integers + 8 * _TOLD, (model * (steps + 1) + index) * _MOST + size)
+    return size
+
+
+@jit
+def _help(state, owner, steps):
+    """Ask a thread whether it can be helped, and wait for what it tells: at which model, from which
+    step on, how many share it, and which share is this one's; it is too late where that is 0."""
+    integers, mine = _of_thread(state, owner), 0
+    if load_shared(integers + 8 * _ASKED) < MOST_THREADS - 1:
+        mine = fetch_add(integers + 8 * _ASKED, 1) + 1
+    if not 0 < mine < _CLOSED or not _until(state, integers + 8 * _TOLD, 1):
+        return 0, 0, 1, 0
+    place, size = divmod(load_shared(integers + 8 * _TOLD), _MOST)
+    model, index = divmod(place, steps + 1)
+    return model, index, size, (mine if index < steps and mine < size else 0)
+
+
+@jit
+def _come(state, shared, part):
+    """Share a model from its first step on: in whose arena it lies, that of the one who came first,
+    and which share is this one's. None is where the call is over."""
+    mine = fetch_add(shared + 8 * _CAME, 1)
+    if mine == 0:
+        fetch_add(shared + 8 * _LEADER, part + 1)
+    _until(state, shared + 8 * _LEADER, 1)
+    return load_shared(shared + 8 * _LEADER) - 1, mine
+
+
+@jit
+def _next_share(taken, mine, size):
+    """Take a share that nobody has, its own one first, whose data lies in its cache; `size` where
+    there is none."""
+    for distance in range(size):
+        share = (mine + distance) % size
+        bit = 1 << share
+        if load_shared(taken) & bit == 0 and fetch_or(taken, bit) & bit == 0:
+            return share
+    return size
+
+
+# What a thread does: models by itself, then a part of others' models, then of those left over.
+_ALONE, _HELPING, _TOGETHER = range(3)
 
 
 @jit_within
 def _run(steps, by_strips, arenas, scratches, state, part, parts, num_models):
-    """Take models through all steps until none is left: first each thread by itself; when fewer
-    are left than threads, in teams that use the arena of their first member."""
-    alone = num_models // parts * parts
-    size = team_size(max(1, num_models - alone), parts)
-    teams, team, arrivals = parts // size, part // size, 0
-    model = fetch_add(state + 8 * BEGUN, 1)
-    together = model >= alone
-    if together:
-        model = alone + team
-    # A thread that no whole team is left for has nothing to share.
-    while model < num_models and load_shared(state + 8 * STOP) == 0:
-        if together and team >= teams:
-            return
-        teammates = team if together else -1
-        arrivals = _take(
-            steps, by_strips, arenas, scratches, state, model, part, size, teammates, arrivals
-        )
-        if arrivals < 0:
-            return
-        if together:
-            model += teams
-        else:
+    """Take models through all steps until none is left; see the module.
+
+    A task is a model from its step `first` on, of which `size` threads take shares, in the arena of
+    one of them, `leader`; a step begins when all shares of the one before are done.
+    """
+    alone, members = _deal(num_models, parts)
+    teams, team = parts // members, part // members
+    doing, other, rounds = _ALONE, part, 0
+    while load_shared(state + 8 * STOP) == 0:
+        table, first, size, mine, leader = by_strips, 0, 1, 0, part
+        shared = _of_shared(state, parts, len(by_strips), part)
+        if doing == _ALONE:
             model = fetch_add(state + 8 * BEGUN, 1)
             if model >= alone:
-                model, together = alone + team, True
+                _close(state, part, len(table), 0, len(table))
+                doing = _HELPING if alone > 0 else _TOGETHER
+                continue
+        elif doing == _HELPING:
+            leader = other = (other + 1) % parts
+            if other == part:
+                doing = _TOGETHER
+                continue
+            model, first, size, mine = _help(state, other, len(table))
+            if mine == 0:
+                continue
+            shared = _of_shared(state, parts, len(by_strips), other)
+        else:
+            table, left, size = steps, team + teams * rounds, members
+            model = alone + left
+            if team >= teams or model >= num_models:
+                return
+            shared = _of_shared(state, parts, len(by_strips), parts + left)
+            leader, mine = _come(state, shared, part)
+            if leader < 0:
+                return
+            rounds += 1
+        index, share = first, 0
+        while index < len(table):
+            if size == 1 and _is_asked(state, part):
+                first, size = index, _close(state, part, len(table), model, index)
+            if size > 1:
+                share = _next_share(shared + 8 * (_TAKEN + index), mine, size)
+                if share == size:
+                    index += 1
+                    if not _until(state, shared + 8 * _DONE, (index - first) * size):
+                        return
+                    continue
+            _execute(table[index], model, arenas[leader], scratches[part], share, size)
+            if size > 1:
+                fetch_add(shared + 8 * _DONE, 1)
+            else:
+                index += 1
 
 
 def _make_run(sources: str) -> Any:
@@ -155,8 +258,7 @@ def _make_run(sources: str) -> Any:
         """All models through all steps; called once by each of `parts` threads.
 
         by_strips: the steps for one thread by itself, see `ensemble.ops.strips`. arenas, scratches:
-        an address for each part. state: the address of `ARRIVALS + parts` integers that are 0 when
-        the first part starts. Once STOP is not 0 every part leaves early.
+        an address for each part. state: the address of `new_state`.
         """
         sources  # noqa: B018
         _run(steps, by_strips, arenas, scratches, state, part, parts, num_models)
@@ -177,7 +279,6 @@ run = _make_run(hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).h
 def load() -> None:
     """Have `run` in this process: compiled, once per installation, or read from the disk."""
     if not run.signatures:
-        steps, addresses = np.zeros(0, STEP), np.zeros(1, np.int64)
-        state = np.zeros(ARRIVALS + 1, np.int64)
+        steps, addresses, state = np.zeros(0, STEP), np.zeros(1, np.int64), new_state(1, 0)
         with garbage.not_collected():
             run(steps, steps, addresses, addresses, state.ctypes.data, 0, 1, 0)  # of no model
