@@ -273,26 +273,21 @@ def _(left, right):
     return None
 
 
-@intrinsic
-def fetch_add(typing_context, address, value):
-    """Add to the integer at an address as one step for all threads; what it was before."""
+def _fetch_and(operation: str) -> Any:
+    """Change the integer at an address as one step for all threads; gives what it was before."""
 
-    def generate(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], INT.as_pointer())
-        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
+    @intrinsic
+    def fetch(typing_context, address, value):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], INT.as_pointer())
+            return builder.atomic_rmw(operation, pointer, arguments[1], "seq_cst")
 
-    return types.int64(types.int64, types.int64), generate
+        return types.int64(types.int64, types.int64), generate
+
+    return fetch
 
 
-@intrinsic
-def fetch_or(typing_context, address, bits):
-    """Set bits of the integer at an address as one step for all threads; what it was before."""
-
-    def generate(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], INT.as_pointer())
-        return builder.atomic_rmw("or", pointer, arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), generate
+fetch_add, fetch_or = _fetch_and("add"), _fetch_and("or")
 
 
 @intrinsic

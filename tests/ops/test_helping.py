@@ -95,7 +95,7 @@ def test_a_helper_goes_on_from_where_it_is_told(
 
     def tell(state: np.ndarray) -> None:
         state[run.BEGUN] = 2
-        state[of_thread(0, run._TOLD)] = first * run._MOST + 2
+        state[of_thread(0, run._TOLD)] = first * run._SIZES + 2
 
     def go_on(steps: np.ndarray, by_strips: np.ndarray, *rest: Any) -> None:
         assert first < len(by_strips)

@@ -22,7 +22,7 @@ from ensemble.ops.kernels.kernel import LOCAL, STEP, ceil, jit, jit_within
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.simd import fetch_add, fetch_or, give_way, load_shared, relax
 
-SPINS = 512  # of some 40 cycles each, at a barrier before the core is offered to others
+SPINS = 512  # of some 40 cycles each, before a thread that waits offers its core to others
 
 # Integers that the threads of a call share: what is told to leave, how many models were begun;
 STOP, BEGUN, _THREADS = range(3)
@@ -108,7 +108,7 @@ def _until(state, counter, count):
 # Of a model's time, what a team does not share, and the most threads that still gain something: of
 # ResNets, whose steps were timed part by part (tests/schedule.py).
 UNSHARED, MOST_THREADS = 0.15, 8
-_MOST = 1 << 10  # shares of a step are fewer
+_SIZES = MOST_THREADS + 1  # how many can share a model, of none to all of these
 
 
 @jit
@@ -146,7 +146,7 @@ def _close(state, part, steps, model, index):
     if not 0 < asked < _CLOSED:
         return 1
     size = min(asked + 1, MOST_THREADS)
-    fetch_add(integers + 8 * _TOLD, (model * (steps + 1) + index) * _MOST + size)
+    fetch_add(integers + 8 * _TOLD, (model * (steps + 1) + index) * _SIZES + size)
     return size
 
 
@@ -159,7 +159,7 @@ def _help(state, owner, steps):
         mine = fetch_add(integers + 8 * _ASKED, 1) + 1
     if not 0 < mine < _CLOSED or not _until(state, integers + 8 * _TOLD, 1):
         return 0, 0, 1, 0
-    place, size = divmod(load_shared(integers + 8 * _TOLD), _MOST)
+    place, size = divmod(load_shared(integers + 8 * _TOLD), _SIZES)
     model, index = divmod(place, steps + 1)
     return model, index, size, (mine if index < steps and mine < size else 0)
 
@@ -187,6 +187,30 @@ def _next_share(taken, mine, size):
     return size
 
 
+@jit_within
+def _take(table, first, model, arena, scratch, state, shared, part, mine, size):
+    """A model through the steps from the first on. By `size` threads each takes shares of a step,
+    which begins when all shares of the one before are done; one by itself takes whole steps, till
+    others ask to help. False where the call is over before its time."""
+    index, share = first, 0
+    while index < len(table):
+        if size == 1 and _is_asked(state, part):
+            first, size = index, _close(state, part, len(table), model, index)
+        if size > 1:
+            share = _next_share(shared + 8 * (_TAKEN + index), mine, size)
+            if share == size:
+                index += 1
+                if not _until(state, shared + 8 * _DONE, (index - first) * size):
+                    return False
+                continue
+        _execute(table[index], model, arena, scratch, share, size)
+        if size > 1:
+            fetch_add(shared + 8 * _DONE, 1)
+        else:
+            index += 1
+    return True
+
+
 # What a thread does: models by itself, then a part of others' models, then of those left over.
 _ALONE, _HELPING, _TOGETHER = range(3)
 
@@ -195,15 +219,14 @@ _ALONE, _HELPING, _TOGETHER = range(3)
 def _run(steps, by_strips, arenas, scratches, state, part, parts, num_models):
     """Take models through all steps until none is left; see the module.
 
-    A task is a model from its step `first` on, of which `size` threads take shares, in the arena of
-    one of them, `leader`; a step begins when all shares of the one before are done.
+    A task is a model from its step `first` on, of which `size` threads take shares, this one its
+    own share, `mine`, before others; in the arena of one of them, `leader`.
     """
     alone, members = _deal(num_models, parts)
     teams, team = parts // members, part // members
     doing, other, rounds = _ALONE, part, 0
     while load_shared(state + 8 * STOP) == 0:
-        table, first, size, mine, leader = by_strips, 0, 1, 0, part
-        shared = _of_shared(state, parts, len(by_strips), part)
+        table, first, size, mine, leader, number = by_strips, 0, 1, 0, part, part
         if doing == _ALONE:
             model = fetch_add(state + 8 * BEGUN, 1)
             if model >= alone:
@@ -211,40 +234,26 @@ def _run(steps, by_strips, arenas, scratches, state, part, parts, num_models):
                 doing = _HELPING if alone > 0 else _TOGETHER
                 continue
         elif doing == _HELPING:
-            leader = other = (other + 1) % parts
+            leader = number = other = (other + 1) % parts
             if other == part:
                 doing = _TOGETHER
                 continue
             model, first, size, mine = _help(state, other, len(table))
             if mine == 0:
                 continue
-            shared = _of_shared(state, parts, len(by_strips), other)
         else:
-            table, left, size = steps, team + teams * rounds, members
-            model = alone + left
+            left, rounds = team + teams * rounds, rounds + 1
+            table, size, model, number = steps, members, alone + left, parts + left
             if team >= teams or model >= num_models:
                 return
-            shared = _of_shared(state, parts, len(by_strips), parts + left)
+        shared = _of_shared(state, parts, len(by_strips), number)
+        if doing == _TOGETHER:
             leader, mine = _come(state, shared, part)
             if leader < 0:
                 return
-            rounds += 1
-        index, share = first, 0
-        while index < len(table):
-            if size == 1 and _is_asked(state, part):
-                first, size = index, _close(state, part, len(table), model, index)
-            if size > 1:
-                share = _next_share(shared + 8 * (_TAKEN + index), mine, size)
-                if share == size:
-                    index += 1
-                    if not _until(state, shared + 8 * _DONE, (index - first) * size):
-                        return
-                    continue
-            _execute(table[index], model, arenas[leader], scratches[part], share, size)
-            if size > 1:
-                fetch_add(shared + 8 * _DONE, 1)
-            else:
-                index += 1
+        arena, scratch = arenas[leader], scratches[part]
+        if not _take(table, first, model, arena, scratch, state, shared, part, mine, size):
+            return
 
 
 def _make_run(sources: str) -> Any:
@@ -258,7 +267,8 @@ def _make_run(sources: str) -> Any:
         """All models through all steps; called once by each of `parts` threads.
 
         by_strips: the steps for one thread by itself, see `ensemble.ops.strips`. arenas, scratches:
-        an address for each part. state: the address of `new_state`.
+        an address for each part. state: the address of `new_state`; once STOP is not 0 in it every
+        part leaves early.
         """
         sources  # noqa: B018
         _run(steps, by_strips, arenas, scratches, state, part, parts, num_models)
