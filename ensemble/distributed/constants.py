@@ -46,9 +46,10 @@ def main() -> None:
 def measure(joined: Group) -> Constants:
     """By messages between ranks 0 and 1, to and fro: Hockney's way."""
     forwards = _forwards(joined)
-    nothing, large = torch.zeros(1), torch.zeros(LARGE_BYTES // FLOAT_BYTES)
+    zeros = partial(torch.zeros, device="cpu", dtype=torch.float32)
+    nothing, large = zeros(1), zeros(LARGE_BYTES // FLOAT_BYTES)
     small_s, large_s = (_median(joined, _to_and_fro(joined, [x])) / 2 for x in (nothing, large))
-    many_s = _median(joined, _to_and_fro(joined, list(torch.zeros(MANY, 1)))) / 2
+    many_s = _median(joined, _to_and_fro(joined, list(zeros(MANY, 1)))) / 2
     return Constants(
         model_s=statistics.median(forwards),
         spread=statistics.stdev(map(math.log, forwards)),
@@ -61,7 +62,7 @@ def measure(joined: Group) -> Constants:
 def _forwards(joined: Group) -> list[float]:
     """Seconds of forwards of ResNet-18s in turn at 224 px, on both ranks at the same time."""
     models = weights.random_models(MODELS, arch="resnet18", device=torch.device("cpu"), seed=0)
-    x = torch.zeros(1, CHANNELS, PX, PX)
+    x = torch.zeros(1, CHANNELS, PX, PX, device="cpu", dtype=torch.float32)
     with torch.inference_mode():
         for model in models:
             model(x)

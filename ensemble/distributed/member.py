@@ -54,7 +54,7 @@ class Member:
         self._num_models = 0  # of which `models` are this rank's share
         self._all: Sequence[nn.Module] = ()  # on rank 0, what one rank would hold
         self._shape = torch.Size()
-        self._example = torch.empty(0)
+        self._example = torch.empty(0, device="cpu", dtype=torch.float32)
         self._held: dict[str, Held] = {}
 
     def load(self, num_models: int, *, say: Callable[[str], None]) -> None:

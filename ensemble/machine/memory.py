@@ -132,6 +132,12 @@ def available_bytes(device: torch.device) -> int | None:
     return total_bytes()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Did memory run out, on the device or here?"""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)  # a plain RuntimeError on the CPU
+
+
 def _status_bytes(name: str) -> int | None:
     try:
         return _kibibytes(_STATUS.read_text().splitlines(), name)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.errors import first_line
+from ensemble.machine.memory import is_out_of_memory
 from ensemble.measure.start import start, tidy
 from ensemble.report import words
 
@@ -45,11 +46,6 @@ def optional(figure: str, function: Callable[[], T]) -> tuple[T | None, tuple[st
         why = "out of memory" if is_out_of_memory(error) else failed
     tidy()  # out of the handler, in which the error holds the frames that hold the memory
     return None, (f"no {figure}: {why}",)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)  # a plain RuntimeError on the CPU
 
 
 def _fitting(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype) -> int:

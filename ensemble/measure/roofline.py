@@ -60,7 +60,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Limits:
         side *= 2
         product_s = _least_seconds(_product(side, device, dtype), device)
         rate = max(rate, 2 * side**3 / product_s)
-    read = torch.ones(READ_BYTES // 4, device=device)
+    read = torch.ones(READ_BYTES // 4, device=device, dtype=torch.float32)
     read_s = _least_seconds(read.sum, device)
     return Limits(rate, READ_BYTES / read_s)
 
@@ -82,7 +82,7 @@ def work(model: nn.Module, num_models: int, example: Tensor, dtype: torch.dtype)
 
 
 def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    matrix = torch.randn(side, side, device=device).to(dtype)
+    matrix = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
     return lambda: matrix @ matrix
 
 

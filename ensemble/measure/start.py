@@ -140,5 +140,5 @@ def _no_recompilation() -> contextlib.AbstractContextManager[object]:
 def _notes(built: Built, caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
     """What was chosen, the strategy's note, and what vmap had no batching rule for."""
     texts = dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)
-    notes = (built.choice.note if built.choice else "", built.note)
+    notes = (built.choice.note if built.choice else "", built.note, built.later())
     return (*filter(None, notes), *(text for text in texts if "batching rule" in text))

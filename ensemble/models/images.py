@@ -106,7 +106,7 @@ def augmented(image: Image.Image, count: int, *, image_size: int, seed: int) -> 
             torchvision.transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
         ]
     )
-    batch = torch.empty((count, *plain.shape))
+    batch = torch.empty((count, *plain.shape), device=plain.device, dtype=plain.dtype)
     batch[0] = plain
     for index in range(1, count):
         with torch.random.fork_rng(devices=[]):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ensemble.errors import UnavailableError, first_line
 from ensemble.models import likeness
 
 
@@ -36,18 +37,41 @@ def first_names(model: nn.Module) -> dict[str, str]:
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of `model` whose tensors are on the meta device: its structure for no memory.
 
-    Tensors that are plain attributes are constants, and keep their values.
+    Tensors that are plain attributes are constants, and keep their values. What cannot be copied,
+    a lock or a generator of random numbers, is shared.
+
+    Raises:
+        UnavailableError: something deeper in the model cannot be copied.
     """
     memo: dict[int, object] = {}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 memo[id(value)] = value.detach().clone()
+            elif not _is_copied(value):
+                memo[id(value)] = value
     for tensor in [*model.parameters(), *model.buffers()]:
         meta = tensor.detach().to("meta")  # empty_like imports sympy here
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UnavailableError(f"this model cannot be copied: {reason}") from error
+
+
+def _is_copied(value: object) -> bool:
+    """Can `copy.deepcopy` copy an attribute of a module? Of modules and tensors it must."""
+    if value is None or isinstance(value, bool | int | float | str | nn.Module):
+        return True
+    if isinstance(value, dict) and any(isinstance(v, Tensor | nn.Module) for v in value.values()):
+        return True
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
 
 
 def allocate(
@@ -124,6 +148,13 @@ def stateless(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]
     """`f(tensors by name, x) -> model(x)` with those tensors in place of the model's own."""
     structure = skeleton(model)
     return lambda state, x: functional_call(structure, state, (x,))
+
+
+def with_own_tensors(model: nn.Module) -> nn.Module:
+    """A copy of `model` on its very tensors: calls of it leave no trace in the model."""
+    structure = skeleton(model).eval()
+    set_tensors(structure, named_tensors(model))
+    return structure
 
 
 def weight_bytes(model: nn.Module) -> int:

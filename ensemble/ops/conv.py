@@ -99,10 +99,10 @@ def max_pool2d(
     ceil_mode: bool = False,
 ) -> Tensor:
     """Max pooling of one model: x `(B, C, H, W)` -> `(B, C, OH, OW)`."""
-    return _plain_max_pool2d(x, kernel, stride, padding, ceil_mode)
+    return plain_max_pool2d(x, kernel, stride, padding, ceil_mode)
 
 
-def _plain_max_pool2d(
+def plain_max_pool2d(
     x: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -115,7 +115,7 @@ def _plain_max_pool2d(
 
 @max_pool2d.register_fake
 def _(x: Tensor, *options: Any) -> Tensor:
-    return _plain_max_pool2d(x, *options)
+    return plain_max_pool2d(x, *options)
 
 
 @max_pool2d.register_vmap
@@ -123,7 +123,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> t
     (x,) = _stacked_first([x], in_dims)
     if _can_pool(Kind.MAX_POOL, x, *options):
         return stacks.packed_max_pool2d(x, *options), 0
-    return _pooled(_plain_max_pool2d, x, *options), 0
+    return _pooled(plain_max_pool2d, x, *options), 0
 
 
 def _can_pool(kind: Kind, x: Tensor, *sizes: Any) -> bool:
@@ -153,17 +153,17 @@ def average_pool2d(
 
     zeros: those around the image count as pixels.
     """
-    return _plain_average_pool2d(x, kernel, stride, padding, ceil_mode, zeros)
+    return plain_average_pool2d(x, kernel, stride, padding, ceil_mode, zeros)
 
 
-def _plain_average_pool2d(x: Tensor, *options: Any) -> Tensor:
+def plain_average_pool2d(x: Tensor, *options: Any) -> Tensor:
     kernel, stride, padding, ceil_mode, zeros = options
     return functional.avg_pool2d(x, list(kernel), list(stride), list(padding), ceil_mode, zeros)
 
 
 @average_pool2d.register_fake
 def _(x: Tensor, *options: Any) -> Tensor:
-    return _plain_average_pool2d(x, *options)
+    return plain_average_pool2d(x, *options)
 
 
 @average_pool2d.register_vmap
@@ -171,7 +171,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> t
     (x,) = _stacked_first([x], in_dims)
     if _can_pool(Kind.AVERAGE_POOL, x, *options[:-1]):
         return stacks.packed_average_pool2d(x, *options), 0
-    return _pooled(_plain_average_pool2d, x, *options), 0
+    return _pooled(plain_average_pool2d, x, *options), 0
 
 
 @custom_op("ensemble::select", mutates_args=())
@@ -188,7 +188,7 @@ def plain_select(
     """What `select` computes, by torch's own operators, of `(..., C, H, W)`."""
     result = x
     for dim, wanted in ((-3, channels), (-2, rows), (-1, columns)):
-        indices = torch.tensor(wanted, device=x.device)
+        indices = torch.tensor(wanted, device=x.device, dtype=torch.int64)
         shape = [-1, *[1] * (-1 - dim)]
         result = result.index_select(dim, indices.clamp(min=0))
         if min(wanted) < 0:

@@ -11,15 +11,17 @@ from torch import Tensor
 GRAIN = 2**15
 
 
-def contiguous(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`x.to(dtype).contiguous()`: x itself where it is so already.
+def contiguous(x: Tensor, dtype: torch.dtype | None = None, *, copy: bool = False) -> Tensor:
+    """`x.to(dtype).contiguous()`: x itself where it is so already, unless a `copy` is asked for.
 
     On an accelerator there are no such threads.
     """
     dtype = dtype or x.dtype
-    if x.device.type != "cpu" or (x.dtype == dtype and x.is_contiguous()):
-        return x.to(dtype).contiguous()
-    target = torch.empty(x.shape, dtype=dtype)
+    if x.device.type != "cpu":
+        return x.to(dtype, copy=copy, memory_format=torch.contiguous_format)
+    if x.dtype == dtype and x.is_contiguous() and not copy:
+        return x
+    target = torch.empty(x.shape, dtype=dtype, device=x.device)
     _copy(x, target)
     return target
 
@@ -29,9 +31,10 @@ def filled_up(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     found = x.shape[-1]
     if found == size:
         return contiguous(x, dtype)
-    target = torch.empty((*x.shape[:-1], size), dtype=dtype)
+    target = torch.empty((*x.shape[:-1], size), dtype=dtype, device=x.device)
     _copy(x, target[..., :found])
-    _copy(torch.zeros((), dtype=dtype).expand(*x.shape[:-1], size - found), target[..., found:])
+    zero = torch.zeros((), dtype=dtype, device=x.device)
+    _copy(zero.expand(*x.shape[:-1], size - found), target[..., found:])
     return target
 
 

@@ -5,13 +5,17 @@ A pass may then move, join and replace nodes by looking at them alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
-from ensemble.errors import UnavailableError
+from ensemble.errors import UnavailableError, first_line
+from ensemble.ops.per_process import PerProcess
 
 try:
     from functorch import make_fx
@@ -19,6 +23,10 @@ except ImportError:  # a torch that has dropped functorch
     from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
+
+# While torch traces, it has `nn.Module.__call__` replaced for the whole process. Calls of models in
+# other threads go through that unharmed, but two traces at once would leave it replaced for good.
+_ONE_AT_A_TIME = PerProcess(threading.RLock)
 
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 
@@ -37,12 +45,16 @@ def traced(
             a tensor lies in memory.
     """
     try:
-        module = _graph_of(function, arguments) if is_mapped else _functional(function, arguments)
-        if _writes(module):
-            module = _graph_of(torch.func.functionalize(module), arguments)
+        with _ONE_AT_A_TIME():
+            make = _graph_of if is_mapped else _functional
+            module = make(function, arguments)
+            if _writes(module):
+                module = _graph_of(torch.func.functionalize(module), arguments)
     except UnavailableError:
         raise
     except Exception as error:  # a trace runs the model's own code, which may raise anything
+        if is_mapped:
+            raise UnavailableError(why_not_mapped(error)) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if "DataDependent" in type(error).__name__:
             reason = "its code asks for values that depend on its input"
@@ -65,6 +77,32 @@ def traced(
     return module
 
 
+# torch's words -> ours. Of a write into what the models share it has several, by the dimensions.
+_NOT_MAPPED = (
+    (
+        "vmap: inplace|doesn't match the broadcast shape",
+        "vmap cannot write what differs by model into what the models share (in place)",
+    ),
+    (
+        r"\.item\(\)|data-dependent|\.tolist\(\)|numpy|allclose|dynamic shape",
+        "vmap cannot run this model: its code asks for values that depend on weights or input",
+    ),
+    (
+        r"autograd\.Function|does not have vmap support",
+        "vmap cannot run this model: a torch.autograd.Function in it has no setup_context or no"
+        " rule for vmap",
+    ),
+)
+
+
+def why_not_mapped(error: Exception) -> str:
+    """Why `torch.vmap` cannot run what runs without it, in one line."""
+    for pattern, reason in _NOT_MAPPED:
+        if re.search(pattern, str(error)):
+            return reason
+    return f"vmap cannot run this model: {first_line(error).removeprefix('vmap: ')}"
+
+
 def _count_from_the_front(scatter: fx.Node) -> None:
     """Bounds within the tensor: torch 2.14's vmap rule refuses those that count from the end."""
     arguments: tuple[Any, ...] = scatter.args
@@ -82,18 +120,47 @@ def _untie(zeros: fx.Node) -> None:
     zeros.kwargs = {"dtype": known.dtype, "device": known.device}
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Tensors of a trace have no values: code that reads their memory gets whatever lies there."""
+
+    _READING = frozenset(
+        {
+            *(Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.storage),
+            *(Tensor.untyped_storage, Tensor.__dlpack__, Tensor.__dlpack_device__),
+        }
+    )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in self._READING:
+            reason = "its code asks for values that depend on its input"
+            raise UnavailableError(f"torch cannot trace this model: {reason}")
+        return func(*args, **(kwargs or {}))
+
+
 def _functional(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
     """Writes are taken out while it is traced, where functorch can: not of a function that calls
     one of autograd, nor within some operators of torch; of a graph of either it can."""
     try:
         return _graph_of(torch.func.functionalize(function), arguments)
+    except UnavailableError:
+        raise
     except Exception:
         return _graph_of(function, arguments)
 
 
 def _graph_of(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
+    def call(*given: Tensor) -> Tensor:
+        with _WithoutValues():
+            return function(*given)
+
     # Constants that the function holds are no fake tensors.
-    module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    module = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     for node in module.graph.nodes:
         if node.target in (aten.as_strided.default, aten.as_strided_.default) and _is_same(node):
             node.replace_all_uses_with(node.args[0])
@@ -145,6 +212,18 @@ def _has_unknown_size(node: fx.Node) -> bool:
     """So has what a mask selects, even where the mask is always the same."""
     known = value_of(node)
     return isinstance(known, Tensor) and any(isinstance(n, torch.SymInt) for n in known.shape)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Does a node draw random numbers?"""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    off = given.get("dropout_p", 0.0 if "dropout_p" in names else None) == 0.0
+    return not off and given.get("training", given.get("train")) is not False
 
 
 def is_images(node: object) -> bool:

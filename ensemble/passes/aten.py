@@ -6,8 +6,9 @@ all that it does with tensors.
 
 from torch import Tensor, fx, nn
 
+from ensemble.errors import UnavailableError
 from ensemble.models import stacking
-from ensemble.ops.tracing import traced
+from ensemble.ops.tracing import is_random, traced
 
 
 def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[str]]:
@@ -21,15 +22,26 @@ def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[st
 
     Raises:
         UnavailableError: see `traced`; the model's code asks for the values of what it computes, or
-            writes over its own tensors.
+            writes over its own tensors, or draws random numbers.
+        ValueError: the model gives something else than one tensor.
     """
     tensors, stateless = stacking.named_tensors(model), stacking.stateless(model)
+    outputs: list[object] = []
 
     def flat(*arguments: Tensor) -> Tensor:
         state = dict(zip(tensors, arguments[:-1], strict=True))
-        return stateless(state, arguments[-1].clone())  # it may write over its input
+        result = stateless(state, arguments[-1].clone())  # it may write over its input
+        outputs.append(result)
+        return result
 
-    module = traced(flat, (*tensors.values(), example))
+    try:
+        module = traced(flat, (*tensors.values(), example))
+    finally:
+        if outputs and not isinstance(outputs[-1], Tensor):
+            found = type(outputs[-1]).__name__
+            raise ValueError(f"expected one tensor from each model, found {found}")
+    if any(map(is_random, module.graph.nodes)):
+        raise UnavailableError("this model draws random numbers at each call")
     *placeholders, _ = module.graph.find_nodes(op="placeholder")
     read = {name: node for name, node in zip(tensors, placeholders, strict=True) if node.users}
     for node in placeholders:

@@ -1,29 +1,91 @@
 """Batch norm folded into the convolution before it: the same function, fewer passes over memory."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ensemble.errors import UnavailableError
+from ensemble.errors import UnavailableError, first_line
+from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
 from ensemble.ops import serial
-from ensemble.passes.tracing import replaceable_once, traced
+from ensemble.passes.recording import Call, Recording, record, renumbered
+
+Pairs = dict[
+    int, tuple[str, str]
+]  # the call of a norm -> the names of its convolution, and its own
 
 
-def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
+def folded(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:
     """Copies of `models` without the batch norms that follow a convolution, in channels-last.
 
     They stay modules of their own class (each folded norm becomes an Identity), so they stack, and
     are slices of one stack as those of `stacking.allocate` are. The fold is computed in float64.
+    Where the models' code would do something else without the norms, for it looks at its modules
+    (`isinstance(layer, nn.BatchNorm2d)`, `conv.bias is None`), none is folded.
+
+    Args:
+        models: alike, in eval mode.
+        example: `(B, C, H, W)`, or `(N, B, C, H, W)`: one batch for each.
 
     Raises:
-        UnavailableError: torch.fx cannot trace the models.
+        UnavailableError: their code does not run on images that lie channels-last in memory.
         ValueError: models that `stacking.check_alike` refuses.
     """
     stacking.check_alike(models)
-    foldable, template = _without_norms(models[0])
+    x = example[0] if example.dim() == 5 else example
+    before = record(stacking.with_own_tensors(models[0]), x.clone())
+    pairs = _foldable(models[0], before)
+    copies = _copies(models, list(pairs.values()), example.device)
+    after = _recorded(copies[0], x, is_needed=not pairs)
+    if pairs and not (after and _is_same(before, after, pairs)):
+        copies = _copies(models, [], example.device)
+        _recorded(copies[0], x, is_needed=True)
+    return copies
+
+
+def _recorded(model: nn.Module, x: Tensor, *, is_needed: bool) -> Recording | None:
+    """What a copy does with channels-last images; None where it fails, unless that `is_needed`."""
+    try:
+        return record(stacking.with_own_tensors(model), channels_last(x, copy=True))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if is_needed:
+            reason = f"this model does not run channels-last: {first_line(error)}"
+            raise UnavailableError(reason) from error
+        return None
+
+
+def _copies(
+    models: Sequence[nn.Module], pairs: Sequence[tuple[str, str]], device: torch.device
+) -> list[nn.Module]:
+    """The models in channels-last with the norms of these pairs folded."""
+    template = _without_norms(models[0], pairs)
+    copies = stacking.allocate(template, len(models), device=device)
+    for model, copy in zip(models, copies, strict=True):
+        source, target = stacking.named_tensors(model), stacking.named_tensors(copy)
+        for name in target.keys() & source.keys():
+            target[name].copy_(source[name])
+        for conv_name, norm_name in pairs:
+            weight, bias = _fold(model.get_submodule(conv_name), model.get_submodule(norm_name))
+            target[f"{conv_name}.weight"].copy_(weight)
+            target[f"{conv_name}.bias"].copy_(bias)
+    return copies
+
+
+def _without_norms(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
+    """The skeleton of `model` in channels-last, with these norms gone."""
+    template = stacking.skeleton(model)
+    for conv_name, norm_name in pairs:
+        conv = template.get_submodule(conv_name)
+        if conv.bias is None:
+            empty = torch.empty(conv.out_channels, dtype=conv.weight.dtype, device="meta")
+            conv.bias = nn.Parameter(empty, requires_grad=False)
+        template.set_submodule(norm_name, nn.Identity().eval())
     stacking.set_tensors(
         template,
         {
@@ -32,68 +94,110 @@ def folded(models: Sequence[nn.Module]) -> list[nn.Module]:
             if tensor.dim() == 4
         },
     )
-    device = next(models[0].parameters()).device
-    copies = stacking.allocate(template, len(models), device=device)
-    for model, copy in zip(models, copies, strict=True):
-        source, target = stacking.named_tensors(model), stacking.named_tensors(copy)
-        for name in target.keys() & source.keys():
-            target[name].copy_(source[name])
-        for conv_name, norm_name in foldable:
-            weight, bias = _fold(model.get_submodule(conv_name), model.get_submodule(norm_name))
-            target[f"{conv_name}.weight"].copy_(weight)
-            target[f"{conv_name}.bias"].copy_(bias)
-    return copies
+    return template
 
 
-def _without_norms(model: nn.Module) -> tuple[list[tuple[str, str]], nn.Module]:
-    """The convolutions and norms to fold, and the skeleton of `model` with these norms gone.
-
-    The model's own code runs on what is left. Where it would take another way than before, for it
-    looks at its modules (`isinstance(layer, nn.BatchNorm2d)`, `conv.bias is None`), none is folded.
-    """
-    graph = traced(stacking.skeleton(model)).graph
-    foldable, template = _foldable(model, graph), stacking.skeleton(model)
-    for conv_name, norm_name in foldable:
-        conv = template.get_submodule(conv_name)
-        if conv.bias is None:
-            empty = torch.empty(conv.out_channels, dtype=conv.weight.dtype, device="meta")
-            conv.bias = nn.Parameter(empty, requires_grad=False)
-        template.set_submodule(norm_name, nn.Identity().eval())
-    try:
-        same = _listed(traced(template).graph) == _listed(graph)
-    except UnavailableError:
-        same = False
-    return (foldable, template) if same else ([], stacking.skeleton(model))
+def channels_last(x: Tensor, *, copy: bool = False) -> Tensor:
+    """`x`, `(B, 3, H, W)` or `(N, B, 3, H, W)`, with its channels last in memory; in memory of its
+    own where a `copy` is asked for."""
+    return serial.contiguous(x.movedim(-3, -1), copy=copy).movedim(-1, -3)
 
 
-def _listed(graph: fx.Graph) -> list[tuple[str, ...]]:
-    return [
-        (node.name, node.op, str(node.target), str(node.args), str(node.kwargs))
-        for node in graph.nodes
-    ]
+def private(x: Tensor) -> Tensor:
+    """A channels-last copy of x."""
+    return channels_last(x, copy=True)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """`x`, `(B, 3, H, W)` or `(N, B, 3, H, W)`, with its channels last in memory."""
-    return serial.contiguous(x.movedim(-3, -1)).movedim(-1, -3)
+def _foldable(model: nn.Module, recording: Recording) -> Pairs:
+    """The norms that alone read the result of a convolution, both layers of torch's own class,
+    called once, with tensors that nothing else reads."""
+    names, owners = _names(model), _owners(model)
+
+    def layer_of(call: Call, kind: type[nn.Module]) -> str | None:
+        """The name of the one layer of this kind whose tensors a call reads, all that it has."""
+        read = [str(value[1]) for value in call.reads() if value[0] == "state"]
+        paths = {name.rpartition(".")[0] for name in read}
+        if len(paths) != 1:
+            return None
+        (path,) = paths
+        layer = model.get_submodule(path)
+        alone = names[id(layer)] == 1 and _is_bare(layer)
+        own = {f"{path}.{name}" if path else name for name in stacking.named_tensors(layer)}
+        own = {name for name in own if not name.endswith("num_batches_tracked")}
+        unshared = all(owners[id(tensor)] == 1 for tensor in _own_tensors(layer))
+        once = all(len(recording.readers(("state", name))) == 1 for name in own)
+        fits = type(layer) is kind and alone and unshared and once and set(read) == own
+        return path if fits else None
+
+    pairs: Pairs = {}
+    for index, call in enumerate(recording.calls):
+        if call.function is not functional.batch_norm or call.arguments[0][0] != "result":
+            continue
+        _, source, position = call.arguments[0]
+        assert isinstance(source, int)
+        conv_call = recording.calls[source]
+        if conv_call.function is not functional.conv2d or position != 0:
+            continue
+        if recording.readers(call.arguments[0]) != [index]:
+            continue
+        conv, norm = layer_of(conv_call, nn.Conv2d), layer_of(call, nn.BatchNorm2d)
+        if conv is not None and norm is not None and _has_statistics(model.get_submodule(norm)):
+            pairs[index] = conv, norm
+    return pairs
 
 
-def _foldable(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
-    """The names of each convolution and the batch norm that alone reads its result."""
-    calls = replaceable_once(model, graph)
-    foldable = []
-    for name, node in calls.items():
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        conv = str(source.target)
-        if (
-            _has_statistics(model.get_submodule(name))
-            and source is calls.get(conv)
-            and type(model.get_submodule(conv)) is nn.Conv2d
-            and len(source.users) == 1
-        ):
-            foldable.append((conv, name))
-    return foldable
+def _is_same(before: Recording, after: Recording, pairs: Pairs) -> bool:
+    """Do the folded models do what the models do, but for the norms and the convolutions' bias?"""
+    norms = {index: before.calls[index].arguments[0] for index in pairs}
+    plain = renumbered(before, norms)
+    biases = {f"{conv}.weight" for conv, _ in pairs.values()}
+
+    def but_for_biases(recording: Recording) -> list[tuple[object, ...]]:
+        calls: list[tuple[object, ...]] = []
+        for call in recording.calls:
+            arguments = call.arguments
+            if len(arguments) > 2 and arguments[1][0] == "state" and arguments[1][1] in biases:
+                arguments = (*arguments[:2], *arguments[3:])
+            calls.append((call.function, arguments))
+        return calls
+
+    same = but_for_biases(plain) == but_for_biases(after) and plain.output == after.output
+    return same and is_close(after.result, before.result)
+
+
+def is_close(found: object, expected: object) -> bool:
+    """Are outputs the same but for rounding, by far? What has no values is."""
+    if type(found) is not Tensor or type(expected) is not Tensor:
+        return True
+    if found.shape != expected.shape:
+        return False
+    if not found.is_floating_point() or not found.numel():
+        return True
+    exact = expected.double()
+    scale = float(exact.nan_to_num(0, 0, 0).abs().amax())
+    tolerance = 1e-3 if found.dtype in (torch.float32, torch.float64) else 0.1
+    return torch.allclose(found.double(), exact, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def _names(model: nn.Module) -> Counter[int]:
+    return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """Of each tensor, how many modules have it."""
+    modules = {id(module): module for module in model.modules()}.values()
+    return Counter(id(tensor) for module in modules for tensor in _own_tensors(module))
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Does a call of `module` run the forward of its class, and nothing around it?"""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in vars(module)
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -2,8 +2,9 @@
 
 A builder is a plain function `(models, example) -> Built(forward, note)`. `example` is
 `(B, 3, H, W)` for shared inputs or `(N, B, 3, H, W)` for per-model inputs, on the models' device
-and in their dtype, and `forward(x)` gives logits `(N, B, classes)` for any x like the example. A
-builder that cannot work here raises `ensemble.errors.UnavailableError` with the reason.
+and in their dtype, and `forward(x)` gives logits `(N, B, classes)` for any x like the example, or
+the outputs of each model (`PerModel`); it does not write to x. `make` adds what all strategies
+share. A builder that cannot work here raises `ensemble.errors.UnavailableError` with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ensemble.strategies.built import Builder, Built, Forward
+    from ensemble.strategies.built import Builder, Built
+    from ensemble.strategies.forward import Forward
 
 BEST = "best"
 TUNE_SECONDS = 60.0  # a strategy that chooses among others begins none after so long
@@ -181,33 +183,38 @@ def build(
     *,
     tune_seconds: float = TUNE_SECONDS,
 ) -> Forward:
-    """Build a strategy. Building and calling both run under `torch.inference_mode`.
+    """Build a strategy: a `strategies.forward.Forward`, whose contract is the same for all.
 
     What the models hold is never changed, and any number of ensembles may be built of the same
-    models, in any order. `loop` reads the models' own tensors, and so does `vmap` where these are
-    slices of one stack, as those of `load_models` and every run of them are: that takes no memory,
-    and a weight that is later changed in place is seen. Of models that lie apart `vmap` holds a
-    copy, and every other strategy holds its own form of the weights: changes are not seen, and the
-    models may be freed.
+    models, in any order and from several threads. `loop` reads the models' own tensors, and so do
+    `vmap` and `chunked_vmap` where these are slices of one stack, as those of `load_models` and
+    every run of them are: that takes no memory, and a weight that is later changed in place is
+    seen. Of models that lie apart they hold a copy, and every other strategy holds its own form of
+    the weights: changes are not seen, and the models may be freed. `best` does as what it picked.
 
     Args:
         name: a key of `STRATEGIES`; `best` tries those that could win here and keeps the fastest.
-        models: N eval-mode models of one class, on one device, in one dtype.
+        models: N eval-mode models of one class, on one device, in one dtype, each called with one
+            tensor.
         example: `(B, channels, H, W)`, seen by all models, or `(N, B, channels, H, W)`, one batch
             for each.
         tune_seconds: after so long a strategy that chooses among others begins no further one.
 
     Returns:
-        forward: x like `example` -> logits `(N, B, classes)`, or what else each model gives as one
-            tensor: `(N, *its shape)`.
+        forward: x like `example` -> logits `(N, B, classes)`, or whatever single tensor each model
+            gives: `(N, *its shape)`.
 
     Raises:
-        ValueError: an unknown name, an example that does not fit the models, models that give no
-            single tensor, or that differ in more than the values of their tensors (only `loop` and
-            `prepacked_...` take them).
-        UnavailableError: the strategy cannot run here.
+        ValueError: an unknown name; models or an example that cannot be used, and why; models that
+            give no single tensor, or that differ in more than the values of their tensors (only
+            `loop` and `prepacked_...` take them).
+        UnavailableError: the strategy cannot run here, or not these models.
     """
-    return make(name, models, example, tune_seconds=tune_seconds).forward
+    from ensemble.strategies.forward import Forward
+
+    forward = make(name, models, example, tune_seconds=tune_seconds).forward
+    assert isinstance(forward, Forward)
+    return forward
 
 
 def make(
@@ -220,32 +227,17 @@ def make(
     """`build`, with the strategy's note on how it was built, and what it chose."""
     import torch
 
+    from ensemble.strategies import arguments, forward
+
     if name not in STRATEGIES:
         raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
-    if isinstance(models, torch.nn.Module) and not isinstance(models, torch.nn.ModuleList):
-        raise ValueError(f"expected a list of models, found one {type(models).__name__}")
-    models = tuple(models)
-    _check_example(models, example)
-    with torch.inference_mode():
-        built = STRATEGIES[name].builder(tune_seconds=tune_seconds)(models, example)
-    return replace(built, forward=torch.inference_mode()(built.forward))
-
-
-def _check_example(models: Sequence[nn.Module], example: Tensor) -> None:
-    if not models:
-        raise ValueError("expected at least one model, found none")
-    per_model = example.dim() == 5 and example.shape[0] == len(models)
-    if example.dim() != 4 and not per_model:
-        expected = f"(B, channels, H, W) or ({len(models)}, B, channels, H, W)"
-        raise ValueError(f"expected an example of shape {expected}, found {tuple(example.shape)}")
-    if not example.numel():
-        raise ValueError(f"expected at least one image, found shape {tuple(example.shape)}")
-    weight = next(models[0].parameters())
-    if (weight.device, weight.dtype) != (example.device, example.dtype):
-        expected, found = (
-            f"{weight.dtype} on {weight.device}",
-            f"{example.dtype} on {example.device}",
-        )
-        raise ValueError(f"expected an example in {expected} like the models, found {found}")
-    if any(module.training for model in models for module in model.modules()):
-        raise ValueError("expected models in eval mode, found train mode; call model.eval()")
+    models, example = arguments.checked(models, example)
+    builder = STRATEGIES[name].builder(tune_seconds=tune_seconds)
+    with forward.settings(example.device), torch.device(example.device):
+        try:
+            built = builder(models, example)
+        except Exception:
+            arguments.check_runs(models[0], example)
+            raise
+    run = built.forward.run if isinstance(built.forward, forward.Forward) else built.forward
+    return replace(built, forward=forward.Forward(run, name, example, len(models)))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,14 @@ class Check:
     problem: str | None
 
 
-def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
+def check(
+    logits: Tensor, reference: Tensor, *, tolerance: float, nan_agrees: bool = False
+) -> Check:
     """Compare logits with the reference's, both `(N, B, classes)`, model by model by index.
 
     Outputs of other shapes, `(N, B, ...)`, count as if all that belongs to an image were classes.
+    Integers and booleans must be equal. An infinity agrees with the same one (a masked class), a
+    NaN with a NaN where `nan_agrees`; otherwise a NaN of the reference's own is the problem.
 
     max_rel_error is the largest over the models of max abs(logits - reference) / max abs(reference)
     of that model; above `tolerance` the model disagrees. An image whose own logits are small is
@@ -47,11 +52,21 @@ def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
     if logits.shape != reference.shape:
         expected, found = tuple(reference.shape), tuple(logits.shape)
         return Check(None, None, None, f"expected logits of shape {expected}, found {found}")
+    if not reference.numel():
+        return Check(0.0, None, None, None)
+    if not (logits.is_floating_point() or logits.is_complex()):
+        return _check_equal(logits, reference)
     rounding = ROUNDING * torch.finfo(logits.dtype).eps
     logits, reference = _by_images(logits), _by_images(reference)
-    of_images = reference.abs().amax(2)
-    if not of_images.isfinite().all():
+    if reference.isnan().any() and not nan_agrees:
         return Check(None, None, None, "the reference's own logits are not finite: bad weights?")
+    top1, of_reference = logits.argmax(-1), reference.argmax(-1)
+    alike = (logits == reference) | (logits.isnan() & reference.isnan())
+    is_special = ~reference.isfinite() & alike
+    logits, reference = (t.masked_fill(is_special, 0) for t in (logits, reference))
+    if not reference.isfinite().all():
+        return Check(None, None, None, "outputs disagree: not finite in other places")
+    of_images = reference.abs().amax(2)
     # All logits 0: only 0 agrees.
     of_models = of_images.amax(1, keepdim=True).clamp_min(torch.finfo(reference.dtype).tiny)
     limits = (tolerance * of_images).maximum(min(tolerance, rounding) * of_models)
@@ -63,18 +78,41 @@ def check(logits: Tensor, reference: Tensor, *, tolerance: float) -> Check:
         if agrees
         else _excess(relative, errors / of_models, limits / of_models, tolerance)
     )
-    top1 = logits.argmax(-1)
     return Check(
         max_rel_error=None if relative.isnan().any() else float(relative.max()),
         top1=top1.tolist(),
-        top1_agreement=float((top1 == reference.argmax(-1)).double().mean()),
+        top1_agreement=float((top1 == of_reference).double().mean()),
         problem=problem and f"outputs disagree: {problem}",
     )
 
 
+def _check_equal(found: Tensor, expected: Tensor) -> Check:
+    """Of numbers that are not rounded: class indices, masks."""
+    found, expected = found.cpu(), expected.cpu()
+    different = (found != expected).flatten(1).sum(1) if found.dim() > 1 else found != expected
+    if not different.any():
+        return Check(0.0, None, 1.0, None)
+    model = int(different.argmax())
+    count = f"{int(different[model])} of {found[model].numel()} values"
+    return Check(None, None, None, f"outputs disagree: model {model} in {count}")
+
+
 def _by_images(outputs: Tensor) -> Tensor:
     """`(N, B, ...)` in float64 on the CPU, as `(N, B, all that belongs to an image)`."""
-    return outputs.cpu().double().reshape(*outputs.shape[:2], -1)
+    outputs = torch.view_as_real(outputs) if outputs.is_complex() else outputs
+    lead = (*outputs.shape, 1)[:2]
+    return outputs.cpu().double().reshape(*lead, -1)
+
+
+def informative(example: Tensor) -> Tensor:
+    """The example, or noise where it is the same everywhere: a blank one shows no error."""
+    if not example.is_floating_point() or type(example) is not Tensor:
+        return example
+    if example.numel() > 1 and example.double().std() > 0:
+        return example
+    generator = torch.Generator(example.device).manual_seed(0)  # leaves the caller's alone
+    options: Any = {"dtype": example.dtype, "device": example.device}
+    return torch.randn(example.shape, generator=generator, **options)
 
 
 def check_served(served: Tensor, reference: Tensor, *, reduce: str, tolerance: float) -> Check:

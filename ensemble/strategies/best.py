@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.models import stacking
-from ensemble.strategies import STRATEGIES, agreement, duel, eager
+from ensemble.strategies import agreement, duel, eager, make
+from ensemble.strategies.arguments import weight_dtype
 from ensemble.strategies.built import Built, Choice
 
 # What could win on a kind of device. The loop comes first: it is what all the others must beat.
@@ -46,9 +47,9 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     """
     begin = time.perf_counter()
     names = candidates(example.device)
-    x = example if example.std() > 0 else torch.randn_like(example)  # a blank one shows no error
+    x = agreement.informative(example)
     found = duel.fastest(
-        {name: partial(STRATEGIES[name].builder(), models, example) for name in names},
+        {name: partial(make, name, models, example) for name in names},
         x,
         check=_checker(models, x),
         seconds=tune_seconds,
@@ -57,7 +58,8 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     assert found.built is not None
     took = time.perf_counter() - begin - found.build_s[found.name]
     note = f"picked {found.name} (tried: {found.tried})"
-    return Built(found.built.forward, found.built.note, Choice(found.name, note, took))
+    kept = found.built
+    return Built(kept.forward, kept.note, Choice(found.name, note, took), kept.later)
 
 
 def candidates(device: torch.device) -> tuple[str, ...]:
@@ -67,13 +69,21 @@ def candidates(device: torch.device) -> tuple[str, ...]:
 
 def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]:
     """Raises for logits that the loop in float32 does not give."""
-    at_least_float32 = torch.promote_types(x.dtype, torch.float32)
+    dtype = weight_dtype(models, x)
+    at_least_float32 = torch.promote_types(dtype, torch.float32)
+    limit = agreement.TOLERANCES[dtype]
+    agrees = partial(agreement.check, tolerance=limit, nan_agrees=True)
     reference = eager.logits_in(models, x, at_least_float32)
-    limit = agreement.TOLERANCES[x.dtype]
 
     def check(logits: Tensor) -> None:
-        problem = agreement.check(logits, reference, tolerance=limit).problem
-        if problem:
-            raise ValueError(problem)
+        problem = agrees(logits, reference).problem
+        if not problem:
+            return
+        if agrees(eager.logits_in(models, x, at_least_float32), reference).problem:
+            raise ValueError(
+                "models: expected the same answer at each call, found models that are random in"
+                " eval mode (dropout that stays on?)"
+            )
+        raise ValueError(problem)
 
     return check

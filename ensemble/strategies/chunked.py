@@ -25,7 +25,8 @@ def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -
     )
     assert found.built is not None
     tried = f" (tried: {found.tried})" if found.tried else ""
-    return Built(found.built.forward, f"chunk_size: {found.name}{tried}")
+    kept = found.built
+    return Built(kept.forward, f"chunk_size: {found.name}{tried}", later=kept.later)
 
 
 def sizes(num_models: int) -> list[int]:

@@ -20,15 +20,14 @@ from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from ensemble.errors import UnavailableError, first_line
 from ensemble.models import stacking
 from ensemble.models.stacking import stacked_state
-from ensemble.passes.folding import channels_last, folded
+from ensemble.passes.folding import folded, private
 from ensemble.strategies import eager
 from ensemble.strategies.built import Built
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> Built:
     """One compiled forward, called for each folded model with that model's weights."""
-    built = eager.loop(compiled_models(folded(models)), example)
-    return Built(lambda x: built.forward(channels_last(x)))
+    return eager.loop(compiled_models(folded(models, example)), example, private=private)
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -36,12 +35,14 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
 
     dynamo does not trace functorch's stateless module: `torch.func.functional_call` stands for it.
     """
-    copies = folded(models)
+    copies = folded(models, example)
     mapped = torch.vmap(
-        stacking.stateless(copies[0]), in_dims=(0, 0 if example.dim() == 5 else None)
+        stacking.stateless(copies[0]),
+        in_dims=(0, 0 if example.dim() == 5 else None),
+        randomness="different",
     )
     compiled, state = as_one_graph(mapped), stacked_state(copies)
-    return Built(lambda x: compiled(state, channels_last(x)))
+    return Built(lambda x: compiled(state, private(x)))
 
 
 def as_one_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

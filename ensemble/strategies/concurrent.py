@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.ops.per_process import PerProcess
-from ensemble.passes.folding import channels_last, folded
-from ensemble.strategies.built import Built, Forward
+from ensemble.passes.folding import channels_last, folded, private
+from ensemble.strategies.built import Built, PerModel, Run
 from ensemble.strategies.compiled import compiled_models
 
 # More streams than this do not help: each kernel of a ResNet wants a good part of the device.
@@ -21,17 +21,23 @@ MAX_STREAMS = 16
 T = TypeVar("T")
 _SETTING = PerProcess(Lock)
 
-One = Callable[[Tensor], Tensor]  # a model: channels-last images (B, 3, H, W) -> logits
+One = Callable[[Tensor], object]  # a model: channels-last images (B, 3, H, W) -> logits
 
 
 def eager(models: Sequence[nn.Module], example: Tensor) -> Built:
     """Folded models, eager, concurrently."""
-    return side_by_side(folded(models), example)
+    return side_by_side([_on_a_copy(model) for model in folded(models, example)], example)
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
     """Folded models through one compiled forward, concurrently."""
-    return side_by_side(compiled_models(folded(models)), example)
+    forwards = compiled_models(folded(models, example))
+    return side_by_side([_on_a_copy(forward) for forward in forwards], example)
+
+
+def _on_a_copy(model: One) -> One:
+    """A model that may write to its input, which others read at the same time."""
+    return lambda x: model(private(x))
 
 
 def shares(num_models: int, cores: int) -> list[tuple[list[int], int]]:
@@ -47,32 +53,35 @@ def shares(num_models: int, cores: int) -> list[tuple[list[int], int]]:
 
 
 def side_by_side(models: Sequence[One], example: Tensor) -> Built:
-    """A forward that runs all models on channels-last images, several at once."""
+    """A forward that runs all models on channels-last images, several at once.
+
+    models: none writes to what it is given.
+    """
     if example.device.type == "cpu":
         return Built(_over_cores(models, example))
     return Built(_over_streams(models, example))
 
 
-def _over_cores(models: Sequence[One], example: Tensor) -> Forward:
+def _over_cores(models: Sequence[One], example: Tensor) -> Run:
     cores, per_model = torch.get_num_threads(), example.dim() == 5
     plan = shares(len(models), cores)
     widths = sorted({threads for _, threads in plan})
     pools = PerProcess(lambda: {threads: _pool(cores // threads, threads) for threads in widths})
     pools()  # now, and not in the first call: threads take long to start
 
-    def work(indices: list[int], x: Tensor) -> list[Tensor]:
+    def work(indices: list[int], x: Tensor) -> list[object]:
         with torch.inference_mode():  # a thread starts without its caller's mode
             return [models[index](x[index] if per_model else x) for index in indices]
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> PerModel:
         x = channels_last(x)
-        logits: dict[int, Tensor] = {}
+        logits: dict[int, object] = {}
         for threads in widths:  # the leftover models after the whole rounds, not among them
             parts = [indices for indices, width in plan if width == threads]
             done = pools()[threads].map(lambda indices: work(indices, x), parts)
             for indices, outputs in zip(parts, done, strict=True):
                 logits |= dict(zip(indices, outputs, strict=True))
-        return torch.stack([logits[index] for index in range(len(models))])
+        return PerModel([logits[index] for index in range(len(models))])
 
     return forward
 
@@ -111,13 +120,13 @@ def _in_new_thread(function: Callable[[], T]) -> T:
         return pool.submit(function).result()
 
 
-def _over_streams(models: Sequence[One], example: Tensor) -> Forward:
+def _over_streams(models: Sequence[One], example: Tensor) -> Run:
     per_model = example.dim() == 5
     streams = [torch.Stream(example.device) for _ in range(min(len(models), MAX_STREAMS))]
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> PerModel:
         x = channels_last(x)
-        caller, logits = torch.accelerator.current_stream(x.device), []
+        caller, logits = torch.accelerator.current_stream(x.device), list[object]()
         for stream in streams:
             stream.wait_stream(caller)
         for index in range(len(models)):
@@ -127,7 +136,8 @@ def _over_streams(models: Sequence[One], example: Tensor) -> Forward:
         for stream in streams:
             caller.wait_stream(stream)
         for tensor in logits:
-            tensor.record_stream(caller)
-        return torch.stack(logits)
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(caller)
+        return PerModel(logits)
 
     return forward

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.strategies import compiled, concurrent, folded, lowered
-from ensemble.strategies.built import Builder, Built, Forward
+from ensemble.strategies.built import Builder, Built, Run, taking_turns
+from ensemble.strategies.forward import owned
 
 WARMUP_CALLS = 3  # as torch.cuda.make_graphed_callables: lazy initialisation may not be captured
 
@@ -23,12 +24,12 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     x: Tensor
     logits: Tensor
-    forward: Forward  # never called again: it keeps the weights that the graph reads
+    forward: Run  # never called again: it keeps the weights that the graph reads
 
     def __call__(self, x: Tensor) -> Tensor:
         self.x.copy_(x)
         self.graph.replay()
-        return self.logits.clone()
+        return owned(self.logits, len(self.logits))  # before the next call replays into it
 
 
 def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -49,8 +50,10 @@ def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) ->
     torch.cuda.current_stream(example.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        static_logits = forward(static_x)
-    return Built(Captured(graph, static_x, static_logits, forward), built.note)
+        outputs = forward(static_x)
+        logits = owned(outputs, len(models))
+    run = taking_turns(Captured(graph, static_x, logits, forward))
+    return Built(run, built.note, later=built.later)
 
 
 loop = partial(_captured, folded.loop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.models.meta import ByShape
-from ensemble.strategies.built import Built
-
-# torch's words, by the number of dimensions on both sides.
-_WRITES_INTO_SHARED = re.compile("vmap: inplace|doesn't match the broadcast shape")
+from ensemble.strategies.built import Built, PerModel, taking_turns
+from ensemble.strategies.forward import owned
+from ensemble.strategies.mapped import Mapped
 
 try:
     import functorch
@@ -24,66 +21,89 @@ except ImportError:  # a torch that has dropped it
     functorch = None
 
 
-def loop(models: Sequence[Callable[[Tensor], Tensor]], example: Tensor) -> Built:
-    """One forward a model, one after another. Naive on purpose: this is the reference."""
+def loop(
+    models: Sequence[Callable[[Tensor], object]],
+    example: Tensor,
+    *,
+    private: Callable[[Tensor], Tensor] = torch.clone,
+) -> Built:
+    """One forward a model, one after another. Naive on purpose: this is the reference.
+
+    private: copies x, in the memory format that the models are to see.
+    """
     if example.dim() == 5:
-        return Built(lambda x: _stacked([model(one) for model, one in zip(models, x, strict=True)]))
-    return Built(lambda x: _stacked([model(x) for model in models]))
+        return Built(
+            lambda x: PerModel([model(one) for model, one in zip(models, private(x), strict=True)])
+        )
+    return Built(SharedInput(models, private))
 
 
-def _stacked(outputs: list[Tensor]) -> Tensor:
-    """What the models give, in one tensor; ValueError where one gives something else."""
-    for output in outputs:
-        if not isinstance(output, Tensor):
-            raise ValueError(f"expected one tensor from each model, found {type(output).__name__}")
-    return torch.stack(outputs)
+class SharedInput:
+    """Calls models with one image, each with the caller's values.
+
+    A model may normalize its input in place. One copy serves all models as long as none writes to
+    it, which torch's version counter tells, but of writes through `.data`: those are looked for in
+    the first call.
+    """
+
+    def __init__(
+        self, models: Sequence[Callable[[Tensor], object]], private: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._models, self._private = models, private
+        self._copy_for_each: bool | None = None  # None: not known before the first call
+
+    def __call__(self, x: Tensor) -> PerModel:
+        outputs, shared, version = list[object](), None, 0
+        for model in self._models:
+            if shared is None or self._copy_for_each or shared._version != version:
+                with torch.inference_mode(False), torch.no_grad():  # else it has no version
+                    shared = self._private(x)
+                version = shared._version
+            outputs.append(model(shared))
+            if self._copy_for_each is None:  # a fake tensor has no values
+                self._copy_for_each = type(x) is Tensor and not torch.equal(shared, x)
+        return PerModel(outputs)
 
 
 @torch.inference_mode()
 def logits_in(models: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> Tensor:
     """The loop's logits of x in another dtype; no more than one model exists in it at a time."""
     inputs = x if x.dim() == 5 else [x] * len(models)
-    return _stacked(
-        [_cast(model, dtype)(batch.to(dtype)) for model, batch in zip(models, inputs, strict=True)]
-    )
+    outputs = [
+        _cast(model, dtype)(batch.to(dtype, copy=True))
+        for model, batch in zip(models, inputs, strict=True)
+    ]
+    return owned(PerModel(outputs), len(models))
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    known = next(model.parameters()).dtype == dtype
+    tensors = stacking.named_tensors(model).values()
+    known = all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point())
     return model if known else stacking.cast([model], dtype)[0]
 
 
-def vmap(models: Sequence[nn.Module], example: Tensor, chunk_size: int | None = None) -> Built:
+def vmap(
+    models: Sequence[nn.Module],
+    example: Tensor,
+    chunk_size: int | None = None,
+    *,
+    private: Callable[[Tensor], Tensor] = torch.clone,
+) -> Built:
     """One forward of the stateless model, mapped over the stacked parameters and buffers, of all
     models at once or of so many."""
     state = stacking.stacked_state(models)
     stateless, parameter_names, buffer_names = stateless_model(models)
     parameters = tuple(state[name] for name in parameter_names)
     buffers = tuple(state[name] for name in buffer_names)
-    in_dims = (0, 0, 0 if example.dim() == 5 else None)
-    mapped = over_models(torch.vmap(stateless, in_dims=in_dims, chunk_size=chunk_size))
-    return Built(lambda x: mapped(parameters, buffers, x))
-
-
-def over_models(mapped: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A vmapped forward that refuses in words what torch's vmap cannot do.
-
-    A model may write into what it made of its input alone: `y = relu(x); y += norm(x)`. Where the
-    models share x they share that y too, which has no room for what differs from model to model.
-    """
-
-    def call(*arguments: Any) -> Tensor:
-        try:
-            return mapped(*arguments)
-        except (RuntimeError, ValueError) as error:
-            if not _WRITES_INTO_SHARED.search(str(error)):
-                raise
-            message = (
-                "vmap cannot write what differs by model into what the models share (in place)"
-            )
-            raise UnavailableError(message) from error
-
-    return call
+    mapped = Mapped(
+        stateless,
+        len(models),
+        per_model=example.dim() == 5,
+        private=private,
+        chunk_size=chunk_size or len(models),
+    )
+    # functorch swaps the state of one module in and out
+    return Built(taking_turns(lambda x: mapped(parameters, buffers, x)), later=mapped.note)
 
 
 def stateless_model(
@@ -93,16 +113,12 @@ def stateless_model(
 
     `combine_state_for_ensemble` copies what it stacks, so it gets skeletons on the meta device: it
     gives the function for no memory, and `stacked_state` gives the state.
-    Where a future torch has dropped it, `torch.func.functional_call` gives the same.
+    Where a future torch has dropped it, or the models hold what it cannot copy (a lock),
+    `torch.func.functional_call` gives the same.
     """
     skeletons = [stacking.skeleton(model) for model in models]
-    if functorch and hasattr(functorch, "combine_state_for_ensemble"):
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*combine_state_for_ensemble", category=FutureWarning
-            )
-            with ByShape():
-                stateless, _, _ = functorch.combine_state_for_ensemble(skeletons)
+    stateless = _by_functorch(skeletons)
+    if stateless is not None:
         return stateless, tuple(stateless.param_names), tuple(stateless.buffer_names)
     names = tuple(name for name, _ in models[0].named_parameters())
     buffer_names = tuple(name for name, _ in models[0].named_buffers())
@@ -113,3 +129,19 @@ def stateless_model(
         return by_name(dict(zip((*names, *buffer_names), tensors, strict=True)), x)
 
     return call, names, buffer_names
+
+
+def _by_functorch(skeletons: Sequence[nn.Module]) -> Any:
+    """functorch's stateless module, or None where it cannot be had."""
+    if not functorch or not hasattr(functorch, "combine_state_for_ensemble"):
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*combine_state_for_ensemble", category=FutureWarning
+        )
+        try:
+            with ByShape():
+                stateless, _, _ = functorch.combine_state_for_ensemble(skeletons)
+        except Exception:
+            return None
+    return stateless

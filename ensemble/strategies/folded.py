@@ -6,18 +6,34 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ensemble.passes.folding import channels_last, folded
+from ensemble.passes import folding
 from ensemble.strategies import eager
 from ensemble.strategies.built import Built
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> Built:
     """`eager.loop` over folded models."""
-    built = eager.loop(folded(models), example)
-    return Built(lambda x: built.forward(channels_last(x)))
+    return eager.loop(folding.folded(models, example), example, private=folding.private)
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     """`eager.vmap` over folded models: grouped convolutions like channels-last best."""
-    built = eager.vmap(folded(models), example)
-    return Built(lambda x: built.forward(channels_last(x)))
+    copies = folding.folded(models, example)
+    for model in copies:
+        use_means(model)
+    return eager.vmap(copies, example, private=folding.private)
+
+
+class MeanOverPixels(nn.AdaptiveAvgPool2d):
+    """`nn.AdaptiveAvgPool2d(1)` for vmap: torch's ends in `as_strided_` on channels-last images,
+    which has no batching rule and so becomes a loop over the models."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((-2, -1), keepdim=True)
+
+
+def use_means(model: nn.Module) -> None:
+    """Let the poolings of a model that is a copy be means, where they are."""
+    for module in model.modules():
+        if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
+            module.__class__ = MeanOverPixels

@@ -8,29 +8,51 @@ state alone decides, and what is left runs as programs of kernels where there ar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ensemble.models import stacking
-from ensemble.ops import lowering, serial
+from ensemble.ops import serial
+from ensemble.ops.lowering import Care, Lowered, lower
 from ensemble.passes.aten import graph_of
 from ensemble.passes.moving import join_moves
 from ensemble.passes.operators import with_operators
+from ensemble.strategies import agreement
+from ensemble.strategies.accuracy import Judge
 from ensemble.strategies.built import Built
 from ensemble.strategies.compiled import as_one_graph
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     """One vmapped forward over the stacked state, lowered to what depends on the image."""
-    lowered = lower_vmap(models, example)
+    lowered, notes = _accurate(models, agreement.informative(example))
     kinds = Counter(operation.kind.label for operation in lowered.operations)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
-    return Built(
-        lambda x: lowered.forward(serial.contiguous(x)), "; ".join((note, *lowered.refused))
+    return Built(lambda x: lowered.forward(serial.contiguous(x)), "; ".join((note, *notes)))
+
+
+def _accurate(models: Sequence[nn.Module], example: Tensor) -> tuple[Lowered, tuple[str, ...]]:
+    """The forward with the fastest kernels whose outputs for the example are those of the models,
+    and which were refused."""
+    lowered = lower_vmap(models, example)
+    is_fast = any(operation.kind.attempts for operation in lowered.operations)
+    found, judge = (
+        lowered.forward(serial.contiguous(example)),
+        Judge(models, example, closely=is_fast),
     )
+    judge.check(found)
+    if not is_fast or not judge.loses_quiet_outputs(found):
+        return lowered, lowered.refused
+    del lowered  # one at a time is held
+    lowered = lower_vmap(models, example, care=Care.EACH)
+    if not judge.loses_quiet_outputs(lowered.forward(serial.contiguous(example))):
+        return lowered, (*lowered.refused, "fewer fast kernels: quiet outputs lay beside loud ones")
+    del lowered
+    lowered = lower_vmap(models, example, care=Care.EXACT)
+    return lowered, ("no fast kernels: quiet outputs lay beside loud ones",)
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -39,7 +61,7 @@ def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
     return Built(lambda x: forward(x.contiguous()))
 
 
-def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lowering.Lowered:
+def lower_vmap(models: Sequence[nn.Module], example: Tensor, *, care: Care = Care.LAYER) -> Lowered:
     """The vmapped forward of the models by the operators of `ensemble.ops`, lowered."""
     stacking.check_alike(models)
     per_model = example.dim() == 5
@@ -47,9 +69,18 @@ def lower_vmap(models: Sequence[nn.Module], example: Tensor) -> lowering.Lowered
     join_moves(graph)
     with_operators(graph)
     in_dims = (*[0] * len(names), 0 if per_model else None)
-    mapped = torch.vmap(graph, in_dims=in_dims)
+    mapped: Callable[..., Tensor] = torch.vmap(graph, in_dims=in_dims)
+    if not names and not per_model:  # all models give the same, and there is nothing to map over
+        mapped = lambda x: (y := graph(x)).expand(len(models), *y.shape)  # noqa: E731
     stacked = stacking.stacked_state(models)
     state = {name: stacked[name] for name in names}
     del stacked  # the state is freed tensor by tensor, as it is packed
     # A trace holds for inputs that lie in memory as its example does.
-    return lowering.lower(mapped, state, example.contiguous(), threads=torch.get_num_threads())
+    return lower(
+        mapped,
+        state,
+        example.contiguous(),
+        num_models=len(models),
+        threads=torch.get_num_threads(),
+        care=care,
+    )

@@ -19,7 +19,9 @@ from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.passes.folding import folded
 from ensemble.strategies import agreement, eager, telemetry, trial
+from ensemble.strategies.arguments import weight_dtype
 from ensemble.strategies.built import Built
+from ensemble.strategies.forward import owned
 from ensemble.strategies.trial import Array, Run, Settings
 
 
@@ -37,7 +39,7 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
         warnings.simplefilter("ignore")  # of the tracer that reads torch modules
         graphs = [
             package.convert_model(model, example_input=torch.from_numpy(batch), input=batch.shape)
-            for model, batch in zip(_in_float32(models), inputs, strict=True)
+            for model, batch in zip(_in_float32(models, example), inputs, strict=True)
         ]
     cores = torch.get_num_threads()
     settings = _openvino_settings(core, graphs, cores=cores, precision=hint)
@@ -87,7 +89,7 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
     _require("onnxscript", example)
     if example.dtype != torch.float32:
         raise UnavailableError(f"ONNX Runtime's CPU kernels do not convolve in {example.dtype}")
-    copies = folded(models)
+    copies = folded(models, example)
     inputs = trial.arrays(example, len(models))
     proto = _export(copies[0], torch.from_numpy(inputs[0]))
     graphs = []
@@ -125,7 +127,7 @@ def jax(models: Sequence[nn.Module], example: Tensor) -> Built:
     _require("jax", example)
     from ensemble.strategies import jax_resnet
 
-    loop, vmap = jax_resnet.forwards(folded(models), example)
+    loop, vmap = jax_resnet.forwards(folded(models, example), example)
     settings = {"jit of each model": lambda _: loop, "jit of vmap": lambda _: vmap}
     return trial.fastest(settings, example, len(models), trial=len(models))
 
@@ -142,9 +144,12 @@ def _require(name: str, example: Tensor) -> Any:
         ) from error
 
 
-def _in_float32(models: Sequence[nn.Module]) -> Sequence[nn.Module]:
-    is_float32 = next(models[0].parameters()).dtype == torch.float32
-    return models if is_float32 else stacking.cast(models, torch.float32)
+def _in_float32(models: Sequence[nn.Module], example: Tensor) -> Sequence[nn.Module]:
+    return (
+        models
+        if weight_dtype(models, example) == torch.float32
+        else stacking.cast(models, torch.float32)
+    )
 
 
 def _checked(built: Built, models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -159,7 +164,9 @@ def _checked(built: Built, models: Sequence[nn.Module], example: Tensor) -> Buil
     tolerance = agreement.TOLERANCES[example.dtype]
     for x in (example, example.flip(-1)):
         problem = agreement.check(
-            built.forward(x), eager.logits_in(models, x, torch.float32), tolerance=tolerance
+            owned(built.forward(x), len(models)),
+            eager.logits_in(models, x, torch.float32),
+            tolerance=tolerance,
         ).problem
         if problem:
             raise UnavailableError(f"converted, these models compute something else: {problem}")

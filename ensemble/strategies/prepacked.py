@@ -1,22 +1,29 @@
-"""Folded models with packed and fused convolutions: what compiling gives, without compiling."""
+"""Models with packed and fused convolutions: what compiling gives, without compiling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ensemble.passes.folding import channels_last, folded
-from ensemble.passes.packing import pack
-from ensemble.strategies import eager
-from ensemble.strategies.built import Built
+from ensemble.passes.folding import channels_last
+from ensemble.passes.packing import Packed, pack
+from ensemble.strategies import agreement
+from ensemble.strategies.accuracy import Judge
+from ensemble.strategies.built import Built, PerModel
 from ensemble.strategies.concurrent import side_by_side
+from ensemble.strategies.forward import owned
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> Built:
     """One prepacked forward a model, one after another, each on all cores."""
-    built = eager.loop(_packed(models, example), example)
-    return Built(lambda x: built.forward(channels_last(x)))
+    packed, per_model = _packed(models, example), example.dim() == 5
+
+    def forward(x: Tensor) -> PerModel:
+        x = channels_last(x)
+        return PerModel([one(x[i] if per_model else x) for i, one in enumerate(packed)])
+
+    return Built(forward)
 
 
 def concurrent(models: Sequence[nn.Module], example: Tensor) -> Built:
@@ -24,8 +31,9 @@ def concurrent(models: Sequence[nn.Module], example: Tensor) -> Built:
     return side_by_side(_packed(models, example), example)
 
 
-def _packed(models: Sequence[nn.Module], example: Tensor) -> list[fx.GraphModule]:
-    one = channels_last(example)
-    one = one[0] if one.dim() == 5 else one
-    # Folded one at a time: only one model then exists folded and unpacked.
-    return [pack(folded([model])[0], one) for model in models]
+def _packed(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
+    x = channels_last(agreement.informative(example))
+    packed = pack(models, x[0] if x.dim() == 5 else x)
+    found = PerModel([one(x[i] if x.dim() == 5 else x) for i, one in enumerate(packed)])
+    Judge(models, x, closely=False).check(owned(found, len(models)))
+    return packed

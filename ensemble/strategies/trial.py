@@ -15,7 +15,7 @@ from torch import Tensor
 from ensemble.machine.timing import Clock, interleaved
 from ensemble.ops import serial
 from ensemble.report.words import count
-from ensemble.strategies.built import Built
+from ensemble.strategies.built import Built, PerModel, taking_turns
 
 Array = np.ndarray
 Run = Callable[[list[Array]], list[Array]]  # each model's batch -> each model's logits
@@ -89,11 +89,11 @@ def fastest(
     runs.clear()
     run = kept or settings[best](num_models)
 
-    def forward(x: Tensor) -> Tensor:
-        logits = np.stack(run(arrays(x, num_models)))
-        return torch.from_numpy(logits).to(example.dtype)
+    def forward(x: Tensor) -> PerModel:
+        logits = run(arrays(x, num_models))
+        return PerModel([torch.from_numpy(array).to(example.dtype) for array in logits])
 
-    return Built(forward, _note(best, trial, seconds, refused))
+    return Built(taking_turns(forward), _note(best, trial, seconds, refused))
 
 
 def _alone(

@@ -16,6 +16,7 @@ from ensemble.options import Config
 from ensemble.records import Result
 from ensemble.strategies import STRATEGIES, best
 from ensemble.strategies.built import Builder, Built
+from ensemble.strategies.forward import owned
 from tests.made import CONFIG
 from tests.tiny import tiny_models
 
@@ -150,7 +151,8 @@ def test_logits_that_go_wrong_in_later_calls_fail_the_row(monkeypatch: pytest.Mo
 
         def forgetful(x: Tensor) -> Tensor:
             calls[0] += 1
-            return forward(x) if calls[0] < 6 else forward(x) * float("nan")
+            logits = owned(forward(x), len(models))
+            return logits if calls[0] < 6 else logits * float("nan")
 
         return forgetful
 

@@ -115,7 +115,7 @@ def test_a_lack_of_memory_costs_the_candidate_alone(candidates: Callable[..., No
     assert built.choice.note == "picked loop (tried: greedy: no room for 1 TB)"
 
 
-def test_a_model_that_cannot_be_traced_is_run_by_the_loop() -> None:
+def test_a_model_that_cannot_be_traced_is_run_by_what_runs_its_code() -> None:
     class Branching(TinyNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if x.sum() > 0 else super().forward(-x)
@@ -124,7 +124,7 @@ def test_a_model_that_cannot_be_traced_is_run_by_the_loop() -> None:
     x = torch.randn(1, 3, 8, 8)
     built = strategies.make("best", models, x)
     assert built.choice is not None
-    assert built.choice.name == "loop"
+    assert built.choice.name in ("loop", "concurrent", "folded_vmap")
     assert (
         "lowered_vmap: torch cannot trace this model: its code asks for values that"
         in built.choice.note

@@ -14,6 +14,7 @@ import torch
 
 import ensemble
 from ensemble.strategies import concurrent
+from ensemble.strategies.forward import owned
 from tests.marks import some_slow
 from tests.tiny import independent, tiny_models
 
@@ -62,7 +63,7 @@ def test_each_worker_computes_on_the_threads_that_the_plan_gives_it(
 
     forward = concurrent.side_by_side([one] * num_models, torch.randn(1, 3, 8, 8)).forward
     for _ in range(2):
-        assert forward(torch.randn(1, 3, 8, 8)).tolist() == threads
+        assert owned(forward(torch.randn(1, 3, 8, 8)), num_models).tolist() == threads
 
 
 @pytest.mark.usefixtures("three_threads")

@@ -169,7 +169,7 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> No
         stacked = stacking.stacked_state(models)
         state = {name: stacked[name] for name in names}
         mapped = torch.vmap(graph, in_dims=(*[0] * len(names), None))
-        found = lowering.lower(mapped, state, x, threads=2)
+        found = lowering.lower(mapped, state, x, num_models=2, threads=2)
     assert not state
     called = [node.op for node in found.forward.graph.nodes]
     assert called == ["placeholder", "call_module", "call_function", "call_function", "output"]
@@ -287,7 +287,7 @@ def test_calls_from_several_threads_do_not_mix(num_models: int) -> None:
 def test_an_input_unlike_the_example_is_refused_and_not_read(x: Tensor) -> None:
     models = [lively("resnet18", index) for index in range(2)]
     forward = ensemble.build("lowered_vmap", models, torch.randn(1, 3, 64, 64))
-    with pytest.raises(ValueError, match=r"expected an input of shape \(1, 3, 64, 64\), or \(2, 1"):
+    with pytest.raises(ValueError, match=r"x: expected a tensor of shape \(1, 3, 64, 64\)"):
         forward(x)
 
 

@@ -218,10 +218,10 @@ def test_an_unknown_strategy_is_named_with_those_there_are() -> None:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (torch.zeros(3, 8, 8), r"expected an example of shape \(B, channels, H, W\).*\(3, 8, 8\)"),
+        (torch.zeros(3, 8, 8), r"example: expected shape \(B, channels, H, W\).*\(3, 8, 8\)"),
         (torch.zeros(3, 1, 3, 8, 8), r"or \(2, B, channels, H, W\), found \(3, 1, 3, 8, 8\)"),
         (torch.zeros(0, 3, 8, 8), r"expected at least one image, found shape \(0, 3, 8, 8\)"),
-        (torch.zeros(1, 3, 8, 8).half(), "expected an example in torch.float32 on cpu"),
+        (torch.zeros(1, 3, 8, 8).half(), "example: expected torch.float32 on cpu, like model 0"),
     ],
 )
 def test_an_example_that_does_not_fit_the_models_is_refused(example: Tensor, message: str) -> None:
@@ -252,7 +252,7 @@ def test_a_model_that_gives_no_single_tensor_is_refused_in_words() -> None:
 def test_models_in_train_mode_are_refused() -> None:
     models = tiny_models(2)
     models[1].train()
-    with pytest.raises(ValueError, match="expected models in eval mode, found train mode"):
+    with pytest.raises(ValueError, match="expected eval mode, found model 1 in train mode"):
         ensemble.build("vmap", models, torch.zeros(1, 3, 8, 8))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ensemble.strategies import trial
 from ensemble.strategies.built import Built
+from ensemble.strategies.forward import owned
 from ensemble.strategies.trial import Array, Run
 
 EXAMPLE = torch.ones(1, 3, 4, 4)
@@ -106,7 +107,7 @@ def test_a_setting_that_raises_is_left_out_with_its_reason_and_the_others_are_tr
     assert found.note == (
         "setting: second (tried with 2 models: second 50.0 ms; first failed: no such device)"
     )
-    assert found.forward(EXAMPLE).tolist() == [[[7.0]], [[7.0]]]
+    assert owned(found.forward(EXAMPLE), 2).tolist() == [[[7.0]], [[7.0]]]
 
 
 def test_a_call_that_raises_leaves_its_setting_out() -> None:
@@ -149,7 +150,7 @@ def test_where_two_settings_together_need_too_much_the_short_trial_decides() -> 
 def test_the_setting_is_built_for_all_models_where_fewer_were_tried() -> None:
     machine = Machine()
     found = machine.fastest({"only": machine.setting(0.05, label=2.0)}, num_models=5, tried=3)
-    assert found.forward(EXAMPLE).shape == (5, 1, 1)
+    assert owned(found.forward(EXAMPLE), 5).shape == (5, 1, 1)
     assert "tried with 3 models" in found.note
 
 
@@ -165,7 +166,7 @@ def test_what_was_tried_and_lost_is_released() -> None:
 
     found = machine.fastest({"fast": noted(0.05), "slow": noted(0.051), "slowest": noted(0.09)})
     assert len(alive) == 1
-    assert found.forward(EXAMPLE).shape == (2, 1, 1)
+    assert owned(found.forward(EXAMPLE), 2).shape == (2, 1, 1)
 
 
 @pytest.mark.parametrize(

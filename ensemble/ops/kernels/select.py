@@ -38,7 +38,7 @@ def select_table(rows: Sequence[int], columns: Sequence[int], channels: Sequence
         vector[0] if vector[0] >= 0 and vector == list(range(vector[0], vector[0] + WIDTH)) else -1
         for vector in vectors
     ]
-    return torch.tensor([*rows, *columns, *whole, *filled], dtype=torch.float32)
+    return torch.tensor([*rows, *columns, *whole, *filled], device="cpu", dtype=torch.float32)
 
 
 @jit

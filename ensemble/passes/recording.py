@@ -1,0 +1,146 @@
+"""What a model does, as the list of torch's functions that one call of it calls.
+
+The model's own code runs, whatever it is made of; nothing of torch is patched, so other threads may
+call models meanwhile. That is enough to see which layer alone reads another's result, and that two
+models do the same; it is no program that could run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# What a value is: ("state", name) of the model's tensors, ("x",), ("result", call, position) of a
+# call, or what else tells it apart.
+Value = tuple[object, ...]
+
+# They tell how a tensor is formed, and nothing of what it holds.
+_ABOUT_SHAPE = {
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.type, Tensor.get_device),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "is_meta")
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of torch, and what it was given."""
+
+    function: object
+    arguments: tuple[Value, ...]  # those given by name come last, as ("by name", name, value)
+
+    def reads(self) -> Iterator[Value]:
+        """The tensors among its arguments, each as often as it stands there."""
+        for argument in self.arguments:
+            yield from _tensors_in(argument)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The calls in order, and what came out at the end."""
+
+    calls: tuple[Call, ...]
+    output: Value
+    result: object
+
+    def readers(self, value: Value) -> list[int]:
+        """Which calls read a value, one entry for each time; the output counts as one more call."""
+        found = [index for index, call in enumerate(self.calls) for v in call.reads() if v == value]
+        return found + [len(self.calls)] * list(_tensors_in(self.output)).count(value)
+
+
+def record(model: nn.Module, x: Tensor) -> Recording:
+    """Call `model` with x, which it may write to, and record what it calls."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    recorder = _Recorder({id(tensor): ("state", name) for name, tensor in tensors})
+    recorder.know(x, ("x",))
+    with recorder:
+        result = model(x)
+    return Recording(tuple(recorder.calls), recorder.described(result), result)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, known: dict[int, Value]) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._known = known
+        self._kept: list[object] = []  # what lives keeps its id
+
+    def know(self, tensor: Tensor, value: Value) -> None:
+        self._known.setdefault(id(tensor), value)
+        self._kept.append(tensor)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _ABOUT_SHAPE:
+            return result
+        by_name = (("by name", name, self.described(value)) for name, value in kwargs.items())
+        arguments = (*map(self.described, args), *by_name)
+        for position, tensor in enumerate(_flat(result)):
+            self.know(tensor, ("result", len(self.calls), position))
+        self.calls.append(Call(func, arguments))
+        return result
+
+    def described(self, value: object) -> Value:
+        """Equal for what is the same in two calls of models that are alike."""
+        if isinstance(value, Tensor):
+            unknown = ("constant", tuple(value.shape), value.dtype)
+            return self._known.get(id(value), unknown)
+        if isinstance(value, Mapping):
+            return "mapping", *((str(key), self.described(item)) for key, item in value.items())
+        if isinstance(value, list | tuple):
+            return "sequence", *map(self.described, value)
+        return type(value).__name__, repr(value)
+
+
+def _flat(result: object) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from _flat(part)
+
+
+def _tensors_in(value: object) -> Iterator[Value]:
+    if not isinstance(value, tuple):
+        return
+    if value and value[0] in ("state", "x", "result"):
+        yield value
+        return
+    for part in value:
+        yield from _tensors_in(part)
+
+
+def renumbered(recording: Recording, without: Mapping[int, Value]) -> Recording:
+    """The recording without some calls, for whose first result another value stands."""
+    kept = [index for index in range(len(recording.calls)) if index not in without]
+    places = {index: place for place, index in enumerate(kept)}
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, tuple):
+            return value
+        if not value or value[0] != "result":
+            return tuple(moved(part) for part in value)
+        _, call, *rest = value
+        return moved(without[call]) if call in without else ("result", places[call], *rest)
+
+    calls = (recording.calls[index] for index in kept)
+    return Recording(
+        tuple(Call(call.function, moved(call.arguments)) for call in calls),
+        moved(recording.output),
+        recording.result,
+    )

@@ -1,0 +1,140 @@
+"""What `build` is given, checked before anything is built: a ValueError names the argument."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ensemble.errors import first_line
+from ensemble.machine.memory import is_out_of_memory
+from ensemble.models import stacking
+from ensemble.strategies.forward import no_tensor, plain
+
+
+def checked(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]:
+    """The models as a tuple, and a copy of the example, which no model can change for the caller.
+
+    Raises:
+        ValueError: see `strategies.build`.
+    """
+    every = _models(models)
+    if not isinstance(example, Tensor):
+        raise ValueError(f"example: expected a tensor, found a {type(example).__name__}")
+    if type(example) is Tensor or type(example) is not type(_first_tensor(every)):
+        example = plain(example, argument="example")
+    _check_shape(example, len(every))
+    for index, model in enumerate(every):
+        _check_model(model, index, example)
+    return every, example.detach().clone()
+
+
+def _models(models: Any) -> tuple[nn.Module, ...]:
+    if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
+        raise ValueError(f"models: expected a list of models, found one {type(models).__name__}")
+    if isinstance(models, str | bytes | os.PathLike) or not isinstance(models, Iterable):
+        models = [models]  # refused below, for what it is
+    every = tuple(models)
+    if not every:
+        raise ValueError("models: expected at least one model, found none")
+    for index, model in enumerate(every):
+        if isinstance(model, str | bytes | os.PathLike):
+            raise ValueError(
+                f"models: expected modules, found {model!r}; ensemble.load_models reads files"
+            )
+        if not isinstance(model, nn.Module):
+            found = type(model).__name__
+            raise ValueError(f"models: expected modules, found a {found} as model {index}")
+    return every
+
+
+def _first_tensor(models: Sequence[nn.Module]) -> Tensor | None:
+    return next((tensor for model in models for tensor in _tensors(model)), None)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _check_shape(example: Tensor, num_models: int) -> None:
+    found = tuple(example.shape)
+    if example.dim() != 4 and not (example.dim() == 5 and len(example) == num_models):
+        shapes = f"(B, channels, H, W) or ({num_models}, B, channels, H, W)"
+        raise ValueError(f"example: expected shape {shapes}, found {found}")
+    if not example.numel():
+        raise ValueError(f"example: expected at least one image, found shape {found}")
+
+
+def _check_model(model: nn.Module, index: int, example: Tensor) -> None:
+    for module in model.modules():
+        if type(module).__module__.startswith("torch._dynamo"):
+            raise ValueError(
+                f"models: expected modules, found model {index} compiled by torch.compile; pass"
+                " the module that was compiled (its _orig_mod)"
+            )
+    tensors = _tensors(model)
+    if any(map(is_lazy, tensors)):
+        raise ValueError(
+            f"models: expected initialized parameters, found lazy ones in model {index}; call it"
+            " once first"
+        )
+    weight = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    if weight is not None and (weight.device, weight.dtype) != (example.device, example.dtype):
+        expected = f"{weight.dtype} on {weight.device}, like model {index}"
+        raise ValueError(f"example: expected {expected}, found {example.dtype} on {example.device}")
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            f"models: expected eval mode, found model {index} in train mode; call model.eval()"
+        )
+    _check_signature(model, index)
+
+
+def _check_signature(model: nn.Module, index: int) -> None:
+    """Can it be called with one tensor?"""
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        raise ValueError(f"models: expected modules with a forward, found none in model {index}")
+    if type(model).__call__ is not nn.Module.__call__:
+        return
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of code that is not Python's
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"models: expected models that are called with one tensor, found"
+            f" forward{signature} in model {index}: {error}"
+        ) from error
+
+
+def check_runs(model: nn.Module, example: Tensor) -> None:
+    """Can a model by itself run the example?
+
+    Raises:
+        ValueError: it cannot, with what it raises.
+        Exception: memory has run out.
+    """
+    try:
+        output = model((example[0] if example.dim() == 5 else example).clone())
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"example: model 0 cannot run it: {reason}") from error
+    if not isinstance(output, Tensor):
+        raise ValueError(f"models: {no_tensor(output)}")
+
+
+def weight_dtype(models: Sequence[nn.Module], example: Tensor) -> torch.dtype:
+    """The dtype that models compute in; the example's where they hold no floating tensor."""
+    for model in models:
+        for tensor in stacking.named_tensors(model).values():
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return example.dtype

@@ -1,0 +1,550 @@
+"""A built forward, the same for every strategy: what it takes, refuses and returns."""
+
+import contextlib
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ensemble
+from ensemble.errors import UnavailableError
+from ensemble.strategies import BEST, STRATEGIES
+from tests.tiny import TinyNet, independent, tiny_models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK = [
+    name
+    for name, strategy in STRATEGIES.items()
+    if strategy.module not in ("peers", "cudagraph") and "compiled" not in name and name != BEST
+]
+VMAPS = [name for name in QUICK if name.endswith("vmap") and name != "lowered_vmap"]
+TRACED = ["lowered_vmap", "prepacked_loop", "prepacked_concurrent"]
+by_every_strategy = pytest.mark.parametrize("name", QUICK)
+
+
+class Net(nn.Module):
+    """`use(self, x)` of the layers of a small net."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.fc, self.patches = nn.Linear(16, 5), nn.Linear(48, 5)
+        self.anchors = nn.Parameter(torch.empty(5, 4))
+        self.register_buffer("mean", torch.empty(1, 3, 1, 1))
+        self.use = use
+
+    def classify(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+        return logits
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(self, x)
+
+
+def nets(use: Callable[[Any, Tensor], Any], count: int = 2) -> list[nn.Module]:
+    models: list[nn.Module] = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        model = Net(use).eval().requires_grad_(False)
+        for tensor in (*model.parameters(), model.mean):
+            tensor.normal_(generator=generator)  # type: ignore[operator]
+        models.append(model)
+    return models
+
+
+def check(name: str, models: list[nn.Module], example: Tensor, *inputs: Tensor) -> None:
+    """Build, and compare with each model called by itself."""
+    forward = ensemble.build(name, models, example)
+    for x in inputs or (example,):
+        expected = independent(models, x.clone())
+        torch.testing.assert_close(forward(x), expected, rtol=1e-4, atol=1e-4)
+
+
+# What comes in
+
+NORMALIZED = lambda self, x: self.classify((x - self.mean) / 2)  # noqa: E731
+PATCHES = lambda self, x: self.patches(x.reshape(len(x), -1, 48)).mean(1)  # noqa: E731
+
+
+@by_every_strategy
+@pytest.mark.parametrize("use", [NORMALIZED, PATCHES], ids=["normalized", "patches"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 3, 8, 8),
+        (4, 3, 8, 8),
+        (2, 3, 8, 1),
+        (2, 3, 4, 16),
+        (3, 8, 8),
+        (2, 2, 3, 8, 8),
+        (2, 1, 8, 8),
+    ],
+    ids=str,
+)
+def test_another_shape_than_the_examples_is_refused_before_anything_runs(
+    name: str, use: Callable[[Any, Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    forward = ensemble.build(name, nets(use), torch.randn(2, 3, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"x: expected a tensor of shape \(2, 3, 8, 8\) in"
+    ) as error:
+        forward(torch.randn(shape))
+    assert f"found shape {shape} in torch.float32 on cpu; build another forward" in str(error.value)
+
+
+@by_every_strategy
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.float64), "in torch.float64 on cpu"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "in torch.uint8 on cpu"),
+        (torch.zeros(2, 3, 8, 8, device="meta"), "in torch.float32 on meta"),
+        (torch.zeros(2, 3, 8, 8).to_sparse(), "found layout torch.sparse_coo"),
+        ([[0.0]], "found a list"),
+        (torch.zeros(2, 3, 8, 8, requires_grad=True), "does not require a gradient"),
+    ],
+    ids=["float64", "uint8", "meta", "sparse", "list", "gradient"],
+)
+def test_an_input_of_another_kind_is_refused_in_words(name: str, x: Any, found: str) -> None:
+    forward = ensemble.build(name, tiny_models(2), torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"x: expected a .*tensor") as error:
+        forward(x)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class Image(Tensor):
+    """A subclass that computes like a tensor, as torchvision's `tv_tensors` do."""
+
+
+def strided() -> dict[str, Tensor]:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    return {
+        "channels last": x.to(memory_format=torch.channels_last),
+        "transposed": x.transpose(2, 3),
+        "expanded": x[:, :1, :1].expand(2, 3, 8, 8),
+        "part": torch.randn(2, 3, 10, 12)[..., 1:9, 3:11],
+        "negative view": torch.complex(x, x).conj().imag,
+        "subclass": x.as_subclass(Image),
+        "parameter": nn.Parameter(x, requires_grad=False),
+    }
+
+
+@by_every_strategy
+@pytest.mark.parametrize("kind", strided())
+def test_an_input_may_lie_in_memory_in_any_order(name: str, kind: str) -> None:
+    x = strided()[kind]
+    before = x.clone()
+    check(name, nets(NORMALIZED), torch.randn(2, 3, 8, 8), x)
+    assert torch.equal(x, before)
+
+
+@by_every_strategy
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.sub_(0.5).div_(0.25),
+        lambda x: x.data.mul_(2),
+        lambda x: x.mul_(2) if x.sum() < 0 else x,
+    ],
+    ids=["always", "by data", "in one branch"],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_every_model_sees_the_callers_values_and_the_caller_keeps_them(
+    name: str, write: Callable[[Tensor], Tensor], memory_format: torch.memory_format
+) -> None:
+    def use(self: Any, x: Tensor) -> Tensor:
+        write(x)
+        return self.classify(x)
+
+    models, example = nets(use, 3), torch.rand(2, 3, 8, 8)
+    example = example.to(memory_format=memory_format)
+    given = example.clone()
+    try:
+        forward = ensemble.build(name, models, example)
+        for x in (example, -example, example):
+            expected = torch.stack([model(x.clone()) for model in models])
+            for _ in range(2):
+                torch.testing.assert_close(forward(x), expected, rtol=1e-4, atol=1e-4)
+    except UnavailableError:
+        assert name in (*TRACED, *VMAPS)
+    assert torch.equal(example, given)
+
+
+# What goes out
+
+OUTPUTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "logits": lambda self, x: self.classify(x),
+    "its own tensor": lambda self, x: self.anchors,
+    "made of its own": lambda self, x: self.anchors * 2,
+    "the input": lambda self, x: x,
+    "of no tensor of its own": lambda self, x: x.mean((2, 3)),
+    "constant": lambda self, x: x.new_ones(3),
+    "class indices": lambda self, x: self.classify(x).argmax(1),
+    "booleans": lambda self, x: self.classify(x) > 0,
+    "one number": lambda self, x: self.classify(x).mean(),
+    "masked": lambda self, x: self.classify(x).masked_fill(torch.arange(5) == 1, -float("inf")),
+    "no class": lambda self, x: self.classify(x)[:, :0],
+    "transposed": lambda self, x: self.conv(x).transpose(1, 3),
+    "complex": lambda self, x: torch.fft.fft(self.classify(x)),
+}
+
+
+@pytest.mark.parametrize("name", [*QUICK, BEST])
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("per_model", [False, True])
+def test_a_result_is_an_ordinary_tensor_that_is_the_callers_alone(
+    name: str, output: str, per_model: bool
+) -> None:
+    models = nets(OUTPUTS[output])
+    x = torch.randn((2, 2, 3, 8, 8) if per_model else (2, 3, 8, 8))
+    forward = ensemble.build(name, models, x, tune_seconds=1.0)
+    expected, before = independent(models, x), x.clone()
+    found = forward(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not found.is_inference()
+    assert not found.requires_grad
+    found.zero_()
+    torch.testing.assert_close(forward(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(independent(models, x), expected)
+    assert torch.equal(x, before)
+
+
+@by_every_strategy
+def test_a_head_can_be_trained_on_results(name: str) -> None:
+    found = ensemble.build(name, tiny_models(2), torch.randn(2, 3, 8, 8))(torch.randn(2, 3, 8, 8))
+    head = nn.Linear(5, 2)
+    head(found).sum().backward()
+    assert head.weight.grad is not None
+
+
+class Output(dict[str, Tensor]):
+    """A mapping of its own class."""
+
+
+@pytest.mark.parametrize("name", [*QUICK, BEST])
+@pytest.mark.parametrize("kind", ["dict", "Output", "tuple", "list", "NoneType"])
+def test_models_that_give_no_single_tensor_are_refused_in_words(name: str, kind: str) -> None:
+    def use(self: Any, x: Tensor) -> Any:
+        y = self.classify(x)
+        made = {"dict": {"out": y}, "Output": Output(out=y), "tuple": (y, x), "list": [y, y]}
+        return made.get(kind)
+
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=f"expected one tensor from each model, found {kind}"):
+        ensemble.build(name, nets(use), x, tune_seconds=1.0)(x)
+
+
+def test_models_that_differ_in_their_classes_are_named() -> None:
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(12, n)).eval() for n in (5, 5, 7)]
+    x = torch.randn(1, 3, 2, 2)
+    with pytest.raises(
+        ValueError, match=r"found \(1, 5\) in .* model 0 and \(1, 7\) in .* model 2"
+    ):
+        ensemble.build("loop", models, x)(x)
+
+
+# What vmap and traces cannot do
+
+
+class Swish(torch.autograd.Function):
+    """Of the old form, without `setup_context`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+
+def on_weights(self: Any, x: Tensor) -> Tensor:
+    return self.classify(x) / (3 + self.mean.sum().item())
+
+
+CANNOT: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
+    "branch on the input": (
+        lambda self, x: self.classify(x) if x.mean() > 0 else -3 * self.classify(x * x),
+        TRACED,
+    ),
+    "branch on a result": (
+        lambda self, x: (y := self.classify(x)) * (2 if y[0, 0] > y[0, 1] else -1),
+        [*TRACED, *VMAPS],
+    ),
+    "item": (on_weights, ["lowered_vmap", *VMAPS]),
+    "old autograd function": (lambda self, x: self.classify(Swish.apply(x + self.mean)), VMAPS),
+    "writes into what is shared": (
+        lambda self, x: self.classify((y := x.relu()).add_(self.mean.expand_as(x))) + y.mean(),
+        VMAPS,
+    ),
+}
+
+
+@by_every_strategy
+@pytest.mark.parametrize("what", CANNOT)
+def test_what_a_strategy_cannot_do_is_refused_in_words_and_all_else_is_right(
+    name: str, what: str
+) -> None:
+    use, refusing = CANNOT[what]
+    models, x = nets(use, 3), torch.rand(1, 3, 8, 8)
+    if name not in refusing:
+        check(name, models, x, x, -x, torch.randn(1, 3, 8, 8))
+        return
+    with pytest.raises(UnavailableError) as error:
+        ensemble.build(name, models, x)(x)
+    assert "\n" not in str(error.value)
+    assert "vmap: " not in str(error.value)  # torch's own words
+
+
+@by_every_strategy
+def test_models_that_are_random_are_drawn_anew_or_refused(name: str) -> None:
+    def use(self: Any, x: Tensor) -> Tensor:
+        return self.fc(functional.dropout(self.conv(x).relu().mean((2, 3)), 0.5))
+
+    models = nets(use, 1) * 2
+    x = torch.rand(1, 3, 8, 8).expand(4, 3, 8, 8)
+    if name in TRACED:
+        with pytest.raises(UnavailableError, match="draws random numbers at each call"):
+            ensemble.build(name, models, x)
+        return
+    forward = ensemble.build(name, models, x)
+    one, two = forward(x), forward(x)
+    assert not torch.equal(one, two)
+    assert not torch.equal(one[0], one[1])
+    assert not torch.equal(one[0, 0], one[0, 1])
+
+
+def test_best_says_of_random_models_what_is_in_its_way() -> None:
+    models = nets(lambda self, x: functional.dropout(self.classify(x), 0.5))
+    with pytest.raises(ValueError, match="models that are random in eval mode"):
+        ensemble.build(BEST, models, torch.randn(2, 3, 8, 8), tune_seconds=1.0)
+
+
+@by_every_strategy
+def test_what_the_models_raise_themselves_reaches_the_caller(name: str) -> None:
+    def use(self: Any, x: Tensor) -> Tensor:
+        if torch.isnan(x).any():
+            raise LookupError("NaN in the image")
+        return self.classify(x)
+
+    x = torch.randn(2, 3, 8, 8)
+    if name in TRACED:
+        with pytest.raises(UnavailableError, match="its code asks for values"):
+            ensemble.build(name, nets(use), x)
+        return
+    forward = ensemble.build(name, nets(use), x)
+    with pytest.raises(LookupError, match="NaN in the image"):
+        forward(x * float("nan"))
+
+
+def test_a_missing_batching_rule_is_a_note_and_no_warning_to_the_user() -> None:
+    models = nets(lambda self, x: functional.adaptive_avg_pool2d(self.conv(x), 1).flatten(1))
+    x = torch.randn(2, 3, 8, 8)
+    built = ensemble.strategies.make("folded_vmap", models, x)
+    for _ in range(2):  # warnings are errors in these tests
+        torch.testing.assert_close(built.forward(x), independent(models, x), rtol=1e-4, atol=1e-4)
+    assert "no batching rule for aten::as_strided_: a loop over the models" in built.later()
+
+
+def test_a_resnets_mean_over_pixels_meets_no_missing_batching_rule() -> None:
+    models = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)).eval() for _ in range(2)]
+    built = ensemble.strategies.make("folded_vmap", models, torch.randn(2, 3, 8, 8))
+    built.forward(torch.randn(2, 3, 8, 8))
+    assert built.later() == ""
+
+
+# What it is built and called in
+
+SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "default device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "gradients": torch.enable_grad,
+}
+
+
+@pytest.mark.parametrize("name", [*QUICK, BEST])
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("around", ["build", "call"])
+def test_what_is_set_around_a_build_or_call_changes_nothing(
+    name: str, surroundings: str, around: str
+) -> None:
+    models, x, other = tiny_models(2), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    expected = independent(models, other)
+    with SURROUNDINGS[surroundings]() if around == "build" else contextlib.nullcontext():
+        forward = ensemble.build(name, models, x, tune_seconds=1.0)
+    with SURROUNDINGS[surroundings]() if around == "call" else contextlib.nullcontext():
+        for given in (other, other.transpose(2, 3).contiguous().transpose(2, 3)):
+            found = forward(given)
+            assert (found.device.type, found.dtype) == ("cpu", torch.float32)
+            torch.testing.assert_close(found.clone(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK if name not in ("loop", *VMAPS[:2])])
+@pytest.mark.parametrize("num_models", [1, 2])
+def test_weights_that_change_later_are_not_seen_in_part(name: str, num_models: int) -> None:
+    def use(self: Any, x: Tensor) -> Tensor:
+        y = functional.layer_norm(self.conv(x), [8, 8], self.own, self.own)
+        return torch.cat([self.fc(y.mean((2, 3))), self.anchors[:2, :3] * 2], 1)
+
+    models, x = nets(use, num_models), torch.randn(2, 3, 8, 8)
+    for model in models:
+        model.register_buffer("own", torch.randn(8, 8))
+    forward = ensemble.build(name, models, x)
+    before = forward(x)
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.mul_(3)
+    assert torch.equal(forward(x), before)
+
+
+@by_every_strategy
+def test_hooks_of_all_modules_are_heeded(name: str) -> None:
+    def hook(module: nn.Module, arguments: object, result: Any) -> Any:
+        return result * 1.5 if isinstance(module, nn.BatchNorm2d) else None
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        check(name, tiny_models(2), torch.randn(2, 3, 8, 8))
+    finally:
+        handle.remove()
+
+
+@by_every_strategy
+def test_attributes_that_cannot_be_copied_are_no_obstacle(name: str) -> None:
+    models = tiny_models(2)
+    for model in models:
+        vars(model).update(lock=threading.Lock(), rng=torch.Generator(), held=[threading.Lock()])
+    check(name, models, torch.randn(2, 3, 8, 8))
+
+
+@by_every_strategy
+def test_a_forward_can_be_called_by_several_threads_at_once(name: str) -> None:
+    models = tiny_models(2)
+    xs = [torch.randn(2, 3, 8, 8) for _ in range(3)]
+    expected = [independent(models, x) for x in xs]
+    forward, wrong = ensemble.build(name, models, xs[0]), list[str]()
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(20):
+                torch.testing.assert_close(
+                    forward(xs[index]), expected[index], rtol=1e-4, atol=1e-4
+                )
+        except Exception as error:
+            wrong.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[0]
+
+
+@pytest.mark.parametrize(("caller", "builder"), [("loop", "folded_vmap"), ("vmap", "lowered_vmap")])
+def test_calls_go_on_while_another_thread_builds(caller: str, builder: str) -> None:
+    models, others, x = tiny_models(2), tiny_models(2), torch.randn(2, 3, 8, 8)
+    forward, expected, wrong = ensemble.build(caller, models, x), independent(models, x), []
+
+    def build() -> None:
+        try:
+            for _ in range(3):
+                ensemble.build(builder, others, x)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=build) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    calls = 0
+    while calls < 3 or any(thread.is_alive() for thread in threads):
+        torch.testing.assert_close(forward(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(independent(models, x), expected)
+        calls += 1
+    assert not wrong, wrong[0]
+    assert nn.Module.__call__.__qualname__ == "Module._wrapped_call_impl"  # nothing stays patched
+
+
+# What it is not
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_forward_that_is_copied_or_pickled_says_what_to_do(copied: Callable[[Any], Any]) -> None:
+    forward = ensemble.build("loop", tiny_models(2), torch.randn(2, 3, 8, 8))
+    with pytest.raises(TypeError, match=r"cannot be pickled or copied.* call ensemble.build there"):
+        copied(forward)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("name", ["loop", "concurrent", "lowered_vmap"])
+def test_a_forward_that_is_traced_says_that_it_cannot(name: str) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    forward = ensemble.build(name, tiny_models(2), x)
+    with pytest.raises(UnavailableError, match="cannot be traced, exported or compiled"):
+        torch.jit.trace(forward, x)
+
+
+def test_a_forward_says_what_it_is() -> None:
+    forward = ensemble.build("loop", tiny_models(2), torch.randn(2, 3, 8, 8))
+    assert repr(forward) == ("<loop forward of 2 models, x: (2, 3, 8, 8) in torch.float32 on cpu>")
+
+
+# What `build` is given
+
+
+def two_inputs(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+class TwoInputs(TinyNet):
+    forward = two_inputs  # type: ignore[assignment]
+
+
+X = torch.randn(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("models", "example", "message"),
+    [
+        ([], X, "models: expected at least one model, found none"),
+        ("a.pth", X, "models: expected modules, found 'a.pth'; ensemble.load_models reads"),
+        (["a.pth"], X, "models: expected modules, found 'a.pth'; ensemble.load_models reads"),
+        (None, X, "models: expected modules, found a NoneType as model 0"),
+        ([torch.relu], X, "models: expected modules, found a builtin_function_or_method as mod"),
+        ([torch.compile(TinyNet())], X, r"compiled by torch.compile; pass the module that was"),
+        ([nn.Module().eval()], X, "models: expected modules with a forward, found none in mod"),
+        (
+            [TwoInputs().eval()],
+            X,
+            r"called with one tensor, found forward\(x.*, y.*\).* in model 0",
+        ),
+        ([nn.LazyConv2d(8, 3).eval()], X, "found lazy ones in model 0; call it once first"),
+        (tiny_models(1), X.numpy(), "example: expected a tensor, found a ndarray"),
+        (tiny_models(1), (X,), "example: expected a tensor, found a tuple"),
+        (tiny_models(1), X.to_sparse(), "example: expected a dense tensor, found layout"),
+        ([*tiny_models(1), TinyNet().eval().double()], X, "example: expected torch.float64 on cpu"),
+    ],
+)
+def test_what_build_cannot_use_is_refused_by_the_arguments_name(
+    models: Any, example: Any, message: str
+) -> None:
+    for name in ("loop", "lowered_vmap"):
+        with pytest.raises(ValueError, match=message) as error:
+            ensemble.build(name, models, example)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK if name not in ("loop", *VMAPS[:2])])
+def test_an_example_that_the_models_cannot_run_is_refused_at_build(name: str) -> None:
+    with pytest.raises(ValueError, match="example: model 0 cannot run it: RuntimeError: Given gr"):
+        ensemble.build(name, tiny_models(2), torch.randn(2, 4, 8, 8))
+
+
+@by_every_strategy
+def test_models_without_tensors_are_an_ensemble_too(name: str) -> None:
+    check(name, [nn.Sequential(nn.AvgPool2d(2), nn.Flatten()).eval() for _ in range(2)], X)
