@@ -45,11 +45,15 @@ _PACK = torch.ops.ensemble.pack_weight.default
 
 @dataclass(frozen=True)
 class Lowered:
-    """`forward(x)`, the operations of its programs, and where Winograd was refused, and why."""
+    """`forward(x)`, the operations of its programs, and where Winograd was refused, and why.
+
+    looped: the operators that vmap has unrolled over the models.
+    """
 
     forward: fx.GraphModule
     operations: tuple[Operation, ...]
     refused: tuple[str, ...]
+    looped: tuple[str, ...] = ()
 
 
 def lower(

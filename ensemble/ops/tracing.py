@@ -5,9 +5,10 @@ A pass may then move, join and replace nodes by looking at them alone.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +47,11 @@ def traced(
     """
     try:
         with _ONE_AT_A_TIME():
-            make = _graph_of if is_mapped else _functional
-            module = make(function, arguments)
+            if is_mapped:
+                with no_fallback_warnings():
+                    module = _graph_of(function, arguments)
+            else:
+                module = _functional(function, arguments)
             if _writes(module):
                 module = _graph_of(torch.func.functionalize(module), arguments)
     except UnavailableError:
@@ -101,6 +105,40 @@ def why_not_mapped(error: Exception) -> str:
         if re.search(pattern, str(error)):
             return reason
     return f"vmap cannot run this model: {first_line(error).removeprefix('vmap: ')}"
+
+
+def without_batching_rule(graph: fx.Graph, mapped: Iterable[fx.Node]) -> list[str]:
+    """Operators that `torch.vmap` runs model after model, for it has no rule for them.
+
+    mapped: the placeholders of what differs from model to model.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    found = dict[str, None]()
+    for node in depending_on(graph, mapped):
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+            continue
+        name = node.target.name()
+        keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition")
+        if not any(has_kernel(name, key) for key in keys):
+            found[name] = None
+    return sorted(found)
+
+
+def looped_note(names: Sequence[str]) -> str:
+    """What it means that vmap has no batching rule for these operators; nothing for none."""
+    rule = f"vmap has no batching rule for {', '.join(names)}"
+    return f"{rule}: a loop over the models" if names else ""
+
+
+@contextlib.contextmanager
+def no_fallback_warnings() -> Iterator[None]:
+    """Without torch's warnings of missing batching rules: a note says it once."""
+    set_enabled: Any = vars(torch._C._functorch)["_set_vmap_fallback_warning_enabled"]
+    set_enabled(False)
+    try:
+        yield
+    finally:
+        set_enabled(True)
 
 
 def _count_from_the_front(scatter: fx.Node) -> None:

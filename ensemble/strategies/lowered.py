@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ensemble.models import stacking
 from ensemble.ops import serial
 from ensemble.ops.lowering import Care, Lowered, lower
+from ensemble.ops.tracing import looped_note, without_batching_rule
 from ensemble.passes.aten import graph_of
 from ensemble.passes.moving import join_moves
 from ensemble.passes.operators import with_operators
@@ -31,7 +33,10 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     kinds = Counter(operation.kind.label for operation in lowered.operations)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
-    return Built(lambda x: lowered.forward(serial.contiguous(x)), "; ".join((note, *notes)))
+    return Built(
+        lambda x: lowered.forward(serial.contiguous(x)),
+        "; ".join(filter(None, (note, *notes, looped_note(lowered.looped)))),
+    )
 
 
 def _accurate(models: Sequence[nn.Module], example: Tensor) -> tuple[Lowered, tuple[str, ...]]:
@@ -39,10 +44,8 @@ def _accurate(models: Sequence[nn.Module], example: Tensor) -> tuple[Lowered, tu
     and which were refused."""
     lowered = lower_vmap(models, example)
     is_fast = any(operation.kind.attempts for operation in lowered.operations)
-    found, judge = (
-        lowered.forward(serial.contiguous(example)),
-        Judge(models, example, closely=is_fast),
-    )
+    judge = Judge(models, example, closely=is_fast)
+    found = lowered.forward(serial.contiguous(example))
     judge.check(found)
     if not is_fast or not judge.loses_quiet_outputs(found):
         return lowered, lowered.refused
@@ -76,7 +79,7 @@ def lower_vmap(models: Sequence[nn.Module], example: Tensor, *, care: Care = Car
     state = {name: stacked[name] for name in names}
     del stacked  # the state is freed tensor by tensor, as it is packed
     # A trace holds for inputs that lie in memory as its example does.
-    return lower(
+    lowered = lower(
         mapped,
         state,
         example.contiguous(),
@@ -84,3 +87,6 @@ def lower_vmap(models: Sequence[nn.Module], example: Tensor, *, care: Care = Car
         threads=torch.get_num_threads(),
         care=care,
     )
+    *of_state, x = graph.graph.find_nodes(op="placeholder")
+    looped = without_batching_rule(graph.graph, [*of_state, *[x] * per_model])
+    return replace(lowered, looped=tuple(looped))

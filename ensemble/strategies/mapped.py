@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ensemble.errors import UnavailableError
 from ensemble.machine.memory import is_out_of_memory
-from ensemble.ops.tracing import why_not_mapped
+from ensemble.ops.tracing import looped_note, no_fallback_warnings, why_not_mapped
 from ensemble.strategies.built import PerModel
 from ensemble.strategies.forward import no_tensor
 
@@ -53,9 +53,7 @@ class Mapped:
 
     def note(self) -> str:
         """What vmap has no batching rule for, as the first call has shown."""
-        if not self._looped:
-            return ""
-        return f"vmap has no batching rule for {', '.join(self._looped)}: a loop over the models"
+        return looped_note(self._looped or ())
 
     def __call__(self, parameters: State, buffers: State, x: Tensor) -> Any:
         if not parameters and not buffers and not self._per_model:
@@ -63,7 +61,7 @@ class Mapped:
         try:
             if self._looped is None:
                 return self._call_first(parameters, buffers, x)
-            with _no_warnings() if self._looped else contextlib.nullcontext():
+            with no_fallback_warnings() if self._looped else contextlib.nullcontext():
                 return self._call(parameters, buffers, x)
         except Exception as error:
             if is_out_of_memory(error):
@@ -105,14 +103,3 @@ class Mapped:
             images = x[index] if self._per_model else x
             outputs.append(self._stateless(own, held, images.clone()))
         return PerModel(outputs)
-
-
-@contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Without torch's warnings of missing batching rules: a note says it once."""
-    set_enabled: Any = vars(torch._C._functorch)["_set_vmap_fallback_warning_enabled"]
-    set_enabled(False)
-    try:
-        yield
-    finally:
-        set_enabled(True)
