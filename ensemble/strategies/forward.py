@@ -60,11 +60,17 @@ class Forward:
         )
 
     def _refuse_tracing(self) -> None:
-        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        if torch._C._get_tracing_state() or torch.compiler.is_compiling() or self._is_traced():
             raise UnavailableError(
                 f"a built forward ({self.strategy}) cannot be traced, exported or compiled: it"
                 " runs outside of torch's graph; export or compile the models themselves"
             )
+
+    def _is_traced(self) -> bool:
+        """By a mode that records what torch's operators do, or replaces it."""
+        keys = torch._C._TorchDispatchModeKey
+        wrong = [keys.PROXY, keys.FUNCTIONAL, *[keys.FAKE] * (self._type in _PLAIN)]
+        return any(torch._C._get_dispatch_mode(key) is not None for key in wrong)
 
     def _checked(self, x: object) -> Tensor:
         """x as a plain tensor.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 import ensemble
@@ -485,6 +486,8 @@ def test_a_forward_that_is_copied_or_pickled_says_what_to_do(copied: Callable[[A
 def test_a_forward_that_is_traced_says_that_it_cannot(name: str) -> None:
     x = torch.randn(2, 3, 8, 8)
     forward = ensemble.build(name, tiny_models(2), x)
+    with pytest.raises(UnavailableError, match="cannot be traced, exported or compiled"):
+        make_fx(forward)(x)
     with pytest.raises(UnavailableError, match="cannot be traced, exported or compiled"):
         torch.jit.trace(forward, x)
 
