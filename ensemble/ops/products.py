@@ -19,6 +19,7 @@ from ensemble.ops.simd import (
     VECTOR_BYTES,
     WIDTH,
     assemble,
+    bounded,
     constant,
     fetch_at,
     larger,
@@ -144,10 +145,11 @@ class Block:
             self.builder.store(self.builder.fadd(self.builder.load(total), values), total)
 
     def relu(self) -> None:
-        """No sum below 0; a NaN stays."""
+        """No sum below 0; what is not below `LARGE` becomes NaN."""
         zero = _everywhere(0.0)
         for total in self.sums.values():
-            self.builder.store(larger(self.builder, self.builder.load(total), zero), total)
+            value = bounded(self.builder, self.builder.load(total))
+            self.builder.store(larger(self.builder, value, zero), total)
 
     def add_to(self, place: Sequence[ir.Value]) -> None:
         """Write the sums to a place of `multiply_into_two`, added to what that says."""
@@ -166,6 +168,7 @@ class Block:
             signed = builder.fmul(sign, builder.load(total), flags=FUSE)
             value = builder.fadd(signed, load_at(builder, before.at(base, *cell)), flags=FUSE)
             value = builder.fadd(value, load_at(builder, added.at(other, *cell)))
+            value = bounded(builder, value)
             store_at(builder, larger(builder, value, least), after.at(c, *cell))
 
     def finish(self, c: ir.Value) -> None:

@@ -14,6 +14,7 @@ from ensemble.ops import kernels, serial, strips
 from ensemble.ops.operation import Kind, Operation
 from ensemble.ops.pages import in_large_pages
 from ensemble.ops.per_process import PerProcess
+from ensemble.ops.reference import Reference
 from ensemble.ops.simd import FLOAT_BYTES
 from ensemble.ops.team import run_together
 
@@ -23,13 +24,19 @@ ALIGNMENT = 64  # bytes: a line of the cache
 class Program(nn.Module):
     """Operations in order, for N models.
 
+    A kernel that adds in another order than torch's, or multiplies what an output does not depend
+    on by zero, overflows or makes NaN elsewhere; Winograd's and Strassen's round small numbers as
+    coarsely as large ones beside them. So images of a result that hold a NaN or a magnitude from
+    `simd.LARGE` on are computed again by torch (`Reference`). No step hides such a number: what
+    could, as relu does, makes it NaN, and all steps propagate NaN.
+
     Args:
         operations: those that write a value come before those that read it.
         inputs: the values that a call brings, each `(N, B, C, H, W)` or `(B, C, H, W)` for all.
         outputs: the values that a call returns, each `(N, B, C, H, W)`.
         num_models: N.
         threads: cores to use; models are spread over them.
-        dtype: of inputs and outputs; in between all is float32.
+        dtype: of inputs and outputs; in between all is float32, as it is where torch computes.
 
     Raises:
         ValueError: an operation that its kernel cannot run; in a call, an input of another shape,
@@ -63,6 +70,8 @@ class Program(nn.Module):
         self._steps = np.zeros(len(operations), kernels.STEP)
         for step, operation in zip(self._steps, operations, strict=True):
             _fill(step, operation, offsets)
+            if operation.kind == Kind.MAX_POOL:
+                step["option"] = operation.x in inputs
         self._by_strips, whole = strips.steps_by_strips(operations, self._steps, runs)
         self._whole = np.array([*whole.items()], np.int64).reshape(-1, 2)
         scratch_bytes = max(kernels.scratch_bytes(step.kind, step.geometry) for step in operations)
@@ -75,6 +84,7 @@ class Program(nn.Module):
             for memories in self._memory
         )
         self._lock = PerProcess(threading.Lock)
+        self._reference = PerProcess(lambda: Reference(operations))
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         steps = self._steps.copy()  # a call's own: nothing of it is left for the next one
@@ -88,10 +98,27 @@ class Program(nn.Module):
         for value, tensor in zip(self._outputs, results, strict=True):
             self._bind(steps, value, tensor, shared=False)
         self._run(steps, [*held, *results])
+        self._make_exact(inputs, results)
         return [
             _as_torch_has_it(serial.contiguous(result, self._dtype), step)
             for result, step in zip(results, self._made, strict=True)
         ]
+
+    def _make_exact(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Compute images of results anew by torch, where a number is NaN or large."""
+        found = [_marks(result, step) for result, step in zip(results, self._made, strict=True)]
+        if not any(marks.any() for marks in found):
+            return
+        for model in np.logical_or.reduce([marks.any(1) for marks in found]).nonzero()[0]:
+            given = {
+                value: x if x.dim() == 4 else x[model]
+                for value, x in zip(self._inputs, inputs, strict=True)
+            }
+            exact = self._reference()(model, given, self._outputs)
+            for value, result, marks in zip(self._outputs, results, found, strict=True):
+                images = exact[value].movedim(1, -1)
+                for index in marks[model].nonzero()[0]:
+                    result[model, index, ..., : images.shape[-1]] = images[index]
 
     def _bind_input(self, steps: np.ndarray, value: int, x: Tensor) -> list[Tensor]:
         """x in the orders in which its readers read it; to be kept while they run."""
@@ -172,6 +199,15 @@ def _as_read(x: Tensor, channels: int) -> Tensor:
     if not channels:
         return serial.contiguous(x, torch.float32)
     return serial.filled_up(x.movedim(-3, -1), channels, torch.float32)
+
+
+def _marks(result: Tensor, step: Operation) -> np.ndarray:
+    """`(N, B)`: does an image of a step's result hold a number that is NaN or large?"""
+    marks = np.zeros(result.shape[:2], np.uint8)
+    pixels, channels = prod(result.shape[2:4]), result.shape[-1]
+    real = step.out_channels or channels
+    kernels.mark_large(result.data_ptr(), marks.size, pixels, channels, real, marks.ravel())
+    return marks
 
 
 def _as_torch_has_it(result: Tensor, step: Operation) -> Tensor:

@@ -49,6 +49,9 @@ PANEL = PANEL_VECTORS * WIDTH
 # Rows summed together: all registers but those for a row of the panel, a factor and a spare.
 MAX_ROWS = (REGISTERS - PANEL_VECTORS - 2) // PANEL_VECTORS
 
+# The least magnitude that counts as an overflow: see `Program`. Times SCALE it is one.
+LARGE = SCALE = 2.0**64
+
 FLOAT, INT = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, WIDTH)
 FUSE = ("contract",)  # a * b + c may be rounded once
@@ -182,8 +185,18 @@ def minimum(typing_context, left, right):
 
 
 @intrinsic
+def bounded_or_nan(typing_context, value):
+    """Each float below `LARGE`; NaN for one that is larger, infinities too. A NaN stays."""
+
+    def generate(context, builder, signature, arguments):
+        return bounded(builder, arguments[0])
+
+    return vector(vector), generate
+
+
+@intrinsic
 def exponential(typing_context, value):
-    """exp of each float; what is below -87 counts as that, above 88 likewise. A NaN stays.
+    """exp of each float: infinite above the largest float, 0 below 2^-125.5. A NaN stays.
 
     exp(x) = 2^n exp(r), n the integer nearest to x / log(2), and r a rest of at most log(2) / 2,
     whose exponential is a polynomial (Cephes' expf, S. Moshier).
@@ -195,7 +208,7 @@ def exponential(typing_context, value):
     return vector(vector), generate
 
 
-_LOWEST, _HIGHEST = -87.0, 88.0
+_LOWEST, _HIGHEST = -87.3, 89.0  # n is -126 and 128 there
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _CEPHES = (
     *(1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3),
@@ -226,8 +239,10 @@ def _exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     integers = ir.VectorType(ir.IntType(32), WIDTH)
     bits = builder.bitcast(shifted, integers)
     exponent = builder.shl(bits, ir.Constant(integers, [23] * WIDTH))
-    power = builder.add(exponent, ir.Constant(integers, [0x3F800000] * WIDTH))
-    return builder.fmul(total, builder.bitcast(power, VECTOR))
+    # 2^(n - 1), which is a float for n = 128 too and has the bits of 0 for n = -126; then doubled.
+    power = builder.add(exponent, ir.Constant(integers, [0x3F000000] * WIDTH))
+    half = builder.fmul(total, builder.bitcast(power, VECTOR))
+    return builder.fadd(half, half)
 
 
 @intrinsic
@@ -384,3 +399,10 @@ def repeated(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 def larger(builder: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
     return builder.select(builder.fcmp_ordered("<", left, right), right, left)
+
+
+def bounded(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """`value + 0 * scaled`, where scaled is infinite from `LARGE` on."""
+    zero, scale = (ir.Constant(VECTOR, [number] * WIDTH) for number in (0.0, SCALE))
+    scaled = builder.fmul(value, scale)
+    return builder.fadd(builder.fmul(scaled, zero, flags=FUSE), value, flags=FUSE)

@@ -3,11 +3,12 @@
 The channels that fill up the last vector are computed like the others, of weights that are zeros.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import gcd
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -107,10 +108,45 @@ def weight_in_vectors(weight: Tensor, kind: Kind, groups: int = 1) -> Tensor:
     return functional.pad(weight, (0, 0, 0, 0, 0, inputs, 0, more))
 
 
+def weight_shape(geometry: Geometry) -> tuple[int, int, int, int]:
+    """`(K, C, R, S)` of one model's weight after `weight_in_vectors`, for such a geometry."""
+    channels = geometry.channels
+    if geometry.groups > 1:
+        share = geometry.shares
+        channels = share[0] if lies_side_by_side(*share) else widest(*share) * WIDTH
+    return geometry.out_channels, channels, *geometry.kernel
+
+
+def weight_out_of_vectors(weight: Tensor, geometry: Geometry, real: tuple[int, int]) -> Tensor:
+    """The inverse of `weight_in_vectors`: `(N, K, C, R, S)`, C those of a group.
+
+    real: inputs and outputs of the step that mean something.
+    """
+    channels, out_channels = real
+    if geometry.groups == 1:
+        return weight[:, :out_channels, :channels]
+    share = geometry.shares
+    if lies_side_by_side(*share):
+        return weight[:, :out_channels]
+    groups = _places_in_windows(out_channels, *share)
+    rows = [weight[:, begin:end, first : first + share[0]] for begin, end, first in groups]
+    return torch.cat(rows, 1)
+
+
 def _in_windows(weight: Tensor, share: int, out_share: int) -> Tensor:
     """Each filter at its inputs' place in the window of its vector."""
     num_models, out_channels, _, *kernel = weight.shape
     placed = weight.new_zeros(num_models, out_channels, widest(share, out_share) * WIDTH, *kernel)
+    for begin, end, first in _places_in_windows(out_channels, share, out_share):
+        placed[:, begin:end, first : first + share] = weight[:, begin:end]
+    return placed
+
+
+def _places_in_windows(
+    out_channels: int, share: int, out_share: int
+) -> Iterator[tuple[int, int, int]]:
+    """Outputs of one group in one vector, first and end, and where in the vector's window their
+    inputs begin."""
     planes = filled_up(out_channels // out_share * share) // WIDTH
     for vector in range(-(-out_channels // WIDTH)):
         first_plane, _ = window(vector, share, out_share, planes)
@@ -118,7 +154,5 @@ def _in_windows(weight: Tensor, share: int, out_share: int) -> Tensor:
         while begin < end:
             group = begin // out_share
             stop = min(end, (group + 1) * out_share)
-            first = group * share - first_plane * WIDTH
-            placed[:, begin:stop, first : first + share] = weight[:, begin:stop]
+            yield begin, stop, group * share - first_plane * WIDTH
             begin = stop
-    return placed

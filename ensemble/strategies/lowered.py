@@ -41,21 +41,24 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
 
 def _accurate(models: Sequence[nn.Module], example: Tensor) -> tuple[Lowered, tuple[str, ...]]:
     """The forward with the fastest kernels whose outputs for the example are those of the models,
-    and which were refused."""
-    lowered = lower_vmap(models, example)
+    and which were refused.
+
+    Raises:
+        UnavailableError: with no kernels they are.
+    """
+    lowered, notes = lower_vmap(models, example), tuple[str, ...]()
     is_fast = any(operation.kind.attempts for operation in lowered.operations)
     judge = Judge(models, example, closely=is_fast)
     found = lowered.forward(serial.contiguous(example))
+    for care, kept in ((Care.EACH, "fewer"), (Care.EXACT, "no")) if is_fast else ():
+        if not judge.loses_quiet_outputs(found):
+            break
+        del lowered  # one at a time is held
+        lowered = lower_vmap(models, example, care=care)
+        found = lowered.forward(serial.contiguous(example))
+        notes = (f"{kept} fast kernels: quiet outputs lay beside loud ones",)
     judge.check(found)
-    if not is_fast or not judge.loses_quiet_outputs(found):
-        return lowered, lowered.refused
-    del lowered  # one at a time is held
-    lowered = lower_vmap(models, example, care=Care.EACH)
-    if not judge.loses_quiet_outputs(lowered.forward(serial.contiguous(example))):
-        return lowered, (*lowered.refused, "fewer fast kernels: quiet outputs lay beside loud ones")
-    del lowered
-    lowered = lower_vmap(models, example, care=Care.EXACT)
-    return lowered, ("no fast kernels: quiet outputs lay beside loud ones",)
+    return lowered, (*lowered.refused, *notes)
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:

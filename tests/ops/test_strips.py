@@ -163,7 +163,7 @@ def test_a_run_is_made_of_what_is_large_read_once_and_known_to_nobody_else(
     inside = {1, 2, 3, 4, 5}
     assert strips.runs_of(chain, inside) == []  # all of it fits a cache
     monkeypatch.setattr(strips, "LARGE_BYTES", 0)
-    monkeypatch.setattr(strips, "STRIP_BYTES", 100_000)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 6_250 * WIDTH)
     ((run,), (part,), read_twice) = (
         strips.runs_of(chain, inside),
         strips.runs_of(chain, inside - {4}),  # which is a result of the program

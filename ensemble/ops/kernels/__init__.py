@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ensemble.ops.kernels.direct import is_planar
 from ensemble.ops.kernels.kernel import LOCAL, STEP, fill_geometry
 from ensemble.ops.kernels.registry import KERNELS
-from ensemble.ops.kernels.run import STOP, load, new_state, run
-from ensemble.ops.kernels.select import select_table
+from ensemble.ops.kernels.run import STOP, load, mark_large, new_state, run
+from ensemble.ops.kernels.select import select_table, selected
 from ensemble.ops.operation import Geometry, Kind
 from ensemble.ops.pages import in_large_pages
 
@@ -23,11 +24,14 @@ __all__ = [
     "fill_geometry",
     "is_planar",
     "load",
+    "mark_large",
     "new_state",
     "pack",
     "run",
     "scratch_bytes",
     "select_table",
+    "selected",
+    "unpack",
 ]
 
 
@@ -63,6 +67,13 @@ def pack(weight: Tensor, kind: Kind) -> Tensor:
     for source, target in zip(weight, packed, strict=True):
         fill(source, target)
     return packed
+
+
+def unpack(packed: Tensor, kind: Kind, shape: Sequence[int]) -> Tensor:
+    """What `pack` was given, `shape`: `(N, K, C, R, S)`, in float32: as exact as what it made."""
+    unpack_one = KERNELS[kind].unpack
+    assert unpack_one is not None, kind
+    return torch.stack([unpack_one(model, shape[1:]) for model in packed])
 
 
 def scratch_bytes(kind: Kind, geometry: Geometry) -> int:

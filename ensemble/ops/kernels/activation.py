@@ -1,6 +1,9 @@
 # mypy: ignore-errors
 # numba finds the types of these functions, from the arguments of `run`.
-"""Activations: steps by themselves, or done to what a kernel has just written."""
+"""Activations: steps by themselves, or done to what a kernel has just written.
+
+What they make of large numbers is NaN: see `Program`.
+"""
 
 import numpy as np
 
@@ -8,6 +11,7 @@ from ensemble.ops.kernels.kernel import Kernel, jit, no_scratch, share_of_vector
 from ensemble.ops.operation import Function
 from ensemble.ops.simd import (
     VECTOR_BYTES,
+    bounded_or_nan,
     exponential,
     load,
     maximum,
@@ -35,7 +39,8 @@ def _hardsigmoid(x):
 
 
 @jit
-def _of(function, number, x):
+def _of(function, number, value):
+    x = bounded_or_nan(value)
     if function == RELU:
         return maximum(x, splat(np.float32(0)))
     if function == RELU6:

@@ -5,6 +5,9 @@
 The idea of gathering by blocks: Dukhan, The Indirect Convolution Algorithm, arXiv 1907.02129.
 """
 
+from collections.abc import Sequence
+from math import prod
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -99,6 +102,17 @@ def _pack_bf16(weight: Tensor, target: Tensor) -> None:
         factors = _factors(rows)
         even = functional.pad(factors, (0, 0, 0, len(factors) % 2))
         target[panel].copy_(even.unflatten(0, (-1, 2)).mT)
+
+
+def _unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    out_channels, channels, rows, columns = shape
+    factors = packed.mT.flatten(0, 1)[:out_channels].float()
+    return factors.unflatten(1, (rows, columns, channels)).permute(0, 3, 1, 2).contiguous()
+
+
+def _unpack_bf16(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    factors = packed.mT.flatten(1, 2)
+    return _unpack(factors[:, : prod(shape[1:])], shape)
 
 
 def _factors(rows: Tensor) -> Tensor:
@@ -349,7 +363,14 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
                 )
 
 
-DIRECT = Kernel(_body, _can_run, _scratch_bytes, FLOATS, _empty, _pack, _cost)
+DIRECT = Kernel(_body, _can_run, _scratch_bytes, FLOATS, _empty, _pack, _unpack, _cost)
 DIRECT_BF16 = Kernel(
-    _body, _can_run_bf16, _scratch_bytes, BF16, _empty_bf16, _pack_bf16, _cost_bf16
+    _body,
+    _can_run_bf16,
+    _scratch_bytes,
+    BF16,
+    _empty_bf16,
+    _pack_bf16,
+    _unpack_bf16,
+    _cost_bf16,
 )

@@ -21,6 +21,8 @@ from ensemble.ops.simd import (
 )
 from ensemble.ops.vectors import set_of
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 def _can_run(geometry: Geometry) -> bool:
     return geometry.channels % WIDTH == 0 and geometry.kernel == (1, 1)
@@ -58,13 +60,20 @@ def _spread(sums, first, real, share, number):
 
 
 @jit
-def _to_factors(step, variances, weight, first, count):
-    """Into each channel's place, from the channel `first` on, what a distance is multiplied by."""
+def _to_factors(step, variances, weight, first, count, number):
+    """Into each channel's place, from the channel `first` on, what a distance is multiplied by.
+
+    NaN where the squares of a group, of `number` distances, have no finite sum: torch's has none
+    either, or the factor would be 0 and hide it.
+    """
     for channel in range(first, first + count):
         place, factor = variances + (channel - first) * FLOAT_BYTES, np.float32(0)
         if channel < step.real:
-            deviation = np.sqrt(load_float(place) + step.number)
+            variance = load_float(place)
+            deviation = np.sqrt(variance + step.number)
             factor = np.float32(load_float(weight + channel * FLOAT_BYTES) / deviation)
+            if not variance * number < LARGEST:
+                factor = np.float32(np.nan)
         store_float(place, factor)
 
 
@@ -100,7 +109,7 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
                 total = total + _squares(line, step.width, row, mean)
             store(squares + vector, total)
         _spread(squares, first, end, step.share, number)
-        _to_factors(step, squares, weight, first, count * WIDTH)
+        _to_factors(step, squares, weight, first, count * WIDTH, number)
         for pixel in range(pixels):
             place = at + pixel * row
             for vector in range(0, count * VECTOR_BYTES, VECTOR_BYTES):

@@ -6,6 +6,7 @@ An output reads few inputs, so that nothing is gathered: strips of the image are
 zero borders, so that the pixels which neighbours read at a tap lie side by side.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,10 @@ def _empty(weight: Tensor) -> Tensor:
 def _pack(weight: Tensor, target: Tensor) -> None:
     vectors = weight.flatten(2).unflatten(0, (-1, WIDTH)).unflatten(2, (target.shape[1], -1))
     target.copy_(vectors.permute(0, 2, 4, 3, 1))
+
+
+def _unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    return packed.permute(0, 4, 1, 3, 2).reshape(tuple(shape))
 
 
 def _make_convolve() -> Any:
@@ -289,4 +294,4 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
             )
 
 
-GROUPED = Kernel(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _cost)
+GROUPED = Kernel(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _unpack, _cost)

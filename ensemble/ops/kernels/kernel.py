@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,11 @@ class Kernel:
     can_run: Callable[[Geometry], bool]
     scratch_bytes: Callable[[Geometry], int]  # an upper bound of what the body needs
     variant: int = 0
-    # Of kernels with weights of `(N, K, C, R, S)`: the empty packed stack, and one model into it.
+    # Of kernels with weights of `(N, K, C, R, S)`: the empty packed stack, one model packed into
+    # it, and one model unpacked to the shape `(K, C, R, S)` that it had.
     empty: Callable[[Tensor], Tensor] | None = None
     pack: Callable[[Tensor, Tensor], None] | None = None
+    unpack: Callable[[Tensor, Sequence[int]], Tensor] | None = None
     # In multiply-adds, of one model on one core, for `choose`; every convolution has one.
     cost: Callable[[Geometry], float] | None = None
 

@@ -16,6 +16,7 @@ from ensemble.ops.simd import (
     FLOAT_BYTES,
     VECTOR_BYTES,
     WIDTH,
+    bounded_or_nan,
     load,
     load_float,
     maximum,
@@ -30,7 +31,8 @@ def _sum(step, x, weight, bias, other, out, scratch, part, parts):
     first, end = share_of_vectors(step, part, parts)
     least = splat(np.float32(0 if step.relu else -np.inf))
     for at in range(first, end, VECTOR_BYTES):
-        store(out + at, maximum(load(x + at) + load(other + at), least))
+        total = bounded_or_nan(load(x + at) + load(other + at))
+        store(out + at, maximum(total, least))
 
 
 @jit
@@ -54,7 +56,7 @@ def _affine(step, x, weight, bias, other, out, scratch, part, parts):
         at = pixel * row
         for channel in range(0, row, VECTOR_BYTES):
             value = load(x + at + channel) * load(weight + channel) + load(bias + channel)
-            store(out + at + channel, maximum(value, least))
+            store(out + at + channel, maximum(bounded_or_nan(value), least))
 
 
 @jit

@@ -6,7 +6,16 @@ import numpy as np
 
 from ensemble.ops.kernels.kernel import Kernel, jit
 from ensemble.ops.operation import Geometry
-from ensemble.ops.simd import FLOAT_BYTES, VECTOR_BYTES, WIDTH, load, maximum_or_nan, splat, store
+from ensemble.ops.simd import (
+    FLOAT_BYTES,
+    VECTOR_BYTES,
+    WIDTH,
+    bounded_or_nan,
+    load,
+    maximum_or_nan,
+    splat,
+    store,
+)
 
 PART = 64  # of a line's pixels: what is added to one sum
 
@@ -25,7 +34,10 @@ def _window(step, out_y, out_x):
 
 @jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
+    """A large number within a program comes out as NaN: see `Program`. Not one that a call brings,
+    where `option` is set: a network may pad with -inf, lest a border be the largest."""
     lowest = splat(np.float32(-np.inf))
+    inside = step.option == 0
     row = step.channels * FLOAT_BYTES
     for line in range(part, step.images * step.out_height, parts):
         image, out_y = divmod(line, step.out_height)
@@ -37,7 +49,8 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
                 for y in range(top, bottom):
                     for x_ in range(left, right):
                         position = (image * step.height + y) * step.width + x_
-                        best = maximum_or_nan(load(x + position * row + channel), best)
+                        value = load(x + position * row + channel)
+                        best = maximum_or_nan(bounded_or_nan(value) if inside else value, best)
                 store(target + channel, best)
 
 

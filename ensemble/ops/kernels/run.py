@@ -18,6 +18,7 @@ from numba import njit
 
 from ensemble import garbage
 from ensemble.ops import operation, products, simd, taps, vectors
+from ensemble.ops.kernels.bounds import mark
 from ensemble.ops.kernels.kernel import LOCAL, STEP, ceil, jit, jit_within
 from ensemble.ops.kernels.registry import KERNELS
 from ensemble.ops.simd import fetch_add, fetch_or, give_way, load_shared, relax
@@ -273,22 +274,39 @@ def _make_run(sources: str) -> Any:
         sources  # noqa: B018
         _run(steps, by_strips, arenas, scratches, state, part, parts, num_models)
 
+    return _on_disk(run)
+
+
+def _make_mark_large(sources: str) -> Any:
+    """`mark_large`, kept as `run` is: see `bounds.mark`."""
+
+    def mark_large(values, images, pixels, channels, real, marks):
+        sources  # noqa: B018
+        mark(values, images, pixels, channels, real, marks)
+
+    return _on_disk(mark_large)
+
+
+def _on_disk(function: Any) -> Any:
+    """Compiled by numba, and kept on disk."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(run)
+        return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder that numba could write its cache to
-        return njit(**options)(run)
+        return njit(**options)(function)
 
 
 # Every file that the code comes from.
 _FILES = [Path(str(module.__file__)) for module in (simd, products, taps, operation, vectors)]
 _FILES += sorted(Path(__file__).parent.glob("*.py"))
-run = _make_run(hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest())
+_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
+run, mark_large = _make_run(_SOURCES), _make_mark_large(_SOURCES)
 
 
 def load() -> None:
-    """Have `run` in this process: compiled, once per installation, or read from the disk."""
+    """Have both in this process: compiled, once per installation, or read from the disk."""
     if not run.signatures:
         steps, addresses, state = np.zeros(0, STEP), np.zeros(1, np.int64), new_state(1, 0)
         with garbage.not_collected():
             run(steps, steps, addresses, addresses, state.ctypes.data, 0, 1, 0)  # of no model
+            mark_large(0, 0, 0, 0, 0, np.zeros(0, np.uint8))

@@ -41,6 +41,14 @@ def select_table(rows: Sequence[int], columns: Sequence[int], channels: Sequence
     return torch.tensor([*rows, *columns, *whole, *filled], device="cpu", dtype=torch.float32)
 
 
+def selected(table: Tensor, geometry: Geometry, channels: int) -> list[list[int]]:
+    """The rows, columns and channels that a table of `select_table` was made of."""
+    rows, columns = geometry.out_size
+    vectors = geometry.out_channels // WIDTH
+    parts = table.split([rows, columns, vectors, vectors * WIDTH])
+    return [part.int().tolist() for part in (parts[0], parts[1], parts[3][:channels])]
+
+
 @jit
 def _entry(table, index):
     return np.int64(load_float(table + index * FLOAT_BYTES))

@@ -9,6 +9,7 @@ Math. 13 (1969); sums within packing and kernel: Huang and others, Strassen's Al
 SC16 (2016).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,6 +81,13 @@ def _pack(weight: Tensor, target: Tensor) -> None:
         sums = b11 + b22, b21 - b11, b11, b21 + b22, b12 - b22, b22, b11 + b12
         for product, operand in enumerate(sums):
             target[two, product].copy_(operand)
+
+
+def _unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Quarters that are operands, and differences of two."""
+    _, below, b11, _, right, b22, _ = packed.unbind(1)
+    left, right = torch.cat([b11, below + b11], 1), torch.cat([right + b22, b22], 1)
+    return torch.cat([left, right], 2).mT.reshape(tuple(shape))
 
 
 def _make_multiply() -> Any:
@@ -270,4 +278,4 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
             )
 
 
-STRASSEN = Kernel(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _cost)
+STRASSEN = Kernel(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _unpack, _cost)

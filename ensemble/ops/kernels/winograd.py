@@ -6,6 +6,7 @@ Tiles are transformed, multiplied in one product a plane, and transformed back. 
 and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv 1509.09308.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from ensemble.ops.simd import (
     PANEL,
     VECTOR_BYTES,
     WIDTH,
+    bounded_or_nan,
     load,
     maximum,
     splat,
@@ -94,6 +96,15 @@ def _pack(tile: int, weight: Tensor, target: Tensor) -> None:
         taps = rows.flatten(2).permute(2, 1, 0).contiguous().double()
         filled = functional.pad(taps, (0, PANEL - len(rows)))  # (9, C, PANEL)
         target[:, panel].copy_((both @ filled.flatten(1)).view(len(both), -1, PANEL))
+
+
+def _unpack(tile: int, packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """By the inverse of G in the least squares' sense, in float64 as `_pack`."""
+    g = torch.tensor(_FILTER_TRANSFORMS[tile], dtype=torch.float64, device="cpu")
+    inverse = torch.linalg.pinv(torch.kron(g, g))  # (9, planes)
+    panels = [inverse @ panel.flatten(1).double() for panel in packed.unbind(1)]
+    taps = torch.stack(panels).float().unflatten(2, (-1, PANEL))  # (K / PANEL, 9, C, PANEL)
+    return taps.permute(0, 3, 2, 1).flatten(0, 1)[: shape[0]].reshape(tuple(shape))
 
 
 # A line of a patch -> a line of its transform, and a line of products -> one of the output tile.
@@ -234,7 +245,7 @@ def _make_output_tile(tile: int, transform: Any, load_line: Any, put: Any) -> An
                     if other != 0:
                         value = value + load(other + place)
                     if step.relu:
-                        value = maximum(value, zero)
+                        value = maximum(bounded_or_nan(value), zero)
                     store(out + place, value)
 
     return output_tile
@@ -344,8 +355,8 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
 
 
 def _kernel(tile: int) -> Kernel:
-    empty, pack = partial(_empty, tile), partial(_pack, tile)
-    return Kernel(_body, _can_run, _scratch_bytes, tile, empty, pack, partial(_cost, tile))
+    empty, pack, unpack = (partial(of, tile) for of in (_empty, _pack, _unpack))
+    return Kernel(_body, _can_run, _scratch_bytes, tile, empty, pack, unpack, partial(_cost, tile))
 
 
 WINOGRAD_2, WINOGRAD_4 = _kernel(2), _kernel(4)
