@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ensemble.ops import conv, stacks, steps, tracing
 from ensemble.ops.operation import Kind, Operation
-from ensemble.ops.tracing import node_of, remove_identities, traced
+from ensemble.ops.tracing import finished, node_of, recompile, remove_identities, traced
 from ensemble.ops.vectors import is_narrow
 
 State = dict[str, Tensor]
@@ -97,8 +97,8 @@ def lower(
         operations += _make_program(module, run, trace, threads)
     _embed(module, values, given)
     module.graph.lint()
-    module.recompile()
-    return Lowered(module, tuple(operations), tuple(refused))
+    recompile(module)
+    return Lowered(finished(module), tuple(operations), tuple(refused))
 
 
 def _keep_pixels(graph: fx.Graph) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
+
+import torch
 
 T = TypeVar("T")
 
@@ -50,3 +53,15 @@ def _forget_all() -> None:
 
 if hasattr(os, "register_at_fork"):  # elsewhere there is no fork
     os.register_at_fork(after_in_child=_forget_all)
+
+
+@cache
+def compute_alone_in_forks() -> None:
+    """From now on torch computes on one thread in a process that is forked from this one.
+
+    GNU OpenMP believes there that it still has the threads of the thread that forked, and waits for
+    them for ever (pytorch/pytorch#17199): so does every larger operation of torch's own. torch does
+    the same in the workers of a DataLoader. Threads that the process starts may ask for more.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))

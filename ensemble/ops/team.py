@@ -59,7 +59,7 @@ class _Turn:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.pools: dict[int, ThreadPoolExecutor] = {}
-        self.before = _Call(lambda part: None, lambda: None)
+        self.before: _Call | None = None
 
     def pool(self, workers: int) -> ThreadPoolExecutor:
         """As many threads as asked for, kept."""
@@ -89,7 +89,8 @@ def run_together(task: Callable[[int], None], parts: int, *, stop: Callable[[], 
     """
     turn = _turn()
     with turn.lock:
-        turn.before.leave()  # of a call that was interrupted twice, parts may still run
+        if turn.before is not None:  # interrupted twice: its parts may still run
+            turn.before.leave()
         call = turn.before = _Call(task, stop)
         try:
             for part in range(1, parts):
@@ -101,5 +102,6 @@ def run_together(task: Callable[[int], None], parts: int, *, stop: Callable[[], 
             raise
         finally:
             call.leave()
+            turn.before = None  # it has all that the task refers to
         if call.error is not None:
             raise call.error

@@ -6,6 +6,7 @@ A pass may then move, join and replace nodes by looking at them alone.
 from __future__ import annotations
 
 import contextlib
+import linecache
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -203,7 +204,33 @@ def _graph_of(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) ->
         if node.target in (aten.as_strided.default, aten.as_strided_.default) and _is_same(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+    recompile(module)
+    return module
+
+
+def recompile(module: fx.GraphModule) -> None:
+    """Let `module` do what its graph says by now."""
+    forget_source(module)
     module.recompile()
+    forget_source(module)
+
+
+def forget_source(module: fx.GraphModule) -> None:
+    """torch keeps, for tracebacks, the source of each graph that it ever compiled, and a build
+    compiles several: not of this one."""
+    name = type(module).forward.__code__.co_filename
+    loader = getattr(fx.graph_module, "_loader", None)
+    getattr(loader, "eval_cache", {}).pop(name, None)
+    linecache.cache.pop(name, None)
+
+
+def finished(module: fx.GraphModule) -> fx.GraphModule:
+    """`module`, which no pass will change: its tensors are freed as soon as nobody has it.
+
+    Its graph refers to it, so that else only the garbage collector would find them, which runs by
+    the number of objects, not by their size.
+    """
+    module.graph.owning_module = None
     return module
 
 

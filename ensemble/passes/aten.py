@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
-from ensemble.ops.tracing import is_random, traced
+from ensemble.ops.tracing import is_random, recompile, traced
 
 
 def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[str]]:
@@ -47,5 +47,5 @@ def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[st
     for node in placeholders:
         if not node.users:
             module.graph.erase_node(node)
-    module.recompile()
+    recompile(module)
     return module, list(read)

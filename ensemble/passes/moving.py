@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ensemble.ops import conv
-from ensemble.ops.tracing import depending_on, is_images, reached, value_of
+from ensemble.ops.tracing import depending_on, is_images, reached, recompile, value_of
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ def join_moves(module: fx.GraphModule) -> None:
         if is_images(node) and any(user.target not in _MOVES for user in node.users):
             _join(module, paths[node])
     graph.eliminate_dead_code()
-    module.recompile()
+    recompile(module)
 
 
 def _join(module: fx.GraphModule, path: list[fx.Node]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ensemble.ops.tracing import is_images, node_of, reached, value_of
+from ensemble.ops.tracing import is_images, node_of, reached, recompile, value_of
 from ensemble.ops.vectors import is_narrow
 
 aten, ours = torch.ops.aten, torch.ops.ensemble
@@ -37,7 +37,7 @@ def with_operators(module: fx.GraphModule) -> None:
             rewrite(rewriting, node)
     module.graph.eliminate_dead_code()
     module.graph.lint()
-    module.recompile()
+    recompile(module)
 
 
 class _Rewriting:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.ops import conv
-from ensemble.ops.tracing import node_of, reached, value_of
+from ensemble.ops.tracing import finished, forget_source, node_of, reached, value_of
 from ensemble.passes.aten import graph_of
 from ensemble.passes.operators import with_operators
 
@@ -160,7 +160,9 @@ def _partition(graph: fx.GraphModule, on_x: set[fx.Node]) -> tuple[fx.GraphModul
             made[node] = target.call_function(function, args, kwargs)
     target.output(fx.node.map_arg(output.args[0], placed))
     target.lint()
-    return fx.GraphModule(nn.Module(), target), [_Source(*key) for key in sources]
+    run = fx.GraphModule(nn.Module(), target)
+    forget_source(run)
+    return finished(run), [_Source(*key) for key in sources]
 
 
 def _constants(

@@ -192,6 +192,10 @@ def build(
     seen. Of models that lie apart they hold a copy, and every other strategy holds its own form of
     the weights: changes are not seen, and the models may be freed. `best` does as what it picked.
 
+    A process that is forked afterwards may call the forward, and build others; torch's own threads
+    do not live there, so it computes on one (`lowered_vmap` and the concurrent ones on as many as
+    here).
+
     Args:
         name: a key of `STRATEGIES`; `best` tries those that could win here and keeps the fastest.
         models: N eval-mode models of one class, on one device, in one dtype, each called with one
@@ -227,11 +231,13 @@ def make(
     """`build`, with the strategy's note on how it was built, and what it chose."""
     import torch
 
+    from ensemble.ops.per_process import compute_alone_in_forks
     from ensemble.strategies import arguments, forward
 
     if name not in STRATEGIES:
         raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
     models, example = arguments.checked(models, example)
+    compute_alone_in_forks()
     builder = STRATEGIES[name].builder(tune_seconds=tune_seconds)
     with forward.settings(example.device), torch.device(example.device):
         try:

@@ -121,7 +121,14 @@ def test_calls_from_several_threads_do_not_mix(name: str, num_models: int) -> No
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
-    ("name", "num_models"), some_slow([*zip(NAMES, (2, 3), strict=True)], quick=1)
+    ("name", "num_models"),
+    some_slow(
+        [
+            *(("loop", 2), *zip(NAMES, (2, 3), strict=True)),
+            *(("vmap", 2), ("folded_vmap", 2), ("lowered_vmap", 3), ("prepacked_loop", 2)),
+        ],
+        quick=2,
+    ),
 )
 def test_a_process_that_is_forked_after_a_call_can_call_too(name: str, num_models: int) -> None:
     program = """
@@ -129,12 +136,11 @@ import gc; gc.disable()  # its imports take a third less
 import os, sys, torch, ensemble
 from tests.tiny import tiny_models
 torch.set_num_threads(2)
-x = torch.randn(2, 3, 8, 8)
+x = torch.randn(2, 3, 64, 64)  # enough for OpenMP's threads, which the child does not inherit
 forward = ensemble.build(sys.argv[1], tiny_models(int(sys.argv[2])), x)
 expected = forward(x)
 child = os.fork()
 if not child:
-    torch.set_num_threads(1)  # the OpenMP threads of this one are not inherited either
     os._exit(0 if torch.allclose(forward(x), expected, rtol=1e-5, atol=1e-5) else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

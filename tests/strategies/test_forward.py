@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import linecache
 import pickle
 import threading
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
@@ -551,3 +553,28 @@ def test_an_example_that_the_models_cannot_run_is_refused_at_build(name: str) ->
 @by_every_strategy
 def test_models_without_tensors_are_an_ensemble_too(name: str) -> None:
     check(name, [nn.Sequential(nn.AvgPool2d(2), nn.Flatten()).eval() for _ in range(2)], X)
+
+
+@pytest.mark.parametrize("name", ["lowered_vmap", "prepacked_loop"])
+def test_builds_leave_nothing_behind(name: str) -> None:
+    """torch keeps the source of every graph, and graphs refer to themselves."""
+
+    def graphs() -> int:
+        return sum(isinstance(each, fx.GraphModule) for each in gc.get_objects())
+
+    models, x = tiny_models(2), torch.randn(2, 3, 8, 8)
+    ensemble.build(name, models, x)(x)
+    sources = len(fx.graph_module._loader.eval_cache), len(linecache.cache)
+    gc.collect()
+    gc.disable()
+    try:
+        before = graphs()
+        forward = ensemble.build(name, models, x)
+        forward(x)
+        gc.collect()  # what the build itself has left
+        held = graphs()
+        del forward
+        assert graphs() == before < held
+    finally:
+        gc.enable()
+    assert (len(fx.graph_module._loader.eval_cache), len(linecache.cache)) == sources
