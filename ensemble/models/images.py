@@ -1,21 +1,36 @@
 """Image file -> normalised float tensor, as torchvision's ImageClassification preset does it."""
 
+import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from ensemble import files
-from ensemble.errors import InputError
+from ensemble.errors import InputError, first_line
 from ensemble.machine import memory
+from ensemble.models import formats
 from ensemble.models.vision import torchvision
 
 # A sliver of an image becomes huge when its short side is resized, as any does at a huge size.
 _MAX_RESIZED_PIXELS = 100_000_000
+_TO_UPRIGHT: dict[object, Image.Transpose] = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow logs some errors before it raises them; without a handler they come out on stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -25,22 +40,32 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         InputError: not there, not an image, truncated, or a decompression bomb.
     """
     path = Path(path)
-    files.first_bytes(path, kind="an image file")
+    head = files.first_bytes(path, kind="an image file", count=formats.HEAD_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                if image.format == "EPS":  # Pillow would have Ghostscript run its program
+                    raise UnidentifiedImageError("EPS")
+                with _no_stderr() if image.format == "TIFF" else nullcontext():
+                    image.load()
+                if 0 in image.size:
+                    raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
+                return _to_rgb(_upright(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         most = Image.MAX_IMAGE_PIXELS
         message = f"{path}: expected at most {most} pixels, found a decompression bomb ({error})"
         raise InputError(message) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: expected an image file, found another kind of file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
-        message = f"{path}: expected a whole image file, found a damaged one ({error})"
+        if kind := formats.image(head):
+            message = f"{path}: expected a whole image file, found a damaged {kind} file"
+            raise InputError(message) from error
+        found = formats.foreign(head) or "another kind of file: convert it to JPEG or PNG"
+        raise InputError(f"{path}: expected an image file, found {found}") from error
+    except Exception as error:  # of a damaged file Pillow's many decoders raise any kind
+        reason = first_line(error)
+        message = f"{path}: expected a whole image file, found a damaged one ({reason})"
         raise InputError(message) from error
 
 
@@ -123,6 +148,35 @@ def labels(num_classes: int) -> list[str] | None:
 
 def _shorter_side(image_size: int) -> int:
     return round(image_size * 256 / 224)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """libtiff prints there itself what Pillow then raises as an error without a reason."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation asks for; one that cannot be read is ignored.
+
+    ImageOps.exif_transpose also writes the other tags again, and fails on any that is damaged.
+    """
+    try:
+        method = _TO_UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # of damaged EXIF data Pillow raises any kind
+        method = None
+    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

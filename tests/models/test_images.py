@@ -1,7 +1,13 @@
 """Image files, preprocessing and augmented images."""
 
+import io
+import os
+import random
 import re
 import struct
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +18,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from ensemble.errors import InputError
 from ensemble.machine import memory
+from ensemble.measure.workers import ROOT
 from ensemble.models import images
 
 EXIF_ORIENTATION = 0x0112
@@ -157,6 +164,165 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
     assert np.array_equal(read(path), pixels(first))
 
 
+# Damaged EXIF data
+
+X_RESOLUTION, GPS, PHOTOGRAPH = 0x011A, 0x8825, 0x8769
+ASCII, SHORT, LONG, UNDEFINED, SIGNED_RATIONAL = 2, 3, 4, 7, 10
+TURN = (EXIF_ORIENTATION, SHORT, 1, struct.pack("<HH", 6, 0))
+
+
+def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of (tag, type, count, the four bytes of the value or its offset)."""
+    end = 10 + 12 * len(entries) + 4  # the value -1/0 stands there
+    directory = b"".join(
+        struct.pack("<HHI", tag, kind, count) + (value or struct.pack("<I", end))
+        for tag, kind, count, value in sorted(entries)
+    )
+    count = struct.pack("<H", len(entries))
+    return b"Exif\0\0II*\0\x08\0\0\0" + count + directory + bytes(4) + struct.pack("<ii", -1, 0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        (X_RESOLUTION, SIGNED_RATIONAL, 1, b""),
+        (X_RESOLUTION, UNDEFINED, 4, b"\0\1\2\3"),
+        (X_RESOLUTION, ASCII, 4, b"abc\0"),
+        (X_RESOLUTION, 5, 1, b"\xff\xff\xff\x7f"),
+        (X_RESOLUTION, 99, 1, b"\0\0\0\0"),
+        (GPS, LONG, 1, b"\xff\xff\xff\x7f"),
+        (PHOTOGRAPH, ASCII, 4, b"abc\0"),
+    ],
+    ids=["-1/0", "bytes", "text", "nowhere", "type", "gps", "photograph"],
+)
+def test_damaged_exif_data_does_not_hide_the_orientation(
+    tmp_path: Path, suffix: str, damaged: tuple[int, int, int, bytes]
+) -> None:
+    plain = np.array(gradient())
+    options = {"lossless": True} if suffix == "webp" else {"quality": 100, "subsampling": 0}
+    lying = Image.fromarray(plain).transpose(Image.Transpose.ROTATE_90)
+    path = saved(lying, tmp_path / f"damaged.{suffix}", exif=exif(TURN, damaged), **options)
+    found = read(path)
+    assert found.shape == plain.shape
+    assert abs(found.astype(int) - plain).mean() < 3  # JPEG is lossy; the other way up it is 60
+
+
+@pytest.mark.parametrize(
+    "orientation",
+    [
+        (EXIF_ORIENTATION, SHORT, 1, b"\0\0\0\0"),
+        (EXIF_ORIENTATION, SHORT, 1, b"\x09\0\0\0"),
+        (EXIF_ORIENTATION, ASCII, 4, b"abc\0"),
+        (EXIF_ORIENTATION, UNDEFINED, 4, b"\6\0\0\0"),
+        (EXIF_ORIENTATION, SIGNED_RATIONAL, 1, b""),
+        (EXIF_ORIENTATION, SHORT, 9, b"\xff\xff\xff\x7f"),
+        (EXIF_ORIENTATION, 99, 1, b"\6\0\0\0"),
+    ],
+)
+def test_an_orientation_that_cannot_be_read_is_ignored(
+    tmp_path: Path, orientation: tuple[int, int, int, bytes]
+) -> None:
+    path = saved(gradient(), tmp_path / "damaged.png", exif=exif(orientation))
+    assert np.array_equal(read(path), pixels(gradient()))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"\xff" * 40]
+)
+def test_exif_data_that_is_none_is_ignored(tmp_path: Path, content: bytes) -> None:
+    path = saved(gradient(), tmp_path / "damaged.png", exif=content)
+    assert np.array_equal(read(path), pixels(gradient()))
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_tiff_is_turned_once(tmp_path: Path, compression: str) -> None:
+    lying = gradient().transpose(Image.Transpose.ROTATE_90)
+    options = {"compression": compression, "tiffinfo": {EXIF_ORIENTATION: 6}}
+    path = saved(lying, tmp_path / "turned.tif", **options)
+    assert np.array_equal(read(path), pixels(gradient()))
+
+
+# Damaged files of every kind
+
+
+def samples() -> Iterator[tuple[str, bytes]]:
+    """A small image in many formats."""
+    image, other = gradient(), gradient().rotate(90)
+    data = Image.Exif()
+    data[EXIF_ORIENTATION], data[X_RESOLUTION] = 6, 72.5
+    frames = {"save_all": True, "append_images": [other]}
+    for kind, picture, options in (
+        ("JPEG", image, {"exif": data}),
+        ("JPEG", image, {"progressive": True}),
+        ("JPEG", image.convert("CMYK"), {}),
+        ("PNG", image, {"exif": data}),
+        ("PNG", image.quantize(16), {"transparency": 3}),
+        ("PNG", image, frames),
+        ("GIF", image, frames),
+        ("TIFF", image, {"exif": data}),
+        ("TIFF", image, {"compression": "tiff_lzw", "tiffinfo": {EXIF_ORIENTATION: 6}}),
+        ("TIFF", image, {"compression": "tiff_adobe_deflate"}),
+        *(
+            [("WEBP", image, {"exif": data}), ("WEBP", image, frames)]
+            * bool(features.check("webp"))
+        ),
+    ):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)  # type: ignore[arg-type]
+        yield kind, buffer.getvalue()
+
+
+def mutated(content: bytes, drawn: random.Random) -> bytes:
+    """Some bytes changed, left out or put in, most of them near the beginning."""
+    changed = bytearray(content)
+    for _ in range(drawn.choice([1, 1, 2, 4, 16])):
+        place = drawn.randrange(4, len(changed) if drawn.random() < 0.3 else 200)
+        how = drawn.random()
+        if how < 0.7:
+            changed[place : place + 1] = bytes(
+                [drawn.choice([0, 1, 128, 255, drawn.randrange(256)])]
+            )
+        elif how < 0.8:
+            del changed[place : place + drawn.randrange(1, 9)]
+        elif how < 0.9:
+            changed[place:place] = drawn.randbytes(drawn.randrange(1, 9))
+        else:
+            changed[place : place + 4] = struct.pack("<i", drawn.choice([-1, 2**31 - 1, -(2**31)]))
+    return bytes(changed[: drawn.randrange(40, len(changed))] if drawn.random() < 0.1 else changed)
+
+
+def test_a_damaged_file_is_read_or_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    drawn, read_whole, refused = random.Random(0), 0, 0
+    for kind, content in samples():
+        for index in range(60):
+            path = tmp_path / f"{index}.{kind.lower()}"
+            path.write_bytes(mutated(content, drawn))
+            try:
+                assert images.read_image(path).mode == "RGB"
+                read_whole += 1
+            except InputError as error:
+                message = str(error)
+                assert message.startswith(f"{path}: expected ")
+                assert len(message.splitlines()) == 1
+                refused += 1
+    assert min(read_whole, refused) > 100
+    assert capfd.readouterr() == ("", "")  # libtiff prints errors of its own
+
+
+def test_a_damaged_image_ends_the_program_by_one_line(tmp_path: Path) -> None:
+    path = saved(gradient(), tmp_path / "cut.tif", compression="tiff_lzw")
+    content = bytearray(path.read_bytes())
+    content[8:200] = bytes(192)
+    path.write_bytes(content)
+    command = [sys.executable, str(ROOT / "resnet_vmap.py"), "--image_path", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: {path}: expected a whole image file")
+
+
 # What is refused
 
 
@@ -191,6 +357,46 @@ def test_text_is_no_image(tmp_path: Path) -> None:
     path = tmp_path / "text.jpg"
     path.write_text("not an image\n" * 99)
     assert_refused(path, "expected an image file, found another kind of file")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\nsize 9\n",
+            "a Git LFS pointer .*git lfs pull",
+        ),
+        (b"\n<!DOCTYPE html><html>404</html>", "an HTML page .*download the file itself"),
+        (b'{"error": "not found"}', "a JSON text"),
+        (b"<?xml version='1.0'?>\n<svg width='1'></svg>", "an SVG drawing"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC photograph: convert it to JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "a PDF or PostScr"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), ""),
+    ],
+    ids=["lfs", "html", "json", "svg", "heic", "eps", "damaged"],
+)
+def test_what_lies_in_place_of_an_image_is_named(
+    tmp_path: Path, content: bytes, found: str
+) -> None:
+    path = tmp_path / "kitten.jpg"
+    path.write_bytes(content)
+    expected = f"an image file, found {found}" if found else "a whole image .* a damaged PNG file"
+    assert_refused(path, f"expected {expected}")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read any file")
+def test_an_image_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    path = saved(gradient(), tmp_path / "secret.png")
+    path.chmod(0)
+    assert_refused(path, "expected an image file, found one that cannot be read: Permission")
+
+
+def test_an_image_without_pixels_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(gradient(), tmp_path / "none.png")
+    monkeypatch.setattr(Image, "open", lambda path: Image.new("RGB", (0, 32)))
+    assert_refused(path, r"expected a whole image file, .*0 x 32 pixels")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp"])
