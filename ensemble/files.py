@@ -27,7 +27,9 @@ def first_bytes(path: str | os.PathLike[str], *, kind: str, count: int = 64) -> 
             f"{path}: expected {kind}, found one that cannot be read: {reason}"
         ) from error
     if not head:
-        raise InputError(f"{path}: expected {kind}, found an empty file")
+        raise InputError(
+            f"{path}: expected {kind}, found an empty file (a download or a copy that failed?)"
+        )
     return head
 
 

@@ -12,8 +12,9 @@ from urllib.parse import urlparse
 import torch
 
 from ensemble.errors import InputError, first_line
+from ensemble.models import checkpoints
+from ensemble.models.checkpoints import State
 from ensemble.models.vision import torchvision
-from ensemble.models.weights import State, read_checkpoint
 
 DOWNLOAD_TIMEOUT_S = 10.0
 _HASH = re.compile(r"-([0-9a-f]{8,})\.")  # in file names, the beginning of the content's SHA-256
@@ -41,7 +42,7 @@ def download(arch: str) -> State:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / published_name(arch)
     if not cached.exists():
         _fetch(url, cached)
-    return read_checkpoint(cached)
+    return checkpoints.read(cached)
 
 
 def _fetch(url: str, target: Path) -> None:

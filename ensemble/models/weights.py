@@ -3,37 +3,22 @@
 import difflib
 import logging
 import os
-import re
 import warnings
-from argparse import Namespace
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import takewhile
-from pathlib import Path
-from pickle import UnpicklingError
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ensemble import files
-from ensemble.errors import InputError, first_line
+from ensemble.errors import InputError
 from ensemble.machine import memory
-from ensemble.models import stacking
+from ensemble.models import checkpoints, stacking
+from ensemble.models.checkpoints import State
 from ensemble.models.meta import ByShape
 from ensemble.models.vision import torchvision
 from ensemble.report import words
 
-_WRAPPERS = ("state_dict", "model")
 _COUNTER = ".num_batches_tracked"  # absent before torch 0.4.1, of no use to a forward
-_OLD_NAMES = (  # torchvision's published files keep the names of their day
-    (re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),  # DenseNet
-    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),  # VisionTransformer
-    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
-)
-_REFUSED = re.compile(r"nsupported (?:global: )?GLOBAL ([\w.]+) w")  # torch.load's words
-
-State = dict[str, Tensor]
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +54,7 @@ def load_models(
         raise InputError(message, argument="paths")
     expected = stacking.named_tensors(build_skeleton(arch, None))
     states = (
-        (str(path), _told(read_checkpoint(path), expected, source=str(path), say=say))
+        (str(path), _told(checkpoints.read(path), expected, source=str(path), say=say))
         for path in paths
     )
     copies = wanted if len(paths) == 1 else 1
@@ -97,40 +82,41 @@ def random_models(
     return models
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> State:
-    """The plain state dict in a `.pth`, `.pt` or `.safetensors` file, unwrapped, on the CPU.
-
-    Nothing that a pickle asks for is executed (`weights_only=True`).
-
-    Raises:
-        InputError: not there, not readable, not a checkpoint, not finite.
-    """
-    path = Path(path)
-    if files.first_bytes(path, kind="a checkpoint file").lstrip().startswith(b"<"):
-        found = "an HTML page (a bad download?)"
-        raise InputError(f"{path}: expected a checkpoint file, found {found}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    state = _unwrap(content, path)
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise InputError(f"{path}: expected finite weights, found NaN or infinity in {name}")
-    return state
-
-
 def without_prefix(state: State, expected: Collection[str]) -> tuple[State, str]:
     """A state under the names that `expected` has most of, and the prefix that was taken off.
 
-    Training wraps a model and its names: `module.` (DataParallel), `_orig_mod.` (torch.compile),
-    `model.` (Lightning), `backbone.`, several of them one after another. Of the beginnings that all
-    names share as few parts go as give the most names of `expected`: where no names fit better for
-    it, none.
+    Training wraps a model and its names: `module.` (DataParallel, AveragedModel), `_orig_mod.`
+    (torch.compile), `model.` (Lightning), `backbone.`, several of them one after another. The
+    prefix is the beginning that leaves the most names of `expected`: where none fits better than
+    the names as they are, none.
+
+    Beside a whole model under a prefix there may be tensors that are no part of it: the counter of
+    an AveragedModel, the weights of a loss. They are left out, unless a name of `expected` ends
+    theirs: what could be a weight of a second model is never dropped.
     """
-    parts = zip(*(name.split(".")[:-1] for name in state), strict=False)
-    shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, parts)]
-    prefixes = [".".join([*shared[:count], ""]) for count in range(len(shared) + 1)]
-    hits = [sum(name.removeprefix(prefix) in expected for name in state) for prefix in prefixes]
-    prefix = prefixes[hits.index(max(hits))]
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}, prefix
+    hits = Counter({"": 0})
+    for name in state:
+        hits.update(prefix for prefix in _beginnings(name) if name[len(prefix) :] in expected)
+    prefix = max(hits, key=lambda prefix: hits[prefix])  # the first of those with as many
+    inside = {name[len(prefix) :]: state[name] for name in state if name.startswith(prefix)}
+    outside = [name for name in state if not name.startswith(prefix)]
+    whole = all(name in inside or name.endswith(_COUNTER) for name in expected)
+    others = [
+        name
+        for name in outside
+        if not whole or any(name[len(begin) :] in expected for begin in _beginnings(name))
+    ]
+    beside = {
+        f"{name} (beside {prefix}{name})" if name in inside else name: state[name]
+        for name in others
+    }
+    return inside | beside, prefix
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    """The prefixes that a name may have, none first: of `a.b.c` those are ``, `a.`, `a.b.`."""
+    parts = name.split(".")
+    return (".".join([*parts[:count], ""]) for count in range(len(parts)))
 
 
 def check_arch(arch: str) -> None:
@@ -201,6 +187,7 @@ def _from_states(
         if first_source is None:
             template = build_skeleton(arch, num_classes(state, arch=arch, source=source))
         check_state(state, template, arch=arch, source=source, first_source=first_source)
+        _check_finite(state, source)
         if first_source is None:
             models, first_source = _allocate(template, count, device), source
         for model in models[index * copies : (index + 1) * copies]:
@@ -208,13 +195,25 @@ def _from_states(
     return models
 
 
+def _check_finite(state: State, source: str) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise InputError(f"{source}: expected finite weights, found NaN or infinity in {name}")
+
+
 def _told(
     state: State, expected: Collection[str], *, source: str, say: Callable[[str], None]
 ) -> State:
-    state, prefix = without_prefix(state, expected)
-    if prefix:
-        say(f"{source}: all {len(state)} names begin with {prefix!r}: loaded without it")
-    return state
+    found, prefix = without_prefix(state, expected)
+    inside = sum(name.startswith(prefix) for name in state)
+    if inside == len(state) and prefix:
+        say(f"{source}: all {inside} names begin with {prefix!r}: loaded without it")
+    elif prefix:
+        left = [name for name in state if not name.startswith(prefix) and name not in found]
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        without = f", and without {left[0]}{more}" if left else ""
+        say(f"{source}: {inside} names begin with {prefix!r}: loaded without it{without}")
+    return found
 
 
 def _construct(arch: str, classes: int | None) -> nn.Module:
@@ -244,58 +243,3 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             tensor.copy_(state[name])
         else:
             tensor.zero_()
-
-
-def _read_safetensors(path: Path) -> object:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: expected a safetensors file, found a truncated or damaged file,"
-            f" or another format ({first_line(error)})"
-        ) from error
-
-
-def _read_pickle(path: Path) -> object:
-    try:
-        # Training scripts, torchvision's among them, save their options beside the weights.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
-            warnings.simplefilter("ignore")  # of archives that are refused a line further on
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        found = "another format, or a damaged file"
-        if refused := _REFUSED.search(str(error)):
-            found = f"a pickle that asks for {refused[1]} (a whole module, or code to run)"
-        raise InputError(f"{path}: expected a state dict of tensors, found {found}") from error
-    except Exception as error:  # torch.load raises what its many readers do
-        if "TorchScript archive" in str(error):
-            found = "a TorchScript archive"
-            raise InputError(f"{path}: expected a state dict of tensors, found {found}") from error
-        raise InputError(
-            f"{path}: expected a checkpoint, found a truncated or damaged file"
-            f" ({first_line(error)})"
-        ) from error
-
-
-def _unwrap(content: object, path: Path) -> State:
-    for key in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a state dict, found a {type(content).__name__}")
-    if not content:
-        raise InputError(f"{path}: expected a state dict, found an empty one")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            found = f"a {type(value).__name__} under {name!r}"
-            raise InputError(f"{path}: expected a state dict of tensors, found {found}")
-        if value.layout != torch.strided or value.is_meta:
-            found = f"{value.layout} on {value.device}"
-            raise InputError(f"{path}: expected {name} to be a dense tensor, found {found}")
-    return {_current_name(name): value for name, value in content.items()}
-
-
-def _current_name(name: str) -> str:
-    for pattern, replacement in _OLD_NAMES:
-        name = pattern.sub(replacement, name)
-    return name
