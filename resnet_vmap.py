@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ensemble import command_line, garbage
-from ensemble.errors import InputError
-from ensemble.machine import launch
+from ensemble.errors import InputError, exit_code
+from ensemble.machine import launch, signals
 from ensemble.options import Config
 from ensemble.records import Environment, Run
 from ensemble.report import exports, resuming, show
@@ -36,15 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ensemble.distributed import program
 
             return program.main(argv, run)
-        code = run(command_line.parse(argv))
-        sys.stdout.flush()
-        return code
+        with signals.stop_on_signals():
+            code = run(command_line.parse(argv))
+            sys.stdout.flush()
+            return code
     except InputError as error:
         print(f"error: {command_line.in_flags(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        return exit_code(error)
     except BrokenPipeError:  # `| head`: who reads the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

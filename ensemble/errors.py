@@ -1,5 +1,7 @@
 """What goes wrong outside of this program: the user's input, this machine, another rank."""
 
+import signal
+
 
 class InputError(ValueError):
     """Bad input: what was expected, and what was found.
@@ -22,6 +24,19 @@ class RankError(BaseException):
     Like KeyboardInterrupt it ends the run: no `except Exception`, which makes a failure of a row or
     of a figure out of what it meets, may take it.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to end: the scheduler's SIGTERM, or SIGHUP of its terminal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """That of a shell for a process that the signal ended: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
 
 
 def first_line(error: BaseException) -> str:

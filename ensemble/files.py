@@ -1,10 +1,12 @@
-"""Files that the user named: what one to be read can be wrong in, and how one is written whole."""
+"""Files: what one to be read can be wrong in, how one is written whole, files without a name."""
 
 import os
 import tempfile
+from math import inf
 from pathlib import Path
+from typing import BinaryIO
 
-from ensemble.errors import InputError
+from ensemble.errors import InputError, first_line
 
 
 def first_bytes(path: str | os.PathLike[str], *, kind: str, count: int = 64) -> bytes:
@@ -44,6 +46,53 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def nameless(size: int = 0, *, free_memory: float = inf) -> BinaryIO:
+    """A new file with room for `size` bytes and no name: however a process ends, nothing is left.
+
+    It lies in the temporary folder, or in memory where there is no such folder or no room in it,
+    if no more than half of `free_memory` is needed.
+
+    Raises:
+        OSError: nor is there room in memory, or the system has no such files.
+    """
+    try:
+        return _reserved(tempfile.TemporaryFile(), size)
+    except OSError:
+        if size > free_memory / 2 or not hasattr(os, "memfd_create"):
+            raise
+        return _reserved(os.fdopen(os.memfd_create("resnet_vmap"), "w+b"), size)
+
+
+def _reserved(file: BinaryIO, size: int) -> BinaryIO:
+    """The file, once its disk has promised `size` bytes; it is closed where that fails."""
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            os.ftruncate(file.fileno(), 0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def temporary_folder() -> str:
+    """Where temporary files go, in words."""
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        return "none can be written to"
+
+
+def reason(error: BaseException) -> str:
+    """Why the system refused: its own words where they are at the root of an error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error)
 
 
 def _umask() -> int:

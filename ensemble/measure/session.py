@@ -1,4 +1,4 @@
-"""A run from its plan to its last row: what is resumed, what a budget leaves out, Ctrl-C."""
+"""A run from its plan to its last row: what is resumed, a budget leaves out, a signal stops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from importlib import import_module
 
-from ensemble.errors import RankError
+from ensemble.errors import RankError, exit_code
 from ensemble.measure import grid, rounds, workers
 from ensemble.measure.cell import measure_limits, with_roofline
 from ensemble.models.workload import Workload
@@ -35,16 +35,8 @@ class Session:
     planned: int
     left: tuple[Case, ...]
     stopped: str  # empty where nothing stopped it
-    broken: bool = False  # a rank has ended
-
-    @property
-    def exit_code(self) -> int:
-        """What the session alone says; 0 where it came to its end, or to that of its minutes."""
-        return 130 if self.interrupted else int(self.broken)
-
-    @property
-    def interrupted(self) -> bool:
-        return self.stopped == INTERRUPTED
+    # What the session alone says: 0 where it came to its end, or to that of its minutes.
+    exit_code: int = 0
 
 
 def measure_all(
@@ -60,15 +52,15 @@ def measure_all(
     """Measure each case of the plan that `run` lacks, and save after each.
 
     `show_progress` is given how many rows there are to come, `measure` gives the rows (default: in
-    processes of their own, or where there are none here). Ctrl-C, the budget of minutes, or a rank
-    that ends, ends it with what is finished.
+    processes of their own, or where there are none here). Ctrl-C, SIGTERM, the budget of minutes,
+    or a rank that ends, ends it with what is finished.
     """
     cases = config.plan()
     missing = _missing(cases, run, config)
     if config.resume:
         say(f"Going on with {config.resume}: {len(missing)} of {len(cases)} rows are missing")
     minutes = config.max_minutes or float("inf")
-    deadline, stopped, broken = time.monotonic() + 60 * minutes, "", False
+    deadline, stopped, code = time.monotonic() + 60 * minutes, "", 0
     measure = measure or (_in_processes if config.processes else in_this_process)
     row = LOADED_ROW if config.scenario else workers.ROW
     try:
@@ -82,20 +74,13 @@ def measure_all(
                 if time.monotonic() > deadline:
                     stopped = f"{minutes:g} minutes are over"
                     break
-    except KeyboardInterrupt:
-        stopped = INTERRUPTED
+    except KeyboardInterrupt as error:
+        stopped, code = str(error) or INTERRUPTED, exit_code(error)
     except RankError as error:
-        stopped, broken = str(error), True
-    return _session(config, cases, run, stopped, broken=broken)
-
-
-def _session(
-    config: Config, cases: Sequence[Case], run: Run, stopped: str, *, broken: bool
-) -> Session:
-    """How it ended; minutes that were over when nothing was left have stopped nothing."""
+        stopped, code = str(error), 1
     left = _missing(cases, run, config)
-    stopped = stopped if stopped == INTERRUPTED or broken or left else ""
-    return Session(run, len(cases), left, stopped, broken)
+    # Minutes that were over when nothing was left have stopped nothing.
+    return Session(run, len(cases), left, stopped if code or left else "", code)
 
 
 def _with(run: Run, rows: Sequence[Result], order: Sequence[Case]) -> Run:

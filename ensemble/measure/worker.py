@@ -1,9 +1,9 @@
 """A worker process: this program started afresh, to measure one case, and to say one record.
 
-`python -m ensemble.measure.worker STRATEGY DEVICE` imports what it needs and says that it is ready;
-it then reads a job from its standard input, a line of JSON, and writes messages to its standard
-output, a line of JSON each: stages while it works, then the row, and the reference's half of its
-pairs.
+`main`, started by `workers.START` with PARENT STRATEGY DEVICE, imports what it needs and says that
+it is ready; it then reads a job from its standard input, a line of JSON, and writes messages to its
+standard output, a line of JSON each: stages while it works, then the row, and the reference's half
+of its pairs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 def main() -> None:
     """Measure the case of the job on standard input."""
     messages = _own_output()
-    _end_with_parent()
+    parent, *needed = sys.argv[1:]
+    _end_with_parent(int(parent))
 
     def say(message: dict[str, Any]) -> None:
         messages.write(json.dumps(message) + "\n")
@@ -42,7 +43,7 @@ def main() -> None:
         from ensemble.records import Result
         from ensemble.report.exports import row_of
 
-        _import_for(*sys.argv[1:])
+        _import_for(*needed)
     say({"stage": READY})
     line = sys.stdin.readline()
     if not line:  # the parent has ended, or given up
@@ -94,16 +95,15 @@ def _import_for(strategy: str, device: str) -> None:
 def _own_output() -> IO[str]:
     """Standard output for messages alone: what else prints there goes to standard error."""
     sys.stdout.flush()
-    messages = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return messages
 
 
-def _end_with_parent() -> None:
-    """Be killed when the parent ends, however that ends; Linux only."""
+def _end_with_parent(parent: int) -> None:
+    """Be killed when the parent ends, however that ends; Linux only. End now where it has ended
+    already."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()
+        if os.getppid() != parent:
+            sys.exit(1)

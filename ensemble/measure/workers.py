@@ -16,9 +16,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import ensemble
+from ensemble import files
+from ensemble.errors import InputError
 from ensemble.machine import memory
 from ensemble.measure.stages import Stage
 from ensemble.models.workload import Workload
@@ -26,7 +32,23 @@ from ensemble.options import Config
 from ensemble.records import Case, Result
 from ensemble.report.exports import result_of
 
-ROOT = Path(__file__).parents[2]
+PACKAGE = Path(ensemble.__file__)
+# The start of a worker: this package is imported from its own file, because `-m` and an entry of
+# PYTHONPATH would also import `copy.py` or `ensemble.py` of the user's working folder. Its folder
+# comes last, for processes that a worker starts in turn.
+START = """\
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+root, package = sys.argv[1:3]
+del sys.argv[1:3]
+if "ensemble" not in sys.modules:
+    spec = spec_from_file_location("ensemble", package)
+    sys.modules["ensemble"] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["ensemble"])
+if root not in sys.path:
+    sys.path.append(root)
+from ensemble.measure.worker import main; main()
+"""
 ROW = "ensemble.measure.row"
 # Workers that are started together. What they import differs, 1.8 to 2.8 s of one core: of two, one
 # waited for the other with its core idle.
@@ -39,6 +61,7 @@ class Job:
 
     config: Config
     shared: str  # the file of models and images
+    inherited: tuple[int, ...]  # its descriptor, where the file has no name
     device: str
     timeout_s: float
     row: str  # the module whose `measure` makes a row of a case
@@ -46,11 +69,38 @@ class Job:
 
 @contextmanager
 def jobs(config: Config, workload: Workload, *, row: str = ROW) -> Iterator[Job]:
-    """The job of a run: models and images in one file, which all workers map."""
-    with tempfile.TemporaryDirectory(prefix="resnet_vmap_") as folder:
-        path = os.path.join(folder, "workload.pt")
-        workload.save_shared(path, config.image_size)
-        yield Job(config, path, str(workload.device), 60 * config.timeout_minutes, row)
+    """The job of a run: models and images in one file, which all workers map. On Linux it has no
+    name: however this process ends, nothing is left.
+
+    Raises:
+        InputError: there is no room for the file.
+    """
+    device, timeout_s = str(workload.device), 60 * config.timeout_minutes
+    size = workload.shared_bytes(config.image_size)
+    with contextlib.ExitStack() as stack:
+        try:
+            if sys.platform == "linux":
+                free = memory.available_bytes(torch.device("cpu")) or inf
+                file = stack.enter_context(files.nameless(size, free_memory=free))
+                path, inherited = f"/proc/self/fd/{file.fileno()}", (file.fileno(),)
+            else:
+                folder = tempfile.TemporaryDirectory(prefix="resnet_vmap_")
+                path, inherited = os.path.join(stack.enter_context(folder), "workload.pt"), ()
+                file = stack.enter_context(open(path, "w+b"))
+            workload.save_shared(file, config.image_size)
+            file.flush()
+            if config.scenario and config.load_log is None:  # a worker that is killed leaves them
+                logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="resnet_vmap_"))
+                config = replace(config, load_log=logs)
+        except (OSError, RuntimeError) as error:  # torch's writer makes the latter of the former
+            with contextlib.suppress(OSError):  # what is left of it is not written either
+                stack.close()
+            raise InputError(
+                f"{size / 1e6:,.0f} MB for the models and images of the workers cannot be written"
+                f" to the temporary folder ({files.temporary_folder()}) or to memory:"
+                f" {files.reason(error)}; set TMPDIR to a folder with room, or use --processes 0"
+            ) from error
+        yield Job(config, path, inherited, device, timeout_s, row)
 
 
 class Worker:
@@ -58,15 +108,18 @@ class Worker:
 
     def __init__(self, job: Job, strategy: str) -> None:
         self._job = job
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by __exit__
+        self._errors = files.nameless()  # closed by __exit__
+        where = str(PACKAGE.parents[1]), str(PACKAGE)
         # In a session of its own: Ctrl-C reaches this process alone, which ends it.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ensemble.measure.worker", strategy, job.device],
+            [sys.executable, "-P", "-c", START, *where, str(os.getpid()), strategy, job.device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
-            env=os.environ | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"},
+            encoding="utf-8",
+            errors="replace",
+            pass_fds=job.inherited,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         self._messages = _read(self._process)
@@ -130,7 +183,8 @@ class Worker:
 
     def _failed(self, case: Case, cause: str) -> Result:
         self._errors.seek(0)
-        said = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        text = self._errors.read().decode(errors="replace")
+        said = [line.strip() for line in text.splitlines() if line.strip()]
         last = f"; it said last: {said[-1]}" if said else ""
         return Result(case, status="failed", error=f"{cause}{last}")
 
@@ -167,11 +221,6 @@ def measure(
                             picked=picked(case),
                             progress=partial(progress, case),
                         )
-
-
-def _python_path() -> str:
-    """Where this package lies comes first: the worker runs the same code."""
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def _read(process: subprocess.Popen[str]) -> queue.SimpleQueue[str]:

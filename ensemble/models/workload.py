@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from ensemble.models.stacking import stacked_state
 from ensemble.options import Config
 from ensemble.records import Environment
 
+# Of a file: what stands around each tensor, and the structure of the models.
+_PER_TENSOR_BYTES, _STRUCTURE_BYTES = 1024, 2**20
 IMAGES_UNDER_LOAD = 16  # different ones that requests may ask for
 
 
@@ -29,14 +32,21 @@ class Workload:
     weights: str  # where they come from, in a few words
     images: Callable[[int], Tensor]  # px -> (count, 3, px, px), float32 on the device
 
-    def save_shared(self, path: str, image_sizes: Sequence[int]) -> None:
+    def save_shared(self, file: str | BinaryIO, image_sizes: Sequence[int]) -> None:
         """Write models and images to a file that other processes map: see `load_shared`."""
         content = {
             "skeleton": stacking.skeleton(self.models[0]),
             "state": {name: stack.cpu() for name, stack in stacked_state(self.models).items()},
             "images": {px: self.images(px).cpu() for px in image_sizes},
         }
-        torch.save(content, path)
+        torch.save(content, file)
+
+    def shared_bytes(self, image_sizes: Sequence[int]) -> int:
+        """At most so much is what `save_shared` writes."""
+        images = sum(self.images(px).nbytes for px in image_sizes)
+        tensors = len(stacking.named_tensors(self.models[0])) + len(image_sizes)
+        weights = sum(map(stacking.weight_bytes, self.models))
+        return weights + images + tensors * _PER_TENSOR_BYTES + _STRUCTURE_BYTES
 
     def see(self, image: Tensor, count: int) -> list[Tensor]:
         """The logits of one image `(1, 3, H, W)` by each of the first models, `(classes,)` each."""

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ensemble
 import resnet_vmap
+from ensemble.errors import InputError
 from ensemble.measure import rounds, session, workers
 from ensemble.measure.workers import Job
 from ensemble.models.workload import Workload
@@ -356,19 +357,33 @@ def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resume
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_workers_within_a_second_and_keeps_what_is_finished(tmp_path: Path) -> None:
-    code = (
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [
+        (signal.SIGINT, 130, "interrupted: "),
+        (signal.SIGTERM, 143, "stopped by SIGTERM: "),
+        (signal.SIGHUP, 129, "stopped by SIGHUP: "),
+        (signal.SIGKILL, -9, ""),
+    ],
+)
+def test_a_signal_ends_all_workers_within_a_second_and_keeps_what_is_finished(
+    number: signal.Signals, code: int, says: str, tmp_path: Path
+) -> None:
+    """And nothing is left in the temporary folder."""
+    program = (
         "import signal, sys, resnet_vmap\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "sys.exit(resnet_vmap.main(sys.argv[1:]))"
     )
     target = tmp_path / "run.json"
     argv = ["--image_size", "32", "--strategies", "vmap", "hang", "--export_json", str(target)]
     argv += ["--min_pairs", "6", "--min_seconds", "0", "--image_path", str(ROOT / "kitten.jpg")]
     environment = os.environ | {"TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
-    environment["https_proxy"] = "http://127.0.0.1:9"
+    (tmp_path / "scratch").mkdir()
+    environment |= {"https_proxy": "http://127.0.0.1:9", "TMPDIR": str(tmp_path / "scratch")}
     with subprocess.Popen(
-        [sys.executable, "-c", code, *argv],
+        [sys.executable, "-c", program, *argv],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
@@ -381,7 +396,7 @@ def test_ctrl_c_ends_all_workers_within_a_second_and_keeps_what_is_finished(tmp_
                 if line.startswith("hang, 2 models, process 1: build"):
                     break
             workers = children(process.pid)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             begin = time.monotonic()
             while time.monotonic() < begin + 10 and any(map(is_there, workers)):
                 time.sleep(0.01)
@@ -389,9 +404,10 @@ def test_ctrl_c_ends_all_workers_within_a_second_and_keeps_what_is_finished(tmp_
             _, err = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == 130
-    assert took < 1.0
-    assert "interrupted: " in err
+    assert process.returncode == code
+    assert took < (10.0 if number == signal.SIGKILL else 1.0)  # init waits for those of the dead
+    assert says in err
+    assert list((tmp_path / "scratch").iterdir()) == []
     (row,) = exports.read(str(target), argument="").results
     assert (row.case.strategy, row.status) == ("vmap", "ok")
     assert workers
@@ -405,6 +421,77 @@ def children(pid: int) -> list[int]:
 
 def is_there(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
+
+
+def test_files_of_the_working_folder_are_not_run_by_a_worker(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ensemble", "copy", "random", "models", "torch"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / "__init__.py").write_text("raise SystemExit('of the user')")
+    monkeypatch.chdir(tmp_path / "work")
+    rows, _ = measured(QUICK, workload, "vmap")
+    assert rows["vmap"].status == "ok", rows["vmap"].error
+
+
+def test_a_worker_imports_the_package_of_its_parent_and_nothing_beside_it_first(
+    tmp_path: Path,
+) -> None:
+    """The folder that the package lies in, site-packages say, comes after the standard library."""
+    other = tmp_path / "ensemble.py"
+    other.write_text("raise SystemExit('another package of that name')")
+    show = "import ensemble, sys; print(ensemble.__file__, sys.path[-1]); "
+    start = workers.START.replace("from ensemble.measure.worker import main; main()", show)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start, str(ROOT), str(workers.PACKAGE)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [str(workers.PACKAGE), str(ROOT)], done.stderr
+
+
+def test_a_worker_whose_parent_has_ended_before_it_could_tell_ends(workload: Workload) -> None:
+    """Its number is another process's, as after the parent's end."""
+    start = [sys.executable, "-P", "-c", workers.START, str(ROOT), str(workers.PACKAGE)]
+    done = subprocess.run([*start, "1", "loop", "cpu"], stdin=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1
+
+
+def test_without_room_in_the_temporary_folder_the_shared_file_lies_in_memory(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", nowhere)
+    rows, _ = measured(QUICK, workload, "vmap")
+    assert rows["vmap"].status == "ok", rows["vmap"].error
+
+
+def test_without_room_anywhere_the_place_and_the_way_out_are_said(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/full")
+    message = r"MB .* \(/full\) or to memory: No space left on device; set TMPDIR"
+    with pytest.raises(InputError, match=message), workers.jobs(QUICK, workload):
+        pass
+
+
+def test_a_file_that_no_longer_fits_while_it_is_written_is_said_too(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's writer makes a RuntimeError of its own of what the system said."""
+    file = Path("/dev/full").open("wb")  # noqa: SIM115  # closed by what it is given to
+    monkeypatch.setattr("ensemble.files.nameless", lambda *_, **__: file)
+    with pytest.raises(InputError, match="No space left on device"), workers.jobs(QUICK, workload):
+        pass
 
 
 def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload) -> None:

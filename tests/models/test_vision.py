@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.measure.workers import ROOT
+import resnet_vmap
 
+ROOT = Path(resnet_vmap.__file__).parent
 SERVES = """
 import sys
 import torch

@@ -1,0 +1,38 @@
+"""SIGTERM and SIGHUP end the program as Ctrl-C does: what is finished is kept. Imports no torch."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ensemble.errors import Stopped
+
+# Of a scheduler or `docker stop`, and of a terminal that was closed. Windows has no SIGHUP.
+STOPPING = ("SIGTERM", "SIGHUP")
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Raise `Stopped` in the main thread at the first such signal; later ones change nothing, so
+    that a cleanup is not cut short. One that was ignored before (`nohup`) stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for other in taken:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
