@@ -9,15 +9,13 @@ is measured in ensemble/measure/row.py, its speedup is computed in ensemble/reco
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ensemble import command_line, garbage
 from ensemble.errors import InputError, exit_code
-from ensemble.machine import launch, signals
+from ensemble.machine import launch, signals, streams
 from ensemble.options import Config
 from ensemble.records import Environment, Run
 from ensemble.report import exports, resuming, show
@@ -29,17 +27,14 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn what went wrong into an exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter of the table
+    streams.prepare()
     try:
         if launch.is_launched():
             from ensemble.distributed import program
 
             return program.main(argv, run)
-        with signals.stop_on_signals():
-            code = run(command_line.parse(argv))
-            sys.stdout.flush()
-            return code
+        with signals.stop_on_signals(), streams.written():
+            return run(command_line.parse(argv))
     except InputError as error:
         print(f"error: {command_line.in_flags(error)}", file=sys.stderr)
         return 2
@@ -47,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(str(error) or "interrupted", file=sys.stderr)
         return exit_code(error)
     except BrokenPipeError:  # `| head`: who reads the output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard()
         return 1
 
 
@@ -105,9 +100,10 @@ def serve(
 
 def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -> int:
     """Show a run, save it, and say by the exit code how it went."""
-    files.finish(done)
-    show.show(done, verbose=config.verbose)
-    slower = show.compare(done, baseline, config.fail_above)
+    files.finish(done)  # first: nothing that fails while it is shown may cost it
+    with streams.written():
+        show.show(done, verbose=config.verbose)
+        slower = show.compare(done, baseline, config.fail_above)
     files.check()
     return int(slower or show.has_failed(config, done))
 

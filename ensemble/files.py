@@ -40,7 +40,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # Bytes of a file's name that are no UTF-8 are surrogates in a text: escaped.
+            if isinstance(content, str):
+                content = content.encode(errors="backslashreplace")
+            file.write(content)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:

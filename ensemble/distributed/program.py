@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ensemble import command_line
 from ensemble.distributed import faults, follow, lead
 from ensemble.errors import InputError, RankError
-from ensemble.machine import launch
+from ensemble.machine import launch, streams
 
 
 def main(argv: Sequence[str] | None, run: Callable[..., int]) -> int:
@@ -23,9 +23,8 @@ def main(argv: Sequence[str] | None, run: Callable[..., int]) -> int:
         config = command_line.parse(argv)
         if launch.rank() > 0:
             return follow.follow(config)
-        code = run(config, lead.load, lead.measure)
-        sys.stdout.flush()
-        return code
+        with streams.written():
+            return run(config, lead.load, lead.measure)
     except InputError as error:
         faults.tell(command_line.in_flags(error))
         return 2

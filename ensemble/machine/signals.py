@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ensemble.errors import Stopped
+from ensemble.machine import streams
 
 # Of a scheduler or `docker stop`, and of a terminal that was closed. Windows has no SIGHUP.
 STOPPING = ("SIGTERM", "SIGHUP")
@@ -27,6 +28,7 @@ def stop_on_signals() -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
         for other in taken:
             signal.signal(other, signal.SIG_IGN)
+        streams.leave_terminal()
         raise Stopped(number)
 
     for number in taken:

@@ -157,7 +157,7 @@ def read(path: str, *, argument: str) -> Run:
     """
     try:
         first_bytes(path, kind="a result file")
-        return from_json(Path(path).read_text())
+        return from_json(Path(path).read_text(encoding="utf-8"))
     except InputError as error:
         raise InputError(str(error), argument=argument) from error
     except UnicodeDecodeError as error:
@@ -252,11 +252,20 @@ def _check_times(result: Result) -> None:
 
 
 def _to_cell(value: Any) -> str:
-    """Text as it is, unless it would be read back as something else (the version "3.11")."""
+    """Text as it is, unless it would be read back as something else: the version "3.11", or bytes
+    of a file's name that are no UTF-8."""
     if value is None:
         return ""
-    plain_text = isinstance(value, str) and _from_cell(value) == value
+    plain_text = isinstance(value, str) and _from_cell(value) == value and _is_utf8(value)
     return value if plain_text else json.dumps(value)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_cell(cell: str) -> Any:

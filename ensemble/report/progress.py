@@ -45,7 +45,12 @@ def _lines(rows: int) -> Iterator[Update]:
         nonlocal last
         line = f"{what}: {stage}"
         if line != last:
-            print(line, file=sys.stderr, flush=True)
             last = line
+            try:
+                print(line, file=sys.stderr, flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError:  # a full disk, a terminal that is gone: no reason to measure no further
+                return
 
     yield update

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ensemble.errors import InputError
+from ensemble.files import reason
 from ensemble.options import Config, grid_path
 from ensemble.records import Case, Environment, Run
 from ensemble.report import comparison, exports
@@ -88,10 +89,10 @@ class Files:
     """
 
     def __init__(self, config: Config) -> None:
-        self._config, self._problem = config, ""
+        self._config, self._problems = config, dict[str, str]()
 
     def save(self, run: Run) -> None:
-        """Write the run in each format that has a path, unless an earlier try has failed."""
+        """Write the run in each format that has a path, unless an earlier try of it has failed."""
         self._try({f"export_{form}": form for form in exports.FORMATS}, run)
 
     def finish(self, run: Run) -> None:
@@ -102,21 +103,21 @@ class Files:
 
     def check(self) -> None:
         """Raise InputError where a file could not be written."""
-        if self._problem:
-            raise InputError(self._problem)
+        if self._problems:
+            raise InputError("; ".join(self._problems.values()))
 
     def _try(self, forms: dict[str, str], run: Run) -> None:
         for name, form in forms.items():
             path = getattr(self._config, name)
-            if path is None or self._problem:
+            if path is None or name in self._problems:
                 continue
             try:
                 if form:
                     exports.save(run, {form: path})
                 else:
                     _draw(run, path)
-            except OSError as error:
-                self._problem = f"{path} cannot be written: {error.strerror or error}"
+            except Exception as error:
+                self._problems[name] = f"{path} cannot be written: {reason(error)}"
 
 
 def _draw(run: Run, path: str) -> None:
