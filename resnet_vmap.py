@@ -103,9 +103,9 @@ def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -
     files.finish(done)  # first: nothing that fails while it is shown may cost it
     with streams.written():
         show.show(done, verbose=config.verbose)
-        slower = show.compare(done, baseline, config.fail_above)
+        gate = show.compare(config, done, baseline)
     files.check()
-    return int(slower or show.has_failed(config, done))
+    return 1 if show.has_failed(config, done) else gate
 
 
 def command() -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +22,7 @@ from ensemble.options import (
     LOAD,
     OUTPUTS,
     Config,
-    grid_path,
+    outputs,
 )
 from ensemble.strategies import HYBRIDS, STRATEGIES
 
@@ -29,7 +30,7 @@ CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 PICTURE_SUFFIXES = {".png", ".svg"}
 # Flags whose name is another than that of the argument which the library knows them by.
 FLAGS = {"paths": "model_path"}
-BESIDE_FROM_JSON = {*OUTPUTS, "from_json", "baseline", "fail_above", "verbose"}
+BESIDE_FROM_JSON = {*OUTPUTS, "overwrite", "from_json", "baseline", "fail_above", "verbose"}
 
 
 def in_flags(error: InputError) -> str:
@@ -61,6 +62,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = get_close_matches(str(value), choices, n=1)
+            help = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} ({help})")
+
+    def parse_args(self, *arguments: Any) -> Any:  # type: ignore[override]
+        options, unknown = self.parse_known_args(*arguments)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+            help = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{help}")
+        return options
+
 
 def make_parser() -> Parser:
     """The parser of all flags, made of the fields of `Config`."""
@@ -68,8 +85,11 @@ def make_parser() -> Parser:
         prog="resnet_vmap.py",
         usage="%(prog)s [--FLAG [VALUE ...]] ...",
         description="Run N ResNets by a Python loop and by other strategies, check that all compute"
-        " the same logits, and say which is fastest here, by how much and how surely. On several"
-        " devices: torchrun --nproc_per_node 2 resnet_vmap.py",
+        " the same logits, and say which is fastest here. On several devices: torchrun"
+        " --nproc_per_node 2 resnet_vmap.py",
+        epilog="Exit codes: 0 all ran and agreed; 1 a strategy failed, disagrees, or is slower than"
+        " --fail_above allows; 2 bad input or output; 3 --fail_above could not judge every row;"
+        " 130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -104,7 +124,19 @@ def parse(argv: Sequence[str] | None) -> Config:
         config = replace(config, export_json=config.resume)  # it goes on in its own file
     if launch.rank() == 0:
         check_paths(config)
+        warn_of_threads(config)
     return config
+
+
+def warn_of_threads(config: Config) -> None:
+    """Say on stderr that more threads than cores are asked for: they wait for each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if config.threads and cores and config.threads > cores:
+        print(
+            f"Warning: --threads {config.threads}: more than the cores here ({cores}); threads that"
+            " wait for a core slow the strategies down, unequally so",
+            file=sys.stderr,
+        )
 
 
 def _filled_in(options: dict[str, Any]) -> dict[str, Any]:
@@ -209,11 +241,6 @@ def check_paths(config: Config) -> None:
             if name != "export_json" or written != config.resume:
                 _check_output(name, written, taken)
             taken[os.path.realpath(written)] = f"--{name} {path}"
-
-
-def outputs(name: str, path: str) -> tuple[str, ...]:
-    """The files that an output option writes: a plot of a grid has a second one."""
-    return (path, str(grid_path(path))) if name == "plot" else (path,)
 
 
 def _check_output(name: str, path: str, taken: dict[str, str]) -> None:

@@ -69,8 +69,7 @@ class Config:
 
     num_models: tuple[int, ...] = flag(
         SERVE,
-        "how many models; several values are measured one after another"
-        f" (default: one per file, else {DEFAULT_NUM_MODELS})",
+        f"how many models; several: a grid (default: one per file, else {DEFAULT_NUM_MODELS})",
         type=positive,
         nargs="+",
         metavar="N",
@@ -116,13 +115,13 @@ class Config:
     )
     device: str = flag(
         RUN,
-        "auto (an accelerator if there is one), cpu, cuda, cuda:1, xpu, mps",
+        "auto (an accelerator or cpu), cpu, cuda:1, xpu, mps",
         default="auto",
         metavar="NAME",
     )
     dtype: tuple[str, ...] = flag(
         RUN,
-        "of weights and inputs: float32, bfloat16, float16; the reference stays in float32",
+        "float32, bfloat16, float16; the reference: float32",
         choices=("float32", "bfloat16", "float16"),
         nargs="+",
         default=["float32"],
@@ -172,14 +171,14 @@ class Config:
     )
     processes: int = flag(
         MEASURE,
-        "fresh processes per row, at most; 0: this one, for a debugger or a profiler",
+        "fresh ones per row, at most; 0: this one, for a debugger",
         type=not_negative,
         default=4,
         metavar="P",
     )
     precision: float = flag(
         MEASURE,
-        "more than three processes only where half of the interval is wider than this",
+        "add processes beyond 3 until half of the interval is below this",
         type=percent,
         default=5.0,
         metavar="PERCENT",
@@ -268,9 +267,10 @@ class Config:
         " latency against the offered rate",
         metavar="PATH",
     )
+    overwrite: bool = switch(SHOW, "replace files that this program did not write, too")
     from_json: str | None = flag(
         SHOW,
-        "measure nothing: show, export, draw or compare the run of an --export_json file",
+        "measure nothing: show, export, draw or compare an --export_json file",
         metavar="PATH",
     )
     baseline: str | None = flag(
@@ -278,7 +278,7 @@ class Config:
     )
     fail_above: float | None = flag(
         SHOW,
-        "exit code 1 where a strategy is surely slower than in --baseline by more than this",
+        "exit code 1: some row is surely slower than in --baseline by more; 3: not all judged",
         type=percent,
         metavar="PERCENT",
     )
@@ -305,6 +305,11 @@ class Config:
 
 
 OUTPUTS = (*(field.name for field in fields(Config) if field.name.startswith("export_")), "plot")
+
+
+def outputs(name: str, path: str) -> tuple[str, ...]:
+    """The files that an output option writes: a plot of a grid has a second one."""
+    return (path, str(grid_path(path))) if name == "plot" else (path,)
 
 
 def grid_path(path: str) -> Path:

@@ -21,7 +21,7 @@ from ensemble.models.vision import torchvision
 from ensemble.records import Case, Run
 from ensemble.report import exports, show
 from ensemble.strategies import STRATEGIES
-from tests.made import VMAP, changed
+from tests.made import CONFIG, ENVIRONMENT, LOOP, VMAP, changed
 
 ROOT = Path(resnet_vmap.__file__).parent
 KITTEN = str(ROOT / "kitten.jpg")
@@ -184,7 +184,9 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--strategies", "magic"], "argument --strategies: invalid choice: 'magic'"),
         (["--model_path", "a", "b", "--num_models", "3"], "--num_models: expected 2, one per file"),
+        (["--strategies", "vmpa"], "invalid choice: 'vmpa' (did you mean vmap?)"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--num_model", "3"], "unrecognized arguments: --num_model 3; did you mean --num_models?"),
         (["--num", "3"], "unrecognized arguments: --num 3"),
         (["--device", "tpu"], "--device: expected a device that is available here (cpu"),
         (["--arch", "resnet19"], "found 'resnet19'"),
@@ -238,11 +240,34 @@ def test_a_bad_checkpoint_leaves_the_output_of_an_earlier_run_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     earlier, bad = tmp_path / "run.json", tmp_path / "bad.pth"
-    earlier.write_text("earlier")
+    exports.save(Run(ENVIRONMENT, {}, (VMAP,)), {"json": str(earlier)})
+    content = earlier.read_bytes()
     bad.write_text("<!DOCTYPE html>")
     argv = ["--image_path", KITTEN, "--model_path", str(bad), "--export_json", str(earlier)]
     assert "found an HTML page" in error_of(capsys, *argv)
-    assert earlier.read_text() == "earlier"
+    assert earlier.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["export_json", "export_csv", "export_markdown", "plot"])
+def test_only_a_file_of_the_same_kind_is_replaced_unless_it_is_asked_for(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, target = tmp_path / "run.json", tmp_path / "target.png"
+    exports.save(Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP)), {"json": str(saved)})
+    argv = ["--from_json", str(saved), f"--{name}", str(target)]
+    for content in ('{"name": "of another program"}', "# notes", "strategy\nnone"):
+        target.write_text(content)
+        assert resnet_vmap.main(argv) == 2
+        message = f"error: --{name}: expected a new file or an earlier one of this kind, found anot"
+        assert capsys.readouterr().err.startswith(message)
+        assert target.read_text() == content
+    assert resnet_vmap.main([*argv, "--overwrite"]) == 0
+    own = target.read_bytes()
+    assert resnet_vmap.main(argv) == 0
+    assert target.read_bytes() == own
+    target.write_text("")  # as mktemp makes it
+    assert resnet_vmap.main(argv) == 0
+    assert target.read_bytes() == own
 
 
 def test_more_views_than_memory_holds_are_refused(
@@ -333,6 +358,16 @@ def test_help_and_usage_errors_answer_without_importing_torch(argv: list[str]) -
     )
     done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True)
     assert done.returncode == 0
+
+
+def test_more_threads_than_cores_are_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    parse(["--threads", "2"])
+    assert capsys.readouterr().err == ""
+    parse(["--threads", "99"])
+    assert capsys.readouterr().err.startswith("Warning: --threads 99: more than the cores here (2)")
 
 
 def test_help_is_a_screen_and_a_half_and_says_each_default_once(
@@ -547,6 +582,11 @@ def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
     assert "surely slower" in capsys.readouterr().out
     assert resnet_vmap.main([*argv, "--fail_above", "10"]) == 1
     assert resnet_vmap.main([*argv, "--fail_above", "5000"]) == 0
+    busy = with_steady_times(run, 0.1)
+    rows = [changed(row, others_cpu_share=1.01) for row in busy.results]
+    exports.save(replace(busy, results=tuple(rows)), {"json": str(new)})
+    assert resnet_vmap.main([*argv, "--fail_above", "10"]) == 3  # neither passed nor failed
+    assert "Not judged by --fail_above 10: vmap, 1 model" in capsys.readouterr().out
     loop_alone = replace(run, results=run.results[:1])
     exports.save(loop_alone, {"json": str(old)})
     assert resnet_vmap.main(argv) == 0

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import socket
+import tempfile
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -12,6 +13,7 @@ from urllib.parse import urlparse
 import torch
 
 from ensemble.errors import InputError, first_line
+from ensemble.files import reason
 from ensemble.models import checkpoints
 from ensemble.models.checkpoints import State
 from ensemble.models.vision import torchvision
@@ -38,11 +40,35 @@ def download(arch: str) -> State:
         URLError: the server cannot be reached within `DOWNLOAD_TIMEOUT_S`, or does not have it.
         InputError: what came, or what lies in the cache, is not the file that was expected.
     """
-    url = published_url(arch)
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / published_name(arch)
-    if not cached.exists():
-        _fetch(url, cached)
-    return checkpoints.read(cached)
+    url, name = published_url(arch), published_name(arch)
+    cached = _cache(name)
+    if cached is not None:
+        if not cached.exists():
+            _fetch(url, cached)
+        return checkpoints.read(cached)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="resnet_vmap_")
+    except OSError as error:
+        raise URLError(f"no folder to download to: {reason(error)}") from error
+    with folder as path:
+        _fetch(url, Path(path) / name)
+        return checkpoints.read(Path(path) / name)
+
+
+def _cache(name: str) -> Path | None:
+    """Where torch.hub keeps a file of this name; None where it cannot keep any: a home that is a
+    file, is missing or cannot be written, or that nobody knows of."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if str(folder).startswith("~"):  # expanduser found no home
+        return None
+    try:
+        if (folder / name).exists():
+            return folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return None
+    return folder / name
 
 
 def _fetch(url: str, target: Path) -> None:
@@ -54,7 +80,10 @@ def _fetch(url: str, target: Path) -> None:
     except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
         raise URLError(getattr(error, "reason", None) or str(error)) from error
     except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise InputError(
+            f"{target}: cannot be written: {reason(error)}; set TORCH_HOME to a folder that can,"
+            " or name a file by --model_path"
+        ) from error
     except RuntimeError as error:  # another hash
         raise InputError(f"{url}: {first_line(error)}") from error
 

@@ -1,13 +1,13 @@
 """A run beside an earlier one, row by row: is a strategy surely slower than it was? No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from ensemble.errors import InputError
-from ensemble.records import Environment, Process, Result, Run
+from ensemble.records import Case, Environment, Process, Result, Run
 from ensemble.report.words import case_name
 from ensemble.statistics import (
     CONFIDENCE,
@@ -27,6 +27,9 @@ SETTINGS = (
 # As above, of the configuration.
 OPTIONS = ("arch", "warmup", "min_seconds", "min_pairs", "seed", "reduce")
 BEFORE = {"reduce": "none"}  # of files that are older than the option
+# Which of its modes a run meets how often is chance, and no difference of the code: such a row's
+# interval is that between the processes that differ least and most.
+TWO_MODES, TOO_FEW = "two modes", "too few pairs"
 PLACE = ("batch", "px", "dtype")  # what a case is told by, beside its strategy and N
 
 
@@ -47,13 +50,17 @@ class Comparison:
     def surely_slower(self, percent: float) -> bool:
         """Is the whole interval above `percent` more?
 
-        Not judged are the reference by itself, a row of which one of the runs claims nothing, and
-        one of two modes: which of them a run meets how often is chance, and no difference of the
-        code.
+        A machine that is busy or noisy widens the interval, and excuses no slowdown beyond it. The
+        reference is never judged by itself.
         """
-        if self.row.case.is_reference or self.not_judged or self.interval is None:
+        if self.row.case.is_reference or self.interval is None:
             return False
         return self.interval[0] > 1 + percent / 100
+
+    def passes(self, percent: float) -> bool:
+        """Is it known to be no slower than allowed? False too where that cannot be judged."""
+        judged = self.not_judged is None and self.interval is not None
+        return judged and not self.surely_slower(percent)
 
 
 def compare(new: Run, old: Run) -> list[Comparison]:
@@ -128,20 +135,56 @@ def ratio_interval(
     return percentile_interval(above / below, confidence)
 
 
-def render(comparisons: Sequence[Comparison], new: Run, old: Run) -> str:
+def not_judged(
+    comparisons: Sequence[Comparison],
+    new: Run,
+    old: Run,
+    percent: float,
+    asked: Collection[Case] = (),
+) -> list[str]:
+    """The cases that a gate at `percent` can say nothing of, with the reason: timed in one of the
+    runs alone, or not surely enough. `asked` are those of the new run beside its rows."""
+    compared = {comparison.row.case for comparison in comparisons}
+    wanted = {row.case for row in new.results}.union(asked)
+    found = {
+        comparison.row.case: comparison.not_judged or TOO_FEW
+        for comparison in comparisons
+        if not comparison.passes(percent) and not comparison.surely_slower(percent)
+    }
+    for run, reason in ((new, "not in the baseline"), (old, "not timed now")):
+        timed = {row.case for row in run.results if row.times_s and row.case in wanted}
+        found |= dict.fromkeys(sorted(timed - compared, key=str), reason)
+    return [
+        f"{case_name(case, PLACE)} ({reason})"
+        for case, reason in found.items()
+        if not case.is_reference
+    ]
+
+
+def render(
+    comparisons: Sequence[Comparison],
+    new: Run,
+    old: Run,
+    fail_above: float | None = None,
+    asked: Collection[Case] = (),
+) -> str:
     """What to print of a comparison: a line a row, and what differs between the runs."""
     lines = [
         f"Baseline of {old.environment.date}, commit {old.environment.git_commit}; in brackets"
         f" {CONFIDENCE:.0%} intervals that hold for all rows together:"
     ]
     lines += [f"  differs in {difference}" for difference in differences(new, old)]
-    lines += [f"  {_sentence(comparison)}" for comparison in comparisons]
+    lines += [f"  {_sentence(comparison, fail_above)}" for comparison in comparisons]
     missing = {row.case for row in new.results} - {
         comparison.row.case for comparison in comparisons
     }
     if missing:
         names = "; ".join(case_name(case, PLACE) for case in sorted(missing, key=str))
         lines.append(f"  without times in both runs, not compared: {names}")
+    if fail_above is not None:
+        open_cases = not_judged(comparisons, new, old, fail_above, asked)
+        reasons = "; ".join(open_cases)
+        lines += [f"Not judged by --fail_above {fail_above:g}: {reasons}"] if open_cases else []
     return "\n".join(lines) + "\n"
 
 
@@ -154,11 +197,14 @@ def _compare(row: Result, old: Result, confidence: float) -> Comparison:
         medians, before = _times(row.processes[0]), _times(old.processes[0])
         interval = ratio_interval(medians, before, confidence)
     ratio = float(np.median(medians) / np.median(before))
-    return Comparison(row, ratio, interval, _not_judged(row) or _not_judged(old))
+    why_not = _not_judged(row) or _not_judged(old)
+    if why_not == TWO_MODES:
+        interval = min(medians) / max(before), max(medians) / min(before)
+    return Comparison(row, ratio, interval, why_not)
 
 
 def _not_judged(row: Result) -> str | None:
-    return row.inconclusive or ("two modes" if len(modes(_medians(row))) > 1 else None)
+    return row.inconclusive or (TWO_MODES if len(modes(_medians(row))) > 1 else None)
 
 
 def _medians(row: Result) -> list[float]:
@@ -172,7 +218,7 @@ def _times(process: Process) -> list[float]:
     return [time / other for time, other in pairs] or list(process.times_s)
 
 
-def _sentence(comparison: Comparison) -> str:
+def _sentence(comparison: Comparison, fail_above: float | None) -> str:
     row, interval = comparison.row, comparison.interval
     name = case_name(row.case, PLACE)
     measure = "time per call" if row.case.is_reference else "time per call / that of the loop"
@@ -182,7 +228,10 @@ def _sentence(comparison: Comparison) -> str:
         )
     low, high = interval
     verdict = "no sure difference"
-    if comparison.not_judged:
+    if fail_above is not None and comparison.surely_slower(fail_above):
+        but = f", although {comparison.not_judged}" if comparison.not_judged else ""
+        verdict = f"surely slower{but}"
+    elif comparison.not_judged:
         verdict = f"{comparison.not_judged}, not judged"
     elif low > 1 or high < 1:
         verdict = "surely slower" if low > 1 else "surely faster"

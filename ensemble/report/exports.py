@@ -22,6 +22,7 @@ Record = TypeVar("Record", Case, Environment, Load, LoadRun, Process, Result)
 
 SCHEMA, READ_SCHEMAS = 2, (1, 2)
 DETAILS = "```json\n"  # begins the data in a Markdown file
+_HEAD_BYTES = 4096
 # Over all processes, for readers.
 _OF_PROCESSES = tuple(field.name for field in fields(Process) if field.name != "load")
 _OF_LOAD = ("scenario", "held_qps")
@@ -177,6 +178,30 @@ def save(run: Run, paths: Mapping[str, str | None]) -> None:
     for form, path in paths.items():
         if path is not None:
             write_atomically(Path(path), FORMATS[form](run))
+
+
+def is_own(form: str, path: Path) -> bool:
+    """Is the file at `path` one that this program wrote in that format, or empty? It may be
+    replaced: a file of the user's, named by mistake, may not.
+
+    Of a picture that is what its library writes about itself.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+        if not head:
+            return True
+        if form == "plot":
+            return b"Matplotlib" in head
+        if form == "csv":
+            return head.startswith(",".join(_ROW[:4]).encode())
+        text = (head + file.read()).decode(errors="replace")
+    if form == "markdown":
+        return f"{DETAILS}{{" in text
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(document, dict) and {"schema", "environment", "results"} <= document.keys()
 
 
 FORMATS = {"json": to_json, "csv": to_csv, "markdown": to_markdown}

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from ensemble.errors import InputError
 from ensemble.files import reason
-from ensemble.options import Config, grid_path
+from ensemble.options import OUTPUTS, Config, grid_path, outputs
 from ensemble.records import Case, Environment, Run
 from ensemble.report import comparison, exports
 from ensemble.report.page import is_under_load, page_of
 from ensemble.report.table import render_strategies
 from ensemble.report.words import case_name, varying_fields
 from ensemble.strategies import HYBRIDS, STRATEGIES
+
+NOT_JUDGED = 3  # the exit code of a gate that could not do its work: neither passed nor failed
 
 
 def show(run: Run, *, verbose: bool) -> None:
@@ -46,13 +48,20 @@ def list_strategies() -> None:
     print(render_strategies({**STRATEGIES, **HYBRIDS}), end="")
 
 
-def compare(run: Run, baseline: Run | None, fail_above: float | None) -> bool:
-    """Print a run beside its baseline; is a strategy surely slower than is allowed?"""
+def compare(config: Config, run: Run, baseline: Run | None) -> int:
+    """Print a run beside its baseline; the exit code: 1 where a strategy is surely slower than is
+    allowed, `NOT_JUDGED` where none is but that cannot be said of all."""
     if baseline is None:
-        return False
-    compared = comparison.compare(run, baseline)
-    print(comparison.render(compared, run, baseline), end="")
-    return fail_above is not None and any(row.surely_slower(fail_above) for row in compared)
+        return 0
+    compared, fail_above = comparison.compare(run, baseline), config.fail_above
+    asked = () if config.from_json else config.plan()
+    print(comparison.render(compared, run, baseline, fail_above, asked), end="")
+    if fail_above is None:
+        return 0
+    if any(row.surely_slower(fail_above) for row in compared):
+        return 1
+    open_cases = comparison.not_judged(compared, run, baseline, fail_above, asked)
+    return NOT_JUDGED if open_cases else 0
 
 
 def check_baseline(
@@ -86,10 +95,16 @@ class Files:
     """The files that were asked for, written whole after each row and at the end.
 
     One that cannot be written costs no result: it is said after these are shown.
+
+    Raises:
+        InputError: at a path lies another file than one of these.
     """
 
     def __init__(self, config: Config) -> None:
         self._config, self._problems = config, dict[str, str]()
+        if not config.overwrite:
+            for name in OUTPUTS:
+                _check_own(name, getattr(config, name))
 
     def save(self, run: Run) -> None:
         """Write the run in each format that has a path, unless an earlier try of it has failed."""
@@ -118,6 +133,22 @@ class Files:
                     _draw(run, path)
             except Exception as error:
                 self._problems[name] = f"{path} cannot be written: {reason(error)}"
+
+
+def _check_own(name: str, path: str | None) -> None:
+    for written in () if path is None else outputs(name, path):
+        try:
+            own = not Path(written).exists() or exports.is_own(
+                name.removeprefix("export_"), Path(written)
+            )
+        except OSError:  # one that cannot be read, of somebody else
+            own = False
+        if not own:
+            raise InputError(
+                f"expected a new file or an earlier one of this kind, found another at {written};"
+                " --overwrite replaces it",
+                argument=name,
+            )
 
 
 def _draw(run: Run, path: str) -> None:

@@ -183,10 +183,35 @@ def test_a_server_that_does_not_speak_http_cannot_be_reached(
     thread.join()
 
 
-def test_a_cache_that_cannot_be_written_is_named(serve: Serve, cache: Path) -> None:
+@pytest.mark.parametrize("home", ["a file", "missing", "unknown", "too long"])
+def test_without_a_cache_that_can_be_written_the_download_is_not_kept(
+    home: str, serve: Serve, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, body = checkpoint()
+    url = serve(body)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    folders = {"a file": str(tmp_path / "file"), "missing": "/proc/1/none", "unknown": "~/.cache"}
+    monkeypatch.setattr("torch.hub.get_dir", lambda: folders.get(home, "x" * 300))
+    assert_same(pretrained.download("resnet18"), state)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "scratch"]
+    serve(b"gone", digits=url.rpartition("-")[2].partition(".")[0], status=404)
+    with pytest.raises(URLError, match="Not Found"):  # random weights, in a run
+        pretrained.download("resnet18")
+
+
+def test_a_cache_on_a_full_disk_names_what_helps(
+    serve: Serve, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     serve(checkpoint()[1])
-    cache.parent.write_text("a file where the folder should be")
-    with pytest.raises(InputError, match=re.escape(f"{cache}/net-") + ".*: cannot be written: "):
+    monkeypatch.setattr("torch.hub.download_url_to_file", full)
+    with pytest.raises(InputError, match=r"No space left on device; set TORCH_HOME .*--model_path"):
         pretrained.download("resnet18")
 
 

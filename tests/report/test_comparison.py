@@ -180,16 +180,45 @@ def test_a_row_of_two_modes_is_told_and_not_judged() -> None:
     old, new = of_processes(1.0, 1.01, 0.99), of_processes(0.5, 0.51, 1.0, 0.5, 0.49)
     found = compare(run(new), run(old))
     assert not found[0].surely_slower(0)
+    assert not found[0].passes(1000)
     assert "two modes, not judged" in render(found, run(new), run(old))
+    (worse,) = compare(run(of_processes(0.2, 0.21, 0.4, 0.2, 0.19)), run(old))
+    assert worse.surely_slower(100)  # in either mode
 
 
-def test_a_row_that_claims_nothing_in_one_of_the_runs_is_told_and_not_judged() -> None:
+def test_a_row_that_claims_nothing_in_one_of_the_runs_is_judged_where_it_is_surely_slower() -> None:
     slow = changed(VMAP, times_s=(0.5,) * 20)
-    busy = changed(slow, others_cpu_share=0.5)
-    assert [compare(run(new), run(VMAP))[0].surely_slower(5) for new in (slow, busy)] == [
+    busy, same = changed(slow, others_cpu_share=0.5), changed(VMAP, others_cpu_share=0.5)
+    assert [compare(run(new), run(VMAP))[0].surely_slower(5) for new in (slow, busy, same)] == [
+        True,
         True,
         False,
     ]
-    (found,) = compare(run(slow), run(changed(VMAP, others_cpu_share=0.5)))
-    assert not found.surely_slower(5)
-    assert "machine busy, not judged" in render([found], run(slow), run(VMAP))
+    assert [compare(run(new), run(VMAP))[0].passes(5) for new in (VMAP, slow, same)] == [
+        True,
+        False,
+        False,
+    ]
+    (found,) = compare(run(slow), run(same))
+    text = render([found], run(slow), run(same), 5)
+    assert "surely slower, although machine busy" in text
+    assert "Not judged" not in text
+    (found,) = compare(run(same), run(VMAP))
+    text = render([found], run(same), run(VMAP), 5)
+    assert "machine busy, not judged" in text
+    assert "Not judged by --fail_above 5: vmap, 4 models, batch 1, 224 px, float32 (machine" in text
+
+
+def test_a_gate_names_what_only_one_of_the_runs_has_timed() -> None:
+    new, old = run(LOOP, VMAP, changed(VMAP, num_models=8)), run(LOOP, changed(VMAP, num_models=2))
+    assert comparison.not_judged(compare(new, old), new, old, 5)[2:] == []  # asked for less
+    few = changed(VMAP, times_s=(0.05,) * 3, reference_times_s=(0.1,) * 3)
+    asked = {replace(VMAP.case, num_models=2)}
+    found = comparison.not_judged(compare(new, old), new, old, 5, asked)
+    assert [text.partition(", batch")[0] for text in found] == [
+        "vmap, 4 models",
+        "vmap, 8 models",
+        "vmap, 2 models",
+    ]
+    (short,) = comparison.not_judged(compare(run(few), run(VMAP)), run(few), run(VMAP), 5)
+    assert short.endswith(("(too few pairs)", "(too few pairs to say)")), short
