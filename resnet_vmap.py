@@ -9,15 +9,17 @@ is measured in ensemble/measure/row.py, its speedup is computed in ensemble/reco
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ensemble import command_line, garbage
 from ensemble.errors import InputError, exit_code
 from ensemble.machine import launch, signals, streams
 from ensemble.options import Config
-from ensemble.records import Environment, Run
+from ensemble.records import Run
 from ensemble.report import exports, resuming, show
 
 if TYPE_CHECKING:
@@ -69,22 +71,25 @@ def run(
         return finish(config, saved, baseline, files)
     earlier = exports.read_if(config.resume, argument="resume")
     workload = load(config, say=print)
-    environment = predict(config, workload)
-    show.check_baseline(config, environment, config.plan(), baseline)
-    begun = resuming.resume(config, Run(environment, config.plain(), ()), earlier)
-    session = serve(config, workload, begun, files, measure)
+    here = workload.describe(config, first_forward_s=math.nan)  # nothing ran yet
+    show.check_baseline(config, here, config.plan(), baseline)
+    begun = resuming.resume(config, Run(here, config.plain(), ()), earlier)
+    session = serve(config, workload, predict(config, workload, begun), files, measure)
     code = finish(config, session.run, baseline, files)
     show.show_left(session.stopped, session.left, session.planned)
     return session.exit_code or code
 
 
-def predict(config: Config, workload: Workload) -> Environment:
-    """Print what the models see in the plain image; return the environment of the run."""
+def predict(config: Config, workload: Workload, begun: Run) -> Run:
+    """Print what the models see in the plain image; the run with what its first forward took, the
+    one of the process that its rows began in."""
     from ensemble.measure import prediction
 
     print("Running Sample prediction")
     first_forward_s = prediction.predict(config, workload, say=print)
-    return workload.describe(config, first_forward_s=first_forward_s)
+    if not math.isnan(begun.environment.first_forward_s):
+        return begun
+    return replace(begun, environment=replace(begun.environment, first_forward_s=first_forward_s))
 
 
 def serve(

@@ -509,7 +509,9 @@ def test_a_run_of_another_machine_version_or_setting_is_not_resumed(
     before = path.read_bytes()
     argv = [*QUICK, "--model_path", checkpoint, "--strategies", "loop", "--resume", str(path)]
     assert resnet_vmap.main(argv) == 2
-    assert message in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Running Sample prediction" not in captured.out
     assert path.read_bytes() == before
 
 

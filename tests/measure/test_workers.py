@@ -309,6 +309,24 @@ def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Worklo
     assert again == done.run
 
 
+def test_rows_that_need_cuda_are_unavailable_on_a_cpu_and_start_no_process(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "jobs", None)
+    config = replace(QUICK, strategies=("cudagraph_loop", "cudagraph_compiled_vmap"))
+    done = session.measure_all(
+        config,
+        Run(ENVIRONMENT, config.plain(), ()),
+        workload,
+        save=lambda _: None,
+        show_progress=lambda _: nullcontext(lambda *_: None),
+        say=lambda _: None,
+    )
+    assert [(row.status, row.error) for row in done.run.results] == [
+        ("unavailable", "CUDA graphs need a CUDA device, this is cpu")
+    ] * 2
+
+
 @pytest.mark.slow
 def test_what_the_first_process_of_best_picks_the_others_run_too(workload: Workload) -> None:
     config = replace(QUICK, strategies=("best",), min_pairs=18)
