@@ -132,9 +132,10 @@ def check_runs(model: nn.Module, example: Tensor) -> None:
 
 
 def weight_dtype(models: Sequence[nn.Module], example: Tensor) -> torch.dtype:
-    """The dtype that models compute in; the example's where they hold no floating tensor."""
+    """The dtype that models compute in; the example's where they hold no floating tensor, float32
+    where that is of integers."""
     for model in models:
         for tensor in stacking.named_tensors(model).values():
             if tensor.is_floating_point():
                 return tensor.dtype
-    return example.dtype
+    return example.dtype if example.is_floating_point() else torch.float32

@@ -69,8 +69,9 @@ class SharedInput:
 def logits_in(models: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> Tensor:
     """The loop's logits of x in another dtype; no more than one model exists in it at a time."""
     inputs = x if x.dim() == 5 else [x] * len(models)
+    of_images = dtype if x.is_floating_point() else x.dtype
     outputs = [
-        _cast(model, dtype)(batch.to(dtype, copy=True))
+        _cast(model, dtype)(batch.to(of_images, copy=True))
         for model, batch in zip(models, inputs, strict=True)
     ]
     return owned(PerModel(outputs), len(models))

@@ -18,7 +18,6 @@ from torchvision.transforms._presets import ImageClassification
 
 from ensemble.errors import InputError
 from ensemble.machine import memory
-from ensemble.measure.workers import ROOT
 from ensemble.models import images
 
 EXIF_ORIENTATION = 0x0112
@@ -317,7 +316,12 @@ def test_a_damaged_image_ends_the_program_by_one_line(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[8:200] = bytes(192)
     path.write_bytes(content)
-    command = [sys.executable, str(ROOT / "resnet_vmap.py"), "--image_path", str(path)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[2] / "resnet_vmap.py"),
+        "--image_path",
+        str(path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(f"error: {path}: expected a whole image file")
