@@ -37,12 +37,13 @@ def read(path: str | os.PathLike[str]) -> State:
         InputError: not there, not readable, not a checkpoint.
     """
     path = Path(path)
-    shard = _SHARD.fullmatch(path.name)
-    if shard and int(shard[2]) > 1:
-        raise InputError(
-            f"{path}: expected a whole checkpoint, found one of its {int(shard[2])} parts:"
-            f" give their index, {shard[1]}{shard[3]}.index.json"
-        )
+    if shard := _SHARD.fullmatch(path.name):
+        index = path.with_name(f"{shard[1]}{shard[3]}.index.json")
+        if os.path.exists(index):  # Path.exists raises for a name that is too long
+            raise InputError(
+                f"{path}: expected a whole checkpoint, found one of its {int(shard[2])} parts:"
+                f" give their index, {index}"
+            )
     parts = _parts(path)
     content = _read_file(path) if parts is None else _joined(path, parts)
     return _checked(_unwrap(content, path), path)
@@ -53,6 +54,8 @@ def _read_file(path: Path) -> object:
     if formats.is_safetensors(head):
         return _read_safetensors(path)
     found = formats.foreign(head)
+    if found is None and (kind := formats.image(head)):
+        found = f"a {kind} image"
     if found is None and head.startswith(b"PK"):
         found = formats.archive(path)
     if found is None and formats.is_other_pickle(head):

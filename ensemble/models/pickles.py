@@ -82,9 +82,10 @@ def read(path: Path) -> object:
         found = _refusal(str(error))
         raise InputError(f"{path}: expected a state dict of tensors, found {found}") from error
     except Exception as error:  # torch.load raises what its many readers do
+        reason = first_line(error).partition(". ")[0]  # it goes on about what may have happened
         raise InputError(
             f"{path}: expected a checkpoint, found a truncated or damaged file"
-            f" ({first_line(error)}): download or copy it again"
+            f" ({reason}): download or copy it again"
         ) from error
 
 

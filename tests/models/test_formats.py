@@ -77,6 +77,7 @@ FOREIGN = {
     "onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.5.0:\xa2\x04", "an ONNX or TensorFlow model"),
     "tflite": (b"\x1c\0\0\0TFL3" + bytes(99), "a TensorFlow Lite model"),
     "gguf": (b"GGUF\3\0\0\0" + bytes(99), "a GGUF file"),
+    "image": (b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(99), "a JPEG image"),
     "zeros": (bytes(4096), r"nothing but zeros \(a download that failed\?\)"),
     "pickle": (pickle.dumps(STATE), "a pickle that torch.save did not write"),
     "pickle-2": (pickle.dumps(STATE, protocol=2), "a pickle that torch.save did not write"),
