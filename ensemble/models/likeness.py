@@ -38,7 +38,7 @@ def described(model: nn.Module) -> dict[str, object]:
 def value(model: nn.Module, name: str) -> str:
     """What `described` names `name`, for a message."""
     path, _, leaf = name.rpartition(".")
-    text = repr(vars(model.get_submodule(path)).get(leaf))
+    text = " ".join(repr(vars(model.get_submodule(path)).get(leaf)).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 

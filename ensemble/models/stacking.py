@@ -44,6 +44,8 @@ def skeleton(model: nn.Module) -> nn.Module:
         UnavailableError: something deeper in the model cannot be copied.
     """
     memo: dict[int, object] = {}
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnavailableError("this model cannot be copied: it is a TorchScript module")
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor):
@@ -55,10 +57,15 @@ def skeleton(model: nn.Module) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UnavailableError(f"this model cannot be copied: {reason}") from error
+    own = {id(module) for module in model.modules()}
+    shared = [type(module).__name__ for module in copied.modules() if id(module) in own]
+    if shared:  # by a __deepcopy__ of its own: to write into it would be to write into the model
+        raise UnavailableError(f"this model cannot be copied: its {shared[0]} gives itself")
+    return copied
 
 
 def _is_copied(value: object) -> bool:
@@ -150,10 +157,12 @@ def stateless(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]
     return lambda state, x: functional_call(structure, state, (x,))
 
 
-def with_own_tensors(model: nn.Module) -> nn.Module:
-    """A copy of `model` on its very tensors: calls of it leave no trace in the model."""
+def private_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` with tensors of its own: calls of it leave no trace in the model."""
     structure = skeleton(model).eval()
-    set_tensors(structure, named_tensors(model))
+    with torch.inference_mode(False), torch.no_grad():
+        copies = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+    set_tensors(structure, copies)
     return structure
 
 

@@ -166,6 +166,7 @@ class _WithoutValues(TorchFunctionMode):
         {
             *(Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.storage),
             *(Tensor.untyped_storage, Tensor.__dlpack__, Tensor.__dlpack_device__),
+            *(Tensor.apply_, Tensor.map_, Tensor.map2_),
         }
     )
 

@@ -4,6 +4,7 @@ Whatever a model is made of, layers of its own class, functions, hooks, branches
 all that it does with tensors.
 """
 
+import torch
 from torch import Tensor, fx, nn
 
 from ensemble.errors import UnavailableError
@@ -34,6 +35,11 @@ def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[st
         outputs.append(result)
         return result
 
+    with torch.inference_mode(False), torch.no_grad():
+        # What its code caches, a grid of coordinates, would else hold tensors of the trace.
+        result = stacking.private_copy(model)(example.clone())
+    if not isinstance(result, Tensor):
+        raise ValueError(f"expected one tensor from each model, found {type(result).__name__}")
     try:
         module = traced(flat, (*tensors.values(), example))
     finally:

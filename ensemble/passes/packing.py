@@ -242,7 +242,7 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def _group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> Tensor:
-    return functional.group_norm(x, groups, weight, bias, eps)
+    return functional.group_norm(x.contiguous(), groups, weight, bias, eps)  # else it loses digits
 
 
 # Our operators by the functions of torch that compute them, without the way through a dispatcher.

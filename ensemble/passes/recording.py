@@ -88,6 +88,9 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _ABOUT_SHAPE:
             return result
+        if func is Tensor.contiguous:  # the same values: whether it has copied is not told
+            self.know(result, self.described(args[0]))
+            return result
         by_name = (("by name", name, self.described(value)) for name, value in kwargs.items())
         arguments = (*map(self.described, args), *by_name)
         for position, tensor in enumerate(_flat(result)):

@@ -14,6 +14,8 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ensemble.errors import UnavailableError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from ensemble.strategies.built import Builder, Built
     from ensemble.strategies.forward import Forward
 
-BEST = "best"
+LOOP, BEST = "loop", "best"
 TUNE_SECONDS = 60.0  # a strategy that chooses among others begins none after so long
 
 
@@ -185,6 +187,8 @@ def build(
 ) -> Forward:
     """Build a strategy: a `strategies.forward.Forward`, whose contract is the same for all.
 
+    Its answer for the example, or for noise where that is blank, is compared with the models'.
+
     What the models hold is never changed, and any number of ensembles may be built of the same
     models, in any order and from several threads. `loop` reads the models' own tensors, and so do
     `vmap` and `chunked_vmap` where these are slices of one stack, as those of `load_models` and
@@ -214,10 +218,24 @@ def build(
             `loop` and `prepacked_...` take them).
         UnavailableError: the strategy cannot run here, or not these models.
     """
+    from ensemble.strategies import arguments, verifying
     from ensemble.strategies.forward import Forward
+    from ensemble.strategies.verifying import Behavior
 
+    if name not in STRATEGIES:
+        raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
+    models, example = arguments.checked(models, example)
+    behavior = Behavior.PLAIN if name == LOOP else verifying.behavior(models[0], example)
+    if behavior is Behavior.STATEFUL:
+        if name != BEST:
+            raise UnavailableError(
+                f"{name} cannot run models whose answers depend on earlier calls"
+            )
+        name = LOOP
     forward = make(name, models, example, tune_seconds=tune_seconds).forward
     assert isinstance(forward, Forward)
+    if behavior is Behavior.PLAIN and name not in (LOOP, BEST):
+        verifying.check(forward, models, example)
     return forward
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.machine.memory import is_out_of_memory
-from ensemble.models import stacking
 from ensemble.passes.folding import is_close
 from ensemble.strategies import eager
 from ensemble.strategies.arguments import weight_dtype
@@ -35,8 +34,7 @@ class Judge:
 
     def __init__(self, models: Sequence[nn.Module], example: Tensor, *, closely: bool) -> None:
         """closely: the outputs are computed in float64, where the models run in that."""
-        self._models = [stacking.with_own_tensors(model) for model in models]
-        self._example, self._closely = example, closely
+        self._models, self._example, self._closely = models, example, closely
         self._dtype = weight_dtype(models, example)
         self._exact: Tensor | None = None
 
@@ -46,10 +44,12 @@ class Judge:
         Raises:
             UnavailableError: it computes something else: a trace has missed what their code does.
         """
-        if type(found) is Tensor and not is_close(found, self._true_outputs()):
-            raise UnavailableError(
-                "torch cannot trace this model: its trace gives another result than the model"
-            )
+        is_fake = type(self._example) is not Tensor
+        if is_fake or (type(found) is Tensor and is_close(found, self._true_outputs())):
+            return
+        raise UnavailableError(
+            "torch cannot trace this model: its trace gives another result than the model"
+        )
 
     def loses_quiet_outputs(self, found: Tensor) -> bool:
         """Are outputs `(N, B, channels, ...)` of the example off by more than rounding explains, in

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ensemble.errors import first_line
+from ensemble.errors import UnavailableError, first_line
 from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
-from ensemble.strategies.forward import no_tensor, plain
+from ensemble.strategies.forward import check_dense, plain
 
 
 def checked(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]:
@@ -87,7 +87,7 @@ def _check_model(model: nn.Module, index: int, example: Tensor) -> None:
     if weight is not None and (weight.device, weight.dtype) != (example.device, example.dtype):
         expected = f"{weight.dtype} on {weight.device}, like model {index}"
         raise ValueError(f"example: expected {expected}, found {example.dtype} on {example.device}")
-    if any(module.training for module in model.modules()):
+    if any(getattr(module, "training", False) for module in model.modules()):
         raise ValueError(
             f"models: expected eval mode, found model {index} in train mode; call model.eval()"
         )
@@ -96,9 +96,9 @@ def _check_model(model: nn.Module, index: int, example: Tensor) -> None:
 
 def _check_signature(model: nn.Module, index: int) -> None:
     """Can it be called with one tensor?"""
-    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+    if getattr(type(model), "forward", None) is nn.Module.forward and "forward" not in vars(model):
         raise ValueError(f"models: expected modules with a forward, found none in model {index}")
-    if type(model).__call__ is not nn.Module.__call__:
+    if type(model).__call__ is not nn.Module.__call__ or isinstance(model, torch.jit.ScriptModule):
         return
     try:
         signature = inspect.signature(model.forward)
@@ -121,14 +121,17 @@ def check_runs(model: nn.Module, example: Tensor) -> None:
         Exception: memory has run out.
     """
     try:
-        output = model((example[0] if example.dim() == 5 else example).clone())
+        copy = stacking.private_copy(model)
+    except UnavailableError:
+        return
+    try:
+        output = copy((example[0] if example.dim() == 5 else example).clone())
     except Exception as error:
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"example: model 0 cannot run it: {reason}") from error
-    if not isinstance(output, Tensor):
-        raise ValueError(f"models: {no_tensor(output)}")
+    check_dense(output)
 
 
 def weight_dtype(models: Sequence[nn.Module], example: Tensor) -> torch.dtype:

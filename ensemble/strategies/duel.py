@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from functools import partial
 from torch import Tensor
 
 from ensemble.errors import first_line
+from ensemble.machine import warned
 from ensemble.machine.devices import synchronize
 from ensemble.machine.memory import available_bytes, release
 from ensemble.machine.timing import Clock, interleaved
@@ -109,8 +109,7 @@ def _challenge(
 ) -> None:
     """Build and check one, and let the faster of it and the fastest so far stay."""
     begin = clock()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of compilers, about their own tracing
+    with warned.caught("ignore"):  # of compilers, about their own tracing
         built = make()
         synchronize(example.device)
         contest.build_s[name] = clock() - begin

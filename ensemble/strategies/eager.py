@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.models.meta import ByShape
 from ensemble.strategies.built import Built, PerModel, taking_turns
@@ -41,27 +42,26 @@ def loop(
 class SharedInput:
     """Calls models with one image, each with the caller's values.
 
-    A model may normalize its input in place. One copy serves all models as long as none writes to
-    it, which torch's version counter tells, but of writes through `.data`: those are looked for in
-    the first call.
+    A model may normalize its input in place, or through numpy. On the CPU each gets a copy, which
+    takes less than 0.2 % of a ResNet; where a copy is a kernel to launch, one serves all models as
+    long as torch's version counter says that none has written to it.
     """
 
     def __init__(
         self, models: Sequence[Callable[[Tensor], object]], private: Callable[[Tensor], Tensor]
     ) -> None:
         self._models, self._private = models, private
-        self._copy_for_each: bool | None = None  # None: not known before the first call
 
     def __call__(self, x: Tensor) -> PerModel:
+        if x.device.type == "cpu":
+            return PerModel([model(self._private(x)) for model in self._models])
         outputs, shared, version = list[object](), None, 0
         for model in self._models:
-            if shared is None or self._copy_for_each or shared._version != version:
+            if shared is None or shared._version != version:
                 with torch.inference_mode(False), torch.no_grad():  # else it has no version
                     shared = self._private(x)
                 version = shared._version
             outputs.append(model(shared))
-            if self._copy_for_each is None:  # a fake tensor has no values
-                self._copy_for_each = type(x) is Tensor and not torch.equal(shared, x)
         return PerModel(outputs)
 
 
@@ -80,7 +80,12 @@ def logits_in(models: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> Ten
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     tensors = stacking.named_tensors(model).values()
     known = all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point())
-    return model if known else stacking.cast([model], dtype)[0]
+    if not known:
+        return stacking.cast([model], dtype)[0]
+    try:
+        return stacking.private_copy(model)  # a call may change what a model holds
+    except UnavailableError:
+        return model
 
 
 def vmap(

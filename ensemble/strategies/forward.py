@@ -24,6 +24,8 @@ class Forward:
       even by models that normalize their input in place: each model gets the caller's values.
     - The result is an ordinary tensor in memory of its own, without a gradient: it may be changed
       in place and trained on, but nothing flows back to x or to the models.
+    - Models run under `torch.inference_mode`: what their code caches then holds inference tensors,
+      and gradients within a forward cannot be had.
     - Models run in their own dtype: `torch.autocast` around a build or a call has no effect.
     - Calls from several threads are safe.
     - It belongs to its process: it cannot be pickled, copied, exported or traced. Build it where
@@ -104,7 +106,7 @@ def plain(x: Tensor, *, argument: str) -> Tensor:
             way (a fake tensor, say), or one within a transform of `torch.func`.
     """
     kind = type(x)
-    if kind not in _PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if kind not in _PLAIN and _is_special(x):
         raise ValueError(f"{argument}: expected a plain tensor, found a {kind.__name__}")
     x = x if kind in _PLAIN else x.as_subclass(Tensor)
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -138,13 +140,19 @@ def owned(outputs: Any, num_models: int) -> Tensor:
     """
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(outputs, PerModel):
-            return torch.stack(_alike(outputs.outputs))
-        _check_dense(outputs)
+            return torch.stack(_alike(outputs.outputs)).contiguous()
+        check_dense(outputs)
         assert isinstance(outputs, Tensor)
         if outputs.dim() == 0 or len(outputs) != num_models:
             found = tuple(outputs.shape)
             raise ValueError(f"expected outputs of {num_models} models, found shape {found}")
-        return outputs.clone(memory_format=torch.contiguous_format)
+        ordinary: Tensor = outputs if _is_special(outputs) else outputs.as_subclass(Tensor)
+        return ordinary.clone(memory_format=torch.contiguous_format)
+
+
+def _is_special(tensor: Tensor) -> bool:
+    """Is it of a class that computes in its own way, as fake tensors are?"""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def no_tensor(output: object) -> str:
@@ -152,7 +160,7 @@ def no_tensor(output: object) -> str:
     return f"expected one tensor from each model, found {type(output).__name__}"
 
 
-def _check_dense(output: object) -> None:
+def check_dense(output: object) -> None:
     if not isinstance(output, Tensor):
         raise ValueError(no_tensor(output))
     if output.layout != torch.strided or output.is_quantized or output.is_nested:
@@ -162,7 +170,7 @@ def _check_dense(output: object) -> None:
 def _alike(outputs: Sequence[object]) -> list[Tensor]:
     tensors: list[Tensor] = []
     for index, output in enumerate(outputs):
-        _check_dense(output)
+        check_dense(output)
         assert isinstance(output, Tensor)
         first = tensors[0] if tensors else output
         if (output.shape, output.dtype) != (first.shape, first.dtype):
@@ -171,5 +179,5 @@ def _alike(outputs: Sequence[object]) -> list[Tensor]:
                 f"models: expected outputs of one shape and dtype, found {expected} from model 0"
                 f" and {found} from model {index}"
             )
-        tensors.append(output)
+        tensors.append(output if _is_special(output) else output.as_subclass(Tensor))
     return tensors

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ensemble.errors import UnavailableError
+from ensemble.machine import warned
 from ensemble.machine.memory import is_out_of_memory
 from ensemble.ops.tracing import looped_note, no_fallback_warnings, why_not_mapped
 from ensemble.strategies.built import PerModel
-from ensemble.strategies.forward import no_tensor
+from ensemble.strategies.forward import check_dense
 
 State = tuple[Tensor, ...]
 
@@ -66,9 +67,10 @@ class Mapped:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
+            if isinstance(error.__context__, KeyboardInterrupt):  # functorch's, on its way out
+                raise error.__context__ from None
             for output in self._one_by_one(parameters, buffers, x).outputs:  # which may raise
-                if not isinstance(output, Tensor):
-                    raise ValueError(no_tensor(output)) from error
+                check_dense(output)
             raise UnavailableError(why_not_mapped(error)) from error
 
     def _call(self, parameters: State, buffers: State, x: Tensor) -> Any:
@@ -82,8 +84,7 @@ class Mapped:
         return torch.cat(parts)
 
     def _call_first(self, parameters: State, buffers: State, x: Tensor) -> Any:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warned.caught("always") as caught:
             result = self._call(parameters, buffers, x)
         looped = dict[str, None]()
         for warning in caught:

@@ -32,8 +32,9 @@ def concurrent(models: Sequence[nn.Module], example: Tensor) -> Built:
 
 
 def _packed(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
-    x = channels_last(agreement.informative(example))
+    example = agreement.informative(example)
+    x = channels_last(example)
     packed = pack(models, x[0] if x.dim() == 5 else x)
     found = PerModel([one(x[i] if x.dim() == 5 else x) for i, one in enumerate(packed)])
-    Judge(models, x, closely=False).check(owned(found, len(models)))
+    Judge(models, example, closely=False).check(owned(found, len(models)))
     return packed
