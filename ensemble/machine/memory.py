@@ -4,15 +4,20 @@ Every reading that a platform does not offer is None, never 0.
 """
 
 import ctypes
+import errno
 import gc
 import mmap
 import os
 import platform
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from ensemble.errors import InputError
 
 try:
     import resource
@@ -23,6 +28,13 @@ except ImportError:  # Windows
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = -1  # as a threshold of trimming; any other is an int, so at most 2 GiB
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Limit, use, and what of it is a cache of files.
+_V2 = ("memory.max", "memory.current", "inactive_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+# What the allocators of torch, of the kernel and of C++ say.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
+_ASKED = re.compile(r"tried to allocate (\d+) bytes|unable to mmap (\d+) bytes")
 
 
 def page_faults() -> int | None:
@@ -124,18 +136,96 @@ def available_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on `device` without pushing anything out."""
     if device.type != "cpu":
         return torch.accelerator.get_memory_info(device)[0]
+    known = (_machine_bytes(), _process_bytes(), _container_bytes())
+    return min((value for value in known if value is not None), default=None)
+
+
+def _machine_bytes() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return _kibibytes(lines, "MemAvailable")
     except OSError:
-        pass
-    return total_bytes()
+        return total_bytes()
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def _process_bytes() -> int | None:
+    """What the limits of this process leave (`ulimit -v`, `ulimit -d`)."""
+    if resource is None:
+        return None
+    left = []
+    for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most, used = resource.getrlimit(limit)[0], _status_bytes(name)
+        if most != resource.RLIM_INFINITY and used is not None:
+            left.append(max(0, most - used))
+    return min(left, default=None)
+
+
+def _container_bytes() -> int | None:
+    """What the control groups of this process leave: a container's limit, or a job's. The cache of
+    files that they hold counts as free. Source: the kernel's cgroup-v2.rst; v1 has other names."""
+    try:
+        lines = _CGROUP.read_text().splitlines()
+    except OSError:
+        return None
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            names = _V1 if controllers else _V2
+            root = _CGROUPS / controllers
+            # In a container the path may be that of the host: then only the root is there.
+            for folder in {root, *(root / part for part in _and_parents(path))}:
+                left += _group_bytes(folder, *names)
+    return min(left, default=None)
+
+
+def _and_parents(path: str) -> list[str]:
+    parts = [part for part in path.split("/") if part]
+    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+def _group_bytes(folder: Path, most: str, used: str, cache: str) -> list[int]:
+    try:
+        limit, now = ((folder / name).read_text().strip() for name in (most, used))
+        statistics = dict(
+            line.split() for line in (folder / "memory.stat").read_text().splitlines()
+        )
+        if limit == "max":
+            return []
+        return [max(0, int(limit) - int(now) + int(statistics.get(cache, 0)))]
+    except (OSError, ValueError):
+        return []
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     """Did memory run out, on the device or here?"""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)  # a plain RuntimeError on the CPU
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return any(text in str(error) for text in _NO_MEMORY)  # a plain RuntimeError on the CPU
+
+
+@contextmanager
+def refused_in_words(what: str, *, argument: str) -> Iterator[None]:
+    """A lack of memory within, for `what`, is bad input.
+
+    Raises:
+        InputError: with how much was asked for at once, where the allocator says so.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = _ASKED.search(str(error))
+        more = f", {int(asked[1] or asked[2]) / 1e6:,.0f} MB more were asked for" if asked else ""
+        free = available_bytes(torch.device("cpu"))
+        left = "" if free is None else f", {free / 1e6:,.0f} MB are left"
+        message = f"out of memory: {what}{more}{left}; use fewer models, or raise the limit"
+        raise InputError(message, argument=argument) from error
 
 
 def _status_bytes(name: str) -> int | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ensemble.errors import InputError, first_line
 from ensemble.machine.devices import synchronize
+from ensemble.machine.memory import refused_in_words
 from ensemble.machine.timing import time_call
 from ensemble.models import images
 from ensemble.models.workload import Workload
@@ -27,9 +28,12 @@ def predict(config: Config, workload: Workload, *, say: Callable[[str], None]) -
     image, models = workload.images(px)[:1], workload.models
     with torch.inference_mode():
         try:
-            first = time_call(
-                lambda: models[0](image), synchronize=lambda: synchronize(image.device)
-            )
+            with refused_in_words("the first forward", argument="num_models"):
+                first = time_call(
+                    lambda: models[0](image), synchronize=lambda: synchronize(image.device)
+                )
+        except InputError:
+            raise
         except (RuntimeError, AssertionError, ValueError) as error:
             message = f"{config.arch} does not run at {px} px: {first_line(error)}"
             raise InputError(message, argument="image_size") from error

@@ -79,14 +79,16 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """
     device = prepare(config, device=config.device)
     augmented = read_images(config, device)
-    models, weights = sources.load(
-        config.model_path,
-        arch=config.arch,
-        num_models=max(config.num_models),
-        device=device,
-        seed=config.seed,
-        say=say,
-    )
+    count = max(config.num_models)
+    with memory.refused_in_words(f"{count} models are loaded", argument="num_models"):
+        models, weights = sources.load(
+            config.model_path,
+            arch=config.arch,
+            num_models=count,
+            device=device,
+            seed=config.seed,
+            say=say,
+        )
     tell_image(config, augmented, say=say)
     if config.verbose:
         say(str(models[0]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ensemble.errors import InputError
 from ensemble.machine import memory
 from ensemble.models.vision import torchvision
 
@@ -47,6 +48,40 @@ def test_the_peak_is_that_since_the_last_reset() -> None:
     start = memory.peak_bytes(CPU) or 0
     touch_fresh_pages(100_000_000 // mmap.PAGESIZE)
     assert 95_000_000 < (memory.peak_bytes(CPU) or 0) - start < 110_000_000
+
+
+def test_what_is_free_is_what_the_least_of_machine_process_and_container_leaves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    group = tmp_path / "job"
+    group.mkdir()
+    for name, text in (
+        ("memory.max", "3000"),
+        ("memory.current", "1500"),
+        ("memory.stat", "anon 7\ninactive_file 500\n"),
+    ):
+        (group / name).write_text(text)
+    (tmp_path / "cgroup").write_text("0::/job/step\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    assert memory.available_bytes(CPU) == 2000
+    (group / "memory.max").write_text("max\n")
+    assert (memory.available_bytes(CPU) or 0) > 10**6
+    used = memory._status_bytes("VmSize") or 0
+    limits = {resource.RLIMIT_AS: (used + 10**6, -1), resource.RLIMIT_DATA: (-1, -1)}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    assert (memory.available_bytes(CPU) or 10**9) <= 10**6
+
+
+def test_a_lack_of_memory_is_one_line_with_what_was_asked_for() -> None:
+    message = r"num_models: out of memory: here, 9,\d+,\d+ MB more were asked for, .* MB are left"
+    with (
+        pytest.raises(InputError, match=message),
+        memory.refused_in_words("here", argument="num_models"),
+    ):
+        torch.empty(9 * 10**12 // 4 * 4, dtype=torch.uint8).fill_(0)
+    with pytest.raises(KeyError), memory.refused_in_words("here", argument="num_models"):
+        raise KeyError("something else")
 
 
 def test_what_cannot_be_read_is_unknown_and_not_zero(
