@@ -29,7 +29,7 @@ def calls(packed: packing.Packed) -> list[tuple[object, Sequence[object]]]:
         ("resnet50", 54),
         ("resnext50_32x4d", 54),
         pytest.param("wide_resnet50_2", 54, marks=pytest.mark.slow),
-        pytest.param("vgg11_bn", 11, marks=pytest.mark.slow),
+        pytest.param("vgg11_bn", 9, marks=pytest.mark.slow),
         ("mobilenet_v2", 53),
         pytest.param("densenet121", 121, marks=pytest.mark.slow),
         ("squeezenet1_0", 26),
