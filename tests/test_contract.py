@@ -37,7 +37,7 @@ from tests import odd_nets
 from tests.nets import Described
 from tests.odd_nets import Net
 
-NETS, FEW = 100, 16  # of the slow test and of the quick one
+NETS, FEW = 30, 16  # of the slow test and of the quick one
 HANG_S = 120  # timeout of one strategy's build and calls
 TUNE_S = 0.2
 

@@ -177,10 +177,19 @@ class _WithoutValues(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in self._READING:
+        if func in self._READING or any(map(_is_nowhere, args)):
             reason = "its code asks for values that depend on its input"
             raise UnavailableError(f"torch cannot trace this model: {reason}")
         return func(*args, **(kwargs or {}))
+
+
+def _is_nowhere(value: object) -> bool:
+    """Is it an ordinary tensor without memory? So is what dlpack makes of a tensor of a trace."""
+    if type(value) is not Tensor or value.device.type != "cpu" or not value.numel():
+        return False
+    if torch._is_functional_tensor(value) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    return value.layout == torch.strided and value.data_ptr() == 0
 
 
 def _functional(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:

@@ -188,6 +188,8 @@ def is_close(found: object, expected: object) -> bool:
     """Are outputs the same but for rounding, by far? What has no values is."""
     if type(found) is not Tensor or type(expected) is not Tensor:
         return True
+    if any(t.layout != torch.strided or t.is_quantized or t.is_nested for t in (found, expected)):
+        return True  # these are refused for what they are
     if found.shape != expected.shape:
         return False
     if not found.is_floating_point() or not found.numel():
