@@ -53,6 +53,8 @@ def skeleton(model: nn.Module) -> nn.Module:
             elif not _is_copied(value):
                 memo[id(value)] = value
     for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.layout != torch.strided:
+            raise UnavailableError(f"this model cannot be copied: a tensor has {tensor.layout}")
         meta = tensor.detach().to("meta")  # empty_like imports sympy here
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
@@ -171,6 +173,13 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in named_tensors(model).values())
 
 
+def is_in_train_mode(model: nn.Module) -> bool:
+    """Is a part of `model`? What torch.export made has kept its mode, and no `eval` of its own."""
+    if "eval" in vars(model):
+        return False
+    return any(getattr(module, "training", False) for module in model.modules())
+
+
 def check_alike(models: Sequence[nn.Module]) -> None:
     """Can the code of model 0 run with the tensors of each of `models`?
 
@@ -186,8 +195,9 @@ def check_alike(models: Sequence[nn.Module]) -> None:
         where = f"model {index}"
         if type(model) is not type(first):
             expected, found = type(first).__name__, type(model).__name__
-            raise ValueError(f"{where}: expected a {expected} like model 0, found a {found}")
-        if any(module.training for module in model.modules()):
+            found = f"another class {found}" if found == expected else f"a {found}"
+            raise ValueError(f"{where}: expected a {expected} like model 0, found {found}")
+        if is_in_train_mode(model):
             raise ValueError(f"{where}: expected eval mode, found train mode; call model.eval()")
         state, tied = named_tensors(model), first_names(model)
         differing = sorted(state.keys() ^ tensors.keys()) or sorted(
@@ -208,6 +218,7 @@ def check_alike(models: Sequence[nn.Module]) -> None:
         unlike = [key for key in plain | attributes if plain.get(key) != attributes.get(key)]
         if unlike:
             expected, found = (likeness.value(one, unlike[0]) for one in (first, model))
+            found = "another of that name" if found == expected else found
             raise ValueError(f"{where}: expected {unlike[0]} to be {expected}, found {found}")
 
 

@@ -14,15 +14,16 @@ from torch.nn.parameter import is_lazy
 from ensemble.errors import UnavailableError, first_line
 from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
-from ensemble.strategies.forward import check_dense, plain
+from ensemble.strategies.forward import check_dense, plain, refuse_cached_parametrizations
 
 
 def checked(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]:
     """The models as a tuple, and a copy of the example, which no model can change for the caller.
 
     Raises:
-        ValueError: see `strategies.build`.
+        ValueError, UnavailableError: see `strategies.build`.
     """
+    refuse_cached_parametrizations()
     every = _models(models)
     if not isinstance(example, Tensor):
         raise ValueError(f"example: expected a tensor, found a {type(example).__name__}")
@@ -87,7 +88,7 @@ def _check_model(model: nn.Module, index: int, example: Tensor) -> None:
     if weight is not None and (weight.device, weight.dtype) != (example.device, example.dtype):
         expected = f"{weight.dtype} on {weight.device}, like model {index}"
         raise ValueError(f"example: expected {expected}, found {example.dtype} on {example.device}")
-    if any(getattr(module, "training", False) for module in model.modules()):
+    if stacking.is_in_train_mode(model):
         raise ValueError(
             f"models: expected eval mode, found model {index} in train mode; call model.eval()"
         )

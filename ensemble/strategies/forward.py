@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ensemble.errors import UnavailableError
 from ensemble.strategies.built import PerModel, Run
@@ -46,6 +47,7 @@ class Forward:
 
     def __call__(self, x: Tensor) -> Tensor:
         self._refuse_tracing()
+        refuse_cached_parametrizations()
         x = self._checked(x)
         with settings(self.device):
             outputs = self.run(x)
@@ -119,6 +121,19 @@ def plain(x: Tensor, *, argument: str) -> Tensor:
     if x.is_neg() or x._is_zerotensor():
         x = x.clone()  # kernels read the memory, not what torch makes of it
     return x
+
+
+def refuse_cached_parametrizations() -> None:
+    """Its cache knows a weight by its module and name, and several models run one module here.
+
+    Raises:
+        UnavailableError: the caller is within `torch.nn.utils.parametrize.cached()`.
+    """
+    if parametrize._cache_enabled:
+        raise UnavailableError(
+            "models cannot be built or called together within torch.nn.utils.parametrize.cached():"
+            " its cache would give one model's weights to others"
+        )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,463 @@
+"""Models whose code refers to one of them, or remembers calls: right, or refused in words."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import random
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import ensemble
+from ensemble.errors import UnavailableError
+from ensemble.strategies import BEST
+from tests.strategies.test_forward import QUICK
+from tests.tiny import independent, tiny_models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+by_every_strategy = pytest.mark.parametrize("name", [*QUICK, BEST])
+OPTIONS: dict[str, Any] = {"tune_seconds": 1.0}
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Base(nn.Module):
+    """A convolution, and a scale for each of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.scale = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = self.conv(x) * self.scale
+        return scaled
+
+
+def patched() -> nn.Module:
+    model = Base()
+    own = model.forward
+    model.forward = lambda x: own(x) * 2  # type: ignore[method-assign]
+    return model
+
+
+class WithLambda(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head: Callable[[Tensor], Tensor] = lambda y: y * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x))
+
+
+class WithHook(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.register_forward_hook(lambda module, args, y: y * self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = self.conv(x)
+        return scaled
+
+
+class Child(nn.Module):
+    def __init__(self, parent: Base) -> None:
+        super().__init__()
+        self.parent = weakref.ref(parent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parent = self.parent()
+        assert parent is not None
+        return x * parent.scale
+
+
+class WithReference(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Child(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = self.child(self.conv(x))
+        return scaled
+
+
+class Single(nn.Conv2d):
+    """A layer that gives itself instead of a copy."""
+
+    def __deepcopy__(self, memo: object) -> Single:
+        return self
+
+
+def uncopied() -> nn.Module:
+    model = Base()
+    model.conv = Single(3, 8, 3, padding=1)
+    return model
+
+
+def from_a_factory() -> nn.Module:
+    factor = random.Random(float(torch.rand(()))).uniform(1, 2)
+
+    class Times(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * factor
+
+    return nn.Sequential(Base(), Times())
+
+
+class Gain:
+    """A hook that has a name, as those of torch that form a weight."""
+
+    name = "gain"
+
+    def __call__(self, module: nn.Module, args: object) -> None: ...
+
+
+class WithNamedHook(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = float(torch.rand(()))
+        self.register_forward_pre_hook(Gain())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class Strided(Base):
+    """Right only for images whose channels are the outermost."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.as_strided((2, 3, 6, 5), (192, 64, 8, 1)))
+
+
+class ByOrder(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if x.is_contiguous() else x * 3)
+
+
+class ByOrderWithin(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 2 if y.is_contiguous() else y * 3
+
+
+class OwnParameter(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.Parameter(x, requires_grad=False))
+
+
+@functools.cache
+def grid(height: int, width: int) -> Tensor:
+    return torch.linspace(0, 1, height * width).view(1, 1, height, width)
+
+
+class WithCache(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * grid(*x.shape[-2:])
+
+
+class Late(Base):
+    """Makes what it needs at its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ramp: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ramp is None:
+            self.ramp = torch.linspace(0, 1, x.shape[-1])
+        return super().forward(x) * self.ramp
+
+
+class Assigning(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("assigned", torch.randn(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.get_buffer("assigned") * 1
+        self.assigned = mean
+        return super().forward(x) - mean
+
+
+class Scaled(Base):
+    """Normalizes images of a large mean, where half of the digits are lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x + 100))
+
+
+KINDS: list[Callable[[], nn.Module]] = [
+    patched,
+    WithLambda,
+    WithHook,
+    WithReference,
+    uncopied,
+    from_a_factory,
+    WithNamedHook,
+    Strided,
+    ByOrder,
+    ByOrderWithin,
+    OwnParameter,
+    WithCache,
+    Late,
+    Assigning,
+    Scaled,
+]
+
+
+def made(kind: Callable[[], nn.Module], count: int = 3) -> list[nn.Module]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [kind().eval() for _ in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache() -> Iterator[None]:
+    grid.cache_clear()
+    yield
+    grid.cache_clear()
+
+
+def served(name: str, models: list[Any], example: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """The results of a forward for each input, or none where it is refused in words."""
+    try:
+        with unchanged(models):
+            forward = ensemble.build(name, models, example, **OPTIONS)
+        return [forward(x) for x in inputs]
+    except (ValueError, UnavailableError) as error:
+        if name in ("loop", BEST) or "\n" in str(error):
+            raise
+        return []
+
+
+@contextlib.contextmanager
+def unchanged(models: list[nn.Module]) -> Iterator[None]:
+    """Models leave this with the tensors and the values that they came with."""
+    before = [{n: (t, t.clone()) for n, t in model.state_dict().items()} for model in models]
+    try:
+        yield
+    finally:
+        for model, tensors in zip(models, before, strict=True):
+            for name, tensor in model.state_dict().items():
+                assert tensor.data_ptr() == tensors[name][0].data_ptr() or name == "assigned"
+                assert torch.equal(tensor, tensors[name][1])
+
+
+@by_every_strategy
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_that_refers_to_one_model_is_right_or_refused(
+    name: str, kind: Callable[[], nn.Module]
+) -> None:
+    models = made(kind)
+    found = served(name, models, X, X, X)
+    expected = independent(models, X)
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert type(logits) is Tensor
+
+
+@by_every_strategy
+def test_models_that_cached_a_tensor_during_a_build_can_still_be_trained(name: str) -> None:
+    models = made(WithCache)
+    ensemble.build(name, models, X, **OPTIONS)(X)
+    grid.cache_clear()  # inference tensors of the build: see `Forward`
+    models[0](X).sum().backward()
+    assert next(models[0].parameters()).grad is not None
+
+
+class Average(Base):
+    """Remembers, in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        average = self.get_buffer("average").mul_(0.5)
+        return y - average.add_(0.5 * y.mean((0, 2, 3), keepdim=True))
+
+
+class Counter(Base):
+    """Remembers, in a number."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+class Recurrent(Base):
+    """Remembers its last result."""
+
+    last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.last is not None:
+            y = y + self.last / 2
+        self.last = y
+        return y
+
+
+@by_every_strategy
+@pytest.mark.parametrize("kind", [Average, Counter, Recurrent])
+def test_models_that_remember_calls_are_run_one_after_another_or_refused(
+    name: str, kind: Callable[[], nn.Module]
+) -> None:
+    models = made(kind)
+    copies = copy.deepcopy(models)
+    if name not in ("loop", BEST):
+        with unchanged(models), pytest.raises(UnavailableError, match="depend on earlier calls"):
+            ensemble.build(name, models, X)
+        return
+    with unchanged(models):
+        forward = ensemble.build(name, models, X, **OPTIONS)
+    assert all(getattr(model, "calls", 0) == 0 for model in models)
+    for x in (X, X + 1, X - 1):
+        torch.testing.assert_close(forward(x), independent(copies, x))
+
+
+class Doubling(Base):
+    """Writes into its input, past torch's count of such writes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.mul_(2)
+        return super().forward(x)
+
+
+class Halving(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.numpy()
+        values /= 2
+        return super().forward(x)
+
+
+@by_every_strategy
+@pytest.mark.parametrize("kind", [Doubling, Halving])
+def test_a_write_that_torch_cannot_see_is_not_seen_by_other_models_or_the_caller(
+    name: str, kind: Callable[[], nn.Module]
+) -> None:
+    """The first image is all zeros: what is written into it changes nothing."""
+    models, zeros, x = made(kind), torch.zeros_like(X), X.clone()
+    expected = torch.stack([model(X.clone()) for model in models]).detach()
+    for found in served(name, models, zeros, zeros, x)[1:]:
+        assert torch.equal(x, X)
+        torch.testing.assert_close(found, expected)
+
+
+@by_every_strategy
+def test_torchscript_models_are_served_one_by_one_or_refused(name: str) -> None:
+    with pytest.warns((FutureWarning, DeprecationWarning)):
+        models = [torch.jit.trace(model, X) for model in made(Base)]
+    for found in served(name, models, X, X):
+        torch.testing.assert_close(found, independent(models, X))
+
+
+@by_every_strategy
+def test_models_of_torch_export_are_served_one_by_one_or_refused(name: str) -> None:
+    """Such a module has no eval mode: its mode is the one that it was exported in."""
+    models = [torch.export.export(model, (X,)).module() for model in made(Base)]
+    for found in served(name, models, X, X):
+        torch.testing.assert_close(found, independent(models, X))
+
+
+@by_every_strategy
+def test_a_cache_of_parametrizations_is_refused(name: str) -> None:
+    def normed() -> nn.Module:
+        model = Base()
+        parametrizations.weight_norm(model.conv)
+        return model
+
+    models = made(normed)
+    forward = ensemble.build(name, models, X, **OPTIONS)
+    expected = independent(models, X)
+    with parametrize.cached():
+        with pytest.raises(UnavailableError, match=r"parametrize\.cached"):
+            ensemble.build(name, models, X)
+        with pytest.raises(UnavailableError, match=r"parametrize\.cached"):
+            forward(X)
+    torch.testing.assert_close(forward(X), expected, rtol=1e-4, atol=1e-4)
+
+
+class Wrapping(Base):
+    """Gives what no strategy can put together."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(super().forward(x))
+
+
+class Named(Tensor):
+    """As a library may subclass it."""
+
+
+@by_every_strategy
+def test_outputs_of_a_subclass_become_ordinary_tensors(name: str) -> None:
+    models = made(lambda: Wrapping(lambda y: y.as_subclass(Named)))
+    for found in served(name, models, X, X):
+        assert type(found) is Tensor
+        torch.testing.assert_close(found, independent(models, X).as_subclass(Tensor))
+
+
+WRAPS: dict[str, Callable[[Tensor], Any]] = {
+    "sparse": Tensor.to_sparse,
+    "mkldnn": Tensor.to_mkldnn,
+    "quantized": lambda y: torch.quantize_per_tensor(y, 0.1, 0, torch.qint8),
+    "nested": lambda y: torch.nested.as_nested_tensor(y, layout=torch.jagged),
+    "list": lambda y: [y],
+    "none": lambda y: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*quantiz.*")
+@by_every_strategy
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_outputs_that_are_no_dense_tensor_are_refused(name: str, wrap: str) -> None:
+    models = made(lambda: Wrapping(WRAPS[wrap]))
+    with pytest.raises(ValueError, match="expected one"):
+        ensemble.build(name, models, X, **OPTIONS)(X)
+
+
+@pytest.mark.parametrize("name", ["vmap", "concurrent", "folded_vmap", "lowered_vmap"])
+def test_a_call_that_is_interrupted_leaves_the_forward_as_it_was(name: str) -> None:
+    models = tiny_models(3)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    forward = ensemble.build(name, models, x)
+    expected = forward(x)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    start = time.perf_counter()
+    forward(x)
+    took = time.perf_counter() - start
+    try:
+        for turn in range(20):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, (turn + 1) / 20 * took)
+                while True:
+                    forward(x)
+            except KeyboardInterrupt:
+                pass
+            assert torch.equal(forward(x), expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
