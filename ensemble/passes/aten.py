@@ -4,6 +4,9 @@ Whatever a model is made of, layers of its own class, functions, hooks, branches
 all that it does with tensors.
 """
 
+import random
+
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -35,9 +38,12 @@ def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[st
         outputs.append(result)
         return result
 
+    one = stacking.private_copy(model)
     with torch.inference_mode(False), torch.no_grad():
         # What its code caches, a grid of coordinates, would else hold tensors of the trace.
-        result = stacking.private_copy(model)(example.clone())
+        result, draws = _called(one, example)
+        if draws and _called(one, example)[1]:  # twice: it may have been another thread
+            raise UnavailableError("this model draws random numbers at each call")
     if not isinstance(result, Tensor):
         raise ValueError(f"expected one tensor from each model, found {type(result).__name__}")
     try:
@@ -55,3 +61,16 @@ def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[st
             module.graph.erase_node(node)
     recompile(module)
     return module, list(read)
+
+
+def _called(model: nn.Module, example: Tensor) -> tuple[object, bool]:
+    """What a model gives, and whether Python's or NumPy's random numbers were drawn: a trace sees
+    none of that."""
+    before = _random_states()
+    result = model(example.clone())
+    return result, _random_states() != before
+
+
+def _random_states() -> tuple[object, ...]:
+    numpy = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), numpy["key"].tobytes(), numpy["pos"]

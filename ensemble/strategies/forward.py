@@ -50,8 +50,7 @@ class Forward:
         refuse_cached_parametrizations()
         x = self._checked(x)
         with settings(self.device):
-            outputs = self.run(x)
-        return owned(outputs, self.num_models)
+            return owned(self.run(x), self.num_models)
 
     def __repr__(self) -> str:
         example = f"{self.shape} in {self.dtype} on {self.device}"

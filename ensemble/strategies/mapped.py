@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.machine import warned
@@ -100,7 +100,8 @@ class Mapped:
     def _one_by_one(self, parameters: State, buffers: State, x: Tensor) -> PerModel:
         outputs = []
         for index in range(self._num_models):
-            own, held = (tuple(t[index] for t in part) for part in (parameters, buffers))
+            own = tuple(nn.Parameter(t[index], requires_grad=False) for t in parameters)
+            held = tuple(tensor[index] for tensor in buffers)
             images = x[index] if self._per_model else x
             outputs.append(self._stateless(own, held, images.clone()))
         return PerModel(outputs)

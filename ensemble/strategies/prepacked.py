@@ -32,9 +32,9 @@ def concurrent(models: Sequence[nn.Module], example: Tensor) -> Built:
 
 
 def _packed(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
-    example = agreement.informative(example)
+    example = agreement.informative(example).contiguous()
+    packed = pack(models, example[0] if example.dim() == 5 else example)
     x = channels_last(example)
-    packed = pack(models, x[0] if x.dim() == 5 else x)
     found = PerModel([one(x[i] if x.dim() == 5 else x) for i, one in enumerate(packed)])
     Judge(models, example, closely=False).check(owned(found, len(models)))
     return packed

@@ -387,6 +387,18 @@ def test_what_is_set_around_a_build_or_call_changes_nothing(
             torch.testing.assert_close(found.clone(), expected, rtol=1e-4, atol=1e-4)
 
 
+@by_every_strategy
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_outputs_of_another_dtype_are_put_together_without_autocast(
+    name: str, dtype: torch.dtype
+) -> None:
+    models, x = nets(lambda self, x: self.classify(x).to(dtype)), torch.randn(2, 3, 8, 8)
+    forward = ensemble.build(name, models, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = forward(x)
+    torch.testing.assert_close(found, independent(models, x), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", [name for name in QUICK if name not in ("loop", *VMAPS[:2])])
 @pytest.mark.parametrize("num_models", [1, 2])
 def test_weights_that_change_later_are_not_seen_in_part(name: str, num_models: int) -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn.utils import parametrizations, parametrize
 import ensemble
 from ensemble.errors import UnavailableError
 from ensemble.strategies import BEST
-from tests.strategies.test_forward import QUICK
+from tests.strategies.test_forward import QUICK, TRACED
 from tests.tiny import independent, tiny_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,6 +188,25 @@ class Assigning(Base):
         return super().forward(x) - mean
 
 
+class SettingParameter(Base):
+    """Puts another parameter in the place of one for a while."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.conv.weight
+        self.conv.weight = nn.Parameter(before * 2, requires_grad=False)
+        try:
+            return super().forward(x)
+        finally:
+            self.conv.weight = before
+
+
+class Viewing(Base):
+    """Right only for results that lie in the order of their dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(len(x), -1)
+
+
 class Scaled(Base):
     """Normalizes images of a large mean, where half of the digits are lost."""
 
@@ -213,6 +233,8 @@ KINDS: list[Callable[[], nn.Module]] = [
     WithCache,
     Late,
     Assigning,
+    SettingParameter,
+    Viewing,
     Scaled,
 ]
 
@@ -329,6 +351,23 @@ def test_models_that_remember_calls_are_run_one_after_another_or_refused(
     assert all(getattr(model, "calls", 0) == 0 for model in models)
     for x in (X, X + 1, X - 1):
         torch.testing.assert_close(forward(x), independent(copies, x))
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python's", "NumPy's"])
+def test_random_numbers_that_torch_does_not_draw_are_found_though_no_result_shows_them(
+    name: str, draw: Callable[[], float]
+) -> None:
+    models = made(lambda: Wrapping(lambda y: (y * 0 + draw()).to(torch.int8)))
+    with pytest.raises(UnavailableError, match="draws random numbers at each call"):
+        ensemble.build(name, models, X)
+
+
+@pytest.mark.parametrize("name", ["prepacked_loop", "prepacked_concurrent", "lowered_vmap", "vmap"])
+def test_a_view_of_a_result_needs_no_memory_in_an_order(name: str) -> None:
+    models = made(Viewing)
+    found = ensemble.build(name, models, X)(X)
+    torch.testing.assert_close(found, independent(models, X), rtol=1e-4, atol=1e-4)
 
 
 class Doubling(Base):
