@@ -100,7 +100,9 @@ def serve(
 
     print("Serving multiple models")
     print(f"Running on {workload.device_name(config)}")
-    return session.measure_all(config, begun, workload, save=files.save, say=print, measure=measure)
+    return session.measure_all(
+        config, begun, workload, save=files.save, say=show.say, measure=measure
+    )
 
 
 def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ensemble.errors import InputError
-from ensemble.machine import launch
+from ensemble.machine import cores, launch
 from ensemble.options import (
     ALL,
     DEFAULT_IMAGE,
@@ -130,11 +130,11 @@ def parse(argv: Sequence[str] | None) -> Config:
 
 def warn_of_threads(config: Config) -> None:
     """Say on stderr that more threads than cores are asked for: they wait for each other."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if config.threads and cores and config.threads > cores:
+    found = cores.find()
+    if config.threads and found.whole and config.threads > found.whole:
         print(
-            f"Warning: --threads {config.threads}: more than the cores here ({cores}); threads that"
-            " wait for a core slow the strategies down, unequally so",
+            f"Warning: --threads {config.threads}: more than the cores here ({found.words()});"
+            " threads that wait for a core slow the strategies down, unequally so",
             file=sys.stderr,
         )
 

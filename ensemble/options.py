@@ -136,7 +136,10 @@ class Config:
         metavar="NAME",
     )
     threads: int | None = flag(
-        RUN, "CPU threads of torch (default: the cores)", type=thread_count, metavar="T"
+        RUN,
+        "CPU threads (default: OMP_NUM_THREADS, or a thread a core that may be used)",
+        type=thread_count,
+        metavar="T",
     )
     allocator: str = flag(
         RUN,

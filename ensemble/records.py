@@ -50,6 +50,7 @@ class Environment:
     backend: str | None = None  # what moves tensors between them: gloo or nccl
     hosts: tuple[str, ...] | None = None
     rank_devices: tuple[str, ...] | None = None
+    usable_cores: float | None = None  # fewer than `cores` by affinity, or by a quota of CPU time
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def section(name: str, run: Run) -> list[str]:
         *(drawn if (FOLDER / picture).exists() else []),
         "```",
         said.answer,
-        said.table + said.remarks + "```",
+        said.table + said.notes + said.remarks + "```",
         "",
     ]
 

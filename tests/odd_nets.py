@@ -1118,6 +1118,11 @@ class Net(Described):
     dtype: str = "float32"
 
     @property
+    def sets_itself(self) -> bool:
+        """Does it change itself for the time of a call, which no two threads may do at once?"""
+        return any(step.how == "sets its weight" for step in self.steps)
+
+    @property
     def is_bytes(self) -> bool:
         return self.dtype == "uint8"
 

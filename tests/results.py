@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ensemble.records import Result, Run
 from ensemble.report import exports
-from ensemble.report.table import render_table
+from ensemble.report.table import render_notes, render_table
 from ensemble.report.verdict import render_answer
 from tests import peers
 
@@ -180,7 +180,7 @@ def page() -> str:
         resnets="\n".join(peers.table(peers.read(), peers.OF_RESNETS)),
         four_command=" ".join(four.environment.argv),
         four_answer=render_answer(four.results).rstrip(),
-        four_table=render_table(four.results).rstrip(),
+        four_table=(render_table(four.results) + render_notes(four.results)).rstrip(),
         allocators="\n".join(allocator_table()),
         modes=modes(),
         sweep="\n".join(said("sweep")),

@@ -15,7 +15,8 @@ import torch
 import resnet_vmap
 from ensemble import records
 from ensemble.command_line import parse
-from ensemble.machine import memory, timing
+from ensemble.machine import cores, memory, timing
+from ensemble.machine.cores import Cores
 from ensemble.models import pretrained, workload
 from ensemble.models.vision import torchvision
 from ensemble.records import Case, Run
@@ -35,6 +36,7 @@ def tests_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their rows are judged as if nothing else ran, and take half of the calls."""
     monkeypatch.setattr(records, "TOO_BUSY", 1.0)
     monkeypatch.setattr(timing, "LONG_S", 0.0)  # no untimed call before each timed one
+    monkeypatch.setenv("COLUMNS", "1000")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_without_weights_and_without_a_network_random_weights_are_said_plainly(
     finally:
         torch.hub.set_dir(torch_hub)
     out = capsys.readouterr().out
-    assert "using random weights, seeds 0 to 1; the predicted class is meaningless" in out
+    assert "using random weights, seeds 0 to 1\nThe predicted class is meaningless" in out
     assert "the timings are not" in out
 
 
@@ -363,11 +365,13 @@ def test_help_and_usage_errors_answer_without_importing_torch(argv: list[str]) -
 def test_more_threads_than_cores_are_warned_of(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(cores, "find", lambda: Cores(4, 2, None))
     parse(["--threads", "2"])
     assert capsys.readouterr().err == ""
     parse(["--threads", "99"])
-    assert capsys.readouterr().err.startswith("Warning: --threads 99: more than the cores here (2)")
+    assert capsys.readouterr().err.startswith(
+        "Warning: --threads 99: more than the cores here (2 of"
+    )
 
 
 def test_help_is_a_screen_and_a_half_and_says_each_default_once(

@@ -685,7 +685,7 @@ def _called(
         return []
 
     try:
-        if case.around_call == "threads":
+        if case.around_call == "threads" and not case.net.sets_itself:
             calls: list[Callable[[], Any]] = [
                 partial(call_thrice, each),
                 partial(call_thrice, other),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,10 @@ import torch
 
 from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError
+from ensemble.machine.cores import THREADS
+from ensemble.machine.cores import find as cores_of_this_process
 from ensemble.options import Config
 from ensemble.report.words import count
-
-THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def find(config: Config, *, local_rank: int, local_ranks: int) -> Place:
         kind = accelerator.type if accelerator else "cpu"
     available = _available_cores()
     share = share_of(available, local_rank=local_rank, local_ranks=local_ranks)
-    threads = config.threads or _asked_threads(local_ranks) or len(share)
+    threads = config.threads or _asked_threads(local_ranks) or _own_threads(share, local_ranks)
     pinned = kind == "cpu" and threads <= len(share) and hasattr(os, "sched_setaffinity")
     device = "cpu" if kind == "cpu" else f"{kind}:{local_rank}"
     return Place(device, threads, share if pinned else None)
@@ -71,6 +72,12 @@ def share_of(cores: tuple[int, ...], *, local_rank: int, local_ranks: int) -> tu
         return (cores[local_rank % len(cores)],)
     share = blocks(len(cores), local_ranks)[local_rank]
     return cores[share.start : share.stop]
+
+
+def _own_threads(share: tuple[int, ...], local_ranks: int) -> int:
+    """One a core, and no more than the ranks' part of a quota of CPU time."""
+    quota = cores_of_this_process().quota
+    return len(share) if quota is None else min(len(share), max(1, math.ceil(quota / local_ranks)))
 
 
 def _available_cores() -> tuple[int, ...]:

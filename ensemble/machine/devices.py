@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ensemble.errors import InputError
-from ensemble.machine import memory
+from ensemble.machine import cores, memory
 from ensemble.records import Environment
 
 
@@ -41,11 +41,14 @@ def select_device(name: str) -> torch.device:
 
 
 def configure(*, threads: int | None) -> None:
-    """Full float32 precision everywhere (no TF32), and as many CPU threads as asked for."""
+    """Full float32 precision everywhere (no TF32), and as many CPU threads as asked for; where
+    nobody asked, not more than the cores that this process may use."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    if threads is not None:
-        torch.set_num_threads(threads)
+    has = torch.get_num_threads()
+    wanted = threads or cores.default_threads(has, cores.find(), os.environ)
+    if wanted != has:
+        torch.set_num_threads(wanted)
 
 
 def synchronize(device: torch.device) -> None:
@@ -58,6 +61,7 @@ def describe(
     device: torch.device, *, allocator: str, weights: str, first_forward_s: float
 ) -> Environment:
     """The environment of the measurements that are about to be taken."""
+    found = cores.find()
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         argv=tuple(sys.argv),
@@ -69,7 +73,8 @@ def describe(
         device=str(device),
         device_name=device_name(device),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        cores=os.cpu_count(),
+        cores=found.machine,
+        usable_cores=found.usable,
         threads=torch.get_num_threads(),
         tf32=torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         cudnn_benchmark=torch.backends.cudnn.benchmark,

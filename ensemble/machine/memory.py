@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ensemble.errors import InputError
+from ensemble.machine import cgroups
 
 try:
     import resource
@@ -28,8 +29,7 @@ except ImportError:  # Windows
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = -1  # as a threshold of trimming; any other is an int, so at most 2 GiB
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# Limit, use, and what of it is a cache of files.
+# Files of a control group: limit, use, and what of it is a cache of files.
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 # What the allocators of torch, of the kernel and of C++ say.
@@ -162,26 +162,11 @@ def _process_bytes() -> int | None:
 
 def _container_bytes() -> int | None:
     """What the control groups of this process leave: a container's limit, or a job's. The cache of
-    files that they hold counts as free. Source: the kernel's cgroup-v2.rst; v1 has other names."""
-    try:
-        lines = _CGROUP.read_text().splitlines()
-    except OSError:
-        return None
+    files that they hold counts as free."""
     left = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            names = _V1 if controllers else _V2
-            root = _CGROUPS / controllers
-            # In a container the path may be that of the host: then only the root is there.
-            for folder in {root, *(root / part for part in _and_parents(path))}:
-                left += _group_bytes(folder, *names)
+    for folder, version in cgroups.folders("memory"):
+        left += _group_bytes(folder, *(_V2 if version == 2 else _V1))
     return min(left, default=None)
-
-
-def _and_parents(path: str) -> list[str]:
-    parts = [part for part in path.split("/") if part]
-    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _group_bytes(folder: Path, most: str, used: str, cache: str) -> list[int]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ensemble.machine import cores
+
 _STAT = Path("/proc/stat")
 
 
@@ -37,14 +39,14 @@ def share_of_others(before: Reading, after: Reading, needed: int | None = None) 
     """The share of the machine's cores that other programs took between two readings, 0 to 1.
 
     needed: where this program keeps so many cores busy at most, the others may have all else, and
-        the share is that of these cores.
+        the share is that of these cores. Without: all that this process may use.
     """
-    cores, wall = os.cpu_count(), after.wall_s - before.wall_s
-    if before.all_s is None or after.all_s is None or not cores or wall <= 0:
+    found, wall = cores.find(), after.wall_s - before.wall_s
+    if before.all_s is None or after.all_s is None or not found.machine or wall <= 0:
         return None
-    needed = min(needed or cores, cores)
+    needed = min(needed or found.machine, found.whole or found.machine)
     others = ((after.all_s - before.all_s) - (after.own_s - before.own_s)) / wall
-    return min(1.0, max(0.0, (others - (cores - needed)) / needed))
+    return min(1.0, max(0.0, (others - (found.machine - needed)) / needed))
 
 
 def _seconds_of(pid: int) -> float:

@@ -62,9 +62,9 @@ def _published(
         seeds = f"{seed} to {seed + num_models - 1}" if num_models > 1 else str(seed)
         say(
             f"No {pretrained.published_name(arch)} here and no download ({error.reason}): using"
-            f" random weights, seeds {seeds}; the predicted class is meaningless, the timings are"
-            " not."
+            f" random weights, seeds {seeds}"
         )
+        say("The predicted class is meaningless, the timings are not")
         drawn = weights.random_models(len(block), arch=arch, device=device, seed=seed + block.start)
         return drawn, f"random, seeds {seeds}"
     models = weights.models_from_state(

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.errors import InputError
-from ensemble.machine import devices, memory
+from ensemble.machine import cores, devices, memory
 from ensemble.models import sources, stacking
 from ensemble.models.images import AugmentedImages, read_image
 from ensemble.models.stacking import stacked_state
 from ensemble.options import Config
 from ensemble.records import Environment
+from ensemble.report.words import count
 
 # Of a file: what stands around each tensor, and the structure of the models.
 _PER_TENSOR_BYTES, _STRUCTURE_BYTES = 1024, 2**20
@@ -59,7 +60,9 @@ class Workload:
     def device_name(self, config: Config) -> str:
         """Where it runs, in words."""
         chosen = "the CPU" if self.device.type == "cpu" else f"{self.device}, the accelerator here"
-        return chosen + (" (found by itself)" if config.device == "auto" else "")
+        found = " (auto-detected)" if config.device == "auto" else ""
+        threads = count(torch.get_num_threads(), "thread")
+        return f"{chosen}{found}, {threads} on {cores.find().words()}"
 
     def describe(self, config: Config, *, first_forward_s: float) -> Environment:
         """The environment of the measurements that are about to be taken."""

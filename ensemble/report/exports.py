@@ -79,7 +79,7 @@ def to_markdown(run: Run) -> str:
             _paragraphs(page.answer),
             "",
             "```",
-            page.table.rstrip("\n"),
+            (page.table + page.notes).rstrip("\n"),
             "```",
             "",
             _paragraphs(page.remarks),

@@ -12,7 +12,6 @@ from ensemble.report.table import (
     grid,
     number,
     place_columns,
-    remarks,
     that_say_something,
 )
 from ensemble.report.words import case_name, place_name, title_of, varying_fields
@@ -32,13 +31,13 @@ def render_answer(results: Sequence[Result]) -> str:
 
 
 def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bool = False) -> str:
-    """One table, a row a strategy; what failed and the notes under it."""
+    """One table, a row a strategy."""
     every = [*place_columns(results), *COLUMNS]
     shown = [row for row in results if verbose or row.status != "unavailable"]
     columns = every if verbose else that_say_something(every, results)
     cases = [row.case for row in results]
     head = f"{title_of(cases)}; latencies from the scheduled arrival"
-    return "\n".join([head, *grid(shown, columns, colour=colour), *remarks(results)]) + "\n"
+    return "\n".join([head, *grid(shown, columns, colour=colour)]) + "\n"
 
 
 def render_remarks(results: Sequence[Result], *, verbose: bool = False) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ensemble.records import Run
 from ensemble.report import load, verdict
-from ensemble.report.table import render_table
+from ensemble.report.table import render_notes, render_table
 from ensemble.report.words import time_lines
 
 
@@ -15,6 +15,7 @@ class Page:
     known: tuple[str, ...]  # the lines that users of the original know
     answer: str
     table: str
+    notes: str
     remarks: str
 
 
@@ -31,11 +32,13 @@ def page_of(run: Run, *, columns: bool, sentences: bool, colour: bool = False) -
             (),
             load.render_answer(results),
             load.render_table(results, verbose=columns, colour=colour),
+            render_notes(results),
             load.render_remarks(results, verbose=sentences),
         )
     return Page(
         tuple(time_lines(results)),
         verdict.render_answer(results),
         render_table(results, verbose=columns, colour=colour),
+        render_notes(results),
         verdict.render_remarks(results, environment, verbose=sentences),
     )

@@ -14,7 +14,7 @@ from ensemble.records import Case, Environment, Run
 from ensemble.report import comparison, exports
 from ensemble.report.page import is_under_load, page_of
 from ensemble.report.table import render_strategies
-from ensemble.report.words import case_name, varying_fields
+from ensemble.report.words import case_name, varying_fields, wrapped
 from ensemble.strategies import HYBRIDS, STRATEGIES
 
 NOT_JUDGED = 3  # the exit code of a gate that could not do its work: neither passed nor failed
@@ -25,13 +25,19 @@ def show(run: Run, *, verbose: bool) -> None:
     page = page_of(run, columns=verbose, sentences=verbose, colour=_may_colour())
     for line in page.known:
         print(line)
-    print(page.answer)
-    print(page.table)
-    print(page.remarks, end="")
+    say(page.answer)
+    print(page.table, end="")
+    say(page.notes)
+    say(page.remarks, end="")
     if verbose:
         varying = varying_fields([row.case for row in run.results])
         for row in run.results:
             print(f"{case_name(row.case, varying)}, times in s: {row.times_s}")
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """Print sentences, as wide as the terminal."""
+    print(wrapped(text), end=end)
 
 
 def show_left(stopped: str, left: Sequence[Case], planned: int) -> None:
@@ -40,7 +46,7 @@ def show_left(stopped: str, left: Sequence[Case], planned: int) -> None:
         names = "; ".join(case_name(case, varying_fields(left)) for case in left)
         finished = f"{planned - len(left)} of {planned} rows are finished"
         few = "not measured, or by fewer processes than asked"
-        print(f"{stopped}: {finished}; {few}: {names}", file=sys.stderr)
+        print(wrapped(f"{stopped}: {finished}; {few}: {names}"), file=sys.stderr)
 
 
 def list_strategies() -> None:
@@ -55,7 +61,7 @@ def compare(config: Config, run: Run, baseline: Run | None) -> int:
         return 0
     compared, fail_above = comparison.compare(run, baseline), config.fail_above
     asked = () if config.from_json else config.plan()
-    print(comparison.render(compared, run, baseline, fail_above, asked), end="")
+    say(comparison.render(compared, run, baseline, fail_above, asked), end="")
     if fail_above is None:
         return 0
     if any(row.surely_slower(fail_above) for row in compared):

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from textwrap import wrap
 
 from rich.console import Console
 from rich.table import Table
@@ -39,9 +38,8 @@ class Column:
 def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bool = False) -> str:
     """One table, a row a strategy; with `verbose` all columns and all rows.
 
-    Rows that cannot run here are one line under it, as is each that failed or has a note. The
-    default table leaves columns out until it fits `WIDTH`, and says which. Colour is by escape
-    sequences, for a terminal.
+    Rows that cannot run here are in `render_notes` alone. The default table leaves columns out
+    until it fits `WIDTH`, and says which. Colour is by escape sequences, for a terminal.
     """
     shown = [row for row in results if verbose or row.status != "unavailable"]
     every = _columns(results, verbose=verbose)
@@ -49,7 +47,7 @@ def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bo
     lines = grid(shown, columns, colour=colour)
     if left_out:
         lines.append(f"Left out for width: {', '.join(left_out)}; --verbose shows all.")
-    return "\n".join([title([row.case for row in results]), *lines, *remarks(results)]) + "\n"
+    return "\n".join([title([row.case for row in results]), *lines]) + "\n"
 
 
 def _fitting(columns: Sequence[Column], rows: Sequence[Result]) -> tuple[list[Column], list[str]]:
@@ -101,8 +99,8 @@ def render_strategies(strategies: Mapping[str, Strategy | Hybrid]) -> str:
     return "\n".join([*_drawn(table, WIDTH_OF_STRATEGIES), ABOUT_NEEDS]) + "\n"
 
 
-def remarks(results: Sequence[Result]) -> list[str]:
-    """Why rows have no speedup, and what else there is to say of them."""
+def render_notes(results: Sequence[Result]) -> str:
+    """Why rows have no speedup, and what else there is to say of them: a line each, or nothing."""
     varying = varying_fields([row.case for row in results])
     lines = _unavailable(results)
     failed = [row for row in results if row.status == "failed"]
@@ -115,21 +113,20 @@ def remarks(results: Sequence[Result]) -> list[str]:
         who = "all rows" if len(rows) == len(results) > 1 else None
         names = who or "; ".join(case_name(row.case, varying) for row in rows)
         lines.append(f"{names}: {note}")
-    return lines
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _unavailable(results: Sequence[Result]) -> list[str]:
-    """What cannot run here, by its reason, `WIDTH` wide."""
+    """What cannot run here, by its reason."""
     names: dict[str, list[str]] = {}
     for row in results:
         if row.status == "unavailable":
             names.setdefault(str(row.error), []).append(row.case.strategy)
     others = {row.case.strategy for row in results if row.status != "unavailable"}
-    lines = [
+    return [
         f"Not available here: {', '.join(_grouped(group, others))}: {reason}"
         for reason, group in names.items()
     ]
-    return [part for line in lines for part in wrap(line, WIDTH, subsequent_indent="  ")]
 
 
 def _grouped(names: Sequence[str], others: Collection[str]) -> list[str]:

@@ -1,9 +1,39 @@
 """Cases, times and counts in words; each said in one way everywhere. No torch."""
 
+import shutil
 from collections.abc import Collection, Sequence
+from textwrap import fill
 
 from ensemble.records import Case, Result
 from ensemble.report.sweep import cells
+
+WIDTH = 100  # of what is printed, where there is no terminal to ask
+_NARROWEST = 40
+
+
+def wrapped(text: str, width: int | None = None) -> str:
+    """Text with each line that is longer than `width` broken between words.
+
+    width: by default that of the terminal, or of the variable COLUMNS, or `WIDTH`.
+    """
+    if width is None:
+        width = max(_NARROWEST, shutil.get_terminal_size((WIDTH, 0)).columns)
+    return "\n".join(
+        line if len(line) <= width else _broken(line, width) for line in text.split("\n")
+    )
+
+
+def _broken(line: str, width: int) -> str:
+    """Its further lines stand two characters to the right; what has no space, a path, is whole."""
+    own = " " * (len(line) - len(line.lstrip()))
+    return fill(
+        line.strip(),
+        width,
+        initial_indent=own,
+        subsequent_indent=f"{own}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def count(number: int, noun: str) -> str:

@@ -28,7 +28,7 @@ class Forward:
     - Models run under `torch.inference_mode`: what their code caches then holds inference tensors,
       and gradients within a forward cannot be had.
     - Models run in their own dtype: `torch.autocast` around a build or a call has no effect.
-    - Calls from several threads are safe.
+    - Calls from several threads are safe where the models' own code is.
     - It belongs to its process: it cannot be pickled, copied, exported or traced. Build it where
       it is to run.
 

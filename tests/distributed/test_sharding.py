@@ -1,12 +1,17 @@
 """Which models a rank holds, by values, for any number of models and ranks; cores likewise."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ensemble.distributed import placing
 from ensemble.distributed.placing import share_of
 from ensemble.distributed.sharding import blocks, windows
 from ensemble.errors import InputError
+from ensemble.machine.cores import Cores
+from tests.made import CONFIG
 
 
 def test_five_models_over_two_ranks_are_three_and_two() -> None:
@@ -48,3 +53,14 @@ def test_the_ranks_of_a_host_have_cores_apart_or_one_each_where_there_are_too_fe
         (3,),
         (5,),
     ]
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(None, 4), (8.0, 4), (3.0, 2), (0.5, 1)])
+def test_the_threads_of_a_rank_are_its_part_of_a_quota_of_cpu_time(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, threads: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(placing, "_available_cores", lambda: tuple(range(8)))
+    monkeypatch.setattr(placing, "cores_of_this_process", lambda: Cores(8, 8, quota))
+    found = placing.find(replace(CONFIG, device="cpu", threads=None), local_rank=1, local_ranks=2)
+    assert (found.threads, found.cores) == (threads, (4, 5, 6, 7))

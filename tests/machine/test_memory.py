@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ensemble.errors import InputError
-from ensemble.machine import memory
+from ensemble.machine import cgroups, memory
 from ensemble.models.vision import torchvision
 
 ROOT = Path(memory.__file__).parents[2]
@@ -62,8 +62,8 @@ def test_what_is_free_is_what_the_least_of_machine_process_and_container_leaves(
     ):
         (group / name).write_text(text)
     (tmp_path / "cgroup").write_text("0::/job/step\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "_OF_THIS_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
     assert memory.available_bytes(CPU) == 2000
     (group / "memory.max").write_text("max\n")
     assert (memory.available_bytes(CPU) or 0) > 10**6

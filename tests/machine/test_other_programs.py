@@ -1,6 +1,5 @@
 """How much of the CPU other programs take."""
 
-import os
 import subprocess
 import sys
 import time
@@ -8,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.machine import other_programs
+from ensemble.machine import cores, other_programs
+from ensemble.machine.cores import Cores
 from ensemble.machine.other_programs import Reading, share_of_others
 
 
 def test_the_share_of_others_is_what_this_process_did_not_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(cores, "find", lambda: Cores(4, None, None))
     before, after = Reading(10.0, 1.0, 100.0), Reading(12.0, 4.0, 107.0)
     assert share_of_others(before, after) == 0.5  # 7 busy seconds less 3 of its own, of 2 s x 4
 
@@ -23,12 +23,19 @@ def test_the_share_of_others_is_what_this_process_did_not_do(
 def test_where_few_cores_are_needed_the_others_may_have_the_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     before = Reading(0.0, 0.0, 0.0)
     of_others = {3.0: 0.0, 6.0: 0.0, 7.0: 0.5, 8.0: 1.0}  # cores they keep busy: share of our two
-    found = {cores: share_of_others(before, Reading(1.0, 0.0, cores), 2) for cores in of_others}
-    assert found == of_others
-    assert share_of_others(before, Reading(1.0, 0.0, 4.0), 99) == 0.5
+
+    def found(needed: int | None) -> dict[float, float | None]:
+        return {
+            busy: share_of_others(before, Reading(1.0, 0.0, busy), needed) for busy in of_others
+        }
+
+    monkeypatch.setattr(cores, "find", lambda: Cores(8, 8, None))
+    assert found(2) == of_others
+    assert found(99) == {busy: busy / 8 for busy in of_others}
+    monkeypatch.setattr(cores, "find", lambda: Cores(8, 2, None))  # taskset -c 0,1
+    assert found(None) == of_others
 
 
 def test_an_unknown_reading_gives_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,5 +56,5 @@ def test_a_busy_neighbour_is_seen_unless_it_belongs_to_this_program() -> None:
         neighbour.wait()
     assert share is not None
     assert ours is not None
-    assert share > 0.5 / (os.cpu_count() or 1)
-    assert share - ours > 0.5 / (os.cpu_count() or 1)  # a process of this program is no other
+    assert share > 0.5 / (cores.find().whole or 1)
+    assert share - ours > 0.5 / (cores.find().whole or 1)  # a process of this program is no other

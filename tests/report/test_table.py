@@ -7,7 +7,7 @@ import pytest
 
 from ensemble.records import Result
 from ensemble.report import exports
-from ensemble.report.table import WIDTH, render_strategies, render_table
+from ensemble.report.table import WIDTH, render_notes, render_strategies, render_table
 from ensemble.report.verdict import render_answer, render_remarks
 from ensemble.report.words import time_lines
 from ensemble.strategies import STRATEGIES
@@ -155,7 +155,10 @@ def test_the_table_has_a_row_a_strategy_with_its_units_and_no_cell_cut() -> None
     assert cells(lines[2]) == "strategy N ms (IQR) [95% interval] error (s) (MB) faults"
     assert cells(lines[3]) == "loop 4 100.0 (0.0) 1 (reference) 0.40"
     assert cells(lines[4]) == "vmap 4 50.00 (0.00) 2.00 [2.00, 2.00] 2e-07 0.12 196 12,000"
-    assert lines[5:] == ["Not available here: cudagraph_loop: no CUDA"]
+    assert len(lines) == 5
+    assert render_notes([LOOP, VMAP, UNAVAILABLE]) == (
+        "Not available here: cudagraph_loop: no CUDA\n"
+    )
 
 
 def test_a_column_that_says_nothing_is_left_out_unless_all_are_asked_for() -> None:
@@ -195,9 +198,9 @@ def test_what_is_left_out_of_a_wide_table_is_said_and_shown_by_verbose() -> None
 def test_strategies_that_cannot_run_share_a_short_line_by_their_reason() -> None:
     names = [name for name in STRATEGIES if name.startswith("cudagraph_")]
     rows = [changed(UNAVAILABLE, strategy=name) for name in [*names, "jax"]]
-    assert render_table([LOOP, *rows]).endswith("Not available here: cudagraph_*, jax: no CUDA\n")
+    assert render_notes([LOOP, *rows]).endswith("Not available here: cudagraph_*, jax: no CUDA\n")
     ran = changed(VMAP, strategy=names[0])
-    assert f"Not available here: {names[1]}, {names[2]}, " in render_table([ran, *rows[1:]])
+    assert f"Not available here: {names[1]}, {names[2]}, " in render_notes([ran, *rows[1:]])
 
 
 def test_the_table_of_strategies_has_them_all_in_a_hundred_columns_and_cuts_nothing() -> None:
@@ -228,11 +231,11 @@ def test_the_share_of_the_limit_stands_in_the_table_where_it_was_asked_for() -> 
 
 def test_notes_and_reasons_stand_under_the_table_each_once() -> None:
     noted = changed(VMAP, notes=("slow fallback",))
-    assert render_table([noted, LOOP]).endswith("\nvmap, 4 models: slow fallback\n")
-    both = render_table([noted, changed(noted, num_models=1)])
-    assert both.endswith("\nall rows: slow fallback\n")
+    assert render_notes([noted, LOOP]).endswith("vmap, 4 models: slow fallback\n")
+    both = render_notes([noted, changed(noted, num_models=1)])
+    assert both == "all rows: slow fallback\n"
     failed = changed(VMAP, status="failed", error="broke", num_models=1)
-    assert render_table([failed]).endswith("\nvmap, 1 model: failed: broke\n")
+    assert render_notes([failed]).endswith("vmap, 1 model: failed: broke\n")
 
 
 def test_the_two_time_lines_come_from_the_same_pairs() -> None:

@@ -1,0 +1,109 @@
+"""How many cores a process may use, and how many threads torch then gets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ensemble.machine import cgroups, cores, devices
+from ensemble.machine.cores import Cores, default_threads
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("found", "whole", "words"),
+    [
+        (Cores(8, 8, None), 8, "8 cores"),
+        (Cores(1, 1, None), 1, "1 core"),
+        (Cores(8, 3, None), 3, "3 of 8 cores (CPU affinity)"),
+        (Cores(8, 8, 1.5), 2, "1.5 of 8 cores (CPU quota)"),
+        (Cores(8, 4, 0.25), 1, "0.25 of 8 cores (CPU quota)"),
+        (Cores(8, 1, 1.5), 1, "1 of 8 cores (CPU affinity)"),
+        (Cores(8, None, 16.0), 8, "8 cores"),
+        (Cores(None, None, None), None, "an unknown number of cores"),
+    ],
+)
+def test_the_least_of_machine_affinity_and_quota_counts(
+    found: Cores, whole: int | None, words: str
+) -> None:
+    assert found.whole == whole
+    assert found.words() == words
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(cgroups, "_OF_THIS_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_quota_is_the_least_of_a_groups_and_those_above_it(groups: Path) -> None:
+    """The forms of the kernel's cgroup-v2.rst: `max 100000`, `150000 100000`."""
+    assert cores.find().quota is None
+    write(groups, cgroup="0::/job/step\n", cpu__max="max 100000\n")
+    assert cores.find().quota is None
+    write(groups / "job", cpu__max="150000 100000\n")
+    write(groups / "job" / "step", cpu__max="800000 100000\n")
+    assert cores.find().quota == 1.5
+
+
+def test_a_quota_of_the_first_version_is_read_too(groups: Path) -> None:
+    write(groups, cgroup="3:cpu,cpuacct:/docker/1\n2:memory:/docker/1\n")
+    folder = groups / "cpu,cpuacct"  # in a container the root stands for the host's path
+    write(folder, cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
+    assert cores.find().quota is None
+    write(folder, cpu__cfs_quota_us="50000\n")
+    assert cores.find().quota == 0.5
+
+
+def test_threads_follow_what_the_user_set_then_the_cores() -> None:
+    assert default_threads(8, Cores(8, 8, None), {}) == 8
+    assert default_threads(8, Cores(8, 8, 1.5), {}) == 2
+    assert default_threads(4, Cores(8, 8, None), {}) == 4  # torch counts no hyperthreads
+    assert default_threads(6, Cores(8, 8, 1.5), {"OMP_NUM_THREADS": "6"}) == 6
+    assert default_threads(8, Cores(None, None, None), {}) == 8
+
+
+def test_torch_is_set_to_that_and_the_environment_says_so(groups: Path) -> None:
+    before = torch.get_num_threads()
+    write(groups, cgroup="0::/\n", cpu__max="50000 100000\n")
+    try:
+        torch.set_num_threads(2)
+        devices.configure(threads=None)
+        cpu = torch.device("cpu")
+        told = devices.describe(cpu, allocator="system", weights="none", first_forward_s=0.1)
+        assert (told.threads, told.cores, told.usable_cores) == (1, os.cpu_count(), 0.5)
+        devices.configure(threads=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="asks for one core")
+@pytest.mark.parametrize("threads", [None, "2"])
+def test_a_process_held_to_one_core_runs_on_one_thread_unless_told(threads: str | None) -> None:
+    program = (
+        "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "import torch\n"
+        "from ensemble.machine import cores, devices\n"
+        "devices.configure(threads=None)\n"
+        "print(torch.get_num_threads(), cores.find().words())"
+    )
+    environment = {**os.environ} | ({"OMP_NUM_THREADS": threads} if threads else {})
+    if not threads:
+        environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(f"{threads or 1} 1 ")
