@@ -97,9 +97,12 @@ def serve(
 ) -> Session:
     """Run all models by each strategy: build, compare with the loop, time beside the loop."""
     from ensemble.measure import session
+    from ensemble.serving import search
 
     print("Serving multiple models")
     print(f"Running on {workload.device_name(config)}")
+    if config.scenario == "server" and config.target_qps is None:
+        show.say(search.announcement(config))
     return session.measure_all(
         config, begun, workload, save=files.save, say=show.say, measure=measure
     )

@@ -9,17 +9,15 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 
 from ensemble.errors import RankError, exit_code
-from ensemble.measure import grid, rounds, workers
+from ensemble.measure import expected, grid, rounds, workers
 from ensemble.measure.cell import measure_limits, with_roofline
 from ensemble.models.workload import Workload
 from ensemble.options import Config
 from ensemble.records import Case, Result, Run
 from ensemble.report.progress import show_progress
 from ensemble.report.words import case_name
-from ensemble.strategies import STRATEGIES
 
 INTERRUPTED = "interrupted"
-CUDA = "CUDA"  # as `Strategy.needs` has it
 LOADED_ROW = "ensemble.serving.row"  # as `workers.ROW`, of a case under load
 ShowProgress = Callable[[int], AbstractContextManager[grid.Progress]]
 # Gives the row of each case, as it comes, with others that changed by it.
@@ -61,6 +59,13 @@ def measure_all(
     missing = _missing(cases, run, config)
     if config.resume:
         say(f"Going on with {config.resume}: {len(missing)} of {len(cases)} rows are missing")
+    lacking = expected.unavailable(missing, config, workload.device)
+    if lacking:  # no process is started to find that out
+        run = _with(run, lacking, cases)
+        save(run)
+        missing = _missing(cases, run, config)
+    for line in expected.warnings(missing, workload.device):
+        say(line)
     minutes = config.max_minutes or float("inf")
     deadline, stopped, code = time.monotonic() + 60 * minutes, "", 0
     measure = measure or (_in_processes if config.processes else in_this_process)
@@ -119,10 +124,6 @@ def _in_processes(
     """Each case in processes of its own; a row comes again after each of them, and with it the row
     of the reference where it was timed beside."""
     rows = {row.case: row for row in run.results}
-    lacking = tuple(_lacks_cuda(case, workload) for case in cases if _needs_cuda(case, workload))
-    if lacking:  # no process is started to find that out
-        yield lacking
-    cases = [case for case in cases if not _needs_cuda(case, workload)]
     if not cases:
         return
     dtypes = [case.dtype for case in cases] if config.roofline else []
@@ -154,17 +155,6 @@ def _in_processes(
             for new, beside in measured:
                 wanted = beside is not None and is_wanted(beside.case)
                 yield tuple(map(take, (new, beside) if beside and wanted else (new,)))
-
-
-def _needs_cuda(case: Case, workload: Workload) -> bool:
-    """Does the strategy run on CUDA alone, and these models lie elsewhere?"""
-    strategy = STRATEGIES.get(case.strategy)
-    return strategy is not None and strategy.needs == CUDA and workload.device.type != "cuda"
-
-
-def _lacks_cuda(case: Case, workload: Workload) -> Result:
-    reason = f"CUDA graphs need a CUDA device, this is {workload.device}"
-    return Result(case, status="unavailable", error=reason)
 
 
 def _missing(cases: Sequence[Case], run: Run, config: Config) -> tuple[Case, ...]:

@@ -86,7 +86,7 @@ def _import_for(strategy: str, device: str) -> None:
     if strategy in HYBRIDS:
         names = {HYBRIDS[strategy].alone, HYBRIDS[strategy].together}
     elif strategy == BEST:
-        names.update(best.candidates(torch.device(device)))
+        names.update(best.candidates(torch.device(device), torch.float32))
     for name in STRATEGIES.keys() & names:
         with contextlib.suppress(Exception):
             STRATEGIES[name].builder()

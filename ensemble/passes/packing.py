@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from ensemble.errors import UnavailableError
+from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
 from ensemble.ops import conv
 from ensemble.ops.tracing import finished, forget_source, node_of, reached, value_of
@@ -74,11 +75,8 @@ def why_not(device: str, dtype: torch.dtype) -> str:
         torch.ops.mkldnn, "_convolution_pointwise"
     ):
         return "this torch does not have oneDNN's packed convolution"
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if dtype != torch.float32 and (dtype not in supported or not supported[dtype]()):
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    if dtype not in known or is_emulated(dtype, torch.device(device)):
         return f"oneDNN does not compute in {dtype} on this CPU"
     return ""
 

@@ -22,6 +22,7 @@ from ensemble.serving.engine import Engine
 from ensemble.serving.figures import record
 from ensemble.serving.library import library, shares
 from ensemble.serving.referee import OFFLINE, SERVER, Order
+from ensemble.serving.search import LATE
 from ensemble.serving.server import Policy, Server
 from ensemble.serving.ways import plan
 from ensemble.statistics import queries_needed
@@ -31,7 +32,6 @@ QUEUE_BOUNDS = 2.0
 # A server that gets a twentieth too many falls behind by one bound in so many bounds: a run that is
 # to hold a rate is no shorter, or the queue that it would build up is not seen.
 BOUNDS_LONG = 20.0
-LATE = 2  # requests of a run that may be late: it is as long as the percentile then needs
 EARLY = 1.3  # the offline query holds more than is expected to be answered, to last long enough
 HEARTBEAT_S = 1.0
 

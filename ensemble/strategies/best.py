@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
-from ensemble.strategies import agreement, duel, eager, make
+from ensemble.strategies import LOOP, STRATEGIES, agreement, duel, eager, make
 from ensemble.strategies.arguments import weight_dtype
 from ensemble.strategies.built import Built, Choice
 
@@ -46,7 +47,7 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     Each must give the logits of the loop in float32, as a row of the table must.
     """
     begin = time.perf_counter()
-    names = candidates(example.device)
+    names = candidates(example.device, weight_dtype(models, example))
     x = agreement.informative(example)
     found = duel.fastest(
         {name: partial(make, name, models, example) for name in names},
@@ -62,9 +63,16 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     return Built(kept.forward, kept.note, Choice(found.name, note, took), kept.later)
 
 
-def candidates(device: torch.device) -> tuple[str, ...]:
-    """The names of what is tried on a device, in this order."""
-    return CANDIDATES.get(device.type, ELSEWHERE)
+def candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The names of what is tried on a device, in this order.
+
+    Where the CPU emulates a dtype, all but our own kernels, which compute in float32, convert each
+    number at each step, as the loop does: none is worth its trial.
+    """
+    names = CANDIDATES.get(device.type, ELSEWHERE)
+    if not is_emulated(dtype, device):
+        return names
+    return tuple(name for name in names if name == LOOP or STRATEGIES[name].has_kernels)
 
 
 def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]:

@@ -1,5 +1,7 @@
 """Queue and batcher on a counted clock, against queueing theory; the search for a rate."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from ensemble.serving.check import expected_wait_s, ideal_wait_s
 from ensemble.serving.library import library, shares
 from ensemble.serving.simulation import Traffic
 from ensemble.serving.waiting import Waiting
+from ensemble.statistics import queries_needed
+from tests.made import CONFIG
 
 CALL_S = 0.005
 ONE = [Way(ALONE, 1, CALL_S)]
@@ -94,3 +98,14 @@ def test_tenants_are_asked_for_by_zipf_and_every_image_is_there() -> None:
     assert {image for image, lane in entries if lane == 2} == set(range(16))
     assert library(4, (1.0,)) == ((0, 0), (1, 0), (2, 0), (3, 0))
     assert {lane for _, lane in library(16, shares(64, 10.0))} == set(range(64))
+
+
+def test_what_a_search_takes_is_said_before_it_begins() -> None:
+    """By the requests that a 99th percentile of which two may be late needs."""
+    asked = replace(CONFIG, latency_percentile=99.0, min_seconds=2.0)
+    requests = queries_needed(0.99, search.LATE)
+    line = search.announcement(asked)
+    assert f"{requests} requests, and of 2 s at least" in line
+    assert f"in {8 * requests / 10 / 60:.0f} minutes" in line
+    assert f"--latency_percentile 90 ({queries_needed(0.9, search.LATE)} requests)" in line
+    assert "in 80 minutes" in search.announcement(replace(asked, min_seconds=600.0))

@@ -1,0 +1,42 @@
+"""Does a device compute in a dtype, or does torch emulate it?"""
+
+import time
+
+import torch
+
+SIDE, CHANNELS = 56, 64  # of the convolution that is timed: one of a ResNet-18's first stage
+CALLS = 3
+
+
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Does the CPU lack instructions for `dtype`, so that torch computes number by number?
+
+    oneDNN, which convolves for torch on a CPU, says so. Its answer respects ONEDNN_MAX_CPU_ISA.
+    """
+    supported = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if device.type != "cpu" or dtype not in supported:
+        return False
+    return (
+        not torch.backends.mkldnn.is_available()
+        or not getattr(torch.ops.mkldnn, supported[dtype])()
+    )
+
+
+def slowdown(dtype: torch.dtype) -> float:
+    """How many times as long as in float32 a convolution takes in `dtype`, on the CPU."""
+    return _least_seconds(dtype) / _least_seconds(torch.float32)
+
+
+def _least_seconds(dtype: torch.dtype) -> float:
+    x = torch.ones(1, CHANNELS, SIDE, SIDE, dtype=dtype)
+    weight = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype)
+    times = []
+    with torch.inference_mode():
+        for _ in range(CALLS):
+            start = time.perf_counter()
+            torch.nn.functional.conv2d(x, weight, padding=1)
+            times.append(time.perf_counter() - start)
+    return min(times)
