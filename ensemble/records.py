@@ -21,6 +21,10 @@ SELF_CHECK = "self_check"  # the reference against itself: the noise floor of th
 # not claimed: threads that wait for each other lose whole time slices to a third. Beside a program
 # that kept one of two cores busy, a loop of many short kernels once took 200 times one long call.
 BUSY, TOO_BUSY = 0.05, 0.25
+# How much the fastest calls of strategy and reference must differ for that to be said all the same.
+# Other programs disturb some calls a lot and the fastest ones least: see measure/README.md.
+FAR = 10.0
+MACHINE_BUSY = "machine busy"
 
 
 @dataclass(frozen=True)
@@ -394,12 +398,24 @@ class Result:
         if self.speedup_interval is None:
             return "too few pairs"
         if (self.others_cpu_share or 0.0) > TOO_BUSY:
-            return "machine busy"
+            return MACHINE_BUSY
         if len(self.process_speedups) > 1:  # there what is noisy is wide
             is_noisy = half_width(self.speedup_interval) > TOO_WIDE
         else:
             is_noisy = self.noise is not None and self.noise > TOO_NOISY
         return "too noisy" if is_noisy else None
+
+    @property
+    def beyond_disturbance(self) -> str | None:
+        """`faster` or `slower` where the machine was too busy for a figure, but the fastest calls,
+        and the whole interval, lie further apart than other programs can have put them."""
+        interval = self.speedup_interval
+        if self.inconclusive != MACHINE_BUSY or interval is None:
+            return None
+        ratio = min(self.reference_times_s) / min(self.times_s)
+        if min(ratio, interval[0]) > FAR:
+            return "faster"
+        return "slower" if max(ratio, interval[1]) < 1 / FAR else None
 
     def _all(self, field: str) -> tuple[float, ...]:
         return tuple(time for process in self.processes for time in getattr(process, field))

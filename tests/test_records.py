@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from ensemble.records import Result
+from ensemble.report.table import render_table
 from ensemble.report.verdict import render_answer, render_remarks
 from tests.made import ENVIRONMENT, LOOP, PROCESS, ROW, VMAP, changed
 
@@ -46,5 +48,38 @@ def test_nothing_is_claimed_beside_other_programs_that_take_much_of_the_cpu() ->
     busy = changed(VMAP, others_cpu_share=0.5)
     assert busy.inconclusive == "machine busy"
     remarks = render_remarks([LOOP, busy], ENVIRONMENT)
-    assert "other programs took 50% of the CPU while this was timed: nothing is claimed" in remarks
-    assert "not sure enough to say, because of vmap (machine busy)" in render_answer([LOOP, busy])
+    assert (
+        "meanwhile, no speedup is claimed; stop them and run again: vmap, 4 models (50%)."
+        in remarks
+    )
+    assert "inconclusive, because of vmap (machine busy)" in render_answer([LOOP, busy])
+
+
+def busy(*, ours: tuple[float, float], theirs: tuple[float, float]) -> Result:
+    """A row beside other programs, of calls that take the one time or the other."""
+    return changed(VMAP, times_s=ours * 10, reference_times_s=theirs * 10, others_cpu_share=0.6)
+
+
+def test_beside_other_programs_a_difference_is_claimed_where_the_fastest_calls_show_it() -> None:
+    far = busy(ours=(0.016, 0.02), theirs=(0.9, 1.666))
+    assert far.inconclusive == "machine busy"
+    assert far.beyond_disturbance == "faster"
+    assert "vmap was faster than the loop all the same: its fastest call took 16 ms" in (
+        render_answer([LOOP, far])
+    )
+    assert "faster: machine busy" in render_table([LOOP, far])
+    assert busy(ours=(0.9, 1.666), theirs=(0.016, 0.02)).beyond_disturbance == "slower"
+
+
+def test_medians_that_other_programs_have_put_apart_claim_nothing() -> None:
+    apart = busy(ours=(0.02, 0.02), theirs=(0.05, 4.0))
+    assert apart.beyond_disturbance is None
+    assert changed(VMAP, times_s=(0.001,) * 20).beyond_disturbance is None  # a quiet machine
+
+
+def test_rows_that_are_noisy_in_the_same_way_share_a_line() -> None:
+    first = changed(VMAP, others_cpu_share=0.4)
+    second = changed(VMAP, others_cpu_share=0.5, num_models=8)
+    remarks = render_remarks([LOOP, first, second], ENVIRONMENT)
+    assert remarks.count("Warning") == 1
+    assert "run again: vmap, 4 models (40%); vmap, 8 models (50%).\n" in remarks

@@ -203,7 +203,8 @@ def _speedup(row: Result) -> str:
     if row.case.is_reference:
         return "1 (reference)"
     if row.inconclusive:
-        return row.inconclusive
+        beyond = row.beyond_disturbance
+        return f"{beyond}: {row.inconclusive}" if beyond else row.inconclusive
     interval = row.speedup_interval
     return f"{row.speedup:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 

@@ -41,10 +41,10 @@ def render_remarks(
                 continue
             lines += [_sentence(row, case_name(row.case, varying))] if verbose else []
             lines += _two_modes(row, case_name(row.case, varying))
-            lines += _noise(row, case_name(row.case, varying))
             lines += [] if row.inconclusive else _page_faults(row, environment)
         if index == 0:  # nothing is cold after the first cell
             lines += _cold_start(rows, environment)
+    lines += _noise([row for row in results if row.speedup is not None], varying)
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -54,7 +54,7 @@ def _fastest(rows: Sequence[Result], references: Sequence[Result], varying: Coll
     best = sweep.fastest([*references, *rows])
     unsure = [f"{row.name} ({row.inconclusive})" for row in rows if row.inconclusive]
     if best is None or (unsure and (best.speedup or 0) <= 1):
-        return f"{where}: not sure enough to say, because of {', '.join(unsure)}."
+        return f"{where}: inconclusive, because of {', '.join(unsure)}.{_all_the_same(rows)}"
     plain = next((row for row in rows if row.case.strategy == "vmap" and row is not best), None)
     beside = f"; plain vmap {_times(plain)}" if plain else ""
     if (best.speedup or 0) <= 1:
@@ -69,11 +69,22 @@ def _fastest(rows: Sequence[Result], references: Sequence[Result], varying: Coll
     return f"{sentence}{_price(best, references)}{_shorter_calls(best, rows)}"
 
 
+def _all_the_same(rows: Sequence[Result]) -> str:
+    """Which rows differ from the loop by more than a busy machine explains."""
+    return "".join(
+        f" {row.name} was {row.beyond_disturbance} than the loop all the same: its fastest call"
+        f" took {milliseconds(min(row.times_s))}, the loop's"
+        f" {milliseconds(min(row.reference_times_s))}."
+        for row in rows
+        if row.beyond_disturbance
+    )
+
+
 def _times(row: Result) -> str:
     """`2.96 times as fast as the loop (95% interval 2.89 to 3.12)`, or why not."""
     interval = row.speedup_interval
     if row.inconclusive or interval is None or row.speedup is None:
-        return f"cannot be told ({row.inconclusive or row.status})"
+        return f"inconclusive ({row.inconclusive or row.status})"
     surely = f"({CONFIDENCE:.0%} interval {interval[0]:.2f} to {interval[1]:.2f})"
     slower = ": slower" if interval[1] < 1 else ""
     return f"{row.speedup:.2f} times as fast as the loop{slower} {surely}"
@@ -184,29 +195,42 @@ def _differ(faults: Sequence[float | None]) -> bool:
     return len(known) > 1 and max(known) > 2 * min(known) + 1000
 
 
-def _noise(row: Result, who: str) -> list[str]:
-    if row.others_cpu_share is not None and row.others_cpu_share > BUSY:
-        says = "nothing is claimed" if row.inconclusive else "which hits strategies unequally"
-        return [
-            f"Warning: {who}: other programs took {row.others_cpu_share:.0%} of the CPU while this"
-            f" was timed: {says}; stop them and run again."
-        ]
+def _noise(results: Sequence[Result], varying: Collection[str]) -> list[str]:
+    """What was noisy: a line for each kind of noise, that names its rows."""
+    kinds: dict[str, list[str]] = {}
+    for row in results:
+        found = None if row.case.is_reference else _kind_of_noise(row)
+        if found:
+            kind, figure = found
+            kinds.setdefault(kind, []).append(f"{case_name(row.case, varying)} ({figure})")
+    return [f"{kind}: {'; '.join(rows)}." for kind, rows in kinds.items()]
+
+
+def _kind_of_noise(row: Result) -> tuple[str, str] | None:
+    """What there is to say of a row's noise, the same for all rows of a kind, and its figure."""
+    others = row.others_cpu_share
+    if others is not None and others > BUSY:
+        says = "no speedup is claimed" if row.inconclusive else "they slow strategies unequally"
+        what = "Warning: other programs took a part of the CPU meanwhile"
+        return f"{what}, {says}; stop them and run again", f"{others:.0%}"
     within, between = row.within_processes, row.between_processes
     if between is not None and within is not None:
         if between <= max(within, NOISY / 2):
-            return []
-        says = "nothing is claimed; close other programs" if row.inconclusive else "it is theirs"
-        interval = row.speedup_interval or (between, between)
-        return [
-            f"{who}: a process is sure to {within:.0%} of itself, processes lie {between:.0%} apart"
-            f" to either side, the interval is {interval[0]:.2f} to {interval[1]:.2f}: {says}."
-        ]
+            return None
+        figure = f"+-{between:.0%} against +-{within:.0%}"
+        if row.inconclusive:
+            return "Warning: processes differ too much to claim a speedup; close programs", figure
+        return (
+            "Processes differ by more than their own confidence intervals; the interval shown"
+            " covers both",
+            figure,
+        )
     if row.noise is None or row.noise <= NOISY:
-        return []
-    what = f"Warning: {who}: the inter-quartile range is {row.noise:.0%} of the median"
+        return None
+    what, figure = "Warning: the inter-quartile range of the times is wide", f"{row.noise:.0%}"
     if row.noise > TOO_NOISY:
-        return [f"{what}, above {TOO_NOISY:.0%}: nothing is claimed; close other programs."]
-    return [f"{what}; for a narrower interval close other programs or raise --min_seconds."]
+        return f"{what}, above {TOO_NOISY:.0%} of the median: no speedup is claimed", figure
+    return f"{what}; for a narrower one close programs or raise --min_seconds", figure
 
 
 def _page_faults(row: Result, environment: Environment) -> list[str]:

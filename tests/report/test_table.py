@@ -45,21 +45,21 @@ def test_an_interval_that_holds_one_claims_no_difference() -> None:
 def test_a_spread_above_a_quarter_claims_nothing_and_gives_the_number_and_advice() -> None:
     wild = changed(VMAP, times_s=(0.05, 0.08) * 10)
     text = said(LOOP, wild)
-    assert "not sure enough to say, because of vmap (too noisy)" in text
-    assert "the inter-quartile range is 46% of the median, above 25%: nothing is claimed" in text
+    assert "inconclusive, because of vmap (too noisy)" in text
+    assert "above 25% of the median: no speedup is claimed: vmap, 4 models (46%)." in text
     assert "times as fast" not in text
 
 
 def test_a_spread_above_a_tenth_is_warned_of() -> None:
     noisy = changed(VMAP, times_s=(0.05, 0.057) * 10)
     text = said(LOOP, noisy)
-    assert "Warning: vmap, 4 models: the inter-quartile range is 13% of the median; for" in text
+    assert "raise --min_seconds: vmap, 4 models (13%)." in text
     assert "times as fast" in text
 
 
 def test_other_programs_that_take_the_cpu_are_warned_of() -> None:
     beside = changed(VMAP, others_cpu_share=0.4)
-    assert "Warning: vmap, 4 models: other programs took 40% of the CPU" in said(LOOP, beside)
+    assert "stop them and run again: vmap, 4 models (40%)." in said(LOOP, beside)
 
 
 def test_too_few_pairs_claim_nothing() -> None:
@@ -115,7 +115,7 @@ def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothi
     few = changed(VMAP, times_s=(0.11,) * 5, reference_times_s=(0.1,) * 5)
     text = said(LOOP, few, changed(few, strategy="folded_vmap"))
     assert (
-        "Fastest with 4 models: not sure enough to say, because of vmap (too few pairs),"
+        "Fastest with 4 models: inconclusive, because of vmap (too few pairs),"
         " folded_vmap (too few pairs)." in text
     )
     assert "Page faults" not in text
@@ -284,18 +284,18 @@ def test_processes_that_lie_far_apart_name_no_winner_and_no_payback() -> None:
     assert wild.speedup_interval is not None
     assert wild.speedup_interval[0] > 1
     assert render_answer([LOOP, wild]) == (
-        "Fastest with 4 models: not sure enough to say, because of vmap (too noisy).\n"
+        "Fastest with 4 models: inconclusive, because of vmap (too noisy).\n"
     )
-    assert "nothing is claimed; close other programs" in said(LOOP, wild)
+    assert "differ too much to claim a speedup; close programs: vmap, 4" in said(LOOP, wild)
     best = replace(wild, case=replace(wild.case, strategy="best"))
     answer = render_answer([LOOP, changed(VMAP, times_s=(0.08,) * 20), best])
     assert "Fastest with 4 models: vmap, 1.25 times as fast as the loop" in answer
-    assert "; best cannot be told (too noisy)." in answer
+    assert "; best inconclusive (too noisy)." in answer
 
 
 def test_what_lies_between_processes_is_told_where_it_is_more_than_within_them() -> None:
     text = said(LOOP, of_processes((1.0, 0), (1.1, 0), (1.2, 0), (1.3, 0), (1.4, 0)))
-    assert "vmap, 4 models: a process is sure to 0% of itself, processes lie 17% apart" in text
+    assert "interval shown covers both: vmap, 4 models (+-17% against +-0%)." in text
 
 
 def test_what_best_picked_stands_in_its_row_and_in_the_answer() -> None:
