@@ -1,6 +1,9 @@
 """What goes wrong outside of this program: the user's input, this machine, another rank."""
 
+import re
 import signal
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class InputError(ValueError):
@@ -40,6 +43,6 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, its type's name where it says nothing."""
-    lines = str(error).splitlines()
+    """The first line of what an error says, without colours; its type's name where it is empty."""
+    lines = _COLOUR.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

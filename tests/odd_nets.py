@@ -1120,7 +1120,7 @@ class Net(Described):
     @property
     def sets_itself(self) -> bool:
         """Does it change itself for the time of a call, which no two threads may do at once?"""
-        return any(step.how == "sets its weight" for step in self.steps)
+        return any(step.how in ("sets its weight", "functional call") for step in self.steps)
 
     @property
     def is_bytes(self) -> bool:

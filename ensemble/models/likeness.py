@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,14 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, range, slice)
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, range, slice)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - set(_HOOKS)
 _LONGEST = 60  # characters of a value in a message
+CLASS = "__class__"
+# Of a class's attributes, those that say where it stands and not what it does.
+_OF_EVERY_CLASS = {
+    *("__dict__", "__weakref__", "__doc__", "__module__", "__firstlineno__"),
+    "__slotnames__",  # copy.copy keeps it there
+}
 
 
 def described(model: nn.Module) -> dict[str, object]:
-    """The attributes and hooks of each submodule: equal for models that differ in values alone.
+    """The class, attributes and hooks of each submodule: equal for models that differ in values
+    alone.
 
     Compared by value: numbers, texts, containers, tensors that are no parameters or buffers, code
     of functions, and other objects by their class and attributes. Parameters, buffers and the tree
@@ -27,6 +35,7 @@ def described(model: nn.Module) -> dict[str, object]:
     found = {}
     for path, module in model.named_modules():
         written = {_written_by(hook) for hook in module._forward_pre_hooks.values()}
+        found[f"{path}.{CLASS}" if path else CLASS] = _described(type(module), registered, {})
         for name in vars(module).keys() - _OF_EVERY_MODULE - written:
             value = vars(module)[name]
             if name in _HOOKS:
@@ -38,7 +47,8 @@ def described(model: nn.Module) -> dict[str, object]:
 def value(model: nn.Module, name: str) -> str:
     """What `described` names `name`, for a message."""
     path, _, leaf = name.rpartition(".")
-    text = " ".join(repr(vars(model.get_submodule(path)).get(leaf)).split())
+    module = model.get_submodule(path)
+    text = " ".join(repr(vars(module).get(leaf) if leaf != CLASS else type(module)).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
@@ -73,12 +83,22 @@ def _described(
 
     if isinstance(value, Tensor):
         return "tensor", str(value.dtype), tuple(value.shape), _bytes(value)
+    if isinstance(value, type):
+        if _is_importable(value):
+            return "class", value.__module__, value.__qualname__
+        parts = {name: part for name, part in vars(value).items() if name not in _OF_EVERY_CLASS}
+        return ["class", value.__qualname__, *of(*value.__bases__, parts)]
     if isinstance(value, Mapping):
-        return [type(value).__name__, *(of(key, item) for key, item in value.items())]
+        items = (of(key, item) for key, item in value.items())
+        return [type(value).__name__, *items, *of(*_of_subclass(value))]
     if isinstance(value, list | tuple):
-        return [type(value).__name__, *of(*value)]
+        return [type(value).__name__, *of(*value, *_of_subclass(value))]
     if isinstance(value, set | frozenset):
-        return [type(value).__name__, *sorted(map(repr, of(*value)))]
+        return [type(value).__name__, *sorted(map(repr, of(*value))), *of(*_of_subclass(value))]
+    if isinstance(value, types.ModuleType):
+        return "module", value.__name__
+    if isinstance(value, property):
+        return ["property", *of(value.fget, value.fset, value.fdel)]
     if isinstance(value, functools.partial):
         return ["partial", *of(value.func, value.args, value.keywords)]
     if isinstance(value, types.MethodType):
@@ -87,8 +107,32 @@ def _described(
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         return [value.__code__, *of(value.__defaults__, value.__kwdefaults__, *cells)]
     if isinstance(value, nn.Module) or hasattr(value, "__dict__"):
-        return [type(value).__qualname__, *of(vars(value))]
+        return [*of(type(value)), *of(_attributes(value))]
     return [type(value).__qualname__, *of(*_reduced(value))]
+
+
+def _is_importable(kind: type) -> bool:
+    """Is a class the one of its name, and not one of several that a function has made?"""
+    found: Any = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is kind
+
+
+def _attributes(value: object) -> dict[str, object]:
+    """By name, those in slots too."""
+    found = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+def _of_subclass(value: object) -> list[dict[str, object]]:
+    """The attributes of a container, where it has any."""
+    return [found] if (found := _attributes(value)) else []
 
 
 def _reduced(value: object) -> Iterator[object]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ensemble.errors import UnavailableError, first_line
-from ensemble.models import likeness
+from ensemble.models import likeness, references
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -46,6 +46,8 @@ def skeleton(model: nn.Module) -> nn.Module:
     memo: dict[int, object] = {}
     if isinstance(model, torch.jit.ScriptModule):
         raise UnavailableError("this model cannot be copied: it is a TorchScript module")
+    if function := references.to_itself(model):
+        raise UnavailableError(f"this model cannot be copied: {function} in it refers to the model")
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor):

@@ -4,13 +4,12 @@ Whatever a model is made of, layers of its own class, functions, hooks, branches
 all that it does with tensors.
 """
 
-import random
-
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ensemble.errors import UnavailableError
+from ensemble.errors import UnavailableError, first_line
+from ensemble.machine import randomness
+from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
 from ensemble.ops.tracing import is_random, recompile, traced
 
@@ -39,11 +38,10 @@ def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[st
         return result
 
     one = stacking.private_copy(model)
-    with torch.inference_mode(False), torch.no_grad():
-        # What its code caches, a grid of coordinates, would else hold tensors of the trace.
-        result, draws = _called(one, example)
-        if draws and _called(one, example)[1]:  # twice: it may have been another thread
-            raise UnavailableError("this model draws random numbers at each call")
+    # What its code caches, a grid of coordinates, would else hold tensors of the trace.
+    result, draws = _called(one, example)
+    if draws and _called(one, example)[1]:  # twice: it may have been another thread
+        raise UnavailableError("this model draws random numbers at each call")
     if not isinstance(result, Tensor):
         raise ValueError(f"expected one tensor from each model, found {type(result).__name__}")
     try:
@@ -64,13 +62,15 @@ def graph_of(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[st
 
 
 def _called(model: nn.Module, example: Tensor) -> tuple[object, bool]:
-    """What a model gives, and whether Python's or NumPy's random numbers were drawn: a trace sees
-    none of that."""
-    before = _random_states()
-    result = model(example.clone())
-    return result, _random_states() != before
-
-
-def _random_states() -> tuple[object, ...]:
-    numpy = np.random.get_state(legacy=False)["state"]
-    return random.getstate(), numpy["key"].tobytes(), numpy["pos"]
+    """What a model gives, and whether random numbers were drawn: a trace sees only torch's."""
+    is_plain = type(example) is Tensor  # fake ones draw nothing
+    before = randomness.states(example.device) if is_plain else ()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            result = model(example.clone())
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+        raise UnavailableError(f"torch cannot trace this model: {reason}") from error
+    return result, is_plain and randomness.states(example.device) != before

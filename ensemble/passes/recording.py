@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -26,6 +27,14 @@ _ABOUT_SHAPE = {
         getattr(Tensor, name).__get__
         for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "is_meta")
     ),
+}
+# They hand a tensor's values to Python, whose code may then take another way.
+_READS_VALUES = {
+    *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__complex__),
+    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__contains__),
+    *(Tensor.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.nonzero, Tensor.argwhere),
+    *(Tensor.unique, Tensor.masked_select, torch.is_nonzero, torch.equal, torch.allclose),
+    *(torch.nonzero, torch.argwhere, torch.unique, torch.masked_select),
 }
 
 
@@ -49,6 +58,11 @@ class Recording:
     calls: tuple[Call, ...]
     output: Value
     result: object
+
+    @property
+    def reads_values(self) -> bool:
+        """Did the model's code ask for values of a tensor? It may do something else for others."""
+        return any(call.function in _READS_VALUES for call in self.calls)
 
     def readers(self, value: Value) -> list[int]:
         """Which calls read a value, one entry for each time; the output counts as one more call."""

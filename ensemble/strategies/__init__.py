@@ -218,6 +218,8 @@ def build(
             `loop` and `prepacked_...` take them).
         UnavailableError: the strategy cannot run here, or not these models.
     """
+    from ensemble.errors import first_line
+    from ensemble.machine.memory import is_out_of_memory
     from ensemble.strategies import arguments, verifying
     from ensemble.strategies.forward import Forward
     from ensemble.strategies.verifying import Behavior
@@ -225,17 +227,27 @@ def build(
     if name not in STRATEGIES:
         raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
     models, example = arguments.checked(models, example)
-    behavior = Behavior.PLAIN if name == LOOP else verifying.behavior(models[0], example)
-    if behavior is Behavior.STATEFUL:
+    behavior = verifying.behavior(models[0], example)
+    if behavior is Behavior.GRADED:
+        raise UnavailableError(
+            "these models compute gradients in their forward, and a built one runs without them"
+        )
+    if behavior is Behavior.STATEFUL and name != LOOP:
         if name != BEST:
-            raise UnavailableError(
-                f"{name} cannot run models whose answers depend on earlier calls"
-            )
+            raise UnavailableError(f"{name} cannot run models that remember or count their calls")
         name = LOOP
-    forward = make(name, models, example, tune_seconds=tune_seconds).forward
-    assert isinstance(forward, Forward)
-    if behavior is Behavior.PLAIN and name not in (LOOP, BEST):
-        verifying.check(forward, models, example)
+    try:
+        forward = make(name, models, example, tune_seconds=tune_seconds).forward
+        assert isinstance(forward, Forward)
+        if behavior is Behavior.PLAIN and name not in (LOOP, BEST):
+            verifying.check(forward, models, example)
+    except (ValueError, UnavailableError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UnavailableError(f"{name} cannot run these models: {reason}") from error
     return forward
 
 

@@ -14,7 +14,12 @@ from torch.nn.parameter import is_lazy
 from ensemble.errors import UnavailableError, first_line
 from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
-from ensemble.strategies.forward import check_dense, plain, refuse_cached_parametrizations
+from ensemble.strategies.forward import (
+    check_dense,
+    is_traced,
+    plain,
+    refuse_cached_parametrizations,
+)
 
 
 def checked(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]:
@@ -29,6 +34,10 @@ def checked(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]:
         raise ValueError(f"example: expected a tensor, found a {type(example).__name__}")
     if type(example) is Tensor or type(example) is not type(_first_tensor(every)):
         example = plain(example, argument="example")
+    if is_traced(is_plain=type(example) is Tensor):
+        raise UnavailableError(
+            "models cannot be built within a mode that traces operators or fakes tensors"
+        )
     _check_shape(example, len(every))
     for index, model in enumerate(every):
         _check_model(model, index, example)

@@ -82,8 +82,11 @@ def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]
     limit = agreement.TOLERANCES[dtype]
     agrees = partial(agreement.check, tolerance=limit, nan_agrees=True)
     reference = eager.logits_in(models, x, at_least_float32)
+    own = reference if dtype == at_least_float32 else eager.logits_in(models[:1], x, dtype)
 
     def check(logits: Tensor) -> None:
+        if logits.dtype != own.dtype:
+            raise ValueError(f"expected logits in {own.dtype}, found {logits.dtype}")
         problem = agrees(logits, reference).problem
         if not problem:
             return

@@ -63,17 +63,12 @@ class Forward:
         )
 
     def _refuse_tracing(self) -> None:
-        if torch._C._get_tracing_state() or torch.compiler.is_compiling() or self._is_traced():
+        traced = is_traced(is_plain=self._type in _PLAIN)
+        if torch._C._get_tracing_state() or torch.compiler.is_compiling() or traced:
             raise UnavailableError(
                 f"a built forward ({self.strategy}) cannot be traced, exported or compiled: it"
                 " runs outside of torch's graph; export or compile the models themselves"
             )
-
-    def _is_traced(self) -> bool:
-        """By a mode that records what torch's operators do, or replaces it."""
-        keys = torch._C._TorchDispatchModeKey
-        wrong = [keys.PROXY, keys.FUNCTIONAL, *[keys.FAKE] * (self._type in _PLAIN)]
-        return any(torch._C._get_dispatch_mode(key) is not None for key in wrong)
 
     def _checked(self, x: object) -> Tensor:
         """x as a plain tensor.
@@ -97,6 +92,16 @@ class Forward:
                 " built forward; call it under torch.no_grad() or with x.detach()"
             )
         return x
+
+
+def is_traced(*, is_plain: bool) -> bool:
+    """Are calls within a mode that records what torch's operators do, or replaces it?
+
+    is_plain: they are of ordinary tensors, which a mode of fake tensors refuses.
+    """
+    keys = torch._C._TorchDispatchModeKey
+    wrong = [keys.PROXY, keys.FUNCTIONAL, *[keys.FAKE] * is_plain]
+    return any(torch._C._get_dispatch_mode(key) is not None for key in wrong)
 
 
 def plain(x: Tensor, *, argument: str) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.passes.folding import folded
+from ensemble.passes.recording import record
 from ensemble.strategies import agreement, eager, telemetry, trial
 from ensemble.strategies.arguments import weight_dtype
 from ensemble.strategies.built import Built
@@ -26,7 +27,7 @@ from ensemble.strategies.trial import Array, Run, Settings
 
 
 def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
-    """OpenVINO's CPU plugin, float32 or bfloat16 by its precision hint."""
+    """OpenVINO's CPU plugin, float32 or bfloat16 by its precision hint. Its relu makes 0 of NaN."""
     package = _require("openvino", example)
     core = package.Core()
     hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -34,6 +35,7 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
     hint = hints.get(example.dtype)
     if hint is None or (hint == "bf16" and "BF16" not in able):
         raise UnavailableError(f"OpenVINO does not compute in {example.dtype} on this CPU")
+    _check_convertible(models, example)
     inputs = trial.arrays(example, len(models))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer that reads torch modules
@@ -89,6 +91,7 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
     _require("onnxscript", example)
     if example.dtype != torch.float32:
         raise UnavailableError(f"ONNX Runtime's CPU kernels do not convolve in {example.dtype}")
+    _check_convertible(models, example)
     copies = folded(models, example)
     inputs = trial.arrays(example, len(models))
     proto = _export(copies[0], torch.from_numpy(inputs[0]))
@@ -144,12 +147,26 @@ def _require(name: str, example: Tensor) -> Any:
         ) from error
 
 
+def _check_convertible(models: Sequence[nn.Module], example: Tensor) -> None:
+    """Would a conversion be right for other images too, and give what the models give?
+
+    Raises:
+        UnavailableError: it would not: a converter takes one way through code that branches on
+            values, and gives float32.
+    """
+    x = agreement.informative(example)
+    found = record(stacking.private_copy(models[0]), (x[0] if x.dim() == 5 else x).clone())
+    if found.reads_values:
+        raise UnavailableError("its converter cannot follow code that asks for values of tensors")
+    if isinstance(found.result, Tensor) and found.result.dtype != example.dtype:
+        raise UnavailableError(f"it gives {example.dtype}, these models {found.result.dtype}")
+
+
 def _in_float32(models: Sequence[nn.Module], example: Tensor) -> Sequence[nn.Module]:
-    return (
-        models
-        if weight_dtype(models, example) == torch.float32
-        else stacking.cast(models, torch.float32)
-    )
+    """Copies: a converter calls models, which may change what they hold."""
+    if weight_dtype(models, example) == torch.float32:
+        return list(map(stacking.private_copy, models))
+    return stacking.cast(models, torch.float32)
 
 
 def _checked(built: Built, models: Sequence[nn.Module], example: Tensor) -> Built:

@@ -88,6 +88,6 @@ class Branching(nn.Module):
 def test_a_branch_on_values_is_taken_anew_at_each_call() -> None:
     model, x = Branching().eval(), torch.rand(2, 3, 4, 4)
     (found,) = folding.folded([model], x)
-    assert norms(found) == 0
+    assert norms(found) == 1  # another branch may lead past the convolution
     for images in (x, -x):
         torch.testing.assert_close(found(images), model(images))

@@ -1,0 +1,21 @@
+"""Whether random numbers are drawn, by the states of the generators: nobody's is set."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+
+def states(device: torch.device) -> tuple[object, ...]:
+    """Of the generators that a model's code draws from: equal as long as nothing is drawn.
+
+    Other threads draw from the same ones.
+    """
+    numpy = np.random.get_state(legacy=False)["state"]
+    own = [torch.random.get_rng_state()]
+    if device.type != "cpu" and torch.accelerator.is_available():
+        own.append(torch.get_device_module(device).get_rng_state(device))
+    drawn = [state.numpy().tobytes() for state in own]
+    return random.getstate(), numpy["key"].tobytes(), numpy["pos"], *drawn
