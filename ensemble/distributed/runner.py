@@ -75,9 +75,20 @@ def _start(lead: Lead, name: str, example: Tensor, dtype: torch.dtype, reduce: s
         first_call_s=max(outcome.first_call_s for outcome in outcomes),
         peak_memory_bytes=max(peaks, default=None),
         choice=outcomes[0].choice,
-        notes=tuple(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),
+        notes=_notes(outcomes),
         ready=lambda: lead.announce_call(key, reduce),
     )
+
+
+def _notes(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """Those of all ranks once; of one that not all have, whose it is."""
+    every = dict.fromkeys(note for outcome in outcomes for note in outcome.notes)
+    notes = []
+    for note in every:
+        ranks = [rank for rank, outcome in enumerate(outcomes) if note in outcome.notes]
+        who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: "
+        notes.append(note if len(ranks) == len(outcomes) else who + note)
+    return tuple(notes)
 
 
 def _exact(lead: Lead, example: Tensor) -> Tensor:

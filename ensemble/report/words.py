@@ -86,15 +86,20 @@ def title_of(cases: Sequence[Case]) -> str:
 def time_lines(results: Sequence[Result]) -> list[str]:
     """The two lines that users of the original know, for each cell: medians in seconds.
 
-    Both come from the pairs of the row `vmap`, so that they belong together.
+    Both come from the pairs of the row `vmap`, so that they belong together. One that was measured
+    in another dtype alone says in which; the loop beside it is in float32.
     """
     lines = []
-    grid = cells([row for row in results if row.case.dtype == "float32"])
+    grid = cells(results)
     varying = varying_fields([row.case for row in results]).keys() - {"dtype"}
     for rows in grid.values() or [[]]:
-        suffix = f" ({place_name(rows[0].case, varying)})" if len(grid) > 1 else ""
-        vmapped = next((row for row in rows if row.case.strategy == "vmap"), None)
-        looped = next((row for row in rows if row.case.is_reference), None)
+        by_dtype = sorted(rows, key=lambda row: row.case.dtype != "float32")
+        vmapped = next((row for row in by_dtype if row.case.strategy == "vmap"), None)
+        looped = next((row for row in by_dtype if row.case.strategy == "loop"), None)
+        shown = vmapped or looped
+        parts = [place_name(rows[0].case, varying)] if len(grid) > 1 else []
+        parts += [shown.case.dtype] if shown and shown.case.dtype != "float32" else []
+        suffix = f" ({', '.join(parts)})" if parts else ""
         without = looped.median_s if looped else None
         if vmapped and vmapped.reference_median_s:
             without = vmapped.reference_median_s

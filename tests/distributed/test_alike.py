@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ensemble.distributed import alike
+from ensemble.distributed import alike, runner
 from ensemble.distributed.alike import Facts
+from ensemble.distributed.outcomes import Outcome
 from ensemble.errors import InputError
 from tests.made import CONFIG
 from tests.tiny import tiny_models
@@ -60,3 +61,16 @@ def test_what_is_wrong_on_one_rank_names_it_and_what_is_wrong_on_all_names_none(
         alike.check([facts("host-a"), bad])
     with pytest.raises(InputError, match=r"^a\.pth: broken$"):
         alike.check([bad, bad])
+
+
+def test_a_note_that_not_all_ranks_have_says_whose_it_is() -> None:
+    outcomes = [
+        Outcome(notes=("folded", "picked loop (tried: loop 51 ms)")),
+        Outcome(notes=("folded", "picked loop (tried: loop 52 ms)")),
+        Outcome(notes=("folded", "picked loop (tried: loop 52 ms)")),
+    ]
+    assert runner._notes(outcomes) == (
+        "folded",
+        "rank 0: picked loop (tried: loop 51 ms)",
+        "ranks 1, 2: picked loop (tried: loop 52 ms)",
+    )

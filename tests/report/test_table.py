@@ -302,3 +302,16 @@ def test_what_best_picked_stands_in_its_row_and_in_the_answer() -> None:
     best = changed(VMAP, strategy="best", picked="lowered_vmap")
     assert "Fastest with 4 models: best (lowered_vmap), 2.00 times as fast" in said(LOOP, best)
     assert "\nbest (lowered_vmap)  4  " in render_table([LOOP, best])
+
+
+def test_the_two_time_lines_of_a_run_in_another_dtype_say_which() -> None:
+    bf16 = changed(VMAP, dtype="bfloat16")
+    assert time_lines([changed(LOOP, dtype="bfloat16"), bf16]) == [
+        "Time taken for prediction without vmap: 0.100000 (bfloat16)",
+        "Time taken for prediction with vmap: 0.050000 (bfloat16)",
+    ]
+    assert time_lines([changed(LOOP, dtype="bfloat16")]) == [
+        "Time taken for prediction without vmap: 0.100000 (bfloat16)",
+        "Time taken for prediction with vmap: not measured (bfloat16)",
+    ]
+    assert time_lines([LOOP, VMAP, bf16]) == time_lines([LOOP, VMAP])
