@@ -137,7 +137,7 @@ class Config:
     )
     threads: int | None = flag(
         RUN,
-        "CPU threads (default: OMP_NUM_THREADS, or a thread a core that may be used)",
+        "CPU threads (default: OMP_NUM_THREADS, or the usable cores)",
         type=thread_count,
         metavar="T",
     )
