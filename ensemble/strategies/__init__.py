@@ -216,7 +216,10 @@ def build(
         ValueError: an unknown name; models or an example that cannot be used, and why; models that
             give no single tensor, or that differ in more than the values of their tensors (only
             `loop` and `prepacked_...` take them).
-        UnavailableError: the strategy cannot run here, or not these models.
+        UnavailableError: the strategy cannot run here, or not these models: it gives another result
+            than they, or they remember or count their calls, compute gradients, or cannot be copied
+            (a hook or function in them refers to the model). `loop` runs all of these but those
+            with gradients; `best` is then the loop.
     """
     from ensemble.errors import first_line
     from ensemble.machine.memory import is_out_of_memory

@@ -27,7 +27,8 @@ class Forward:
       in place and trained on, but nothing flows back to x or to the models.
     - Models run under `torch.inference_mode`: what their code caches then holds inference tensors,
       and gradients within a forward cannot be had.
-    - Models run in their own dtype: `torch.autocast` around a build or a call has no effect.
+    - Models run in their own dtype: `torch.autocast` around a build or a call has no effect. What
+      their code forms by `torch.get_default_dtype` may have that of the build.
     - Calls from several threads are safe where the models' own code is.
     - It belongs to its process: it cannot be pickled, copied, exported or traced. Build it where
       it is to run.
