@@ -1123,6 +1123,11 @@ class Net(Described):
         return any(step.how in ("sets its weight", "functional call") for step in self.steps)
 
     @property
+    def attends(self) -> bool:
+        """Does it call `scaled_dot_product_attention`?"""
+        return any("attention" in step.how or step.how == "encoder" for step in self.steps)
+
+    @property
     def is_bytes(self) -> bool:
         return self.dtype == "uint8"
 

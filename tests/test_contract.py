@@ -262,6 +262,8 @@ def prepare(case: Case) -> Prepared | None:
     reference = _Reference(case)
     made = []
     for name, x in inputs:
+        if case.net.attends and not bool(torch.isfinite(x).all()):
+            continue  # torch's own kernels of attention differ in where they have NaN
         found = _compared(case, fresh, reference, name, x)
         if found is not None:
             made.append(found)

@@ -31,8 +31,8 @@ def slowdown(dtype: torch.dtype) -> float:
 
 
 def _least_seconds(dtype: torch.dtype) -> float:
-    x = torch.ones(1, CHANNELS, SIDE, SIDE, dtype=dtype)
-    weight = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype)
+    x = torch.ones(1, CHANNELS, SIDE, SIDE, dtype=dtype, device="cpu")
+    weight = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype, device="cpu")
     times = []
     with torch.inference_mode():
         for _ in range(CALLS):

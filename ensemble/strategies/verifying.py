@@ -49,7 +49,7 @@ def behavior(model: nn.Module, example: Tensor) -> Behavior:
             later, again = one(other.clone()), one(x.clone())
             drawn = randomness.states(x.device) != before
             without_first = fresh(other.clone())
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.no_grad():
             graded = stacking.private_copy(model)(x.clone())
     except Exception as error:
         if is_out_of_memory(error):

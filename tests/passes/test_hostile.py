@@ -569,7 +569,7 @@ def test_what_vmap_cannot_write_is_computed_or_refused_in_words(
 ) -> None:
     models, x = models_of(WritesIntoShared, 3), torch.randn(batch_size, 3, 8, 8)
     if strategy in ("vmap", "compiled_vmap"):
-        words = "torch.compile cannot trace" if "compiled" in strategy else "vmap cannot write"
+        words = "compile cannot trace|compiled_vmap cannot run|vmap cannot write"  # by torch's age
         with pytest.raises(UnavailableError, match=words):
             ensemble.build(strategy, models, x)(x)
         return
