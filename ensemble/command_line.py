@@ -90,7 +90,7 @@ def make_parser() -> Parser:
         epilog="Exit codes: 0 all ran and agreed; 1 a strategy failed, disagrees, or is slower than"
         " --fail_above allows; 2 bad input or output; 3 --fail_above could not judge every row;"
         " 130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. Where other programs take over 25% of"
-        " the CPU a winner needs fastest calls that differ by 10 times: lost time slices mislead",
+        " the CPU a winner needs fastest calls that differ by 5 times: lost time slices mislead",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )

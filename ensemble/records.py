@@ -23,7 +23,7 @@ SELF_CHECK = "self_check"  # the reference against itself: the noise floor of th
 BUSY, TOO_BUSY = 0.05, 0.25
 # How much the fastest calls of strategy and reference must differ for that to be said all the same.
 # Other programs disturb some calls a lot and the fastest ones least: see measure/README.md.
-FAR = 10.0
+FAR = 5.0
 MACHINE_BUSY = "machine busy"
 
 
