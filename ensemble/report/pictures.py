@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -24,6 +25,7 @@ DASHES = ("-", "--", "-.", ":")
 LABEL_GAP = 0.055  # between two labels, of the height of a panel
 STYLE: Any = {"svg.hashsalt": "ensemble", "font.size": 10, "axes.spines.top": False}
 DPI = 150
+WRAP = 52  # characters of a sentence in a panel
 
 Place = tuple[str, int, int]  # dtype, batch, px: one column of panels
 
@@ -52,7 +54,7 @@ def draw(results: Sequence[Result]) -> Figure:
 
     A line is a strategy; its band is the inter-quartile range of the times, below it the interval
     of the speedup, with a dot for each process. What cannot be claimed (failed, too noisy, too few
-    pairs) is left out below.
+    pairs) is left out below; where that is all, the panel says why.
     """
     timed = [row for row in results if row.times_s and not row.case.is_self_check]
     places = list(dict.fromkeys(_place(row) for row in timed if not row.case.is_reference))
@@ -78,6 +80,9 @@ def draw(results: Sequence[Result]) -> Figure:
         counts = sorted({row.case.num_models for row in timed if _place(row)[1:] == place[1:]})
         _finish(above, counts, "time per call (ms)")
         _finish(below, counts, f"speedup over the loop ({CONFIDENCE:.0%} interval)")
+        if not below.lines[1:]:
+            here = [row for row in results if _place(row) == place and not row.case.is_reference]
+            _say_why_empty(below, here)
         below.set_xlabel("number of models")
     return figure
 
@@ -147,6 +152,26 @@ def _line(
         axes.plot(*zip(*dots, strict=True), ".", color=colour, markersize=3, alpha=0.7)
     axes.plot(
         counts, middle, dash, color=colour, marker=mark, markersize=5, linewidth=1.6, label=label
+    )
+
+
+def _say_why_empty(axes: Axes, rows: Sequence[Result]) -> None:
+    """In an empty panel: why each of the rows that would be there is not."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.case.is_self_check:
+            reason = row.inconclusive or (row.status if row.status != "ok" else "not compared")
+            reasons.setdefault(reason, []).append(row.case.strategy)
+    lines = [
+        f"{reason}: {', '.join(dict.fromkeys(names))}" for reason, names in reasons.items()
+    ] or ["nothing was compared with the loop"]
+    axes.text(
+        *(0.5, 0.75, fill("no speedup: " + "; ".join(lines), WRAP)),
+        transform=axes.transAxes,
+        ha="center",
+        va="center",
+        fontsize=8,
+        backgroundcolor="white",
     )
 
 

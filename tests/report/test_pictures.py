@@ -95,6 +95,17 @@ def test_what_may_not_be_claimed_is_not_drawn_as_a_speedup() -> None:
     assert lines(below)["vmap"] == [(1, near(1.5))]
 
 
+def test_a_panel_without_a_speedup_says_why() -> None:
+    busy = changed(ROWS[3], others_cpu_share=0.5)
+    failed = changed(ROWS[3], strategy="jax", status="failed", error="broke")
+    _, below = pictures.draw([LOOPS[0], busy, failed]).axes
+    (text,) = (text.get_text().replace("\n", " ") for text in below.texts)
+    assert text == "no speedup: machine busy: vmap; failed: jax"
+    (alone,) = pictures.draw([LOOPS[0]]).axes[1].texts
+    assert "nothing was compared with the loop" in alone.get_text()
+    assert not any("no speedup" in text.get_text() for text in pictures.draw(ROWS).axes[1].texts)
+
+
 def test_a_grid_has_a_column_a_size_and_a_heat_map_of_the_fastest() -> None:
     small = [changed(row, image_size=64) for row in ROWS]
     assert len(pictures.draw([*ROWS, *small]).axes) == 4

@@ -650,7 +650,7 @@ def test_a_call_that_is_interrupted_leaves_the_forward_as_it_was() -> None:
     forward(x)
     took = time.perf_counter() - start
     try:
-        for turn in range(20):  # noqa: B007: the handler reads it
+        for turn in range(20):
             try:
                 signal.setitimer(signal.ITIMER_REAL, (turn + 1) / 20 * took)
                 while turn not in fired:  # where it comes within a destructor it is ignored
