@@ -259,6 +259,13 @@ def clipping() -> nn.Module:
     return nn.Sequential(Base(), Clip())
 
 
+class Conjugated(Base):
+    """Complex numbers, as a view that torch has not computed yet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(super().forward(x)).conj()
+
+
 class LoudAndQuiet(Base):
     """Scales that differ by model, read through a patched function."""
 
@@ -303,6 +310,7 @@ KINDS: list[Callable[[], nn.Module]] = [
     Experts,
     Labels,
     clipping,
+    Conjugated,
     LoudAndQuiet,
     Scaled,
 ]
