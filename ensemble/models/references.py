@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+# The last is of nn.LSTM and its like, which look whether their weights are still in one piece.
+_REGISTERED = ("_modules", "_parameters", "_buffers", "_flat_weight_refs")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType)
 
 
@@ -30,7 +32,7 @@ def to_itself(model: nn.Module) -> str:
         owned[id(tensor)] = tensor
     for module in model.modules():
         for name, value in vars(module).items():
-            if name not in ("_modules", "_parameters", "_buffers"):
+            if name not in _REGISTERED:
                 _own(value, owned, functions)
     for function in functions:
         if any(id(value) in owned for value in _referred(function, set())):

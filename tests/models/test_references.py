@@ -61,6 +61,7 @@ OTHERS: dict[str, Callable[[Any], object]] = {
     "partial": lambda self: setattr(self, "f", functools.partial(helper(1), self)),
     "weight norm": lambda self: parametrizations.weight_norm(self[0]),
     "a hook of nothing": lambda self: self[0].register_forward_hook(helper(None)),
+    "recurrent": lambda self: setattr(self, "lstm", nn.LSTM(4, 4)),
     "itself": lambda self: setattr(self, "everything", [self]),
 }
 
