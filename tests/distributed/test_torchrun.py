@@ -36,7 +36,7 @@ class Ranks:
             [sys.executable, *command, str(Path(__file__).with_name("ranks.py")), str(folder)],
             cwd=folder,
             env=os.environ
-            | {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(folder)}
+            | {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(folder), "COLUMNS": "1000"}
             | dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
