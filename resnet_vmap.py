@@ -63,13 +63,13 @@ def run(
         show.list_strategies()
         return 0
     baseline = exports.read_if(config.baseline, argument="baseline")
+    earlier = exports.read_if(config.resume, argument="resume")
     files = show.Files(config)
     if config.from_json:
         saved = exports.read(config.from_json, argument="from_json")
         cases = [row.case for row in saved.results]
         show.check_baseline(config, saved.environment, cases, baseline)
         return finish(config, saved, baseline, files)
-    earlier = exports.read_if(config.resume, argument="resume")
     workload = load(config, say=print)
     here = workload.describe(config, first_forward_s=math.nan)  # nothing ran yet
     show.check_baseline(config, here, config.plan(), baseline)

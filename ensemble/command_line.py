@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import site
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -110,6 +111,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     """
     parser = make_parser()
     options, typed = vars(parser.parse_args(argv)), _typed(parser, argv)
+    _check_not_empty(options)
     if options["from_json"]:
         _check_beside_from_json(typed)
     else:
@@ -127,6 +129,13 @@ def parse(argv: Sequence[str] | None) -> Config:
         check_paths(config)
         warn_of_threads(config)
     return config
+
+
+def _check_not_empty(options: dict[str, Any]) -> None:
+    """Raise InputError for an empty text: of a shell's variable that is not set."""
+    for name, value in options.items():
+        if "" in (value if isinstance(value, list) else [value]):
+            raise InputError("expected a value, found an empty one", argument=name)
 
 
 def warn_of_threads(config: Config) -> None:
@@ -162,9 +171,14 @@ def _filled_in(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_image() -> Path:
-    """The image that comes with the program: beside it, or where `pip install` puts it."""
-    beside = Path(__file__).parents[1] / DEFAULT_IMAGE
-    return beside if beside.exists() else Path(sys.prefix) / "share" / "resnet-vmap" / DEFAULT_IMAGE
+    """The image that comes with the program: beside it, or where pip puts it (`--target`, a virtual
+    environment, `--user`)."""
+    beside = Path(__file__).parents[1]
+    shared = [
+        Path(root) / "share" / "resnet-vmap" for root in (beside, sys.prefix, site.USER_BASE or "")
+    ]
+    places = [folder / DEFAULT_IMAGE for folder in (beside, *shared)]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _typed(parser: Parser, argv: Sequence[str] | None) -> list[str]:

@@ -34,7 +34,7 @@ def _within(
     def parse_number(text: str) -> Number:
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = None
         if value is None or not least <= value < beyond:
             raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
@@ -43,12 +43,12 @@ def _within(
     return parse_number
 
 
-positive = _within(1, inf, int, "a whole number of at least 1")
+positive = _within(1, 10**6 + 1, int, "a whole number from 1 to 1,000,000")
 not_negative = _within(0, inf, int, "a whole number of at least 0")
 thread_count = _within(1, 1025, int, "a whole number from 1 to 1024")
 # What torch's generators take, with room for one a model and an image.
 seed_number = _within(0, 2**62, int, "a whole number from 0 to 2**62")
-minutes = _within(1e-9, inf, float, "a number of minutes above 0")
+minutes = _within(1e-9, 1e6, float, "a number of minutes above 0, below a million")
 seconds = _within(0, inf, float, "a number of seconds of at least 0")
 percent = _within(0, inf, float, "a number of percent of at least 0")
 

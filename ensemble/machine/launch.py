@@ -9,7 +9,7 @@ import socket
 
 def is_launched() -> bool:
     """Was this process started by torchrun?"""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def rank() -> int:

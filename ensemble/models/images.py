@@ -77,6 +77,18 @@ def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
     Raises:
         InputError: the resized image would be too large: a sliver, or a huge `image_size`.
     """
+    check_size(image, image_size=image_size)
+    # The partial of the enum is torchvision's public name for its ImageClassification preset.
+    preset: Callable[[Image.Image], Tensor] = (
+        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms(
+            crop_size=image_size, resize_size=_shorter_side(image_size)
+        )
+    )
+    return preset(image)
+
+
+def check_size(image: Image.Image, *, image_size: int) -> None:
+    """Raise InputError where `preprocess` would."""
     shorter = _shorter_side(image_size)
     longer = max(image.size) * shorter / min(image.size)
     if shorter * longer > _MAX_RESIZED_PIXELS:
@@ -85,13 +97,6 @@ def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
             f" shorter side to {shorter}, found an image of {image.size[0]} x {image.size[1]}",
             argument="image_size",
         )
-    # The partial of the enum is torchvision's public name for its ImageClassification preset.
-    preset: Callable[[Image.Image], Tensor] = (
-        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms(
-            crop_size=image_size, resize_size=shorter
-        )
-    )
-    return preset(image)
 
 
 class AugmentedImages:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ensemble.errors import InputError
 from ensemble.machine import cores, devices, memory
 from ensemble.models import sources, stacking
-from ensemble.models.images import AugmentedImages, read_image
+from ensemble.models.images import AugmentedImages, check_size, read_image
 from ensemble.models.stacking import stacked_state
 from ensemble.options import Config
 from ensemble.records import Environment
@@ -107,6 +107,8 @@ def read_images(config: Config, device: torch.device) -> AugmentedImages:
     per_model = max(config.num_models) if config.inputs == "per_model" else 1
     count = max(config.batch_size) * per_model
     image = read_image(config.image_path)
+    for px in config.image_size:  # before the first of them is measured
+        check_size(image, image_size=px)
     count = max(count, IMAGES_UNDER_LOAD) if config.scenario else count
     augmented = AugmentedImages(image, count, seed=config.seed, device=device)
     augmented(config.image_size[0])

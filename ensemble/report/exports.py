@@ -13,7 +13,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ensemble.errors import InputError
+from ensemble.errors import InputError, first_line
 from ensemble.files import first_bytes, write_atomically
 from ensemble.records import Case, Environment, Load, LoadRun, Process, Result, Run
 from ensemble.report.page import page_of
@@ -21,6 +21,7 @@ from ensemble.report.page import page_of
 Record = TypeVar("Record", Case, Environment, Load, LoadRun, Process, Result)
 
 SCHEMA, READ_SCHEMAS = 2, (1, 2)
+MARK = "drawn by resnet_vmap.py"  # in the metadata of a picture
 DETAILS = "```json\n"  # begins the data in a Markdown file
 _HEAD_BYTES = 4096
 # Over all processes, for readers.
@@ -109,7 +110,7 @@ def from_json(text: str) -> Run:
     """
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"expected a whole JSON file, found one that breaks off or is none: {error}"
         ) from error
@@ -118,7 +119,10 @@ def from_json(text: str) -> Run:
         known = " or ".join(map(str, READ_SCHEMAS))
         raise ValueError(f"expected a result file of schema {known}, found {schema}")
     try:
-        environment = _record(Environment, document["environment"])
+        about = dict(document["environment"])
+        if about["first_forward_s"] is None:  # other programs' JSON has null for NaN
+            about["first_forward_s"] = math.nan
+        environment = _record(Environment, about)
         results = tuple(result_of(row) for row in document["results"])
         run = Run(environment, dict(document["config"]), results)
         for result in results:
@@ -158,7 +162,9 @@ def read(path: str, *, argument: str) -> Run:
     """
     try:
         first_bytes(path, kind="a result file")
-        return from_json(Path(path).read_text(encoding="utf-8"))
+        run = from_json(Path(path).read_text(encoding="utf-8"))
+        _check_values(run)
+        return run
     except InputError as error:
         raise InputError(str(error), argument=argument) from error
     except UnicodeDecodeError as error:
@@ -166,6 +172,19 @@ def read(path: str, *, argument: str) -> Run:
         raise InputError(message, argument=argument) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}", argument=argument) from error
+
+
+def _check_values(run: Run) -> None:
+    """Raise ValueError for values that cannot be shown, of a file that was edited."""
+    try:
+        if not {row.status for row in run.results} <= {"ok", "failed", "unavailable"}:
+            raise ValueError("an unknown status")
+        page_of(run, columns=True, sentences=True)
+        to_json(run)
+        " ".join(run.environment.argv)
+    except Exception as error:
+        found = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"expected a result file, found values that none has ({found})") from error
 
 
 def read_if(path: str | None, *, argument: str) -> Run | None:
@@ -184,24 +203,28 @@ def is_own(form: str, path: Path) -> bool:
     """Is the file at `path` one that this program wrote in that format, or empty? It may be
     replaced: a file of the user's, named by mistake, may not.
 
-    Of a picture that is what its library writes about itself.
+    A picture says so among its metadata.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
         if not head:
             return True
         if form == "plot":
-            return b"Matplotlib" in head
+            return MARK.encode() in head
         if form == "csv":
-            return head.startswith(",".join(_ROW[:4]).encode())
+            return head.startswith(",".join(_ROW[:8]).encode())
         text = (head + file.read()).decode(errors="replace")
     if form == "markdown":
-        return f"{DETAILS}{{" in text
+        text = text.rpartition(DETAILS)[2].partition("\n```")[0]
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
-    return isinstance(document, dict) and {"schema", "environment", "results"} <= document.keys()
+    return (
+        isinstance(document, dict)
+        and document.get("schema") in READ_SCHEMAS
+        and ({"environment", "config", "results"} <= document.keys())
+    )
 
 
 FORMATS = {"json": to_json, "csv": to_csv, "markdown": to_markdown}

@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from ensemble.files import write_atomically
 from ensemble.records import Result
 from ensemble.report import sweep
+from ensemble.report.exports import MARK
 from ensemble.statistics import CONFIDENCE
 
 # Okabe and Ito's colours, told apart by colour-blind people too; marks and dashes tell them apart
@@ -260,7 +261,6 @@ def _spread(heights: Sequence[float]) -> list[float]:
 def _render(figure: Figure, path: Path) -> bytes:
     content = io.BytesIO()
     form = path.suffix.lower().removeprefix(".")
-    figure.savefig(
-        content, format=form, dpi=DPI, metadata={"Date": None} if form == "svg" else None
-    )
+    metadata = {"Description": MARK} | ({"Date": None} if form == "svg" else {})
+    figure.savefig(content, format=form, dpi=DPI, metadata=metadata)
     return content.getvalue()

@@ -1,5 +1,6 @@
 """Progress on stderr: a bar on a terminal, plain lines elsewhere. Imports no torch."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,13 @@ def _bar(rows: int) -> Iterator[Update]:
         yield update
 
 
+def _is_standard_output_too() -> bool:
+    try:
+        return os.path.sameopenfile(1, 2)
+    except OSError:
+        return False
+
+
 @contextmanager
 def _lines(rows: int) -> Iterator[Update]:
     last = ""
@@ -48,9 +56,9 @@ def _lines(rows: int) -> Iterator[Update]:
             last = line
             try:
                 print(line, file=sys.stderr, flush=True)
-            except BrokenPipeError:
-                raise
-            except OSError:  # a full disk, a terminal that is gone: no reason to measure no further
-                return
+            except OSError as error:
+                if isinstance(error, BrokenPipeError) and _is_standard_output_too():
+                    raise  # `2>&1 | head`: who reads the output has read enough
+                return  # a full disk, a terminal that is gone: no reason to measure no further
 
     yield update

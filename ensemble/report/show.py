@@ -133,6 +133,8 @@ class Files:
             if path is None or name in self._problems:
                 continue
             try:
+                if not self._config.overwrite:
+                    _check_own(name, path)  # another may have been put there meanwhile
                 if form:
                     exports.save(run, {form: path})
                 else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
-from ensemble.machine import randomness
+from ensemble.machine import randomness, warned
 from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
 from ensemble.passes.folding import is_close
@@ -41,7 +41,7 @@ def behavior(model: nn.Module, example: Tensor) -> Behavior:
         return Behavior.UNKNOWN
     other = x.flip(-1) * 0.75 if x.is_floating_point() else x.flip(-1)
     try:
-        with settings(x.device):
+        with settings(x.device), warned.caught("ignore"):
             one, fresh = stacking.private_copy(model), stacking.private_copy(model)
             before = randomness.states(x.device)
             first = one(x.clone())
@@ -49,8 +49,8 @@ def behavior(model: nn.Module, example: Tensor) -> Behavior:
             later, again = one(other.clone()), one(x.clone())
             drawn = randomness.states(x.device) != before
             without_first = fresh(other.clone())
-        with torch.inference_mode(False), torch.no_grad():
-            graded = stacking.private_copy(model)(x.clone())
+            with torch.inference_mode(False), torch.no_grad():
+                graded = stacking.private_copy(model)(x.clone())
     except Exception as error:
         if is_out_of_memory(error):
             raise

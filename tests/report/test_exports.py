@@ -1,17 +1,20 @@
 """Result files: every format gives back the run it came from."""
 
+import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from ensemble.errors import InputError
 from ensemble.files import write_atomically
 from ensemble.records import Result, Run
-from ensemble.report import exports
-from tests.made import CASE, CONFIG, ENVIRONMENT, ROW
+from ensemble.report import exports, pictures
+from tests.made import CASE, CONFIG, ENVIRONMENT, LOOP, ROW, VMAP
 
 FAILED = Result(replace(CASE, strategy="openvino"), status="failed", error='a "bad", day')
 RUN = Run(ENVIRONMENT, CONFIG.plain(), (ROW, FAILED))
@@ -132,3 +135,73 @@ def test_a_run_without_rows_can_be_written_in_every_format(tmp_path: Path) -> No
     paths = {form: str(tmp_path / f"run.{form}") for form in exports.FORMATS}
     exports.save(replace(RUN, results=()), paths)
     assert exports.read(paths["json"], argument="resume").results == ()
+
+
+def own(tmp_path: Path, form: str, content: str | bytes) -> bool:
+    path = tmp_path / "file"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return exports.is_own(form, path)
+
+
+def test_only_what_this_program_wrote_is_its_own(tmp_path: Path) -> None:
+    run = Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP))
+    for form, write in exports.FORMATS.items():
+        assert own(tmp_path, form, write(run))
+        assert own(tmp_path, form, "")
+    pictures.save(run.results, tmp_path / "p.png", tmp_path / "grid.png")
+    pictures.save(run.results, tmp_path / "p.svg", tmp_path / "grid.svg")
+    assert exports.is_own("plot", tmp_path / "p.png")
+    assert exports.is_own("plot", tmp_path / "p.svg")
+    assert not own(tmp_path, "markdown", "# Mine\n```json\n{}\n```\n")
+    assert not own(tmp_path, "json", '{"schema": "mine", "environment": 1, "results": 2}')
+    assert not own(tmp_path, "json", "[" * 100_000)
+    assert not own(tmp_path, "csv", "strategy,num_models,batch_size,image_size,mine\n")
+    figure, content = Figure(), io.BytesIO()
+    figure.savefig(content, format="png")
+    assert not own(tmp_path, "plot", content.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("results", "notes", None),
+        ("results", "num_models", None),
+        ("results", "processes", "abc"),
+        ("results", "status", []),
+        ("environment", "argv", None),
+        ("environment", "threads", "x" * 5),
+        ("environment", "page_fault_s", "abc"),
+    ],
+)
+def test_values_that_no_result_file_has_are_one_line(
+    part: str, field: str, value: object, tmp_path: Path
+) -> None:
+    document = json.loads(exports.to_json(Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP))))
+    changed_part = document[part][1] if part == "results" else document[part]
+    changed_part[field] = value
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"resume: .*: expected a result file") as error:
+        exports.read(str(path), argument="resume")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_first_forward_may_be_null(tmp_path: Path) -> None:
+    document = json.loads(exports.to_json(Run(ENVIRONMENT, CONFIG.plain(), (LOOP,))))
+    document["environment"]["first_forward_s"] = None
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(document))
+    assert math.isnan(exports.read(str(path), argument="resume").environment.first_forward_s)
+
+
+def test_a_link_stays_one_and_a_mode_is_kept(tmp_path: Path) -> None:
+    target, link = tmp_path / "run.json", tmp_path / "latest.json"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    write_atomically(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o600
+    write_atomically(tmp_path / ("n" * 250), "a name of almost 255 letters")
+    assert sorted(path.name[:5] for path in tmp_path.iterdir()) == ["lates", "nnnnn", "run.j"]
