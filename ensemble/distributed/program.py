@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ensemble import command_line
 from ensemble.distributed import faults, follow, lead
 from ensemble.errors import InputError, RankError
-from ensemble.machine import launch, streams
+from ensemble.machine import launch, signals, streams
 
 
 def main(argv: Sequence[str] | None, run: Callable[..., int]) -> int:
@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None, run: Callable[..., int]) -> int:
 
     What goes wrong is said in one line, by one rank.
     """
+    signals.end_with_parent(os.getppid())  # a SIGKILL of torchrun reaches no rank
     if launch.rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:

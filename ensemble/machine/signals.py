@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +16,7 @@ from ensemble.errors import Stopped
 from ensemble.machine import streams
 
 # Of a scheduler or `docker stop`, and of a terminal that was closed. Windows has no SIGHUP.
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 STOPPING = ("SIGTERM", "SIGHUP")
 
 
@@ -38,3 +43,12 @@ def stop_on_signals() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+def end_with_parent(parent: int) -> None:
+    """Be killed when the parent ends, however that ends; Linux only. End now where it has ended
+    already."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)

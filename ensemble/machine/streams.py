@@ -46,6 +46,10 @@ def written() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        if error.filename is not None:
+            raise InputError(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
+        if isinstance(error, FileNotFoundError):  # os.getcwd: of nothing else on the way
+            raise InputError("the working folder is gone") from error
         discard()
         raise InputError(f"standard output cannot be written: {error.strerror}") from error
 

@@ -9,28 +9,26 @@ of its pairs.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import sys
 from dataclasses import fields
 from importlib import import_module
 from typing import IO, Any
 
 from ensemble import garbage
+from ensemble.machine.signals import end_with_parent
 from ensemble.options import Config
 from ensemble.records import Case
 
 READY = "ready"
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main() -> None:
     """Measure the case of the job on standard input."""
     messages = _own_output()
     parent, *needed = sys.argv[1:]
-    _end_with_parent(int(parent))
+    end_with_parent(int(parent))
 
     def say(message: dict[str, Any]) -> None:
         messages.write(json.dumps(message) + "\n")
@@ -98,12 +96,3 @@ def _own_output() -> IO[str]:
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return messages
-
-
-def _end_with_parent(parent: int) -> None:
-    """Be killed when the parent ends, however that ends; Linux only. End now where it has ended
-    already."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            sys.exit(1)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import resnet_vmap
+from ensemble.errors import InputError
+from ensemble.machine import streams
 from ensemble.records import Run
 from ensemble.report import exports
 from tests.made import CONFIG, ENVIRONMENT, LOOP, VMAP
@@ -95,3 +97,17 @@ def test_names_that_are_no_utf8_reach_every_file_and_the_table(
     assert exports.from_csv(Path(paths["csv"]).read_text("utf-8")) == run
     assert exports.from_markdown(Path(paths["markdown"]).read_text("utf-8")) == run
     assert Path(paths["png"]).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(36, "File name too long", "run.json"), r"^run\.json: File name too long$"),
+        (FileNotFoundError(2, "No such file or directory"), "^the working folder is gone$"),
+    ],
+)
+def test_an_error_of_another_file_is_not_blamed_on_standard_output(
+    error: OSError, message: str
+) -> None:
+    with pytest.raises(InputError, match=message), streams.written():
+        raise error
