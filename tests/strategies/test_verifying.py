@@ -6,8 +6,6 @@ import contextlib
 import copy
 import functools
 import random
-import signal
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +20,7 @@ import ensemble
 from ensemble.errors import UnavailableError
 from ensemble.strategies import BEST
 from tests.strategies.test_forward import QUICK, TRACED
-from tests.tiny import independent, tiny_models
+from tests.tiny import independent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 by_every_strategy = pytest.mark.parametrize("name", [*QUICK, BEST])
@@ -639,33 +637,3 @@ def test_outputs_that_are_no_dense_tensor_are_refused(name: str, wrap: str) -> N
     models = made(lambda: Wrapping(WRAPS[wrap]))
     with pytest.raises(ValueError, match="expected one"):
         ensemble.build(name, models, X, **OPTIONS)(X)
-
-
-def test_a_call_that_is_interrupted_leaves_the_forward_as_it_was() -> None:
-    """Of our own kernels. Of others it cannot be promised: an exception at any point of torch.vmap
-    can end the process, and one within a lock of Python's thread pools leaves it locked."""
-    models = tiny_models(3)
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    forward = ensemble.build("lowered_vmap", models, x)
-    expected, fired = forward(x), list[int]()
-
-    def interrupt(*_: object) -> None:
-        fired.append(turn)
-        raise KeyboardInterrupt
-
-    turn, before = -1, signal.signal(signal.SIGALRM, interrupt)
-    start = time.perf_counter()
-    forward(x)
-    took = time.perf_counter() - start
-    try:
-        for turn in range(20):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, (turn + 1) / 20 * took)
-                while turn not in fired:  # where it comes within a destructor it is ignored
-                    forward(x)
-            except KeyboardInterrupt:
-                pass
-            assert torch.equal(forward(x), expected)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
