@@ -27,7 +27,7 @@ class Behavior(Enum):
     """What the outputs of a model depend on, beside x."""
 
     PLAIN = auto()
-    RANDOM = auto()
+    RANDOM = auto()  # torch's random numbers; those of Python and NumPy are earlier calls'
     STATEFUL = auto()  # earlier calls
     GRADED = auto()  # gradients that are computed within the forward
     UNKNOWN = auto()  # it cannot be copied, or does not run; fake tensors have no values
@@ -43,11 +43,11 @@ def behavior(model: nn.Module, example: Tensor) -> Behavior:
     try:
         with settings(x.device), warned.caught("ignore"):
             one, fresh = stacking.private_copy(model), stacking.private_copy(model)
-            before = randomness.states(x.device)
+            before = randomness.of_torch(x.device)
             first = one(x.clone())
             numbers = _numbers(one)
             later, again = one(other.clone()), one(x.clone())
-            drawn = randomness.states(x.device) != before
+            drawn = randomness.of_torch(x.device) != before
             without_first = fresh(other.clone())
             with torch.inference_mode(False), torch.no_grad():
                 graded = stacking.private_copy(model)(x.clone())

@@ -465,6 +465,13 @@ def test_random_numbers_that_torch_does_not_draw_are_found_though_no_result_show
         ensemble.build(name, models, X)
 
 
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python's", "NumPy's"])
+def test_vmap_does_not_draw_one_such_number_for_all_models(draw: Callable[[], float]) -> None:
+    models = made(lambda: Wrapping(lambda y: y + draw()))
+    with pytest.raises(UnavailableError, match="remember or count their calls"):
+        ensemble.build("vmap", models, X)
+
+
 @pytest.mark.parametrize("name", ["prepacked_loop", "prepacked_concurrent", "lowered_vmap", "vmap"])
 def test_a_view_of_a_result_needs_no_memory_in_an_order(name: str) -> None:
     models = made(Viewing)
