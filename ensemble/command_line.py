@@ -132,7 +132,7 @@ def parse(argv: Sequence[str] | None) -> Config:
 
 
 def _check_not_empty(options: dict[str, Any]) -> None:
-    """Raise InputError for an empty text: of a shell's variable that is not set."""
+    """Raise InputError for an empty string, as an unset shell variable gives."""
     for name, value in options.items():
         if "" in (value if isinstance(value, list) else [value]):
             raise InputError("expected a value, found an empty one", argument=name)
@@ -171,14 +171,13 @@ def _filled_in(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_image() -> Path:
-    """The image that comes with the program: beside it, or where pip puts it (`--target`, a virtual
-    environment, `--user`)."""
-    beside = Path(__file__).parents[1]
-    shared = [
-        Path(root) / "share" / "resnet-vmap" for root in (beside, sys.prefix, site.USER_BASE or "")
-    ]
-    places = [folder / DEFAULT_IMAGE for folder in (beside, *shared)]
-    return next((place for place in places if place.exists()), places[0])
+    """The bundled image: in the checkout, or where pip installs data files, which depends on
+    `--target`, a virtual environment, or `--user`."""
+    root = Path(__file__).parents[1]
+    prefixes = (root, Path(sys.prefix), Path(site.USER_BASE or ""))
+    folders = [root, *(prefix / "share" / "resnet-vmap" for prefix in prefixes)]
+    paths = [folder / DEFAULT_IMAGE for folder in folders]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def _typed(parser: Parser, argv: Sequence[str] | None) -> list[str]:

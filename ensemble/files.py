@@ -38,15 +38,11 @@ def first_bytes(path: str | os.PathLike[str], *, kind: str, count: int = 64) -> 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by a file of `content`: at any moment the old or the new is there whole.
 
-    Through a symbolic link the file that it points to is replaced, with the mode that it had; what
-    is no file, as /dev/stdout, is written to.
+    A symbolic link stays, and the file that it points to is replaced; a file keeps its mode.
     """
     # Bytes of a file's name that are no UTF-8 are surrogates in a text: escaped.
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".resnet_vmap.", suffix=".part")
     try:

@@ -10,7 +10,6 @@ import faulthandler
 import itertools
 import random
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -36,6 +35,7 @@ from ensemble.strategies import BEST, STRATEGIES, duel
 from tests import odd_nets
 from tests.nets import Described
 from tests.odd_nets import Net
+from tests.programs import assert_passes
 
 NETS, FEW = 30, 16  # of the slow test and of the quick one
 HANG_S = 120  # timeout of one strategy's build and calls
@@ -987,15 +987,7 @@ def test_odd_nets_are_held_to_the_contract_by_every_strategy() -> None:
 
 @pytest.mark.slow
 def test_many_odd_nets_are_held_to_the_contract_by_every_strategy() -> None:
-    """In a process of its own: a wrong kernel may hang or crash it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_contract"],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    assert_passes("tests.test_contract")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

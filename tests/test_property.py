@@ -6,8 +6,6 @@ By hand, for as long as wanted: `python -m tests.test_property --minutes 20`.
 import argparse
 import copy
 import faulthandler
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -15,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -30,6 +27,7 @@ from ensemble.ops import strips
 from ensemble.strategies import BEST, STRATEGIES
 from tests import nets
 from tests.nets import Described, Net
+from tests.programs import assert_passes
 
 NETS = 120  # of the short profile
 HANG_S = 120  # of one strategy's build and calls
@@ -257,15 +255,7 @@ def explore(
 
 @pytest.mark.slow
 def test_random_nets_equal_the_loop_by_every_strategy() -> None:
-    """In a process of its own: a kernel that is wrong may hang or end it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_property"],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    assert_passes("tests.test_property")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from ensemble.distributed.sharding import blocks
 from ensemble.errors import InputError
+from ensemble.machine import cores as machine_cores
 from ensemble.machine.cores import THREADS
-from ensemble.machine.cores import find as cores_of_this_process
 from ensemble.options import Config
 from ensemble.report.words import count
 
@@ -76,14 +76,12 @@ def share_of(cores: tuple[int, ...], *, local_rank: int, local_ranks: int) -> tu
 
 def _own_threads(share: tuple[int, ...], local_ranks: int) -> int:
     """One a core, and no more than the ranks' part of a quota of CPU time."""
-    quota = cores_of_this_process().quota
+    quota = machine_cores.find().quota
     return len(share) if quota is None else min(len(share), max(1, math.ceil(quota / local_ranks)))
 
 
 def _available_cores() -> tuple[int, ...]:
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
+    return machine_cores.allowed() or tuple(range(os.cpu_count() or 1))
 
 
 def _asked_threads(local_ranks: int) -> int | None:

@@ -50,8 +50,15 @@ class Cores:
 
 def find() -> Cores:
     """The cores of this process, now."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    return Cores(os.cpu_count(), affinity, _quota())
+    affinity = allowed()
+    return Cores(os.cpu_count(), None if affinity is None else len(affinity), _quota())
+
+
+def allowed() -> tuple[int, ...] | None:
+    """The numbers of the cores that the scheduler may place this process on."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    return tuple(sorted(os.sched_getaffinity(0)))
 
 
 def default_threads(torch_has: int, cores: Cores, environment: Mapping[str, str]) -> int:

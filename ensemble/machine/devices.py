@@ -41,8 +41,8 @@ def select_device(name: str) -> torch.device:
 
 
 def configure(*, threads: int | None) -> None:
-    """Full float32 precision everywhere (no TF32), and as many CPU threads as asked for; where
-    nobody asked, not more than the cores that this process may use."""
+    """Set full float32 precision (no TF32) and the number of CPU threads, by default at most the
+    cores that this process may use."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     has = torch.get_num_threads()

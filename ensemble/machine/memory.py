@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ensemble.errors import InputError
+from ensemble.errors import InputError, UnavailableError, first_line
 from ensemble.machine import cgroups
 
 try:
@@ -189,6 +189,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return any(text in str(error) for text in _NO_MEMORY)  # a plain RuntimeError on the CPU
+
+
+@contextmanager
+def unavailable_on_failure(
+    what: str, *, but: tuple[type[Exception], ...] = (UnavailableError,)
+) -> Iterator[None]:
+    """Turn what fails within, other than `but` and a lack of memory, into an UnavailableError.
+
+    Raises:
+        UnavailableError: `what`, with the type and the first line of the error.
+    """
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnavailableError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Whether random numbers are drawn, by the states of the generators: nobody's is set."""
+"""Detect random draws by comparing generator states. No generator is seeded."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 
 def states(device: torch.device) -> tuple[object, ...]:
-    """Of the generators that a model's code draws from: equal as long as nothing is drawn.
+    """The states of Python's, NumPy's and torch's global generators: equal if nothing was drawn.
 
-    Other threads draw from the same ones.
+    The generators are shared by all threads of the process.
     """
     numpy = np.random.get_state(legacy=False)["state"]
     return random.getstate(), numpy["key"].tobytes(), numpy["pos"], *of_torch(device)
 
 
 def of_torch(device: torch.device) -> tuple[object, ...]:
-    """`states` of torch's own, from which vmap draws for each model anew."""
+    """The states of torch's generators alone: vmap draws from them once per model."""
     own = [torch.random.get_rng_state()]
     if device.type != "cpu" and torch.accelerator.is_available():
         own.append(torch.get_device_module(device).get_rng_state(device))

@@ -9,10 +9,9 @@ import torch
 from ensemble.machine import dtypes
 from ensemble.options import Config
 from ensemble.records import Case, Result
-from ensemble.strategies import BEST, STRATEGIES
+from ensemble.strategies import STRATEGIES, peers
 
 CUDA = "CUDA"  # as `Strategy.needs` has it
-FLOAT32_PEERS = ("onnxruntime",)
 
 
 def unavailable(cases: Sequence[Case], config: Config, device: torch.device) -> list[Result]:
@@ -46,11 +45,7 @@ def _why_not(case: Case, device: torch.device) -> str:
     strategy = STRATEGIES.get(case.strategy)
     if strategy is not None and strategy.needs == CUDA and device.type != "cuda":
         return f"CUDA graphs need a CUDA device, this is {device}"
-    if case.strategy in FLOAT32_PEERS and case.dtype != "float32":
-        return f"its CPU kernels do not convolve in {case.dtype}"
-    if case.strategy == "openvino" and _is_emulated(case, device):
-        return f"OpenVINO does not compute in {case.dtype} on this CPU"
-    return ""
+    return peers.why_not(case.strategy, getattr(torch, case.dtype), device)
 
 
 def _why_slow(case: Case, device: torch.device) -> str:
@@ -60,11 +55,8 @@ def _why_slow(case: Case, device: torch.device) -> str:
 
 
 def _is_slow(case: Case, device: torch.device) -> bool:
-    """Does a strategy compute in a dtype that the CPU emulates?"""
+    """Does a strategy compute in a dtype that the CPU emulates? Our kernels, and so `best`, do not:
+    they compute in float32."""
     strategy = STRATEGIES.get(case.strategy)
-    own = case.strategy == BEST or (strategy is not None and strategy.has_kernels)
-    return not own and _is_emulated(case, device)
-
-
-def _is_emulated(case: Case, device: torch.device) -> bool:
-    return dtypes.is_emulated(getattr(torch, case.dtype), device)
+    has_kernels = strategy is not None and strategy.has_kernels
+    return not has_kernels and dtypes.is_emulated(getattr(torch, case.dtype), device)

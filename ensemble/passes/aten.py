@@ -7,9 +7,9 @@ all that it does with tensors.
 import torch
 from torch import Tensor, fx, nn
 
-from ensemble.errors import UnavailableError, first_line
+from ensemble.errors import UnavailableError
 from ensemble.machine import randomness
-from ensemble.machine.memory import is_out_of_memory
+from ensemble.machine.memory import unavailable_on_failure
 from ensemble.models import stacking
 from ensemble.ops.tracing import is_random, recompile, traced
 
@@ -65,12 +65,10 @@ def _called(model: nn.Module, example: Tensor) -> tuple[object, bool]:
     """What a model gives, and whether random numbers were drawn: a trace sees only torch's."""
     is_plain = type(example) is Tensor  # fake ones draw nothing
     before = randomness.states(example.device) if is_plain else ()
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            result = model(example.clone())
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-        raise UnavailableError(f"torch cannot trace this model: {reason}") from error
+    with (
+        unavailable_on_failure("torch cannot trace this model"),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        result = model(example.clone())
     return result, is_plain and randomness.states(example.device) != before

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ensemble.errors import UnavailableError, first_line
-from ensemble.machine.memory import is_out_of_memory
+from ensemble.errors import UnavailableError
+from ensemble.machine.memory import unavailable_on_failure
 from ensemble.models import stacking
 from ensemble.ops import serial
 from ensemble.passes.recording import Call, Recording, record, renumbered
@@ -71,13 +71,11 @@ def _use_contiguous_norms(model: nn.Module) -> None:
 def _recorded(model: nn.Module, x: Tensor, *, is_needed: bool) -> Recording | None:
     """What a copy does with channels-last images; None where it fails, unless that `is_needed`."""
     try:
-        return record(stacking.private_copy(model), channels_last(x, copy=True))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
+        with unavailable_on_failure("this model does not run channels-last"):
+            return record(stacking.private_copy(model), channels_last(x, copy=True))
+    except UnavailableError:
         if is_needed:
-            reason = f"this model does not run channels-last: {first_line(error)}"
-            raise UnavailableError(reason) from error
+            raise
         return None
 
 

@@ -7,17 +7,17 @@ from textwrap import fill
 from ensemble.records import Case, Result
 from ensemble.report.sweep import cells
 
-WIDTH = 100  # of what is printed, where there is no terminal to ask
+COLUMNS = 100  # of what is printed where there is no terminal
 _NARROWEST = 40
 
 
 def wrapped(text: str, width: int | None = None) -> str:
     """Text with each line that is longer than `width` broken between words.
 
-    width: by default that of the terminal, or of the variable COLUMNS, or `WIDTH`.
+    width: by default that of the terminal, or of the variable COLUMNS, or the constant.
     """
     if width is None:
-        width = max(_NARROWEST, shutil.get_terminal_size((WIDTH, 0)).columns)
+        width = max(_NARROWEST, shutil.get_terminal_size((COLUMNS, 0)).columns)
     return "\n".join(
         line if len(line) <= width else _broken(line, width) for line in text.split("\n")
     )
@@ -86,8 +86,8 @@ def title_of(cases: Sequence[Case]) -> str:
 def time_lines(results: Sequence[Result]) -> list[str]:
     """The two lines that users of the original know, for each cell: medians in seconds.
 
-    Both come from the pairs of the row `vmap`, so that they belong together. One that was measured
-    in another dtype alone says in which; the loop beside it is in float32.
+    Both come from the pairs of the row `vmap`, so that they belong together. A dtype other than
+    float32 is named; the paired loop is always in float32.
     """
     lines = []
     grid = cells(results)

@@ -221,8 +221,7 @@ def build(
             (a hook or function in them refers to the model). `loop` runs all of these but those
             with gradients; `best` is then the loop.
     """
-    from ensemble.errors import first_line
-    from ensemble.machine.memory import is_out_of_memory
+    from ensemble.machine.memory import unavailable_on_failure
     from ensemble.strategies import arguments, verifying
     from ensemble.strategies.forward import Forward
     from ensemble.strategies.verifying import Behavior
@@ -239,18 +238,12 @@ def build(
         if name != BEST:
             raise UnavailableError(f"{name} cannot run models that remember or count their calls")
         name = LOOP
-    try:
+    failed = f"{name} cannot run these models"
+    with unavailable_on_failure(failed, but=(ValueError, UnavailableError)):
         forward = make(name, models, example, tune_seconds=tune_seconds).forward
         assert isinstance(forward, Forward)
         if behavior is Behavior.PLAIN and name not in (LOOP, BEST):
             verifying.check(forward, models, example)
-    except (ValueError, UnavailableError):
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UnavailableError(f"{name} cannot run these models: {reason}") from error
     return forward
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
+from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
 from ensemble.passes.folding import folded
 from ensemble.passes.recording import record
@@ -25,15 +26,25 @@ from ensemble.strategies.built import Built
 from ensemble.strategies.forward import owned
 from ensemble.strategies.trial import Array, Run, Settings
 
+_OPENVINO_HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def why_not(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a peer does not compute in a dtype on a device; empty where it may."""
+    if name == "onnxruntime" and dtype != torch.float32:
+        return f"ONNX Runtime's CPU kernels do not convolve in {dtype}"
+    if name == "openvino" and (dtype not in _OPENVINO_HINTS or is_emulated(dtype, device)):
+        return f"OpenVINO does not compute in {dtype} on this CPU"
+    return ""
+
 
 def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
     """OpenVINO's CPU plugin, float32 or bfloat16 by its precision hint. Its relu makes 0 of NaN."""
     package = _require("openvino", example)
     core = package.Core()
-    hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
-    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    hint = hints.get(example.dtype)
-    if hint is None or (hint == "bf16" and "BF16" not in able):
+    _check_dtype("openvino", example)
+    hint = _OPENVINO_HINTS[example.dtype]
+    if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UnavailableError(f"OpenVINO does not compute in {example.dtype} on this CPU")
     _check_convertible(models, example)
     inputs = trial.arrays(example, len(models))
@@ -89,8 +100,7 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
     """ONNX Runtime's CPU provider, float32: exported once, then given each model's weights."""
     package, onnx = _require("onnxruntime", example), _require("onnx", example)
     _require("onnxscript", example)
-    if example.dtype != torch.float32:
-        raise UnavailableError(f"ONNX Runtime's CPU kernels do not convolve in {example.dtype}")
+    _check_dtype("onnxruntime", example)
     _check_convertible(models, example)
     copies = folded(models, example)
     inputs = trial.arrays(example, len(models))
@@ -145,6 +155,11 @@ def _require(name: str, example: Tensor) -> Any:
         raise UnavailableError(
             f"{name} is not installed: pip install -r requirements-peers.txt"
         ) from error
+
+
+def _check_dtype(name: str, example: Tensor) -> None:
+    if reason := why_not(name, example.dtype, example.device):
+        raise UnavailableError(reason)
 
 
 def _check_convertible(models: Sequence[nn.Module], example: Tensor) -> None:

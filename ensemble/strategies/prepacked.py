@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ensemble.errors import UnavailableError, first_line
-from ensemble.machine.memory import is_out_of_memory
+from ensemble.machine.memory import unavailable_on_failure
 from ensemble.passes.folding import channels_last
 from ensemble.passes.packing import Packed, pack
 from ensemble.strategies import agreement
@@ -37,14 +36,7 @@ def _packed(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
     example = agreement.informative(example).contiguous()
     packed = pack(models, example[0] if example.dim() == 5 else example)
     x = channels_last(example)
-    try:
+    with unavailable_on_failure("this model's trace does not run channels-last"):
         found = PerModel([one(x[i] if x.dim() == 5 else x) for i, one in enumerate(packed)])
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-        raise UnavailableError(
-            f"this model's trace does not run channels-last: {reason}"
-        ) from error
     Judge(models, example, closely=False).check(owned(found, len(models)))
     return packed

@@ -10,6 +10,7 @@ from ensemble.distributed import placing
 from ensemble.distributed.placing import share_of
 from ensemble.distributed.sharding import blocks, windows
 from ensemble.errors import InputError
+from ensemble.machine import cores
 from ensemble.machine.cores import Cores
 from tests.made import CONFIG
 
@@ -61,6 +62,6 @@ def test_the_threads_of_a_rank_are_its_part_of_a_quota_of_cpu_time(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(placing, "_available_cores", lambda: tuple(range(8)))
-    monkeypatch.setattr(placing, "cores_of_this_process", lambda: Cores(8, 8, quota))
+    monkeypatch.setattr(cores, "find", lambda: Cores(8, 8, quota))
     found = placing.find(replace(CONFIG, device="cpu", threads=None), local_rank=1, local_ranks=2)
     assert (found.threads, found.cores) == (threads, (4, 5, 6, 7))

@@ -37,8 +37,8 @@ def unavailable(asked: Config) -> dict[str, str | None]:
 def test_a_dtype_that_the_cpu_emulates_is_warned_of_and_skipped_unless_named() -> None:
     named = config("loop", "best", "openvino", "onnxruntime")
     assert unavailable(named) == {
-        "openvino": "OpenVINO does not compute in bfloat16 on this CPU",
-        "onnxruntime": "its CPU kernels do not convolve in bfloat16",
+        "openvino": "OpenVINO does not compute in torch.bfloat16 on this CPU",
+        "onnxruntime": "ONNX Runtime's CPU kernels do not convolve in torch.bfloat16",
     }
     (line,) = expected.warnings(named.plan(), CPU)
     assert line.startswith("Warning: this CPU has no bfloat16 instructions, and torch emulates")
