@@ -26,6 +26,7 @@ DASHES = ("-", "--", "-.", ":")
 LABEL_GAP = 0.055  # between two labels, of the height of a panel
 STYLE: Any = {"svg.hashsalt": "ensemble", "font.size": 10, "axes.spines.top": False}
 DPI = 150
+LEAST_SCALE = 1.25  # of the heat map's colours: a difference of noise looks like none
 WRAP = 52  # characters of a sentence in a panel
 
 Place = tuple[str, int, int]  # dtype, batch, px: one column of panels
@@ -89,7 +90,10 @@ def draw(results: Sequence[Result]) -> Figure:
 
 
 def draw_grid(results: Sequence[Result]) -> Figure:
-    """The speedup of the fastest strategy of each cell, N across, batch and image size down."""
+    """The speedup of the fastest strategy of each cell, N across, batch and image size down.
+
+    Where its interval holds 1 there is no winner, and its name is not shown.
+    """
     cells = sweep.cells([row for row in results if not row.case.is_self_check])
     counts = sorted({cell[0] for cell in cells})
     places = sorted({cell[1:] for cell in cells})
@@ -106,12 +110,16 @@ def draw_grid(results: Sequence[Result]) -> Figure:
         for place in places
     ]
     image: Any = axes.imshow(
-        values, cmap=mpl.colormaps["cividis"].with_extremes(bad="white"), aspect="auto", vmin=1
+        values,
+        cmap=mpl.colormaps["cividis"].with_extremes(bad="white"),
+        aspect="auto",
+        vmin=1,
+        vmax=max([LEAST_SCALE, *(value for row in values for value in row if value == value)]),
     )
     for y, place in enumerate(places):
         for x, count in enumerate(counts):
             row = best.get((count, *place))
-            text = f"{row.speedup:.2f}\n{row.case.strategy}" if row else "not\nsure"
+            text = f"{row.speedup:.2f}\n{_winner(row)}" if row else "not\nsure"
             if row is not None and row.case.dtype != "float32":
                 text += f"\n{row.case.dtype}"
             dark = row is not None and image.norm(row.speedup) < 0.5
@@ -124,6 +132,11 @@ def draw_grid(results: Sequence[Result]) -> Figure:
     axes.set_title("speedup of the fastest strategy over the loop", fontsize=10)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def _winner(row: Result) -> str:
+    is_sure = row.case.is_reference or sweep.surely_faster(row)
+    return row.case.strategy if is_sure else "no winner"
 
 
 def _place(row: Result) -> Place:

@@ -33,15 +33,16 @@ def render_remarks(
     """What a reader must know beside the table: noise, page faults, cold starts; with `verbose`
     each row in words. Empty where there is nothing."""
     varying = varying_fields([row.case for row in results])
-    lines = []
-    for index, rows in enumerate(sweep.cells(results).values()):
+    grid, lines = sweep.cells(results), []
+    for index, rows in enumerate(grid.values()):
+        where = f" with {place_name(rows[0].case, varying)}" if len(grid) > 1 else ""
         for row in rows:
             lines += _ranks(row, case_name(row.case, varying), environment)
             if row.speedup is None or row.case.is_reference:
                 continue
             lines += [_sentence(row, case_name(row.case, varying))] if verbose else []
             lines += _two_modes(row, case_name(row.case, varying))
-            lines += [] if row.inconclusive else _page_faults(row, environment)
+            lines += [] if row.inconclusive else _page_faults(row, where, environment)
         if index == 0:  # nothing is cold after the first cell
             lines += _cold_start(rows, environment)
     lines += _noise([row for row in results if row.speedup is not None], varying)
@@ -233,7 +234,7 @@ def _kind_of_noise(row: Result) -> tuple[str, str] | None:
     return f"{what}; for a narrower one close programs or raise --min_seconds", figure
 
 
-def _page_faults(row: Result, environment: Environment) -> list[str]:
+def _page_faults(row: Result, where: str, environment: Environment) -> list[str]:
     """Say so where page faults explain at least half of what a strategy loses to the reference."""
     ours, theirs = row.page_faults_per_call, row.reference_page_faults_per_call
     times = row.median_s, row.reference_median_s
@@ -246,7 +247,7 @@ def _page_faults(row: Result, environment: Environment) -> list[str]:
     if lost <= 0 or faulted < lost / 2:
         return []
     return [
-        f"Page faults explain this loss of {row.case.strategy}: {ours:,.0f} per call against"
+        f"Page faults explain this loss of {row.case.strategy}{where}: {ours:,.0f} per call against"
         f" {theirs:,.0f} of the loop, at {cost * 1e6:.1f} us each over {environment.threads}"
         f" threads, are about {min(1, faulted / lost):.0%} of the {lost * 1e3:.0f} ms lost."
         " The allocator gives memory back at every call; --allocator retain keeps it."

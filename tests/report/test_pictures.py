@@ -119,6 +119,14 @@ def test_a_grid_has_a_column_a_size_and_a_heat_map_of_the_fastest() -> None:
     ]
 
 
+def test_a_heat_map_names_no_winner_where_the_interval_holds_one() -> None:
+    noisy = [changed(row, times_s=(0.0999, 0.1001) * 10) for row in curve(1.0, 1.0, 1.0)]
+    (axes, *_) = pictures.draw_grid([*LOOPS, *noisy]).axes
+    texts = {text.get_text() for text in axes.texts}
+    assert "vmap" not in "".join(texts)
+    assert axes.images[0].get_clim() == (1, pictures.LEAST_SCALE)
+
+
 @pytest.mark.parametrize("rows", [[], [LOOP], ROWS[:1], [changed(LOOP, times_s=())]])
 def test_a_run_with_next_to_nothing_is_drawn_too(rows: list[Result], tmp_path: Path) -> None:
     pictures.save(rows, tmp_path / "p.png", tmp_path / "p_grid.png")

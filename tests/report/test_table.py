@@ -76,6 +76,13 @@ def test_page_faults_that_explain_a_loss_are_named_with_the_way_out() -> None:
     assert "--allocator retain" in said(LOOP, slow)
 
 
+def test_page_faults_of_several_cells_say_of_which() -> None:
+    slow = changed(VMAP, times_s=(0.110,) * 20)
+    remarks = render_remarks([LOOP, slow, changed(slow, num_models=8)], ENVIRONMENT)
+    assert "Page faults explain this loss of vmap with 4 models: 12,000 per call" in remarks
+    assert "Page faults explain this loss of vmap with 8 models: 12,000 per call" in remarks
+
+
 def test_page_faults_that_explain_less_than_half_of_a_loss_are_not_blamed() -> None:
     slow = changed(VMAP, times_s=(0.113,) * 20)
     assert "Page faults" not in said(LOOP, slow)
