@@ -255,9 +255,13 @@ def prepare(case: Case) -> Prepared | None:
         sure = all(not torch.equal(a, b) for i, a in enumerate(again) for b in again[:i])
         if not sure:
             return None
-        plain = [Input(name, x, None, 0.0) for name, x in inputs]
+        served = [
+            Input(name, x, None, 0.0)
+            for name, x in inputs
+            if isinstance(_eager(fresh, _plain(x)), Tensor)
+        ]
         return Prepared(
-            *common, plain, first.dtype, tuple(first.shape), True, independent, keeps, messages
+            *common, served, first.dtype, tuple(first.shape), True, independent, keeps, messages
         )
     reference = _Reference(case)
     made = []
