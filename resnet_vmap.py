@@ -10,17 +10,27 @@ is measured in ensemble/measure/row.py, its speedup is computed in ensemble/reco
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ensemble import command_line, garbage
-from ensemble.errors import InputError, exit_code
-from ensemble.machine import launch, signals, streams
-from ensemble.options import Config
-from ensemble.records import Run
-from ensemble.report import exports, resuming, show
+if __name__ == "__main__":  # `python -P`, `-I` and PYTHONSAFEPATH leave this folder out
+    sys.path[:0] = [folder for folder in [os.path.dirname(__file__)] if folder not in sys.path]
+
+from ensemble.errors import InputError, exit_code, import_errors
+
+try:
+    with import_errors():
+        from ensemble import command_line, garbage
+        from ensemble.machine import launch, signals, streams
+        from ensemble.options import Config
+        from ensemble.records import Run
+        from ensemble.report import exports, resuming, show
+except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from ensemble.measure.session import Measure, Session
@@ -50,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """N models and their images on the device. torch is imported here and not before."""
-    with garbage.imported_for_good():
+    with import_errors(), garbage.imported_for_good():
         from ensemble.models import workload
     return workload.load(config, say=say)
 

@@ -2,6 +2,8 @@
 
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -40,6 +42,25 @@ class Stopped(KeyboardInterrupt):
 def exit_code(error: KeyboardInterrupt) -> int:
     """That of a shell for a process that the signal ended: 130 after Ctrl-C, 143 after SIGTERM."""
     return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+
+
+@contextmanager
+def import_errors() -> Iterator[None]:
+    """Imports of installed packages: what keeps one from being imported is an InputError.
+
+    Raises:
+        InputError: a package is not installed, or its libraries cannot be loaded into memory.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "ensemble":
+            raise
+        message = f"the package {error.name} is not installed: pip install -r requirements.txt"
+        raise InputError(message) from error
+    except (ImportError, OSError, MemoryError) as error:
+        message = f"an installed package cannot be imported: {first_line(error)}"
+        raise InputError(message) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -1,12 +1,15 @@
 """Files: what one to be read can be wrong in, how one is written whole, files without a name."""
 
 import os
+import re
 import tempfile
 from math import inf
 from pathlib import Path
 from typing import BinaryIO
 
 from ensemble.errors import InputError, first_line
+
+_URL = re.compile(r"(\w{2,}):/+(.+)", re.DOTALL)
 
 
 def first_bytes(path: str | os.PathLike[str], *, kind: str, count: int = 64) -> bytes:
@@ -18,6 +21,9 @@ def first_bytes(path: str | os.PathLike[str], *, kind: str, count: int = 64) -> 
     path = Path(path)
     try:
         if not path.exists():
+            if url := _URL.match(str(path)):  # a path has lost one of its slashes
+                message = f"{url[1]}://{url[2]}: expected the path of {kind}, found a URL"
+                raise InputError(f"{message}: download the file first")
             raise InputError(f"{path}: expected {kind}, found nothing there")
         if not path.is_file():
             raise InputError(f"{path}: expected {kind}, found a directory or a device")

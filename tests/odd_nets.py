@@ -1104,6 +1104,11 @@ MADE: dict[str, dict[str, Any]] = {
 }
 
 
+# Steps of ODD that draw random numbers at each call.
+TORCH_RANDOM = ("dropout", "noise", "random", "permuted", "bernoulli")
+OTHER_RANDOM = ("own generator", "Python's random", "NumPy's random")
+
+
 @dataclass(frozen=True, repr=False)
 class Net(Described):
     """Steps on images `(batch, channels, *size)` of this dtype; the last value is the output.
@@ -1165,6 +1170,13 @@ def of_dtype(x: Tensor, net: Net) -> Tensor:
     if net.is_bytes:
         return (x.nan_to_num(0, 2, -2) * 64 + 128).clamp(0, 255).to(torch.uint8)
     return x.to(getattr(torch, net.dtype))
+
+
+def draws_numbers(net: Net) -> bool:
+    """Does it draw random numbers, whether or not its output shows them?"""
+    return any(
+        step.table == "ODD" and step.how in TORCH_RANDOM + OTHER_RANDOM for step in fitting(net)
+    )
 
 
 @lru_cache(64)

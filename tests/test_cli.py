@@ -1,6 +1,7 @@
 """The real command: in this process where that shows the same, else as a process of its own."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -375,6 +376,46 @@ def test_help_and_usage_errors_answer_without_importing_torch(argv: list[str]) -
     )
     done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("options", [["-P"], ["-I"]])
+def test_the_script_finds_its_package_without_the_working_folder(
+    options: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, *options, str(ROOT / "resnet_vmap.py"), "--list_strategies"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("package", ["numpy", "torch"])
+def test_a_package_that_is_not_installed_is_named(package: str) -> None:
+    program = (
+        "import sys\n"
+        f"sys.modules['{package}'] = None\n"
+        "import resnet_vmap\n"
+        "sys.exit(resnet_vmap.main([]))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: .*{package}.*\n", done.stderr), done.stderr
+
+
+def test_libraries_that_cannot_be_mapped_are_one_line() -> None:
+    command = f"ulimit -v 1500000; {sys.executable} resnet_vmap.py"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch("error: an installed package cannot be imported: .*\n", done.stderr)
+
+
+def test_a_picture_needs_no_backend_of_matplotlib(tmp_path: Path) -> None:
+    saved = ROOT / "tests" / "data"
+    run = next(saved.rglob("*.json"))
+    command = [sys.executable, "resnet_vmap.py", "--from_json", str(run)]
+    command += ["--plot", str(tmp_path / "plot.png")]
+    environment = {**os.environ, "MPLBACKEND": "nope"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "plot.png").exists()) == (0, True), done.stderr
 
 
 def test_more_threads_than_cores_are_warned_of(

@@ -53,7 +53,7 @@ def _read_file(path: Path) -> object:
     head = files.first_bytes(path, kind="a checkpoint file", count=formats.HEAD_BYTES)
     if formats.is_safetensors(head):
         return _read_safetensors(path)
-    found = formats.foreign(head)
+    found = formats.foreign(head, wanted="checkpoint")
     if found is None and (kind := formats.image(head)):
         found = f"a {kind} image"
     if found is None and head.startswith(b"PK"):
@@ -62,6 +62,8 @@ def _read_file(path: Path) -> object:
         found = (
             "a pickle that torch.save did not write: load it, and save its tensors by torch.save"
         )
+    if found is None and formats.is_text(head):
+        found = "a text file"
     if found is not None:
         raise InputError(f"{path}: expected a checkpoint file, found {found}")
     if path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80")):

@@ -3,6 +3,7 @@
 import re
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 HEAD_BYTES = 512  # as many as `foreign` looks at
 
@@ -24,24 +25,24 @@ _MAGIC = (
     (rb"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
     (rb"Rar!\x1a\x07", f"a RAR archive: {_UNPACK}"),
     (rb".{257}ustar", f"a tar archive: {_UNPACK} (tar -xf)"),
-    (
-        rb"\x89HDF\r\n\x1a\n",
-        "an HDF5 file (Keras or TensorFlow): convert its weights to PyTorch and save a state dict",
-    ),
-    (
-        rb"\x93NUMPY",
-        "a numpy array: make a state dict of tensors and save it by torch.save",
-    ),
-    (
-        rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]",
-        "an ONNX or TensorFlow model (a protobuf file): save the state dict of the PyTorch model"
-        " that it was exported from",
-    ),
-    (rb".{4}TFL3", "a TensorFlow Lite model: save a state dict of PyTorch"),
-    (rb"GGUF", "a GGUF file: save a state dict of PyTorch, not quantised"),
     (rb".{4}ftyp(?:hei[cfmsx]|hev[cmsx]|mif1|msf1)", "a HEIC photograph: convert it to JPEG"),
     (rb"%PDF-|%!PS", "a PDF or PostScript document"),
     (rb"\x00{64}", f"nothing but zeros {_AGAIN}"),
+)
+_NUMBERS = (  # the pattern, what it is, and how it becomes a checkpoint
+    (
+        rb"\x89HDF\r\n\x1a\n",
+        "an HDF5 file (Keras or TensorFlow)",
+        "convert its weights to PyTorch and save a state dict",
+    ),
+    (rb"\x93NUMPY", "a numpy array", "make a state dict of tensors and save it by torch.save"),
+    (
+        rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]",
+        "an ONNX or TensorFlow model (a protobuf file)",
+        "save the state dict of the PyTorch model that it was exported from",
+    ),
+    (rb".{4}TFL3", "a TensorFlow Lite model", "save a state dict of PyTorch"),
+    (rb"GGUF", "a GGUF file", "save a state dict of PyTorch, not quantised"),
 )
 _IMAGES = (
     (rb"\xff\xd8\xff", "JPEG"),
@@ -55,7 +56,7 @@ _TORCH_SAVES = rb"\x80.{1,12}\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # its magic numbe
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl")
 
 
-def foreign(head: bytes) -> str | None:
+def foreign(head: bytes, *, wanted: Literal["checkpoint", "image"]) -> str | None:
     """What the beginning of a file shows it to be and what to do; None where it says nothing."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for pattern, found in _TEXTS:
@@ -64,7 +65,22 @@ def foreign(head: bytes) -> str | None:
     for pattern, found in _MAGIC:
         if re.match(pattern, head, re.DOTALL):
             return found
+    for pattern, found, conversion in _NUMBERS:
+        if re.match(pattern, head, re.DOTALL):
+            todo = conversion if wanted == "checkpoint" else "convert it to JPEG or PNG"
+            return f"{found}: {todo}"
     return None
+
+
+def is_text(head: bytes) -> bool:
+    """Whether a file begins as a text; a pickle of torch.save in ASCII begins with its number."""
+    if head.startswith(b"L119547037146038801333356L") or b"\0" in head:
+        return False
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        return len(head) == HEAD_BYTES and error.start > len(head) - 4  # a character cut in two
+    return all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head)
 
 
 def image(head: bytes) -> str | None:

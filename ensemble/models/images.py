@@ -61,7 +61,9 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         if kind := formats.image(head):
             message = f"{path}: expected a whole image file, found a damaged {kind} file"
             raise InputError(message) from error
-        found = formats.foreign(head) or "another kind of file: convert it to JPEG or PNG"
+        other = "another kind of file: convert it to JPEG or PNG"
+        found = formats.foreign(head, wanted="image")
+        found = found or ("a text file" if formats.is_text(head) else other)
         raise InputError(f"{path}: expected an image file, found {found}") from error
     except Exception as error:  # of a damaged file Pillow's many decoders raise any kind
         reason = first_line(error)

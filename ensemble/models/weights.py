@@ -149,7 +149,10 @@ def build_skeleton(arch: str, classes: int | None) -> nn.Module:
 def num_classes(state: Mapping[str, Tensor], *, arch: str, source: str) -> int:
     """The number of classes of a checkpoint: the first dimension of the last layer's tensor."""
     last = [*dict(build_skeleton(arch, None).named_parameters())][-1]
-    if last not in state or state[last].dim() == 0 or not len(state[last]):
+    if last in state and state[last].dim() and not len(state[last]):
+        shape = tuple(state[last].shape)
+        raise InputError(f"{source}: expected at least one class, found {last} of shape {shape}")
+    if last not in state or state[last].dim() == 0:
         found = f"{len(state)} tensors, the first {next(iter(state), 'none')}"
         raise InputError(f"{source}: expected a {arch} with {last}, found {found}")
     return state[last].shape[0]

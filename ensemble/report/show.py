@@ -160,6 +160,7 @@ def _check_own(name: str, path: str | None) -> None:
 
 
 def _draw(run: Run, path: str) -> None:
+    os.environ.pop("MPLBACKEND", None)  # figures need no backend; an unknown one fails the import
     from ensemble.report import load_picture, pictures
 
     if is_under_load(run):

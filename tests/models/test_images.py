@@ -340,6 +340,12 @@ def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert_refused(tmp_path / "absent.jpg", "expected an image file, found nothing there")
 
 
+def test_a_url_is_to_be_downloaded() -> None:
+    message = "https://a.org/x.jpg: expected the path of an image file, found a URL: download"
+    with pytest.raises(InputError, match="^" + re.escape(message)):
+        images.read_image("https://a.org/x.jpg")
+
+
 def test_a_folder_is_no_image(tmp_path: Path) -> None:
     assert_refused(tmp_path, "expected an image file, found a directory")
 
@@ -360,7 +366,7 @@ def test_an_empty_file_is_no_image(tmp_path: Path) -> None:
 def test_text_is_no_image(tmp_path: Path) -> None:
     path = tmp_path / "text.jpg"
     path.write_text("not an image\n" * 99)
-    assert_refused(path, "expected an image file, found another kind of file")
+    assert_refused(path, "expected an image file, found a text file")
 
 
 @pytest.mark.parametrize(
@@ -375,9 +381,11 @@ def test_text_is_no_image(tmp_path: Path) -> None:
         (b"<?xml version='1.0'?>\n<svg width='1'></svg>", "an SVG drawing"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC photograph: convert it to JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "a PDF or PostScr"),
+        (b"\x93NUMPY\x01\0v\0{'descr': '|u1'", "a numpy array: convert it to JPEG or PNG"),
+        (b"\0\1\2\3" * 9, "another kind of file: convert it to JPEG or PNG"),
         (b"\x89PNG\r\n\x1a\n" + bytes(99), ""),
     ],
-    ids=["lfs", "html", "json", "svg", "heic", "eps", "damaged"],
+    ids=["lfs", "html", "json", "svg", "heic", "eps", "npy", "unknown", "damaged"],
 )
 def test_what_lies_in_place_of_an_image_is_named(
     tmp_path: Path, content: bytes, found: str
