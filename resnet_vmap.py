@@ -4,7 +4,7 @@ python resnet_vmap.py --num_models 4
 
 The loop, and vmap by functorch's combine_state_for_ensemble, stand in ensemble/strategies/eager.py;
 every other way to run N models has its line in ensemble/strategies/__init__.py. A row of the table
-is measured in ensemble/measure/row.py, its speedup is computed in ensemble/records.py.
+is measured in ensemble/bench/measure.py, its speedup is computed in ensemble/bench/records.py.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from ensemble.errors import InputError, exit_code, import_errors
 
 try:
     with import_errors():
-        from ensemble import command_line, garbage
+        from ensemble import gc_pause
+        from ensemble.bench import cli
+        from ensemble.bench.config import Config
+        from ensemble.bench.records import Run
+        from ensemble.bench.report import exports, resuming, show
         from ensemble.machine import launch, signals, streams
-        from ensemble.options import Config
-        from ensemble.records import Run
-        from ensemble.report import exports, resuming, show
 except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 if TYPE_CHECKING:
-    from ensemble.measure.session import Measure, Session
-    from ensemble.models.workload import Workload
+    from ensemble.bench.session import Measure, Session
+    from ensemble.bench.workload import Workload
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams.prepare()
     try:
         if launch.is_launched():
-            from ensemble.distributed import program
+            from ensemble.bench.executors.ranks import main as program
 
             return program.main(argv, run)
         with signals.stop_on_signals(), streams.written():
-            return run(command_line.parse(argv))
+            return run(cli.parse(argv))
     except InputError as error:
-        print(f"error: {command_line.in_flags(error)}", file=sys.stderr)
+        print(f"error: {cli.in_flags(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
@@ -60,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """N models and their images on the device. torch is imported here and not before."""
-    with import_errors(), garbage.imported_for_good():
-        from ensemble.models import workload
+    with import_errors(), gc_pause.imported_for_good():
+        from ensemble.bench import workload
     return workload.load(config, say=say)
 
 
@@ -93,7 +94,7 @@ def run(
 def predict(config: Config, workload: Workload, begun: Run) -> Run:
     """Print what the models see in the plain image; the run with what its first forward took, the
     one of the process that its rows began in."""
-    from ensemble.measure import prediction
+    from ensemble.bench import prediction
 
     print("Running Sample prediction")
     first_forward_s = prediction.predict(config, workload, say=print)
@@ -106,8 +107,8 @@ def serve(
     config: Config, workload: Workload, begun: Run, files: show.Files, measure: Measure | None
 ) -> Session:
     """Run all models by each strategy: build, compare with the loop, time beside the loop."""
-    from ensemble.measure import session
-    from ensemble.serving import search
+    from ensemble.bench import session
+    from ensemble.bench.load import search
 
     print("Serving multiple models")
     print(f"Running on {workload.device_name(config)}")

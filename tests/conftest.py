@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 # Tests that call the kernels, which are compiled once, in half a minute: by a process beside those
 # of the tests, which run the others first.
 LATE = ("ops", "strategies", "passes", "serving", "measure/test_grid", "test_concurrency")
-COMPILE = "from ensemble.ops import kernels; kernels.load()"
+COMPILE = "from ensemble.compiler import kernels; kernels.load()"
 compiling: list[subprocess.Popen[bytes]] = []
 
 
@@ -79,12 +79,12 @@ def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times that no test looks at need no quiet before each call, nor many of them; a third of the
     suite's time."""
     from ensemble.machine import timing
-    from ensemble.strategies import duel
+    from ensemble.strategies import autotune
 
     monkeypatch.setattr(timing, "SETTLE_S", 0.0)
-    monkeypatch.setattr(duel, "SHORT_S", 0.0)
-    monkeypatch.setattr(duel, "LONG_S", 0.0)
-    monkeypatch.setattr(duel, "release", lambda: None)
+    monkeypatch.setattr(autotune, "SHORT_S", 0.0)
+    monkeypatch.setattr(autotune, "LONG_S", 0.0)
+    monkeypatch.setattr(autotune, "release", lambda: None)
 
 
 @pytest.fixture

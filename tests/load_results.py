@@ -1,8 +1,8 @@
 """The page of runs under load, tests/data/load/README.md: `python -m tests.load_results`."""
 
-from ensemble.records import Run
-from ensemble.report import exports
-from ensemble.report.page import page_of
+from ensemble.bench.records import Run
+from ensemble.bench.report import exports
+from ensemble.bench.report.page import page_of
 from tests.results import DATA, machine
 
 FOLDER = DATA / "load"
@@ -11,7 +11,7 @@ PAGE = FOLDER / "README.md"
 HEAD = """# Under load: stored runs
 
 Every line is made of a stored file by `python -m tests.load_results`, and a test holds the page to
-the files. What a row, a wasted slot or overhead is: [method](../../../ensemble/serving/README.md).
+the files. Method: [ensemble/bench/load](../../../ensemble/bench/load/README.md).
 
 {machine}; a shared machine, one process a row. The bound was given, so that all rows have the same.
 A full mark in a picture is a run that LoadGen called valid, a dotted line the rate that is held.

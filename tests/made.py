@@ -3,9 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
-from ensemble.command_line import parse
-from ensemble.options import Config
-from ensemble.records import Case, Environment, Process, Result
+from ensemble.bench.cli import parse
+from ensemble.bench.config import Config
+from ensemble.bench.records import (
+    Case,
+    Environment,
+    Process,
+    Result,
+)
 
 CASE = Case("vmap", 4, 1, 224, "float32", "shared")
 PROCESS = Process((1.0, 2.0, 4.0), (2.0, 3.0, 2.0), build_s=0.1, first_call_s=0.2)

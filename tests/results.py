@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ensemble.records import Result, Run
-from ensemble.report import exports
-from ensemble.report.table import render_notes, render_table
-from ensemble.report.verdict import render_answer
+from ensemble.bench.records import Result, Run
+from ensemble.bench.report import exports
+from ensemble.bench.report.table import render_notes, render_table
+from ensemble.bench.report.verdict import render_answer
 from tests import peers
 
 DATA = Path(__file__).parent / "data"

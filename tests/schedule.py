@@ -2,7 +2,7 @@
 
 `python -m tests.schedule --measure` times, on one core of this machine, the share of every step
 that a thread of a team of each size has, and writes tests/data/schedule/steps.json; without it the
-page of figures is printed from that file. What is simulated is `ensemble.ops.kernels.run`: how
+page of figures is printed from that file. What is simulated is `ensemble.compiler.kernels.run`: how
 models are dealt to cores, which of them are shared, and the barrier after each shared step. What is
 left out: that cores share memory and caches, so the times are those of a machine whose memory is as
 fast for each core as it is here for one.
@@ -103,8 +103,8 @@ def measure(arch: str, px: int) -> Measured:
     import torchvision
     from numba import njit
 
-    from ensemble.ops.kernels.run import _execute as execute_one
-    from ensemble.ops.program import Program
+    from ensemble.compiler.kernels.run import _execute as execute_one
+    from ensemble.compiler.runtime.program import Program
     from ensemble.strategies import lowered
 
     @njit(nogil=True, error_model="numpy")
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         content: dict[str, Any] = {"made_with": "python -m tests.schedule --measure"}
         content["nets"] = [asdict(net) for net in nets]
         FILE.write_text(json.dumps(content, indent=1) + "\n")
-    from ensemble.ops.kernels.run import team_size
+    from ensemble.compiler.kernels.run import team_size
 
     print(page(read(), team_size.py_func))
 

@@ -14,16 +14,22 @@ import pytest
 import torch
 
 import resnet_vmap
-from ensemble import records
-from ensemble.command_line import parse
+from ensemble.bench import records, workload
+from ensemble.bench.cli import parse
+from ensemble.bench.records import Case, Run
+from ensemble.bench.report import exports, show
 from ensemble.machine import cores, memory, timing
 from ensemble.machine.cores import Cores
-from ensemble.models import pretrained, workload
+from ensemble.models import pretrained
 from ensemble.models.vision import torchvision
-from ensemble.records import Case, Run
-from ensemble.report import exports, show
 from ensemble.strategies import STRATEGIES
-from tests.made import CONFIG, ENVIRONMENT, LOOP, VMAP, changed
+from tests.made import (
+    CONFIG,
+    ENVIRONMENT,
+    LOOP,
+    VMAP,
+    changed,
+)
 
 ROOT = Path(resnet_vmap.__file__).parent
 KITTEN = str(ROOT / "kitten.jpg")
@@ -300,8 +306,8 @@ def test_all_strategies_give_a_row_each_and_what_cannot_run_here_is_no_failure(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cheap = {name: STRATEGIES[name] for name in ("loop", "folded_vmap", "cudagraph_loop")}
-    monkeypatch.setattr("ensemble.report.show.STRATEGIES", cheap)
-    monkeypatch.setattr("ensemble.command_line.STRATEGIES", cheap)
+    monkeypatch.setattr("ensemble.bench.report.show.STRATEGIES", cheap)
+    monkeypatch.setattr("ensemble.bench.cli.STRATEGIES", cheap)
     assert resnet_vmap.main([*QUICK, "--model_path", checkpoint, "--strategies", "all"]) == 0
     out = capsys.readouterr().out
     for name in cheap:
@@ -326,7 +332,7 @@ def test_a_file_that_can_no_longer_be_written_costs_no_result(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ensemble.report.exports.write_atomically", full)
+    monkeypatch.setattr("ensemble.bench.report.exports.write_atomically", full)
     argv = [*QUICK, "--model_path", checkpoint, "--export_json", str(tmp_path / "run.json")]
     assert resnet_vmap.main(argv) == 2
     captured = capsys.readouterr()
@@ -357,7 +363,7 @@ def test_a_reader_that_stops_reading_gets_no_traceback(checkpoint: str) -> None:
 def test_outputs_that_disagree_end_with_exit_code_1_and_without_a_speedup(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ensemble.measure.row.TOLERANCES", {torch.float32: -1.0})
+    monkeypatch.setattr("ensemble.bench.measure.TOLERANCES", {torch.float32: -1.0})
     argv = [*QUICK, "--model_path", checkpoint, "--strategies", "vmap"]
     assert resnet_vmap.main(argv) == 1
     out = capsys.readouterr().out
@@ -486,7 +492,7 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
     """With 25 MB of address space left, vmap over 4 models at batch 8 does not fit."""
     program = (
         "import resource, sys, torch, functorch, torchvision, resnet_vmap\n"
-        "from ensemble.measure import row\n"
+        "from ensemble.bench import row\n"
         "measured = row.measure\n"
         "def measure(case, *rest, **options):\n"
         "    if case.strategy == 'vmap':\n"
@@ -694,5 +700,5 @@ def test_load_that_makes_no_sense_is_one_clear_line(
 def test_without_loadgen_the_error_names_the_requirements(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ensemble.command_line.find_spec", lambda name: None)
+    monkeypatch.setattr("ensemble.bench.cli.find_spec", lambda name: None)
     assert "requirements-peers.txt" in error_of(capsys, "--scenario", "server")

@@ -17,7 +17,15 @@ from torch import Tensor
 
 import ensemble
 from tests import nets
-from tests.nets import Activate, Concat, Conv, MaxPool, Net, Norm, Sum
+from tests.nets import (
+    Activate,
+    Concat,
+    Conv,
+    MaxPool,
+    Net,
+    Norm,
+    Sum,
+)
 
 MODELS, THREADS, CALLERS = 5, 4, 3
 SECONDS = 1.0  # of the test

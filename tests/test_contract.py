@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ensemble
 from ensemble.errors import UnavailableError
 from ensemble.machine import timing
-from ensemble.strategies import BEST, STRATEGIES, duel
+from ensemble.strategies import BEST, STRATEGIES, autotune
 from tests import odd_nets
 from tests.nets import Described
 from tests.odd_nets import Net
@@ -1001,8 +1001,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the long profile")
     options = parser.parse_args(argv)
     faulthandler.enable()
-    timing.SETTLE_S, duel.SHORT_S, duel.LONG_S = 0.0, 0.0, 0.0
-    vars(duel)["release"] = lambda: None
+    timing.SETTLE_S, autotune.SHORT_S, autotune.LONG_S = 0.0, 0.0, 0.0
+    vars(autotune)["release"] = lambda: None
     counts: Counter[str] = Counter()
     has_failed = False
     if options.minutes is None:

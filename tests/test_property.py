@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ensemble
+from ensemble.compiler.planning import row_tiling
 from ensemble.errors import UnavailableError
-from ensemble.ops import strips
 from ensemble.strategies import BEST, STRATEGIES
 from tests import nets
 from tests.nets import Described, Net
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the long profile")
     options = parser.parse_args(argv)
     faulthandler.enable()
-    strips.LARGE_BYTES, strips.STRIP_BYTES = 0, 4096  # so that small nets run by strips too
+    row_tiling.LARGE_BYTES, row_tiling.STRIP_BYTES = 0, 4096  # so that small nets run by strips too
     counts: Counter[str] = Counter()
     if options.minutes is None:
         explore(counts, examples=NETS, seed=None, until=lambda: False, verbose=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.records import Result
+from ensemble.bench.records import Result
 from ensemble.strategies import STRATEGIES
 from tests import load_results, results
-from tests.distributed import figures
+from tests.bench.ranks import figures
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -2,10 +2,17 @@
 
 from dataclasses import replace
 
-from ensemble.records import Result
-from ensemble.report.table import render_table
-from ensemble.report.verdict import render_answer, render_remarks
-from tests.made import ENVIRONMENT, LOOP, PROCESS, ROW, VMAP, changed
+from ensemble.bench.records import Result
+from ensemble.bench.report.table import render_table
+from ensemble.bench.report.verdict import render_answer, render_remarks
+from tests.made import (
+    ENVIRONMENT,
+    LOOP,
+    PROCESS,
+    ROW,
+    VMAP,
+    changed,
+)
 
 
 def test_the_speedup_is_the_median_of_the_ratios_of_pairs_and_not_a_ratio_of_medians() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ensemble.ops.kernels.run import team_size
+from ensemble.compiler.kernels.run import team_size
 from tests import schedule
 from tests.schedule import Measured
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ensemble.command_line import parse
+from ensemble.bench.cli import parse
 from ensemble.statistics import (
     bootstrap_interval,
     half_width,

@@ -15,7 +15,7 @@ from ensemble.machine.timing import interleaved
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
 from ensemble.strategies.agreement import TOLERANCES, check
-from ensemble.strategies.built import Built, Choice
+from ensemble.strategies.build_result import Built, Choice
 
 Times = Mapping[str, Sequence[float]]
 

@@ -1,18 +1,13 @@
-"""Which device to run on, how its arithmetic is set, and what there is to record about it."""
+"""Which device to run on, and how its arithmetic is set."""
 
 import os
 import platform
-import subprocess
-import sys
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from ensemble.errors import InputError
-from ensemble.machine import cores, memory
-from ensemble.records import Environment
+from ensemble.machine import cores
 
 
 def select_device(name: str) -> torch.device:
@@ -57,34 +52,6 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def describe(
-    device: torch.device, *, allocator: str, weights: str, first_forward_s: float
-) -> Environment:
-    """The environment of the measurements that are about to be taken."""
-    found = cores.find()
-    return Environment(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        argv=tuple(sys.argv),
-        git_commit=git_commit(),
-        platform=platform.platform(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        torchvision=version("torchvision"),
-        device=str(device),
-        device_name=device_name(device),
-        cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        cores=found.machine,
-        usable_cores=found.usable,
-        threads=torch.get_num_threads(),
-        tf32=torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
-        cudnn_benchmark=torch.backends.cudnn.benchmark,
-        allocator=allocator,
-        page_fault_s=memory.page_fault_seconds(),
-        weights=weights,
-        first_forward_s=first_forward_s,
-    )
-
-
 def device_name(device: torch.device) -> str | None:
     """What the device is called by its maker."""
     if device.type != "cpu":
@@ -96,13 +63,3 @@ def device_name(device: torch.device) -> str | None:
         return platform.processor() or None
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, None)
-
-
-def git_commit() -> str | None:
-    """The commit of this program, with a + where its files were changed since."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() or None

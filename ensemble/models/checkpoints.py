@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ensemble import files
+from ensemble import files, formatting
 from ensemble.errors import InputError, first_line
-from ensemble.models import formats, pickles
-from ensemble.report import words
+from ensemble.models import file_formats, pickles
 
 State = dict[str, Tensor]
 
@@ -50,19 +49,19 @@ def read(path: str | os.PathLike[str]) -> State:
 
 
 def _read_file(path: Path) -> object:
-    head = files.first_bytes(path, kind="a checkpoint file", count=formats.HEAD_BYTES)
-    if formats.is_safetensors(head):
+    head = files.first_bytes(path, kind="a checkpoint file", count=file_formats.HEAD_BYTES)
+    if file_formats.is_safetensors(head):
         return _read_safetensors(path)
-    found = formats.foreign(head, wanted="checkpoint")
-    if found is None and (kind := formats.image(head)):
+    found = file_formats.foreign(head, wanted="checkpoint")
+    if found is None and (kind := file_formats.image(head)):
         found = f"a {kind} image"
     if found is None and head.startswith(b"PK"):
-        found = formats.archive(path)
-    if found is None and formats.is_other_pickle(head):
+        found = file_formats.archive(path)
+    if found is None and file_formats.is_other_pickle(head):
         found = (
             "a pickle that torch.save did not write: load it, and save its tensors by torch.save"
         )
-    if found is None and formats.is_text(head):
+    if found is None and file_formats.is_text(head):
         found = "a text file"
     if found is not None:
         raise InputError(f"{path}: expected a checkpoint file, found {found}")
@@ -86,7 +85,7 @@ def _read_safetensors(path: Path) -> object:
 
 def _parts(path: Path) -> dict[str, str] | None:
     """Tensor -> file of an index as Hugging Face writes it; None where the file is no index."""
-    head = files.first_bytes(path, kind="a checkpoint file", count=formats.HEAD_BYTES)
+    head = files.first_bytes(path, kind="a checkpoint file", count=file_formats.HEAD_BYTES)
     if not head.lstrip().startswith(b"{"):
         return None
     try:
@@ -125,7 +124,7 @@ def _unwrap(content: object, path: Path) -> dict[object, object]:
         if not keys:
             keys = [key for key, value in content.items() if _is_state(value)]
             if len(keys) > 1:
-                found = f"{words.count(len(keys), 'state dict')} ({', '.join(map(str, keys))})"
+                found = f"{formatting.count(len(keys), 'state dict')} ({', '.join(map(str, keys))})"
                 message = f"{path}: expected one state dict, found {found}: save the one alone"
                 raise InputError(message)
         keys = keys or known

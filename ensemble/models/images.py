@@ -14,7 +14,7 @@ from torch import Tensor
 from ensemble import files
 from ensemble.errors import InputError, first_line
 from ensemble.machine import memory
-from ensemble.models import formats
+from ensemble.models import file_formats
 from ensemble.models.vision import torchvision
 
 # A sliver of an image becomes huge when its short side is resized, as any does at a huge size.
@@ -40,7 +40,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         InputError: not there, not an image, truncated, or a decompression bomb.
     """
     path = Path(path)
-    head = files.first_bytes(path, kind="an image file", count=formats.HEAD_BYTES)
+    head = files.first_bytes(path, kind="an image file", count=file_formats.HEAD_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -58,12 +58,12 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         message = f"{path}: expected at most {most} pixels, found a decompression bomb ({error})"
         raise InputError(message) from error
     except UnidentifiedImageError as error:
-        if kind := formats.image(head):
+        if kind := file_formats.image(head):
             message = f"{path}: expected a whole image file, found a damaged {kind} file"
             raise InputError(message) from error
         other = "another kind of file: convert it to JPEG or PNG"
-        found = formats.foreign(head, wanted="image")
-        found = found or ("a text file" if formats.is_text(head) else other)
+        found = file_formats.foreign(head, wanted="image")
+        found = found or ("a text file" if file_formats.is_text(head) else other)
         raise InputError(f"{path}: expected an image file, found {found}") from error
     except Exception as error:  # of a damaged file Pillow's many decoders raise any kind
         reason = first_line(error)

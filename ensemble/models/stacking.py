@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ensemble.errors import UnavailableError, first_line
-from ensemble.models import likeness, references
+from ensemble.models import architecture_check, self_references
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     memo: dict[int, object] = {}
     if isinstance(model, torch.jit.ScriptModule):
         raise UnavailableError("this model cannot be copied: it is a TorchScript module")
-    if function := references.to_itself(model):
+    if function := self_references.to_itself(model):
         raise UnavailableError(f"this model cannot be copied: {function} in it refers to the model")
     for module in model.modules():
         for value in vars(module).values():
@@ -215,11 +215,11 @@ def check_alike(models: Sequence[nn.Module]) -> None:
                 raise ValueError(f"{where}: expected {name} to be {expected}, found {found}")
         if repr(model) != repr(first):  # strides, activations: what the tensors do not show
             raise ValueError(f"{where}: expected the structure of model 0, found another")
-        attributes = likeness.described(model)
+        attributes = architecture_check.described(model)
         plain = attributes if model is first else plain
         unlike = [key for key in plain | attributes if plain.get(key) != attributes.get(key)]
         if unlike:
-            expected, found = (likeness.value(one, unlike[0]) for one in (first, model))
+            expected, found = (architecture_check.value(one, unlike[0]) for one in (first, model))
             found = "another of that name" if found == expected else found
             raise ValueError(f"{where}: expected {unlike[0]} to be {expected}, found {found}")
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 import torch
 from torch import Tensor, nn
 
+from ensemble import formatting
 from ensemble.errors import InputError
 from ensemble.machine import memory
 from ensemble.models import checkpoints, stacking
 from ensemble.models.checkpoints import State
 from ensemble.models.meta import ByShape
 from ensemble.models.vision import torchvision
-from ensemble.report import words
 
 _COUNTER = ".num_batches_tracked"  # absent before torch 0.4.1, of no use to a forward
 
@@ -49,7 +49,7 @@ def load_models(
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     wanted = len(paths) if num_models is None else num_models
     if wanted < 1 or not paths or len(paths) not in (1, wanted):
-        found = f"{words.count(len(paths), 'file')} for {words.count(wanted, 'model')}"
+        found = f"{formatting.count(len(paths), 'file')} for {formatting.count(wanted, 'model')}"
         message = f"expected one file, or one for each model, found {found}"
         raise InputError(message, argument="paths")
     expected = stacking.named_tensors(build_skeleton(arch, None))
@@ -232,7 +232,7 @@ def _allocate(template: nn.Module, num_models: int, device: torch.device) -> lis
     each, free = stacking.weight_bytes(template), memory.available_bytes(device)
     if free is not None and each * num_models > free:
         raise InputError(
-            f"the weights of {words.count(num_models, 'model')} need"
+            f"the weights of {formatting.count(num_models, 'model')} need"
             f" {each * num_models / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}:"
             f" at most {free // each} fit",
             argument="num_models",

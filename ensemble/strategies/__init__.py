@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ensemble.strategies.built import Builder, Built
+    from ensemble.strategies.build_result import Builder, Built
     from ensemble.strategies.forward import Forward
 
 LOOP, BEST = "loop", "best"
@@ -222,14 +222,14 @@ def build(
             with gradients; `best` is then the loop.
     """
     from ensemble.machine.memory import unavailable_on_failure
-    from ensemble.strategies import arguments, verifying
+    from ensemble.strategies import arguments, verification
     from ensemble.strategies.forward import Forward
-    from ensemble.strategies.verifying import Behavior
+    from ensemble.strategies.verification import Behavior
 
     if name not in STRATEGIES:
         raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
     models, example = arguments.checked(models, example)
-    behavior = verifying.behavior(models[0], example)
+    behavior = verification.behavior(models[0], example)
     if behavior is Behavior.GRADED:
         raise UnavailableError(
             "these models compute gradients in their forward, and a built one runs without them"
@@ -243,7 +243,7 @@ def build(
         forward = make(name, models, example, tune_seconds=tune_seconds).forward
         assert isinstance(forward, Forward)
         if behavior is Behavior.PLAIN and name not in (LOOP, BEST):
-            verifying.check(forward, models, example)
+            verification.check(forward, models, example)
     return forward
 
 
@@ -257,7 +257,7 @@ def make(
     """`build`, with the strategy's note on how it was built, and what it chose."""
     import torch
 
-    from ensemble.ops.per_process import compute_alone_in_forks
+    from ensemble.machine.per_process import compute_alone_in_forks
     from ensemble.strategies import arguments, forward
 
     if name not in STRATEGIES:

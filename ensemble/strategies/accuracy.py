@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ensemble.compiler.graph.batch_norm_folding import is_close
 from ensemble.errors import UnavailableError
 from ensemble.machine.memory import is_out_of_memory
-from ensemble.passes.folding import is_close
 from ensemble.strategies import eager
 from ensemble.strategies.arguments import weight_dtype
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensemble.strategies.reducing import reduced
+from ensemble.strategies.reduction import reduced
 
 # Largest max_rel_error that counts as the same computation, by the strategy's dtype.
 TOLERANCES = {

@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
-from ensemble.strategies import LOOP, STRATEGIES, agreement, duel, eager, make
+from ensemble.strategies import (
+    LOOP,
+    STRATEGIES,
+    agreement,
+    autotune,
+    eager,
+    make,
+)
 from ensemble.strategies.arguments import weight_dtype
-from ensemble.strategies.built import Built, Choice
+from ensemble.strategies.build_result import Built, Choice
 
 # What could win on a kind of device. The loop comes first: it is what all the others must beat.
 # Then the likely winners, so that the others are soon clearly behind; where each takes long to
@@ -49,7 +56,7 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     begin = time.perf_counter()
     names = candidates(example.device, weight_dtype(models, example))
     x = agreement.informative(example)
-    found = duel.fastest(
+    found = autotune.fastest(
         {name: partial(make, name, models, example) for name in names},
         x,
         check=_checker(models, x),

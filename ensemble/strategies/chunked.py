@@ -11,13 +11,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ensemble.strategies import duel, eager
-from ensemble.strategies.built import Built
+from ensemble.strategies import autotune, eager
+from ensemble.strategies.build_result import Built
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -> Built:
     """`eager.vmap` in chunks of the size that is fastest on the example: all, half, ... or 1."""
-    found = duel.fastest(
+    found = autotune.fastest(
         {str(size): partial(eager.vmap, models, example, size) for size in sizes(len(models))},
         example,
         check=lambda logits: None,  # the same function, called with fewer models

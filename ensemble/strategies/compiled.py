@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
+from ensemble.compiler.graph.batch_norm_folding import folded, private
 from ensemble.errors import UnavailableError, first_line
 from ensemble.models import stacking
 from ensemble.models.stacking import stacked_state
-from ensemble.passes.folding import folded, private
 from ensemble.strategies import eager
-from ensemble.strategies.built import Built
+from ensemble.strategies.build_result import Built
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> Built:

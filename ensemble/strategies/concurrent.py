@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ensemble.ops.per_process import PerProcess
-from ensemble.passes.folding import channels_last, folded, private
-from ensemble.strategies.built import Built, PerModel, Run
+from ensemble.compiler.graph.batch_norm_folding import channels_last, folded, private
+from ensemble.machine.per_process import PerProcess
+from ensemble.strategies.build_result import Built, PerModel, Run
 from ensemble.strategies.compiled import compiled_models
 
 # More streams than this do not help: each kernel of a ResNet wants a good part of the device.

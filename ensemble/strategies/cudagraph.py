@@ -10,8 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
-from ensemble.strategies import compiled, concurrent, folded, lowered
-from ensemble.strategies.built import Builder, Built, Run, taking_turns
+from ensemble.strategies import (
+    compiled,
+    concurrent,
+    folded,
+    lowered,
+)
+from ensemble.strategies.build_result import (
+    Builder,
+    Built,
+    Run,
+    taking_turns,
+)
 from ensemble.strategies.forward import owned
 
 WARMUP_CALLS = 3  # as torch.cuda.make_graphed_callables: lazy initialisation may not be captured
@@ -62,4 +72,6 @@ compiled_loop = partial(_captured, compiled.loop)
 compiled_vmap = partial(_captured, compiled.vmap)
 eager_concurrent = partial(_captured, concurrent.eager)  # streams become branches of the graph
 compiled_concurrent = partial(_captured, concurrent.compiled)
-compiled_im2col_vmap = partial(_captured, lowered.compiled)  # by `ensemble.ops.matmul`
+compiled_im2col_vmap = partial(
+    _captured, lowered.compiled
+)  # by `ensemble.compiler.operators.matmul`

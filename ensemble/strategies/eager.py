@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.models.meta import ByShape
-from ensemble.strategies.built import Built, PerModel, taking_turns
+from ensemble.strategies.build_result import Built, PerModel, taking_turns
 from ensemble.strategies.forward import owned
-from ensemble.strategies.mapped import Mapped
+from ensemble.strategies.vmapped import Mapped
 
 try:
     import functorch

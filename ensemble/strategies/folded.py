@@ -6,22 +6,24 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ensemble.passes import folding
+from ensemble.compiler.graph import batch_norm_folding
 from ensemble.strategies import eager
-from ensemble.strategies.built import Built
+from ensemble.strategies.build_result import Built
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> Built:
     """`eager.loop` over folded models."""
-    return eager.loop(folding.folded(models, example), example, private=folding.private)
+    return eager.loop(
+        batch_norm_folding.folded(models, example), example, private=batch_norm_folding.private
+    )
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     """`eager.vmap` over folded models: grouped convolutions like channels-last best."""
-    copies = folding.folded(models, example)
+    copies = batch_norm_folding.folded(models, example)
     for model in copies:
         use_means(model)
-    return eager.vmap(copies, example, private=folding.private)
+    return eager.vmap(copies, example, private=batch_norm_folding.private)
 
 
 class MeanOverPixels(nn.AdaptiveAvgPool2d):

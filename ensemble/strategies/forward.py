@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ensemble.errors import UnavailableError
-from ensemble.strategies.built import PerModel, Run
+from ensemble.strategies.build_result import PerModel, Run
 
 _PLAIN = (Tensor, nn.Parameter)
 

@@ -22,7 +22,7 @@ def forwards(models: Sequence[nn.Module], example: Tensor) -> tuple[Run, Run]:
     """A jitted forward called for each model, and one jitted vmap over the stacked models.
 
     Args:
-        models: ResNets without batch norm, as of `ensemble.passes.folding.folded`.
+        models: ResNets without batch norm, as of `batch_norm_folding.folded`.
         example: `(B, 3, H, W)`, or `(N, B, 3, H, W)` for per-model inputs.
 
     Raises:

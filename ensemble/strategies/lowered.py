@@ -1,8 +1,8 @@
 """The vmapped forward with operators of its own, lowered to what depends on the images.
 
-One model is traced and written by the operators of `ensemble.ops`; `torch.vmap` maps that over the
-stacked state, and their vmap rules choose kernels for N models. What comes of it loses all that the
-state alone decides, and what is left runs as programs of kernels where there are such.
+One model is traced and written by the operators of `ensemble.compiler`; `torch.vmap` maps that over
+the stacked state, and their vmap rules choose kernels for N models. Whatever depends on the state
+alone is constant-folded, and the rest runs as programs of kernels where there are such.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ensemble.compiler.graph.aten import graph_of
+from ensemble.compiler.graph.data_movement import join_moves
+from ensemble.compiler.graph.functionalize import looped_note, without_batching_rule
+from ensemble.compiler.graph.operator_selection import with_operators
+from ensemble.compiler.pipeline import Care, Lowered, lower
+from ensemble.compiler.runtime import serial_copy
 from ensemble.models import stacking
-from ensemble.ops import serial
-from ensemble.ops.lowering import Care, Lowered, lower
-from ensemble.ops.tracing import looped_note, without_batching_rule
-from ensemble.passes.aten import graph_of
-from ensemble.passes.moving import join_moves
-from ensemble.passes.operators import with_operators
 from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import Judge
-from ensemble.strategies.built import Built
+from ensemble.strategies.build_result import Built
 from ensemble.strategies.compiled import as_one_graph
 
 
@@ -34,7 +34,7 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
     return Built(
-        lambda x: lowered.forward(serial.contiguous(x)),
+        lambda x: lowered.forward(serial_copy.contiguous(x)),
         "; ".join(filter(None, (note, *notes, looped_note(lowered.looped)))),
     )
 
@@ -49,13 +49,13 @@ def _accurate(models: Sequence[nn.Module], example: Tensor) -> tuple[Lowered, tu
     lowered, notes = lower_vmap(models, example), tuple[str, ...]()
     is_fast = any(operation.kind.attempts for operation in lowered.operations)
     judge = Judge(models, example, closely=is_fast)
-    found = lowered.forward(serial.contiguous(example))
+    found = lowered.forward(serial_copy.contiguous(example))
     for care, kept in ((Care.EACH, "fewer"), (Care.EXACT, "no")) if is_fast else ():
         if not judge.loses_quiet_outputs(found):
             break
         del lowered  # one at a time is held
         lowered = lower_vmap(models, example, care=care)
-        found = lowered.forward(serial.contiguous(example))
+        found = lowered.forward(serial_copy.contiguous(example))
         notes = (f"{kept} fast kernels: quiet outputs lay beside loud ones",)
     judge.check(found)
     return lowered, (*lowered.refused, *notes)
@@ -68,7 +68,7 @@ def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
 
 
 def lower_vmap(models: Sequence[nn.Module], example: Tensor, *, care: Care = Care.LAYER) -> Lowered:
-    """The vmapped forward of the models by the operators of `ensemble.ops`, lowered."""
+    """The vmapped forward of the models by the operators of `ensemble.compiler`, lowered."""
     stacking.check_alike(models)
     per_model = example.dim() == 5
     graph, names = graph_of(models[0], example[0] if per_model else example)

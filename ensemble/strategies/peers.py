@@ -15,16 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensemble.compiler.graph.batch_norm_folding import folded
+from ensemble.compiler.graph.capture import record
 from ensemble.errors import UnavailableError
 from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
-from ensemble.passes.folding import folded
-from ensemble.passes.recording import record
-from ensemble.strategies import agreement, eager, telemetry, trial
+from ensemble.strategies import (
+    agreement,
+    eager,
+    peer_autotune,
+    telemetry,
+)
 from ensemble.strategies.arguments import weight_dtype
-from ensemble.strategies.built import Built
+from ensemble.strategies.build_result import Built
 from ensemble.strategies.forward import owned
-from ensemble.strategies.trial import Array, Run, Settings
+from ensemble.strategies.peer_autotune import Array, Run, Settings
 
 _OPENVINO_HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -47,7 +52,7 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
     if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UnavailableError(f"OpenVINO does not compute in {example.dtype} on this CPU")
     _check_convertible(models, example)
-    inputs = trial.arrays(example, len(models))
+    inputs = peer_autotune.arrays(example, len(models))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer that reads torch modules
         graphs = [
@@ -56,7 +61,9 @@ def openvino(models: Sequence[nn.Module], example: Tensor) -> Built:
         ]
     cores = torch.get_num_threads()
     settings = _openvino_settings(core, graphs, cores=cores, precision=hint)
-    built = trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
+    built = peer_autotune.fastest(
+        settings, example, len(models), trial=peer_autotune.size(len(models), cores)
+    )
     return _checked(built, models, example)
 
 
@@ -103,7 +110,7 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
     _check_dtype("onnxruntime", example)
     _check_convertible(models, example)
     copies = folded(models, example)
-    inputs = trial.arrays(example, len(models))
+    inputs = peer_autotune.arrays(example, len(models))
     proto = _export(copies[0], torch.from_numpy(inputs[0]))
     graphs = []
     for copy in copies:
@@ -131,7 +138,9 @@ def onnxruntime(models: Sequence[nn.Module], example: Tensor) -> Built:
         return lambda batches: list(pool.map(infer, ready, batches))
 
     settings = {"one after another": one_after_another, "one a core": one_a_core}
-    built = trial.fastest(settings, example, len(models), trial=trial.size(len(models), cores))
+    built = peer_autotune.fastest(
+        settings, example, len(models), trial=peer_autotune.size(len(models), cores)
+    )
     return _checked(built, models, example)
 
 
@@ -142,7 +151,7 @@ def jax(models: Sequence[nn.Module], example: Tensor) -> Built:
 
     loop, vmap = jax_resnet.forwards(folded(models, example), example)
     settings = {"jit of each model": lambda _: loop, "jit of vmap": lambda _: vmap}
-    return trial.fastest(settings, example, len(models), trial=len(models))
+    return peer_autotune.fastest(settings, example, len(models), trial=len(models))
 
 
 def _require(name: str, example: Tensor) -> Any:

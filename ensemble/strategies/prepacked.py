@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ensemble.compiler.graph.batch_norm_folding import channels_last
+from ensemble.compiler.graph.prepacking import Packed, pack
 from ensemble.machine.memory import unavailable_on_failure
-from ensemble.passes.folding import channels_last
-from ensemble.passes.packing import Packed, pack
 from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import Judge
-from ensemble.strategies.built import Built, PerModel
+from ensemble.strategies.build_result import Built, PerModel
 from ensemble.strategies.concurrent import side_by_side
 from ensemble.strategies.forward import owned
 

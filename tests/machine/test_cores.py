@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ensemble.bench import environment
 from ensemble.machine import cgroups, cores, devices
 from ensemble.machine.cores import Cores, default_threads
 from tests.conftest import ROOT
@@ -82,7 +83,7 @@ def test_torch_is_set_to_that_and_the_environment_says_so(groups: Path) -> None:
         torch.set_num_threads(2)
         devices.configure(threads=None)
         cpu = torch.device("cpu")
-        told = devices.describe(cpu, allocator="system", weights="none", first_forward_s=0.1)
+        told = environment.describe(cpu, allocator="system", weights="none", first_forward_s=0.1)
         assert (told.threads, told.cores, told.usable_cores) == (1, os.cpu_count(), 0.5)
         devices.configure(threads=2)
         assert torch.get_num_threads() == 2

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from ensemble.bench import environment
 from ensemble.machine import devices
 
 
@@ -28,8 +29,8 @@ def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_float32_means_float32() -> None:
     devices.configure(threads=None)
-    environment = devices.describe(
+    described = environment.describe(
         torch.device("cpu"), allocator="system", weights="none", first_forward_s=0.1
     )
-    assert environment.tf32 is False
-    assert environment.cores == os.cpu_count()
+    assert described.tf32 is False
+    assert described.cores == os.cpu_count()

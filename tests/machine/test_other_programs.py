@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.machine import cores, other_programs
+from ensemble.machine import cores, other_processes
 from ensemble.machine.cores import Cores
-from ensemble.machine.other_programs import Reading, share_of_others
+from ensemble.machine.other_processes import Reading, share_of_others
 
 
 def test_the_share_of_others_is_what_this_process_did_not_do(
@@ -39,19 +39,19 @@ def test_where_few_cores_are_needed_the_others_may_have_the_rest(
 
 
 def test_an_unknown_reading_gives_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(other_programs, "_STAT", tmp_path / "none")
-    assert share_of_others(other_programs.read(), other_programs.read()) is None
+    monkeypatch.setattr(other_processes, "_STAT", tmp_path / "none")
+    assert share_of_others(other_processes.read(), other_processes.read()) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
 def test_a_busy_neighbour_is_seen_unless_it_belongs_to_this_program() -> None:
     neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        took = -other_programs._seconds_of(neighbour.pid)
-        before = other_programs.read(), other_programs.read([neighbour.pid])
+        took = -other_processes._seconds_of(neighbour.pid)
+        before = other_processes.read(), other_processes.read([neighbour.pid])
         time.sleep(1.0)
-        after = other_programs.read(), other_programs.read([neighbour.pid])
-        took += other_programs._seconds_of(neighbour.pid)
+        after = other_processes.read(), other_processes.read([neighbour.pid])
+        took += other_processes._seconds_of(neighbour.pid)
         share, ours = map(share_of_others, before, after)
     finally:
         neighbour.kill()

@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 
 import resnet_vmap
+from ensemble.bench.records import Run
+from ensemble.bench.report import exports
 from ensemble.errors import InputError
 from ensemble.machine import streams
-from ensemble.records import Run
-from ensemble.report import exports
-from tests.made import CONFIG, ENVIRONMENT, LOOP, VMAP
+from tests.made import (
+    CONFIG,
+    ENVIRONMENT,
+    LOOP,
+    VMAP,
+)
 
 PROGRAM = Path(resnet_vmap.__file__)
 CLOSED = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-"}

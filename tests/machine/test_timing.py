@@ -7,7 +7,12 @@ import torch
 
 from ensemble.machine import timing
 from ensemble.machine.devices import synchronize
-from ensemble.machine.timing import SETTLE_S, Sample, interleaved, time_call
+from ensemble.machine.timing import (
+    SETTLE_S,
+    Sample,
+    interleaved,
+    time_call,
+)
 
 
 class FakeClock:

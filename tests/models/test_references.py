@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from ensemble.errors import UnavailableError
-from ensemble.models import references, stacking
+from ensemble.models import self_references, stacking
 from ensemble.models.vision import torchvision
 
 KEPT: dict[str, Tensor] = {}
@@ -69,7 +69,7 @@ OTHERS: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("name", REFERRING)
 def test_a_function_that_refers_to_its_model_is_found(name: str) -> None:
     model = net(REFERRING[name])
-    assert references.to_itself(model)
+    assert self_references.to_itself(model)
     with pytest.raises(UnavailableError, match=r"cannot be copied: .* refers to the model"):
         stacking.private_copy(model)
 
@@ -77,7 +77,7 @@ def test_a_function_that_refers_to_its_model_is_found(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_a_copy_has_anew_refers_to_the_copy(name: str) -> None:
     model = net(OTHERS[name])
-    assert references.to_itself(model) == ""
+    assert self_references.to_itself(model) == ""
     stacking.private_copy(model)
 
 
@@ -85,4 +85,4 @@ def test_what_a_copy_has_anew_refers_to_the_copy(name: str) -> None:
 def test_models_of_torchvision_refer_to_nothing(name: str) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None)
-    assert references.to_itself(model) == ""
+    assert self_references.to_itself(model) == ""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from ensemble.compiler.graph import batch_norm_folding
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
-from ensemble.passes import folding
 from tests.checkpoints import SMALL, trained
 from tests.tiny import TinyNet, tiny_models
 
@@ -364,7 +364,8 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize(
-    "use", [stacking.stacked_state, partial(folding.folded, example=torch.randn(1, 3, 8, 8))]
+    "use",
+    [stacking.stacked_state, partial(batch_norm_folding.folded, example=torch.randn(1, 3, 8, 8))],
 )
 def test_a_difference_that_neither_tensors_nor_repr_show_is_refused(
     change: str, use: Callable[[Sequence[nn.Module]], object]

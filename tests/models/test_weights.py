@@ -16,7 +16,12 @@ from ensemble.errors import InputError
 from ensemble.machine import memory
 from ensemble.models import checkpoints, stacking, weights
 from ensemble.models.vision import torchvision
-from tests.checkpoints import SMALL, hollow, on_meta, trained
+from tests.checkpoints import (
+    SMALL,
+    hollow,
+    on_meta,
+    trained,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

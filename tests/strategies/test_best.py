@@ -12,7 +12,7 @@ import ensemble
 from ensemble import strategies
 from ensemble.models.vision import torchvision
 from ensemble.strategies import STRATEGIES, Strategy, best
-from ensemble.strategies.built import Builder, Built
+from ensemble.strategies.build_result import Builder, Built
 from tests.tiny import TinyNet, independent, tiny_models
 
 PEERS = [name for name, strategy in STRATEGIES.items() if strategy.module == "peers"]

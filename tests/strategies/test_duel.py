@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble.strategies import chunked, duel
-from ensemble.strategies.built import Built
-from ensemble.strategies.duel import Contest
+from ensemble.strategies import autotune, chunked
+from ensemble.strategies.autotune import Contest
+from ensemble.strategies.build_result import Built
 
 EXAMPLE = torch.ones(1, 3, 4, 4)
 
@@ -50,7 +50,7 @@ class Machine:
             if not bool((logits == 1).all()):
                 raise ValueError("outputs disagree\nand more")
 
-        return duel.fastest(
+        return autotune.fastest(
             candidates, EXAMPLE, check=check, seconds=seconds, clock=self.clock, **more
         )
 
@@ -62,8 +62,8 @@ def broken() -> Built:
 @pytest.fixture(autouse=True)
 def real_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lengths of duels as they are: other tests shorten them."""
-    monkeypatch.setattr(duel, "SHORT_S", 0.33)
-    monkeypatch.setattr(duel, "LONG_S", 1.0)
+    monkeypatch.setattr(autotune, "SHORT_S", 0.33)
+    monkeypatch.setattr(autotune, "LONG_S", 1.0)
 
 
 @pytest.mark.parametrize("order", [("slow", "fast"), ("fast", "slow")])
@@ -106,7 +106,7 @@ def test_one_that_is_clearly_behind_costs_two_pairs_and_a_close_one_a_second() -
 def test_a_duel_takes_about_a_third_of_a_second(call_s: float) -> None:
     machine = Machine()
     machine.fastest({"a": machine.candidate(call_s), "b": machine.candidate(1.2 * call_s)})
-    assert machine.now < 0.33 + (2 * 2 * duel.LEAST + 2) * 1.2 * call_s
+    assert machine.now < 0.33 + (2 * 2 * autotune.LEAST + 2) * 1.2 * call_s
 
 
 def test_candidates_that_raise_or_disagree_are_out_with_their_reason() -> None:
@@ -140,7 +140,7 @@ def test_when_time_is_over_no_further_one_is_begun() -> None:
 
 
 def test_where_memory_is_short_no_further_one_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duel, "available_bytes", lambda device: 10**9)
+    monkeypatch.setattr(autotune, "available_bytes", lambda device: 10**9)
     machine = Machine()
     candidates = {name: machine.candidate(0.05) for name in ("a", "b")}
     assert machine.fastest(candidates, bytes_each=10**9).out == {}

@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ensemble
 from ensemble import strategies
+from ensemble.compiler import pipeline
+from ensemble.compiler.graph.aten import graph_of
+from ensemble.compiler.graph.operator_selection import with_operators
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
-from ensemble.ops import lowering
-from ensemble.passes.aten import graph_of
-from ensemble.passes.operators import with_operators
 from ensemble.strategies import lowered
 from ensemble.strategies.agreement import TOLERANCES
 from tests import nets
@@ -169,7 +169,7 @@ def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> No
         stacked = stacking.stacked_state(models)
         state = {name: stacked[name] for name in names}
         mapped = torch.vmap(graph, in_dims=(*[0] * len(names), None))
-        found = lowering.lower(mapped, state, x, num_models=2, threads=2)
+        found = pipeline.lower(mapped, state, x, num_models=2, threads=2)
     assert not state
     called = [node.op for node in found.forward.graph.nodes]
     assert called == ["placeholder", "call_module", "call_function", "call_function", "output"]

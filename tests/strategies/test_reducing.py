@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ensemble.strategies.agreement import check_served
-from ensemble.strategies.reducing import reduced, served
+from ensemble.strategies.reduction import reduced, served
 
 LOGITS = torch.tensor([[[0.0, 0.0], [2.0, 2.0]], [[0.0, torch.tensor(3.0).log()], [0.0, 0.0]]])
 

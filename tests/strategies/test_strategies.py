@@ -17,7 +17,7 @@ from ensemble.machine import devices
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
 from ensemble.strategies import BEST, STRATEGIES
-from ensemble.strategies.built import Built
+from ensemble.strategies.build_result import Built
 from ensemble.strategies.concurrent import shares
 from tests.checkpoints import lively
 from tests.marks import some_slow

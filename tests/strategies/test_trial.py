@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ensemble.strategies import trial
-from ensemble.strategies.built import Built
+from ensemble.strategies import peer_autotune
+from ensemble.strategies.build_result import Built
 from ensemble.strategies.forward import owned
-from ensemble.strategies.trial import Array, Run
+from ensemble.strategies.peer_autotune import Array, Run
 
 EXAMPLE = torch.ones(1, 3, 4, 4)
 
@@ -46,7 +46,7 @@ class Machine:
         num_models: int = 2,
         tried: int | None = None,
     ) -> Built:
-        return trial.fastest(
+        return peer_autotune.fastest(
             settings,
             EXAMPLE,
             num_models,
@@ -88,16 +88,18 @@ def test_single_slow_calls_do_not_decide() -> None:
 def test_settings_that_are_far_apart_cost_no_longer_trial() -> None:
     machine = Machine()
     machine.fastest({"fast": machine.setting(0.05), "slow": machine.setting(0.08)})
-    assert machine.calls == 2 * (1 + 2 * trial.SHORT.rounds)
+    assert machine.calls == 2 * (1 + 2 * peer_autotune.SHORT.rounds)
 
 
 @pytest.mark.parametrize("call_s", [1e-4, 0.016, 0.07, 1.0])
 def test_a_trial_takes_seconds_whatever_a_call_takes(call_s: float) -> None:
     machine = Machine()
     machine.fastest({name: machine.setting(call_s) for name in ("a", "b", "c")})
-    calls = 3 * (2 * (trial.SHORT.least + trial.LONG.least) + 2)  # made even where each is long
-    rests = 3 * (1 + trial.LONG.rounds) * trial.REST_S
-    limits = 3 * trial.SHORT.limit_s + trial.LONG.limit_s
+    calls = 3 * (
+        2 * (peer_autotune.SHORT.least + peer_autotune.LONG.least) + 2
+    )  # made even where each is long
+    rests = 3 * (1 + peer_autotune.LONG.rounds) * peer_autotune.REST_S
+    limits = 3 * peer_autotune.SHORT.limit_s + peer_autotune.LONG.limit_s
     assert machine.now < limits + rests + calls * call_s
 
 
@@ -175,5 +177,5 @@ def test_what_was_tried_and_lost_is_released() -> None:
 def test_all_models_are_tried_or_some_that_leave_as_many_over(
     num_models: int, cores: int, tried: int
 ) -> None:
-    assert trial.size(num_models, cores) == tried
+    assert peer_autotune.size(num_models, cores) == tried
     assert tried == num_models or (num_models - tried) % cores == 0

@@ -1,0 +1,62 @@
+"""What is known of a run before it begins: rows that cannot run here, and what will take long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ensemble.bench.config import Config
+from ensemble.bench.records import Case, Result
+from ensemble.machine import dtypes
+from ensemble.strategies import STRATEGIES, peers
+
+CUDA = "CUDA"  # as `Strategy.needs` has it
+
+
+def unavailable(cases: Sequence[Case], config: Config, device: torch.device) -> list[Result]:
+    """The rows that need no process to find out that they cannot run, or cannot win.
+
+    A strategy that was named is run, however slow; one that only `--strategies all` asked for is
+    not where the CPU emulates its dtype.
+    """
+    every = set(config.strategies) == set(STRATEGIES)
+    rows = []
+    for case in cases:
+        reason = _why_not(case, device) or (_why_slow(case, device) if every else "")
+        rows += [Result(case, status="unavailable", error=reason)] if reason else []
+    return rows
+
+
+def warnings(cases: Sequence[Case], device: torch.device) -> list[str]:
+    """Which of the cases will take long, and why: a sentence each."""
+    lines = []
+    for name in dict.fromkeys(case.dtype for case in cases if _is_slow(case, device)):
+        ratio = dtypes.slowdown(getattr(torch, name))
+        lines.append(
+            f"Warning: this CPU has no {name} instructions, and torch emulates them: a convolution"
+            f" took {ratio:.1f} times as long as in float32; best and lowered_vmap compute in"
+            " float32"
+        )
+    return lines
+
+
+def _why_not(case: Case, device: torch.device) -> str:
+    strategy = STRATEGIES.get(case.strategy)
+    if strategy is not None and strategy.needs == CUDA and device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, this is {device}"
+    return peers.why_not(case.strategy, getattr(torch, case.dtype), device)
+
+
+def _why_slow(case: Case, device: torch.device) -> str:
+    if not _is_slow(case, device):
+        return ""
+    return f"the CPU emulates {case.dtype}: it cannot win; --strategies {case.strategy} measures it"
+
+
+def _is_slow(case: Case, device: torch.device) -> bool:
+    """Does a strategy compute in a dtype that the CPU emulates? Our kernels, and so `best`, do not:
+    they compute in float32."""
+    strategy = STRATEGIES.get(case.strategy)
+    has_kernels = strategy is not None and strategy.has_kernels
+    return not has_kernels and dtypes.is_emulated(getattr(torch, case.dtype), device)

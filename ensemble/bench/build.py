@@ -1,0 +1,144 @@
+"""A strategy from its name to its steady state: build, first call, second call; what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ensemble import strategies
+from ensemble.machine import memory
+from ensemble.machine.devices import synchronize
+from ensemble.models import stacking
+from ensemble.strategies import TUNE_SECONDS
+
+if TYPE_CHECKING:
+    from ensemble.strategies.build_result import Built, Choice, Forward
+
+
+def _at_once() -> None:
+    """Nothing to wait for."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A strategy after its build and first two calls.
+
+    `forward` gives logits; `serve`, which is timed, what is made of them. `ready` comes before each
+    call and is not timed: ranks meet there.
+    """
+
+    forward: Forward
+    serve: Forward
+    example: Tensor
+    logits: Tensor
+    build_s: float
+    first_call_s: float
+    peak_memory_bytes: int | None
+    notes: tuple[str, ...]
+    choice: Choice | None = None
+    ready: Callable[[], None] = _at_once
+
+    def call(self, example: Tensor | None = None) -> Tensor:
+        """What is served of the example, once more; or of another that is like it."""
+        self.ready()
+        return self.serve(self.example if example is None else example)
+
+
+def start(
+    name: str,
+    models: Sequence[nn.Module],
+    example: Tensor,
+    dtype: torch.dtype,
+    *,
+    tune_seconds: float = TUNE_SECONDS,
+) -> Started:
+    """Build a strategy and call it twice. Its peak memory counts its models and all it adds.
+
+    Neither its time nor its memory has what is done once: see `prepare`.
+    """
+    device = example.device
+    prepare(name, device)
+    before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
+    synchronize(device)
+    begin = time.perf_counter()
+    own_models = models if dtype == torch.float32 else stacking.cast(models, dtype)
+    own_example = example.to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of compilers, about their own tracing
+        built = strategies.make(name, own_models, own_example, tune_seconds=tune_seconds)
+        synchronize(device)
+        ready = time.perf_counter()
+        logits = built.forward(own_example)
+    synchronize(device)
+    called = time.perf_counter()
+    caught = _call_again(built.forward, own_example)
+    peak = memory.peak_bytes(device) if peak_known else None
+    shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
+    return Started(
+        forward=built.forward,
+        serve=built.forward,
+        example=own_example,
+        logits=logits,
+        build_s=ready - begin,
+        first_call_s=called - ready,
+        peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
+        notes=_notes(built, caught),
+        choice=built.choice,
+    )
+
+
+def prepare(name: str, device: torch.device) -> None:
+    """Import what building the strategy would, and have its kernels: compiled, once per
+    installation, or read from the disk.
+
+    Raises:
+        UnavailableError: what it needs is not installed.
+    """
+    strategy = strategies.STRATEGIES[name]
+    strategy.builder()
+    if strategy.has_kernels and device.type == "cpu" and find_spec("numba"):
+        from ensemble.compiler import kernels
+
+        kernels.load()
+
+
+def _call_again(forward: Forward, example: Tensor) -> Sequence[warnings.WarningMessage]:
+    """What a second call warns of, or compiles again, the timed calls would too."""
+    with warnings.catch_warnings(record=True) as caught, _no_recompilation():
+        warnings.simplefilter("always")
+        forward(example)
+        synchronize(example.device)
+    return caught
+
+
+def tidy() -> None:
+    """Forget what was compiled before, and give its memory back."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    memory.release()
+
+
+def _no_recompilation() -> contextlib.AbstractContextManager[object]:
+    if "torch._dynamo" in sys.modules:
+        stance: contextlib.AbstractContextManager[object]
+        stance = torch.compiler.set_stance("fail_on_recompile")
+        return stance
+    return contextlib.nullcontext()
+
+
+def _notes(built: Built, caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    """What was chosen, the strategy's note, and what vmap had no batching rule for."""
+    texts = dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)
+    notes = (built.choice.note if built.choice else "", built.note, built.later())
+    return (*filter(None, notes), *(text for text in texts if "batching rule" in text))

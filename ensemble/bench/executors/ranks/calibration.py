@@ -1,0 +1,106 @@
+"""The constants of `model`, measured between two ranks, a line of JSON.
+
+`torchrun --nproc_per_node 2 -m ensemble.bench.executors.ranks.calibration`
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ensemble.bench.cli import parse
+from ensemble.bench.executors.ranks import group, placement
+from ensemble.bench.executors.ranks.cost_model import (
+    CHANNELS,
+    FLOAT_BYTES,
+    PX,
+    Constants,
+)
+from ensemble.bench.executors.ranks.group import Group
+from ensemble.machine import launch
+from ensemble.models import weights
+
+REPEATS = 200  # of an exchange
+MODELS, FORWARDS = 4, 25  # so many that no cache holds their weights, and forwards of each
+LARGE_BYTES = 8 * CHANNELS * PX * PX * FLOAT_BYTES  # a batch of 8
+MANY = 64  # messages on their way at once, as where a gather ends
+TIMEOUT_S = 60.0
+
+
+def main() -> None:
+    """Measure, and let rank 0 say what it found."""
+    config = parse([])
+    joined = group.join(timeout_s=TIMEOUT_S)
+    place = placement.find(config, local_rank=launch.local_rank(), local_ranks=launch.local_ranks())
+    placement.pin(place)
+    torch.set_num_threads(place.threads)
+    found = measure(joined)
+    if joined.rank == 0:
+        print(json.dumps(asdict(found)))
+    group.leave()
+
+
+def measure(joined: Group) -> Constants:
+    """By messages between ranks 0 and 1, to and fro: Hockney's way."""
+    forwards = _forwards(joined)
+    zeros = partial(torch.zeros, device="cpu", dtype=torch.float32)
+    nothing, large = zeros(1), zeros(LARGE_BYTES // FLOAT_BYTES)
+    small_s, large_s = (_median(joined, _to_and_fro(joined, [x])) / 2 for x in (nothing, large))
+    many_s = _median(joined, _to_and_fro(joined, list(zeros(MANY, 1)))) / 2
+    return Constants(
+        model_s=statistics.median(forwards),
+        spread=statistics.stdev(map(math.log, forwards)),
+        step_s=small_s,
+        part_s=(many_s - small_s) / (MANY - 1),
+        bytes_per_s=LARGE_BYTES / (large_s - small_s),
+    )
+
+
+def _forwards(joined: Group) -> list[float]:
+    """Seconds of forwards of ResNet-18s in turn at 224 px, on both ranks at the same time."""
+    models = weights.random_models(MODELS, arch="resnet18", device=torch.device("cpu"), seed=0)
+    x = torch.zeros(1, CHANNELS, PX, PX, device="cpu", dtype=torch.float32)
+    with torch.inference_mode():
+        for model in models:
+            model(x)
+        joined.meet()
+        return [_seconds(partial(model, x)) for _ in range(FORWARDS) for model in models]
+
+
+def _to_and_fro(joined: Group, contents: Sequence[Tensor]) -> Callable[[], None]:
+    def step() -> None:
+        if joined.rank == 0:
+            joined.send(contents, 1)
+            joined.receive(contents, 1)
+        else:
+            joined.receive(contents, 0)
+            joined.send(contents, 0)
+
+    return step
+
+
+def _median(joined: Group, step: Callable[[], None]) -> float:
+    """Of many, each of which begins when both are there."""
+    times = []
+    for _ in range(REPEATS):
+        joined.meet()
+        times.append(_seconds(step))
+    return statistics.median(times)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main()

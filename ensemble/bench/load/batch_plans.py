@@ -1,0 +1,138 @@
+"""A case -> its engine: each way built once, checked against the reference, and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ensemble.bench.build import start
+from ensemble.bench.load.batching import (
+    ALONE,
+    TOGETHER,
+    Way,
+    sizes,
+)
+from ensemble.bench.load.engine import Engine, Forwards, Key
+from ensemble.bench.records import Case
+from ensemble.bench.setup import Cell
+from ensemble.machine.devices import synchronize
+from ensemble.machine.timing import interleaved
+from ensemble.statistics import median
+from ensemble.strategies import HYBRIDS, STRATEGIES
+from ensemble.strategies.agreement import TOLERANCES, check
+
+TIMED_CALLS, TIMED_S = 5, 0.1  # of a way, at least
+
+
+class DisagreementError(RuntimeError):
+    """What a way computes is not what the reference computes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a case is served: a strategy for one lane, one for all lanes, or both of them."""
+
+    lanes: int
+    alone: str | None = None
+    together: str | None = None
+
+
+def plan(case: Case) -> Plan:
+    """An ensemble is one lane, each request answered by all N models; tenants are N lanes.
+
+    Tenants of a strategy that runs one model after another are computed alone, by a forward of each
+    model; of any other strategy all together; of a hybrid by whichever way takes less time.
+    """
+    if case.inputs == "shared":
+        return Plan(1, alone=case.strategy)
+    if case.strategy in HYBRIDS:
+        hybrid = HYBRIDS[case.strategy]
+        return Plan(case.num_models, hybrid.alone, hybrid.together)
+    if STRATEGIES[case.strategy].one_by_one:
+        return Plan(case.num_models, alone=case.strategy)
+    return Plan(case.num_models, together=case.strategy)
+
+
+def build(
+    case: Case, cell: Cell, *, max_batch: int, progress: Callable[[str, float], None]
+) -> Engine:
+    """Build, check and time each way of a case.
+
+    Raises:
+        DisagreementError: the logits of a way are not the reference's.
+        Exception: what a strategy raises.
+    """
+    chosen = plan(case)
+    expected = reference_logits(cell)
+    images = cell.images.to(getattr(torch, case.dtype))
+    modes = {ALONE: chosen.alone, TOGETHER: chosen.together}
+    keys = [(mode, size) for mode, name in modes.items() if name for size in sizes(max_batch)]
+    forwards, ways, largest = dict[Key, Forwards](), list[Way](), list[float]()
+    for index, (mode, size) in enumerate(keys):
+        progress(f"build {mode} {size}", index / len(keys))
+        name = modes[mode]
+        assert name is not None
+        made, errors = _start(name, mode, size, chosen.lanes, case, cell, images, expected)
+        forwards[mode, size] = made
+        largest += errors
+    for (mode, size), made in forwards.items():
+        ways.append(Way(mode, size, _seconds(made)))
+    return Engine(forwards, ways, expected, images, max(largest, default=None))
+
+
+def reference_logits(cell: Cell) -> Tensor:
+    """What the reference says of each image: `(N, images, classes)`."""
+    shape = cell.example.shape
+    inputs = (image.expand(shape).contiguous() for image in cell.images)
+    return torch.cat([cell.reference.forward(x) for x in inputs], 1)
+
+
+def _start(
+    name: str,
+    mode: str,
+    size: int,
+    lanes: int,
+    case: Case,
+    cell: Cell,
+    images: Tensor,
+    expected: Tensor,
+) -> tuple[Forwards, list[float]]:
+    """The forwards of a way, checked on the first images, with the largest error of each."""
+    picked = [index % len(images) for index in range(size)]
+    example = images[picked]
+    ensemble = [cell.models]
+    if mode == TOGETHER:
+        example = example.expand(lanes, *example.shape).contiguous()
+    elif lanes > 1 or case.inputs == "per_model":
+        ensemble = [cell.models[lane : lane + 1] for lane in range(lanes)]
+    dtype = getattr(torch, case.dtype)
+    started, errors = [], list[float]()
+    for lane, models in enumerate(ensemble):
+        made = start(name, models, example.float(), dtype)
+        reference = expected[lane : lane + 1] if len(ensemble) > 1 else expected
+        found = check(made.logits, reference[: len(models), picked], tolerance=TOLERANCES[dtype])
+        if found.problem:
+            raise DisagreementError(f"batch {size} {mode}: {found.problem}")
+        errors += [found.max_rel_error or 0.0]
+        started.append(made)
+    x = example.clone()
+    slots = tuple(lane.unbind() for lane in (x if x.dim() == 5 else x[None]))
+    return Forwards(tuple(started), x, slots), errors
+
+
+def _seconds(made: Forwards) -> float:
+    """What a call takes in the middle, the first lane's for all."""
+    first = replace(made.started[0], example=made.input)
+    rounds = interleaved(
+        [first.call],
+        warmup=1,
+        min_rounds=TIMED_CALLS,
+        min_seconds=TIMED_S,
+        synchronize=lambda: synchronize(made.input.device),
+    )
+    seconds = median([sample.seconds for (sample,) in rounds])
+    assert seconds is not None
+    return seconds

@@ -1,0 +1,56 @@
+"""What the models see in the plain image: the first forward of the process, and its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ensemble.bench.config import Config
+from ensemble.bench.workload import Workload
+from ensemble.errors import InputError, first_line
+from ensemble.machine.devices import synchronize
+from ensemble.machine.memory import refused_in_words
+from ensemble.machine.timing import time_call
+from ensemble.models import images
+
+
+def predict(config: Config, workload: Workload, *, say: Callable[[str], None]) -> float:
+    """Tell what the first model, or each model of several files, sees in the plain image.
+
+    Returns the seconds of the first forward, which is the first of the whole process.
+
+    Raises:
+        InputError: the architecture does not run at this image size.
+    """
+    px, paths = config.image_size[0], config.model_path or ()
+    image, models = workload.images(px)[:1], workload.models
+    with torch.inference_mode():
+        try:
+            with refused_in_words("the first forward", argument="num_models"):
+                first = time_call(
+                    lambda: models[0](image), synchronize=lambda: synchronize(image.device)
+                )
+        except InputError:
+            raise
+        except (RuntimeError, AssertionError, ValueError) as error:
+            message = f"{config.arch} does not run at {px} px: {first_line(error)}"
+            raise InputError(message, argument="image_size") from error
+        for index, logits in enumerate(workload.see(image, max(1, len(paths)))):
+            source = f" ({paths[index]})" if len(paths) > 1 else ""
+            for line in _classes(logits, 5 if config.verbose else 1):
+                say(line + source)
+    return first.seconds
+
+
+def _classes(logits: Tensor, count: int) -> list[str]:
+    """The best classes of one image, a line each."""
+    names, probabilities = images.labels(len(logits)), logits.softmax(0)
+    top = probabilities.topk(min(count, len(logits)))
+    lines = []
+    for rank, (probability, label) in enumerate(zip(*map(list, top), strict=True)):
+        name = f"{int(label)} {names[int(label)]}" if names else f"class {int(label)}"
+        lead = "Prediction" if rank == 0 else f"  top {rank + 1}"
+        lines.append(f"{lead}: {name}, probability {float(probability):.3f}")
+    return lines

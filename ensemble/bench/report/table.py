@@ -1,0 +1,256 @@
+"""Results -> the table, and what stands under it. Pure functions, no torch."""
+
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from ensemble.bench.records import Result
+from ensemble.bench.report.words import case_name, title, varying_fields
+from ensemble.statistics import CONFIDENCE
+from ensemble.strategies import Hybrid, Strategy
+
+UNKNOWN = ""
+WIDTH = 90  # of the default table, in characters
+WIDTH_OF_STRATEGIES = 100
+WIDEST = 1000  # of what is measured before it is cut to WIDTH, and of the table of all columns
+ABOUT_NEEDS = "peers: pip install -r requirements-peers.txt"
+STYLES = {"faster": "green", "slower": "red", "failed": "bold red"}
+
+Cell = Callable[[Result], str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A header of two lines, and what a row has under it; `always` or only where it says something.
+
+    A column says something where some row has another cell than nothing and `silent`.
+    """
+
+    header: str
+    cell: Cell
+    always: bool = True
+    silent: str = UNKNOWN
+
+
+def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bool = False) -> str:
+    """One table, a row a strategy; with `verbose` all columns and all rows.
+
+    Rows that cannot run here are in `render_notes` alone. The default table leaves columns out
+    until it fits `WIDTH`, and says which. Colour is by escape sequences, for a terminal.
+    """
+    shown = [row for row in results if verbose or row.status != "unavailable"]
+    every = _columns(results, verbose=verbose)
+    columns, left_out = (every, list[str]()) if verbose else _fitting(every, shown)
+    lines = grid(shown, columns, colour=colour)
+    if left_out:
+        lines.append(f"Left out for width: {', '.join(left_out)}; --verbose shows all.")
+    return "\n".join([title([row.case for row in results]), *lines]) + "\n"
+
+
+def _fitting(columns: Sequence[Column], rows: Sequence[Result]) -> tuple[list[Column], list[str]]:
+    """The columns that fit `WIDTH`, and the names of what was left out for it."""
+    kept, left_out = list(columns), []
+    for name, column, shorter in LEFT_OUT_FIRST:
+        if max(map(len, grid(rows, kept)), default=0) <= WIDTH:
+            break
+        if column in kept:
+            at = kept.index(column)
+            kept[at : at + 1] = [shorter] if shorter else []
+            left_out.append(name)
+    return kept, left_out
+
+
+def grid(rows: Sequence[Result], columns: Sequence[Column], *, colour: bool = False) -> list[str]:
+    """The table's two lines of headers and its rows, however wide."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold" if colour else "")
+    table.add_column("\nstrategy", no_wrap=True)
+    for column in columns:
+        table.add_column(column.header, justify="right", no_wrap=True)
+    for row in rows:
+        cells = (column.cell(row) for column in columns)
+        table.add_row(row.name, *cells, style=STYLES.get(_kind(row), ""))
+    return _drawn(table, WIDEST, colour=colour)
+
+
+def _drawn(table: Table, width: int, *, colour: bool = False) -> list[str]:
+    text = io.StringIO()
+    Console(
+        file=text,
+        width=width,
+        highlight=False,
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+    ).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+
+
+def render_strategies(strategies: Mapping[str, Strategy | Hybrid]) -> str:
+    """What each strategy is, needs and costs, by name; long texts go on in the next line."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("needs", no_wrap=True)
+    table.add_column("start", max_width=len("up to 1 min"))
+    for name, strategy in strategies.items():
+        table.add_row(name, strategy.summary, strategy.needs, strategy.start)
+    return "\n".join([*_drawn(table, WIDTH_OF_STRATEGIES), ABOUT_NEEDS]) + "\n"
+
+
+def render_notes(results: Sequence[Result]) -> str:
+    """Why rows have no speedup, and what else there is to say of them: a line each, or nothing."""
+    varying = varying_fields([row.case for row in results])
+    lines = _unavailable(results)
+    failed = [row for row in results if row.status == "failed"]
+    lines += [f"{case_name(row.case, varying)}: failed: {row.error}" for row in failed]
+    notes: dict[str, list[Result]] = {}
+    for row in results:
+        for note in row.notes:
+            notes.setdefault(note, []).append(row)
+    for note, rows in notes.items():
+        who = "all rows" if len(rows) == len(results) > 1 else None
+        names = who or "; ".join(case_name(row.case, varying) for row in rows)
+        lines.append(f"{names}: {note}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _unavailable(results: Sequence[Result]) -> list[str]:
+    """What cannot run here, by its reason."""
+    names: dict[str, list[str]] = {}
+    for row in results:
+        if row.status == "unavailable":
+            names.setdefault(str(row.error), []).append(row.case.strategy)
+    others = {row.case.strategy for row in results if row.status != "unavailable"}
+    return [
+        f"Not available here: {', '.join(_grouped(group, others))}: {reason}"
+        for reason, group in names.items()
+    ]
+
+
+def _grouped(names: Sequence[str], others: Collection[str]) -> list[str]:
+    """Each name once, and `first_*` for several that begin so where none of the others does."""
+    families: dict[str, set[str]] = {}
+    for name in names:
+        families.setdefault(_family(name), set()).add(name)
+    common = {family for family, members in families.items() if len(members) > 1}
+    common -= {_family(name) for name in others}
+    families_or_names = (
+        f"{_family(name)}_*" if _family(name) in common else name for name in names
+    )
+    return list(dict.fromkeys(families_or_names))
+
+
+def _family(name: str) -> str:
+    return name.partition("_")[0]
+
+
+def _kind(row: Result) -> str:
+    """What a row's colour says."""
+    if row.status != "ok":
+        return "failed"
+    interval = row.speedup_interval
+    if row.inconclusive or interval is None or interval[0] <= 1 <= interval[1]:
+        return ""
+    return "faster" if interval[0] > 1 else "slower"
+
+
+def _columns(results: Sequence[Result], *, verbose: bool) -> list[Column]:
+    every = [*place_columns(results), *COLUMNS]
+    return [*every, *VERBOSE_COLUMNS] if verbose else that_say_something(every, results)
+
+
+def place_columns(results: Sequence[Result]) -> list[Column]:
+    """N, and what else is not the same in all rows."""
+    varying = varying_fields([row.case for row in results])
+    place = [
+        Column(f"\n{header}", lambda row, field=field: str(getattr(row.case, field)))  # type: ignore[misc]
+        for header, field in varying.items()
+    ]
+    return [Column("\nN", lambda row: str(row.case.num_models)), *place]
+
+
+def that_say_something(columns: Sequence[Column], results: Sequence[Result]) -> list[Column]:
+    """The columns without those that are silent in every row."""
+    return [column for column in columns if column.always or _says_something(column, results)]
+
+
+def _says_something(column: Column, results: Sequence[Result]) -> bool:
+    return any(column.cell(row) not in (UNKNOWN, column.silent) for row in results)
+
+
+def _per_call(row: Result) -> str:
+    if row.median_s is None:
+        return UNKNOWN
+    return f"{row.median_s * 1e3:.{_digits(row.median_s)}f}"
+
+
+def _per_call_with_spread(row: Result) -> str:
+    if row.median_s is None or row.iqr_s is None:
+        return _per_call(row)
+    return f"{_per_call(row)} ({row.iqr_s * 1e3:.{_digits(row.median_s)}f})"
+
+
+def _digits(seconds: float) -> int:
+    """Decimal places of milliseconds that show three digits or more."""
+    return 1 if seconds >= 0.1 else 2
+
+
+def _speedup(row: Result) -> str:
+    if row.speedup is None:
+        return row.status if row.error else UNKNOWN
+    if row.case.is_reference:
+        return "1 (reference)"
+    if row.inconclusive:
+        beyond = row.beyond_disturbance
+        return f"{beyond}: {row.inconclusive}" if beyond else row.inconclusive
+    interval = row.speedup_interval
+    return f"{row.speedup:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def number(value: float | None, form: str, scale: float = 1.0) -> str:
+    """A value in these digits and units; an empty cell where it is unknown."""
+    return UNKNOWN if value is None else format(value * scale, form)
+
+
+PER_CALL = Column("per call\nms (IQR)", _per_call_with_spread)
+MEMORY = Column("memory\n(MB)", lambda row: number(row.peak_memory_bytes, ".0f", 1e-6))
+PAGE_FAULTS = Column(
+    "page\nfaults",
+    lambda row: number(row.page_faults_per_call, ",.0f"),
+    always=False,
+    silent="0",
+)
+LIMIT = Column("of the\nlimit", lambda row: number(row.roofline_share, ".0%"), always=False)
+COLUMNS = (
+    PER_CALL,
+    Column(f"speedup\n[{CONFIDENCE:.0%} interval]", _speedup),
+    Column("\nerror", lambda row: number(row.max_rel_error, ".0e")),
+    Column("start\n(s)", lambda row: number(row.start_s, ".2f")),
+    MEMORY,
+    PAGE_FAULTS,
+    Column(
+        "top-1\nagrees",
+        lambda row: number(row.top1_agreement, ".1%"),
+        always=False,
+        silent="100.0%",
+    ),
+    Column(
+        "parallel\nefficiency", lambda row: number(row.parallel_efficiency, ".0%"), always=False
+    ),
+    LIMIT,
+)
+# By name: what a table that is too wide goes without, in this order, and what stands there instead.
+LEFT_OUT_FIRST: tuple[tuple[str, Column, Column | None], ...] = (
+    ("page faults", PAGE_FAULTS, None),
+    ("IQR", PER_CALL, Column("per call\nms", _per_call)),
+    ("of the limit", LIMIT, None),
+    ("memory", MEMORY, None),
+)
+VERBOSE_COLUMNS = (
+    Column("build\n(s)", lambda row: number(row.build_s, ".2f")),
+    Column("first call\n(s)", lambda row: number(row.first_call_s, ".3f")),
+    Column("error to\nfloat64", lambda row: number(row.error_float64, ".0e")),
+    Column("bound\nby", lambda row: row.bound or UNKNOWN),
+)

@@ -1,0 +1,152 @@
+"""What a run serves: N models and their images on one device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from ensemble.bench import environment
+from ensemble.bench.config import Config
+from ensemble.bench.records import Environment
+from ensemble.errors import InputError
+from ensemble.formatting import count
+from ensemble.machine import cores, devices, memory
+from ensemble.models import sources, stacking
+from ensemble.models.images import AugmentedImages, check_size, read_image
+from ensemble.models.stacking import stacked_state
+
+# Of a file: what stands around each tensor, and the structure of the models.
+_PER_TENSOR_BYTES, _STRUCTURE_BYTES = 1024, 2**20
+IMAGES_UNDER_LOAD = 16  # different ones that requests may ask for
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Float32 models on the device, as many as the largest N, and the images that they see."""
+
+    device: torch.device
+    models: Sequence[nn.Module]
+    weights: str  # where they come from, in a few words
+    images: Callable[[int], Tensor]  # px -> (count, 3, px, px), float32 on the device
+
+    def save_shared(self, file: str | BinaryIO, image_sizes: Sequence[int]) -> None:
+        """Write models and images to a file that other processes map: see `load_shared`."""
+        content = {
+            "skeleton": stacking.skeleton(self.models[0]),
+            "state": {name: stack.cpu() for name, stack in stacked_state(self.models).items()},
+            "images": {px: self.images(px).cpu() for px in image_sizes},
+        }
+        torch.save(content, file)
+
+    def shared_bytes(self, image_sizes: Sequence[int]) -> int:
+        """At most so much is what `save_shared` writes."""
+        images = sum(self.images(px).nbytes for px in image_sizes)
+        tensors = len(stacking.named_tensors(self.models[0])) + len(image_sizes)
+        weights = sum(map(stacking.weight_bytes, self.models))
+        return weights + images + tensors * _PER_TENSOR_BYTES + _STRUCTURE_BYTES
+
+    def see(self, image: Tensor, count: int) -> list[Tensor]:
+        """The logits of one image `(1, 3, H, W)` by each of the first models, `(classes,)` each."""
+        return [model(image)[0] for model in self.models[:count]]
+
+    def on_one_device(self, num_models: int) -> int:
+        """How many of N models one device holds: all."""
+        return num_models
+
+    def device_name(self, config: Config) -> str:
+        """Where it runs, in words."""
+        chosen = "the CPU" if self.device.type == "cpu" else f"{self.device}, the accelerator here"
+        found = " (auto-detected)" if config.device == "auto" else ""
+        threads = count(torch.get_num_threads(), "thread")
+        return f"{chosen}{found}, {threads} on {cores.find().words()}"
+
+    def describe(self, config: Config, *, first_forward_s: float) -> Environment:
+        """The environment of the measurements that are about to be taken."""
+        return environment.describe(
+            self.device,
+            allocator=config.allocator,
+            weights=self.weights,
+            first_forward_s=first_forward_s,
+        )
+
+
+def load(config: Config, *, say: Callable[[str], None]) -> Workload:
+    """The workload of a configuration; `say` is told what is loaded.
+
+    Raises:
+        InputError: no such device or setting here, bad files, or more than memory holds.
+    """
+    device = prepare(config, device=config.device)
+    augmented = read_images(config, device)
+    count = max(config.num_models)
+    with memory.refused_in_words(f"{count} models are loaded", argument="num_models"):
+        models, weights = sources.load(
+            config.model_path,
+            arch=config.arch,
+            num_models=count,
+            device=device,
+            seed=config.seed,
+            say=say,
+        )
+    tell_image(config, augmented, say=say)
+    if config.verbose:
+        say(str(models[0]))
+    return Workload(device, models, weights, augmented)
+
+
+def read_images(config: Config, device: torch.device) -> AugmentedImages:
+    """As many images as the largest case, or a scenario, asks for; the first size made at once.
+
+    Raises:
+        InputError: a bad file, or more than memory holds.
+    """
+    per_model = max(config.num_models) if config.inputs == "per_model" else 1
+    count = max(config.batch_size) * per_model
+    image = read_image(config.image_path)
+    for px in config.image_size:  # before the first of them is measured
+        check_size(image, image_size=px)
+    count = max(count, IMAGES_UNDER_LOAD) if config.scenario else count
+    augmented = AugmentedImages(image, count, seed=config.seed, device=device)
+    augmented(config.image_size[0])
+    return augmented
+
+
+def tell_image(config: Config, images: AugmentedImages, *, say: Callable[[str], None]) -> None:
+    """Say which image was read, and what became of it."""
+    say(f"Loading image from {config.image_path}")
+    say(f"Converted image to shape {images(config.image_size[0])[:1].shape}")
+
+
+def load_shared(path: str, config: Config, *, device: str) -> Workload:
+    """The workload that another process wrote by `save_shared`, of the same configuration.
+
+    Its file is mapped: on a CPU the models are pages of the system's cache, read once for all
+    processes, and are there before anything is timed.
+    """
+    here = prepare(config, device=device)
+    content = torch.load(path, mmap=True, weights_only=False, map_location="cpu")
+    state: Mapping[str, Tensor] = {name: t.to(here) for name, t in content["state"].items()}
+    sizes: Mapping[int, Tensor] = {px: batch.to(here) for px, batch in content["images"].items()}
+    memory.touch([*state.values(), *sizes.values()])
+    models = stacking.from_stack(content["skeleton"], state)
+    return Workload(here, models, "another process", sizes.__getitem__)
+
+
+def prepare(config: Config, *, device: str) -> torch.device:
+    """Set this process up as the configuration asks; the device called `device`.
+
+    Raises:
+        InputError: no such device or setting here.
+    """
+    logging.basicConfig()
+    logging.getLogger("ensemble").setLevel(logging.DEBUG if config.verbose else logging.WARNING)
+    refused = memory.retain_freed_memory() if config.allocator == "retain" else None
+    if refused:
+        raise InputError(f"retain cannot be had here: {refused}", argument="allocator")
+    devices.configure(threads=config.threads)
+    return devices.select_device(device)

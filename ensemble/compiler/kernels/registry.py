@@ -1,0 +1,35 @@
+"""The kernels by kind: a new one is a file in this folder, and a line here and in `Kind`."""
+
+from ensemble.compiler.kernels.activation import ACTIVATION
+from ensemble.compiler.kernels.direct import DIRECT, DIRECT_BF16
+from ensemble.compiler.kernels.group_norm import GROUP_NORM
+from ensemble.compiler.kernels.grouped import GROUPED
+from ensemble.compiler.kernels.pointwise import (
+    AFFINE,
+    COPY,
+    SCALE,
+    SUM,
+)
+from ensemble.compiler.kernels.pooling import AVERAGE_POOL, MAX_POOL
+from ensemble.compiler.kernels.select import SELECT
+from ensemble.compiler.kernels.strassen import STRASSEN
+from ensemble.compiler.kernels.winograd import WINOGRAD_2, WINOGRAD_4
+from ensemble.compiler.planning.operation import Kind
+
+KERNELS = {
+    Kind.DIRECT: DIRECT,
+    Kind.DIRECT_BF16: DIRECT_BF16,
+    Kind.WINOGRAD_2: WINOGRAD_2,
+    Kind.WINOGRAD_4: WINOGRAD_4,
+    Kind.MAX_POOL: MAX_POOL,
+    Kind.GROUPED: GROUPED,
+    Kind.STRASSEN: STRASSEN,
+    Kind.AVERAGE_POOL: AVERAGE_POOL,
+    Kind.ACTIVATION: ACTIVATION,
+    Kind.SUM: SUM,
+    Kind.SCALE: SCALE,
+    Kind.AFFINE: AFFINE,
+    Kind.COPY: COPY,
+    Kind.SELECT: SELECT,
+    Kind.GROUP_NORM: GROUP_NORM,
+}

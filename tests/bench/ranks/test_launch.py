@@ -1,0 +1,49 @@
+"""The command line of a rank of torchrun."""
+
+import pytest
+
+from ensemble.bench import cli
+from ensemble.errors import InputError
+from ensemble.machine import launch
+
+
+@pytest.fixture(params=["0", "1"])
+def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", request.param)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return str(request.param)
+
+
+def test_rows_are_measured_in_the_ranks_whatever_the_default_of_processes(rank: str) -> None:
+    assert (launch.rank(), launch.ranks()) == (int(rank), 2)
+    assert cli.parse([]).processes == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--processes", "3"], "rows are measured in its ranks themselves"),
+        (["--scenario", "server"], "requests are served by one process"),
+    ],
+)
+def test_what_torchrun_rules_out_is_refused_with_its_reason(
+    rank: str, argv: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        cli.parse(argv)
+
+
+def test_only_the_first_rank_checks_the_files_to_write(rank: str) -> None:
+    argv = ["--export_json", "no/such/folder/run.json"]
+    if rank == "0":
+        with pytest.raises(InputError, match="expected a folder at no/such/folder"):
+            cli.parse(argv)
+    else:
+        assert cli.parse(argv).export_json == argv[1]
+
+
+def test_a_plain_start_is_rank_0_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", "3")  # of something else: torchrun alone counts
+    assert (launch.rank(), launch.ranks()) == (0, 1)

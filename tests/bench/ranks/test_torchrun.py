@@ -1,0 +1,225 @@
+"""Real ranks of torchrun, few and small: what they find, what they refuse, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ensemble
+from ensemble.bench.records import Run
+from ensemble.bench.report import exports
+from ensemble.models.images import augmented, read_image
+from tests.checkpoints import trained
+
+ROOT = Path(ensemble.__file__).parents[1]
+IMAGE = ROOT / "kitten.jpg"
+ARCH = "squeezenet1_1"  # 0.7 million weights and few modules: quick to read and to build
+QUICK = ["--arch", ARCH, "--image_path", str(IMAGE), "--image_size", "32"]
+QUICK += ["--warmup", "0", "--min_pairs", "6", "--min_seconds", "0", "--timeout_minutes", "1"]
+MODELS = 5  # over two ranks: three and two
+
+
+class Ranks:
+    """Runs of the program, one after another in the same two ranks."""
+
+    def __init__(self, folder: Path, runs: list[dict[str, object]]) -> None:
+        self.folder = folder
+        (folder / "runs.json").write_text(json.dumps(runs))
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        self.process = subprocess.Popen(
+            [sys.executable, *command, str(Path(__file__).with_name("ranks.py")), str(folder)],
+            cwd=folder,
+            env=os.environ
+            | {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(folder), "COLUMNS": "1000"}
+            | dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self) -> None:
+        """Wait for their end: the exit code is that of a failure."""
+        try:
+            self.process.communicate(timeout=100)
+        finally:
+            self.process.kill()
+        assert self.process.returncode
+
+    def said(self, name: str, rank: int) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of one rank in one run."""
+        found = json.loads((self.folder / f"{name}.{rank}.json").read_text())
+        return found["code"], found["out"], found["err"]
+
+    def error(self, name: str) -> str:
+        """The one line of a run that rank 0 refuses and of which rank 1 says nothing."""
+        code, _, err = self.said(name, 0)
+        assert code == 2
+        assert self.said(name, 1)[1:] == ("", "")
+        (line,) = err.splitlines()
+        return str(line)
+
+    def run(self, name: str) -> Run:
+        """A result file."""
+        return exports.read(str(self.folder / f"{name}.json"), argument=name)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    for seed in range(MODELS):
+        torch.save(trained(ARCH, classes=10, seed=seed).state_dict(), folder / f"{seed}.pth")
+    return [str(folder / f"{seed}.pth") for seed in range(MODELS)]
+
+
+def all_runs(folder: Path, files: list[str]) -> Ranks:
+    """All runs, in one torchrun; the last is that whose rank is killed."""
+    (folder / "bad.pth").write_text("<!DOCTYPE html>")
+    models = [*QUICK, "--model_path", *files, "--strategies"]
+    bad = [*files[:4], str(folder / "bad.pth")]
+
+    def export(name: str) -> list[str]:
+        return ["--export_json", str(folder / f"{name}.json")]
+
+    both = [*models, "loop", "vmap"]
+    mean = [*models, "loop", "fail", "--reduce", "mean"]
+    late = [*models, "loop", "slow", "--timeout_minutes", "0.03"]
+    stopped = [*models, "loop", "stop", "vmap"]
+    killed = [*models, "loop", "kill", "vmap"]
+    runs: list[dict[str, object]] = [
+        {"name": "first", "argv": [*both, *export("shared"), "--max_minutes", "1e-6"]},
+        {"name": "rest", "argv": [*both, "--resume", str(folder / "shared.json")]},
+        {"name": "mean", "argv": [*mean, *export("mean_run")]},
+        {
+            "name": "tenants",
+            "argv": [*models, "loop", "--inputs", "per_model", *export("tenants_run")],
+        },
+        {"name": "bad", "argv": [*QUICK, "--model_path", *bad]},
+        {"name": "seeds", "argv": [*QUICK], "rank 1": ["--seed", "1"]},
+        {"name": "few", "argv": [*QUICK, "--num_models", "1"]},
+        {"name": "processes", "argv": [*QUICK, "--processes", "2"]},
+        {"name": "help", "argv": ["--help"]},
+        {"name": "late", "argv": [*late, *export("late_run")]},
+        {"name": "stopped", "argv": [*stopped, *export("stopped_run")]},
+        {"name": "killed", "argv": [*killed, *export("killed_run")]},
+    ]
+    ranks = Ranks(folder, runs)
+    ranks.finish()
+    return ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_measure_refuse_and_end_as_they_should(tmp_path: Path) -> None:
+    """One start, because each costs the import of torch in two ranks."""
+    files = checkpoints(tmp_path)
+    ranks = all_runs(tmp_path, files)
+    every_row_agrees(ranks)
+    for name, inputs in (("shared", "shared"), ("tenants_run", "per_model")):
+        expected = classes_of_one_process(files, inputs)
+        assert all(row.top1 == expected for row in ranks.run(name).results)
+    a_run_that_was_stopped_is_resumed_and_says_where_it_was_made(ranks)
+    a_call_is_told_apart_into_the_slowest_shard_communication_and_interference(ranks)
+    the_mean_is_served_and_a_rank_that_breaks_fails_its_row_only(ranks)
+    what_one_rank_cannot_do_is_refused_by_its_name_before_anything_is_timed(ranks)
+    what_does_not_apply_is_refused_with_its_reason_and_help_is_said_once(ranks)
+    a_rank_that_says_nothing_is_given_up_by_name_and_rows_before_it_are_kept(ranks)
+    an_interrupted_run_keeps_what_is_finished_in_a_whole_file(ranks)
+    a_killed_rank_ends_the_run_soon_with_its_name_and_what_is_finished(ranks)
+
+
+def classes_of_one_process(files: list[str], inputs: str) -> list[list[int]]:
+    models = ensemble.load_models(files, arch=ARCH, device="cpu")
+    images = augmented(read_image(str(IMAGE)), MODELS, image_size=32, seed=0)
+    example = images[:1] if inputs == "shared" else images.unsqueeze(1)
+    logits = ensemble.build("loop", models, example)(example)
+    return logits.argmax(-1).tolist()
+
+
+def every_row_agrees(ranks: Ranks) -> None:
+    rows = [*ranks.run("shared").results, *ranks.run("tenants_run").results]
+    assert {row.status for row in rows} == {"ok"}
+    assert all((row.max_rel_error or 0.0) < 1e-5 for row in rows)
+
+
+def a_run_that_was_stopped_is_resumed_and_says_where_it_was_made(ranks: Ranks) -> None:
+    assert "than asked: vmap, 5 models" in ranks.said("first", 0)[2]
+    assert ranks.said("rest", 0)[0] == 0
+    run = ranks.run("shared")
+    assert [row.case.strategy for row in run.results] == ["loop", "vmap"]
+    environment = run.environment
+    assert (environment.ranks, environment.backend, environment.threads) == (2, "gloo", 1)
+    assert environment.hosts is not None
+    assert len(environment.hosts) == len(environment.rank_devices or ()) == 2
+
+
+def a_call_is_told_apart_into_the_slowest_shard_communication_and_interference(
+    ranks: Ranks,
+) -> None:
+    for row in ranks.run("shared").results:
+        (process,) = row.processes
+        rounds = process.whole_s, process.forward_s, process.alone_s, process.one_rank_s
+        assert [len(times) for times in rounds] == [5] * 4
+        parts = row.parallel_efficiency, row.interference, row.communication
+        assert sum(part or 0.0 for part in parts) == pytest.approx(1.0)
+        assert row.speedup_over_one_rank is not None
+    out = ranks.said("rest", 0)[1]
+    assert "vmap, 5 models, 2 ranks: parallel efficiency " in out
+    assert "times as fast as one rank with all models" in out
+
+
+def the_mean_is_served_and_a_rank_that_breaks_fails_its_row_only(ranks: Ranks) -> None:
+    run = ranks.run("mean_run")
+    rows = {row.case.strategy: row for row in run.results}
+    assert rows["loop"].status == "ok"
+    host = (run.environment.hosts or ("",))[1]
+    assert rows["fail"].error == f"rank 1 on {host}: RuntimeError: broke"
+
+
+def what_one_rank_cannot_do_is_refused_by_its_name_before_anything_is_timed(ranks: Ranks) -> None:
+    assert "rank 1 on " in ranks.error("bad")
+    assert "bad.pth: expected a checkpoint file, found an HTML page" in ranks.error("bad")
+    assert "expected --seed 0 like rank 0, found 1" in ranks.error("seeds")
+    assert ranks.error("few") == (
+        "error: --num_models: expected at least 2, one for each rank, found 1"
+    )
+
+
+def what_does_not_apply_is_refused_with_its_reason_and_help_is_said_once(ranks: Ranks) -> None:
+    reason = "rows are measured in its ranks themselves"
+    assert ranks.error("processes") == f"error: --processes: expected none under torchrun: {reason}"
+    code, out, _ = ranks.said("help", 0)
+    assert code == 0
+    assert "torchrun --nproc_per_node 2" in " ".join(out.split())
+    assert ranks.said("help", 1) == (0, "", "")
+
+
+def a_rank_that_says_nothing_is_given_up_by_name_and_rows_before_it_are_kept(ranks: Ranks) -> None:
+    code, out, err = ranks.said("late", 0)
+    assert code == 1
+    assert ": no answer within --timeout_minutes: 1 of 2 rows are finished" in err
+    assert err.splitlines()[-1].startswith("rank 1 on ")
+    assert "1 (reference)" in out
+    assert [row.case.strategy for row in ranks.run("late_run").results] == ["loop"]
+
+
+def an_interrupted_run_keeps_what_is_finished_in_a_whole_file(ranks: Ranks) -> None:
+    code, _, err = ranks.said("stopped", 0)
+    assert code == 130
+    assert err.splitlines()[-1].startswith("interrupted: 1 of 3 rows are finished")
+    assert ranks.said("stopped", 1)[1:] == ("", "")
+    assert [row.case.strategy for row in ranks.run("stopped_run").results] == ["loop"]
+
+
+def a_killed_rank_ends_the_run_soon_with_its_name_and_what_is_finished(ranks: Ranks) -> None:
+    code, out, err = ranks.said("killed", 0)
+    assert code == 1
+    assert ": killed or crashed, it ended without a word (out of memory?): 1 of 3 rows" in err
+    assert err.splitlines()[-1].startswith("rank 1 on ")
+    assert "1 (reference)" in out
+    assert [row.case.strategy for row in ranks.run("killed_run").results] == ["loop"]
+    files = [ranks.folder / f"{name}.0.json" for name in ("stopped", "killed")]
+    before, after = (file.stat().st_mtime for file in files)
+    assert after - before < 60

@@ -1,0 +1,214 @@
+"""Result files: every format gives back the run it came from."""
+
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from ensemble.bench.records import Result, Run
+from ensemble.bench.report import exports, pictures
+from ensemble.errors import InputError
+from ensemble.files import write_atomically
+from tests.made import (
+    CASE,
+    CONFIG,
+    ENVIRONMENT,
+    LOOP,
+    ROW,
+    VMAP,
+)
+
+FAILED = Result(replace(CASE, strategy="openvino"), status="failed", error='a "bad", day')
+RUN = Run(ENVIRONMENT, CONFIG.plain(), (ROW, FAILED))
+
+
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [
+        (exports.to_json, exports.from_json),
+        (exports.to_csv, exports.from_csv),
+        (exports.to_markdown, exports.from_markdown),
+    ],
+)
+def test_every_format_gives_back_the_run_it_came_from(
+    write: Callable[[Run], str], read: Callable[[str], Run]
+) -> None:
+    assert read(write(RUN)) == RUN
+
+
+def test_the_json_file_keeps_to_its_schema() -> None:
+    document = json.loads(exports.to_json(RUN))
+    assert document["schema"] == 2
+    assert document["results"][0]["speedup"] == 1.5
+    assert document["results"][0]["speedup_interval"] is None
+    assert document["environment"]["git_commit"] is None
+    assert document["config"]["min_pairs"] == 20
+    assert document["config"]["image_size"] == [224]
+
+
+def test_a_csv_line_is_a_row_and_an_unknown_value_an_empty_cell() -> None:
+    header, row, failed, end = exports.to_csv(RUN).split("\n")
+    names = header.split(",")
+    assert row.startswith("vmap,4,1,224,float32,shared,ok,,")
+    assert failed.startswith('openvino,4,1,224,float32,shared,failed,"a ""bad"", day",[],,,')
+    assert end == ""
+    assert {"times_s", "environment.torch", "config.seed", "schema"} <= set(names)
+
+
+def test_a_markdown_page_shows_table_verdict_machine_and_command() -> None:
+    page = exports.to_markdown(RUN)
+    assert "too few pairs" in page
+    assert "2000.0 (1500.0)" in page
+    assert "openvino, 4 models: failed" in page
+    assert "threads 2, torch 2.14.1, on 2026-01-01T00:00:00+00:00: `resnet_vmap.py`" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "found an empty file"),
+        ("not json", "expected a whole JSON file"),
+        (exports.to_json(RUN)[:500], "expected a whole JSON file, found one that breaks off"),
+        ("[]", "expected a result file of schema 1 or 2, found None"),
+        ('{"schema": 3}', "expected a result file of schema 1 or 2, found 3"),
+        ('{"schema": 1}', "expected a result file, found one without 'environment'"),
+        (
+            json.dumps(
+                json.loads(exports.to_json(RUN))
+                | {"results": [{"strategy": "loop", "processes": []}]}
+            ),
+            "found one without 'num_models'",
+        ),
+        (
+            json.dumps(json.loads(exports.to_json(RUN)) | {"results": 5}),
+            "expected a result file, found one without",
+        ),
+        (exports.to_json(RUN).replace("4.0", '"4"', 1), "expected times in seconds above 0"),
+        (exports.to_json(RUN).replace("4.0", "0.0", 1), "found others in the row vmap"),
+    ],
+)
+def test_a_file_that_is_no_result_file_is_refused_with_its_flag_and_name(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        exports.read(str(path), argument="baseline")
+    assert str(caught.value).startswith(f"baseline: {path}: ")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="resume: "):
+        exports.read(str(path), argument="resume")
+
+
+def test_a_file_of_an_earlier_version_lacks_only_what_has_a_default() -> None:
+    document = json.loads(exports.to_json(RUN))
+    for row in document["results"]:
+        del row["error_float64"]
+    assert exports.from_json(json.dumps(document)) == RUN
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("old")
+
+    def broken(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", "text")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_run_without_rows_can_be_written_in_every_format(tmp_path: Path) -> None:
+    paths = {form: str(tmp_path / f"run.{form}") for form in exports.FORMATS}
+    exports.save(replace(RUN, results=()), paths)
+    assert exports.read(paths["json"], argument="resume").results == ()
+
+
+def own(tmp_path: Path, form: str, content: str | bytes) -> bool:
+    path = tmp_path / "file"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return exports.is_own(form, path)
+
+
+def test_only_what_this_program_wrote_is_its_own(tmp_path: Path) -> None:
+    run = Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP))
+    for form, write in exports.FORMATS.items():
+        assert own(tmp_path, form, write(run))
+        assert own(tmp_path, form, "")
+    pictures.save(run.results, tmp_path / "p.png", tmp_path / "grid.png")
+    pictures.save(run.results, tmp_path / "p.svg", tmp_path / "grid.svg")
+    assert exports.is_own("plot", tmp_path / "p.png")
+    assert exports.is_own("plot", tmp_path / "p.svg")
+    assert not own(tmp_path, "markdown", "# Mine\n```json\n{}\n```\n")
+    assert not own(tmp_path, "json", '{"schema": "mine", "environment": 1, "results": 2}')
+    assert not own(tmp_path, "json", "[" * 100_000)
+    assert not own(tmp_path, "csv", "strategy,num_models,batch_size,image_size,mine\n")
+    figure, content = Figure(), io.BytesIO()
+    figure.savefig(content, format="png")
+    assert not own(tmp_path, "plot", content.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("results", "notes", None),
+        ("results", "num_models", None),
+        ("results", "processes", "abc"),
+        ("results", "status", []),
+        ("environment", "argv", None),
+        ("environment", "threads", "x" * 5),
+        ("environment", "page_fault_s", "abc"),
+    ],
+)
+def test_values_that_no_result_file_has_are_one_line(
+    part: str, field: str, value: object, tmp_path: Path
+) -> None:
+    document = json.loads(exports.to_json(Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP))))
+    changed_part = document[part][1] if part == "results" else document[part]
+    changed_part[field] = value
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"resume: .*: expected a result file") as error:
+        exports.read(str(path), argument="resume")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_first_forward_may_be_null(tmp_path: Path) -> None:
+    document = json.loads(exports.to_json(Run(ENVIRONMENT, CONFIG.plain(), (LOOP,))))
+    document["environment"]["first_forward_s"] = None
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(document))
+    assert math.isnan(exports.read(str(path), argument="resume").environment.first_forward_s)
+
+
+def test_a_link_stays_one_and_a_mode_is_kept(tmp_path: Path) -> None:
+    target, link = tmp_path / "run.json", tmp_path / "latest.json"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    write_atomically(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o600
+    write_atomically(tmp_path / ("n" * 250), "a name of almost 255 letters")
+    assert sorted(path.name[:5] for path in tmp_path.iterdir()) == ["lates", "nnnnn", "run.j"]

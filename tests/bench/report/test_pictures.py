@@ -1,0 +1,145 @@
+"""What the pictures draw, by value."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+
+from ensemble.bench.records import Result
+from ensemble.bench.report import pictures
+from tests.made import (
+    LOOP,
+    at,
+    changed,
+    curve,
+)
+
+LOOPS = [changed(LOOP, num_models=n) for n in (1, 2, 4)]
+ROWS = [*LOOPS, *curve(0.8, 1.2, 1.6), *(changed(r, strategy="jax") for r in curve(0.5, 0.5, 0.4))]
+
+
+def near(value: float) -> Any:
+    return pytest.approx(value)
+
+
+def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    drawn: list[Any] = list(axes.get_lines())
+    return {
+        str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()]
+        for line in drawn
+        if not str(line.get_label()).startswith("_")
+    }
+
+
+def test_times_stand_above_and_speedups_below_with_the_values_of_the_results() -> None:
+    above, below = pictures.draw(ROWS).axes
+    assert lines(above)["loop (reference)"] == [(1, near(100)), (2, near(100)), (4, near(100))]
+    assert [x for x, _ in lines(above)["vmap"]] == [1, 2, 4]
+    assert [y for _, y in lines(above)["vmap"]] == pytest.approx([125, 100 / 1.2, 62.5])
+    assert [y for _, y in lines(below)["vmap"]] == pytest.approx([0.8, 1.2, 1.6])
+    assert [y for _, y in lines(below)["jax"]] == pytest.approx([0.5, 0.5, 0.4])
+    assert above.get_ylabel() == "time per call (ms)"
+    assert below.get_xlabel() == "number of models"
+    assert (below.get_xscale(), below.get_yscale(), above.get_yscale()) == ("log", "log", "log")
+    assert list(below.get_xticks()) == [1, 2, 4]
+    drawn: list[Any] = list(below.get_lines())
+    assert any(list(line.get_ydata()) == [1, 1] for line in drawn)
+
+
+def test_every_line_has_its_own_label_at_its_end_and_no_two_meet() -> None:
+    above, _ = pictures.draw(ROWS).axes
+    placed = {text.get_text(): text.xy[1] for text in above.texts}  # type: ignore[attr-defined]
+    assert set(placed) == {"loop (reference)", "vmap", "jax"}
+    heights = sorted(placed.values())
+    gaps = [b - a for a, b in pairwise(heights)]
+    assert min(gaps) >= pictures.LABEL_GAP - 1e-6
+    assert above.get_legend() is None
+
+
+def test_lines_differ_without_their_colours() -> None:
+    names = [changed(at(2, 1.0), strategy=f"s{index}") for index in range(9)]
+    _, below = pictures.draw([LOOP, *names]).axes
+    looks = {
+        (line.get_marker(), line.get_linestyle())
+        for line in below.get_lines()
+        if str(line.get_label()).startswith("s")
+    }
+    assert len(looks) == 9
+
+
+@pytest.mark.parametrize("low", [0.1, 0.11, 0.013])
+def test_an_axis_has_numbers_however_close_its_values_are(low: float) -> None:
+    rows = [changed(LOOP, times_s=(low,) * 20), changed(at(2, 1.0), times_s=(1.4 * low,) * 20)]
+    figure = pictures.draw(rows)
+    figure.draw_without_rendering()
+    (bottom, top), axis = figure.axes[0].get_ylim(), figure.axes[0].yaxis
+    numbers = [
+        label.get_text()
+        for label in (*axis.get_ticklabels(minor=True), *axis.get_ticklabels())
+        if bottom <= label.get_position()[1] <= top and label.get_text()
+    ]
+    assert len(numbers) >= 2
+
+
+def test_the_interval_of_a_single_n_is_drawn_as_well() -> None:
+    _, below = pictures.draw([LOOP, at(2, 1.5)]).axes
+    (bar,) = (c for c in below.collections if isinstance(c, LineCollection))
+    (segment,) = bar.get_segments()
+    interval = at(2, 1.5).speedup_interval
+    assert interval is not None
+    assert segment[:, 1] == pytest.approx(interval)
+
+
+def test_what_may_not_be_claimed_is_not_drawn_as_a_speedup() -> None:
+    noisy = changed(at(2, 2.0), times_s=(0.03, 0.06) * 10)
+    failed = changed(at(4, 2.0), status="failed", error="broke")
+    _, below = pictures.draw([*LOOPS, at(1, 1.5), noisy, failed]).axes
+    assert lines(below)["vmap"] == [(1, near(1.5))]
+
+
+def test_a_panel_without_a_speedup_says_why() -> None:
+    busy = changed(ROWS[3], others_cpu_share=0.5)
+    failed = changed(ROWS[3], strategy="jax", status="failed", error="broke")
+    _, below = pictures.draw([LOOPS[0], busy, failed]).axes
+    (text,) = (text.get_text().replace("\n", " ") for text in below.texts)
+    assert text == "no speedup: machine busy: vmap; failed: jax"
+    (alone,) = pictures.draw([LOOPS[0]]).axes[1].texts
+    assert "nothing was compared with the loop" in alone.get_text()
+    assert not any("no speedup" in text.get_text() for text in pictures.draw(ROWS).axes[1].texts)
+
+
+def test_a_grid_has_a_column_a_size_and_a_heat_map_of_the_fastest() -> None:
+    small = [changed(row, image_size=64) for row in ROWS]
+    assert len(pictures.draw([*ROWS, *small]).axes) == 4
+    axes = pictures.draw_grid([*ROWS, *small]).axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["1.00\nloop", "1.20\nvmap", "1.60\nvmap"] * 2
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "batch 1, 64 px",
+        "batch 1, 224 px",
+    ]
+
+
+def test_a_heat_map_names_no_winner_where_the_interval_holds_one() -> None:
+    noisy = [changed(row, times_s=(0.0999, 0.1001) * 10) for row in curve(1.0, 1.0, 1.0)]
+    (axes, *_) = pictures.draw_grid([*LOOPS, *noisy]).axes
+    texts = {text.get_text() for text in axes.texts}
+    assert "vmap" not in "".join(texts)
+    assert axes.images[0].get_clim() == (1, pictures.LEAST_SCALE)
+
+
+@pytest.mark.parametrize("rows", [[], [LOOP], ROWS[:1], [changed(LOOP, times_s=())]])
+def test_a_run_with_next_to_nothing_is_drawn_too(rows: list[Result], tmp_path: Path) -> None:
+    pictures.save(rows, tmp_path / "p.png", tmp_path / "p_grid.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "p_grid.png").exists()
+
+
+def test_the_same_results_give_the_same_svg(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        pictures.save(ROWS, tmp_path / name, tmp_path / "grid.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

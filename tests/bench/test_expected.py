@@ -1,0 +1,87 @@
+"""What a run says before it begins, and the rows that no process is started for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ensemble.bench import availability
+from ensemble.bench.config import Config
+from ensemble.bench.records import Case
+from ensemble.machine import dtypes
+from ensemble.strategies import STRATEGIES, best
+from tests.made import CONFIG
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with AVX2 alone, as one of them was measured."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(dtypes, "slowdown", lambda dtype: 4.5)
+
+
+def config(*strategies: str, dtype: str = "bfloat16") -> Config:
+    return replace(CONFIG, strategies=strategies, dtype=(dtype,))
+
+
+def unavailable(asked: Config) -> dict[str, str | None]:
+    found = availability.unavailable(asked.plan(), asked, CPU)
+    return {row.case.strategy: row.error for row in found}
+
+
+@pytest.mark.usefixtures("no_bfloat16")
+def test_a_dtype_that_the_cpu_emulates_is_warned_of_and_skipped_unless_named() -> None:
+    named = config("loop", "best", "openvino", "onnxruntime")
+    assert unavailable(named) == {
+        "openvino": "OpenVINO does not compute in torch.bfloat16 on this CPU",
+        "onnxruntime": "ONNX Runtime's CPU kernels do not convolve in torch.bfloat16",
+    }
+    (line,) = availability.warnings(named.plan(), CPU)
+    assert line.startswith("Warning: this CPU has no bfloat16 instructions, and torch emulates")
+    assert "took 4.5 times as long as in float32" in line
+    every = config(*STRATEGIES)
+    skipped = unavailable(every)
+    assert skipped["concurrent"] == (
+        "the CPU emulates bfloat16: it cannot win; --strategies concurrent measures it"
+    )
+    assert {"best", "lowered_vmap"}.isdisjoint(skipped)
+    assert availability.warnings(config("best").plan(), CPU) == []
+
+
+def test_what_the_cpu_computes_in_is_neither_warned_of_nor_skipped() -> None:
+    every = config(*STRATEGIES, dtype="float32")
+    assert {name for name in unavailable(every) if STRATEGIES[name].needs != "CUDA"} == set()
+    assert availability.warnings(every.plan(), CPU) == []
+
+
+def test_rows_that_need_cuda_are_skipped_on_a_cpu_only() -> None:
+    asked = config("loop", "cudagraph_loop", dtype="float32")
+    assert unavailable(asked) == {"cudagraph_loop": "CUDA graphs need a CUDA device, this is cpu"}
+    assert availability.unavailable(asked.plan(), asked, torch.device("cuda")) == []
+
+
+@pytest.mark.usefixtures("no_bfloat16")
+def test_best_tries_what_computes_in_float32_where_a_dtype_is_emulated() -> None:
+    assert best.candidates(CPU, torch.bfloat16) == ("loop", "lowered_vmap")
+    assert len(best.candidates(CPU, torch.float32)) > 4
+
+
+@pytest.mark.skipif(
+    not dtypes.is_emulated(torch.float16, CPU), reason="this CPU computes in float16"
+)
+def test_an_emulated_dtype_is_slower() -> None:
+    assert dtypes.slowdown(torch.float16) > 1.5
+
+
+def test_float32_and_accelerators_are_not_emulated() -> None:
+    assert not dtypes.is_emulated(torch.float32, CPU)
+    assert not dtypes.is_emulated(torch.bfloat16, torch.device("cuda"))
+
+
+def test_a_case_of_the_self_check_is_no_strategy() -> None:
+    case = Case("self-check", 2, 1, 32, "float32", "shared")
+    assert availability.unavailable([case], CONFIG, CPU) == []

@@ -1,0 +1,531 @@
+"""Workers: rows in processes of their own, and what one that dies costs."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ensemble
+import resnet_vmap
+from ensemble.bench import rounds, session
+from ensemble.bench.config import Config
+from ensemble.bench.executors import fresh_process as workers
+from ensemble.bench.executors.fresh_process import Job
+from ensemble.bench.records import (
+    Case,
+    Process,
+    Result,
+    Run,
+)
+from ensemble.bench.report import exports, resuming
+from ensemble.bench.report.progress import show_progress
+from ensemble.bench.workload import Workload
+from ensemble.errors import InputError
+from ensemble.strategies import STRATEGIES, best
+from tests.bench import strategies_that_die
+from tests.made import (
+    CASE,
+    CONFIG,
+    ENVIRONMENT,
+    ROW,
+    changed,
+)
+from tests.tiny import tiny_models
+
+ROOT = Path(resnet_vmap.__file__).parent
+QUICK = replace(
+    CONFIG,
+    num_models=(3,),
+    image_size=(8,),
+    warmup=1,
+    min_pairs=6,
+    min_seconds=0.0,
+    threads=1,
+    processes=3,
+    timeout_minutes=1.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def dying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The registry of this process, and of every worker, has the strategies that die."""
+    code = "from tests.bench.strategies_that_die import install; install()\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    before = dict(STRATEGIES)
+    strategies_that_die.install()
+    yield
+    STRATEGIES.clear()
+    STRATEGIES.update(before)
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Workload(torch.device("cpu"), tiny_models(3), "made up", {8: images}.__getitem__)
+
+
+def case(strategy: str, **changes: object) -> Case:
+    return replace(CASE, **{"num_models": 3, "image_size": 8, "strategy": strategy} | changes)  # type: ignore[arg-type]
+
+
+def measured(
+    config: Config, workload: Workload, *names: str
+) -> tuple[dict[str, Result], dict[str, Result | None]]:
+    """Rows of these strategies, a worker each, and the reference's halves."""
+    rows, halves = {}, {}
+    with workers.jobs(config, workload) as job:
+        cases = [case(name) for name in names]
+        for row, beside in workers.measure(
+            job, iter(cases), picked=lambda _: None, progress=lambda *_: None
+        ):
+            rows[row.case.strategy], halves[row.case.strategy] = row, beside
+    return rows, halves
+
+
+def test_a_worker_measures_what_this_process_would(workload: Workload) -> None:
+    rows, halves = measured(QUICK, workload, "vmap", "chatter")
+    for name in ("vmap", "chatter"):
+        (process,) = rows[name].processes
+        assert rows[name].status == "ok"
+        assert len(process.times_s) == len(process.reference_times_s) == 6
+        assert (rows[name].max_rel_error or 0.0) < 1e-5
+        beside = halves[name]
+        assert beside is not None
+        assert beside.case == case("loop")
+        assert beside.times_s == process.reference_times_s
+    models, images = workload.models, workload.images(8)
+    expected = [model(images[:1]).argmax(1).tolist() for model in models]
+    assert rows["vmap"].top1 == expected
+
+
+def test_only_the_first_process_of_a_row_asks_what_the_others_would_find_too() -> None:
+    """The error against float64, and whether the check is weak: of models and images alone."""
+    models = tiny_models(2)
+    for model in models:
+        model.get_parameter("fc.weight").zero_()
+    images = {8: torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    blind = Workload(torch.device("cpu"), models, "made up", images.__getitem__)
+    asked, numbers = case("lowered_vmap", num_models=2), iter((0, 1))
+    with workers.jobs(QUICK, blind) as job:
+        (first, _), (second, _) = workers.measure(
+            job,
+            iter((asked, asked)),
+            picked=lambda _: None,
+            progress=lambda *_: None,
+            number=lambda _: next(numbers),
+        )
+    assert (first.status, second.status) == ("ok", "ok")
+    assert first.error_float64 is not None
+    assert second.error_float64 is None
+    assert any("check is weak" in note for note in first.notes)
+    assert not any("check is weak" in note for note in second.notes)
+
+
+def test_a_worker_that_dies_costs_its_own_row(workload: Workload) -> None:
+    rows, _ = measured(QUICK, workload, "kill", "crash", "leave", "vmap")
+    assert [row.status for row in rows.values()] == ["failed", "failed", "failed", "ok"]
+    assert re.fullmatch(
+        r"killed by signal 9 \(out of memory\? \d\.\d GB of \d+ GB held at most\);"
+        " it said last: about to go",
+        str(rows["kill"].error),
+    )
+    assert str(rows["crash"].error).startswith("killed by signal 11 (SIGSEGV)")
+    assert str(rows["leave"].error).startswith("ended with exit code 3 and no row")
+
+
+@pytest.mark.slow
+def test_a_worker_that_says_nothing_is_given_up(workload: Workload) -> None:
+    begin = time.monotonic()
+    rows, _ = measured(replace(QUICK, timeout_minutes=0.15), workload, "hang", "vmap")
+    assert (rows["hang"].status, rows["hang"].error) == ("failed", "no answer in 9 s")
+    assert rows["vmap"].status == "ok"
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.slow
+def test_a_worker_that_allocates_until_it_is_killed_costs_its_own_row(
+    workload: Workload, tmp_path: Path
+) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, -1))\n"
+    file = tmp_path / "sitecustomize.py"
+    file.write_text(limit + file.read_text())
+    rows, _ = measured(QUICK, workload, "hoard", "vmap")
+    assert str(rows["hoard"].error).startswith("killed by signal 9 (out of memory? ")
+    assert rows["vmap"].status == "ok"
+
+
+def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_path: Path) -> None:
+    from ensemble.bench import workload as loading
+
+    path = str(tmp_path / "shared.pt")
+    workload.save_shared(path, (8,))
+    loaded = loading.load_shared(path, QUICK, device="cpu")
+    for model, other in zip(workload.models, loaded.models, strict=True):
+        for (name, tensor), found in zip(
+            model.state_dict().items(), other.state_dict().values(), strict=True
+        ):
+            assert torch.equal(tensor, found), name
+    assert path in Path("/proc/self/maps").read_text()
+    assert torch.equal(loaded.images(8), workload.images(8))
+
+
+def test_a_worker_has_its_models_and_images_on_the_accelerator(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under fake tensors, which need no GPU: what is mapped on the CPU goes to the device."""
+    from ensemble.bench import setup
+    from ensemble.bench import workload as loading
+    from ensemble.machine import devices
+
+    path, cuda = str(tmp_path / "shared.pt"), torch.device("cuda")
+    workload.save_shared(path, (8,))
+    monkeypatch.setattr(devices, "select_device", lambda name: torch.device(name))
+    # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
+    with FakeTensorMode():
+        loaded = loading.load_shared(path, QUICK, device="cuda")
+        example = setup.make_example(loaded.images(8), case("vmap", inputs="per_model"))
+        logits = ensemble.build("vmap", loaded.models, example)(example)
+    assert {tensor.device.type for model in loaded.models for tensor in model.buffers()} == {"cuda"}
+    assert (logits.device.type, logits.shape, loaded.device) == ("cuda", (3, 1, 5), cuda)
+
+
+def test_a_worker_that_never_starts_is_given_up_after_one_time_limit(
+    workload: Workload, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(600)\n")
+    begin = time.monotonic()
+    rows, _ = measured(replace(QUICK, timeout_minutes=0.05), workload, "vmap")
+    assert rows["vmap"].error == "no answer in 3 s"
+    assert time.monotonic() - begin < 5
+
+
+def run_rounds(
+    speedups: dict[str, list[float]], config: Config, *, failing: str = ""
+) -> dict[str, int]:
+    """How many processes each strategy gets, where its processes find these speedups."""
+    cases = [case(name) for name in ("loop", *speedups)]
+    rows: dict[Case, Result] = {}
+    for several in rounds.rounds(cases, rows, config):
+        for asked in several:
+            before = rows.get(asked)
+            number = len(before.processes) if before else 0
+            if asked.strategy == failing:
+                new = Result(asked, status="failed", error="broke")
+            else:
+                ratio = 1.0 if asked.is_reference else speedups[asked.strategy][number]
+                reference = () if asked.is_reference else (0.1,) * 8
+                new = Result(asked, processes=(Process((0.1 / ratio,) * 8, reference),))
+            rows[asked] = rounds.merged(before, new)
+    counts = {asked.strategy: len(row.processes) for asked, row in rows.items()}
+    return counts if not speedups or failing else {name: counts[name] for name in speedups}
+
+
+def test_more_than_three_processes_are_for_rows_that_are_still_unsure() -> None:
+    config = replace(QUICK, processes=6, precision=5.0)
+    steady, wild = [1.50, 1.51, 1.50] * 2, [1.0, 1.3, 0.8, 1.1, 1.2, 0.9]
+    assert run_rounds({"vmap": steady, "folded_vmap": wild}, config) == {
+        "vmap": 3,
+        "folded_vmap": 6,
+    }
+    assert run_rounds({"vmap": wild}, replace(config, processes=2)) == {"vmap": 2}
+    assert run_rounds({"vmap": wild}, replace(config, processes=1)) == {"vmap": 1}
+    assert run_rounds({"vmap": wild}, replace(config, precision=500.0)) == {"vmap": 3}
+
+
+def test_a_row_that_failed_gets_no_more_and_the_reference_then_runs_by_itself() -> None:
+    found = run_rounds({"vmap": [1.0] * 6}, replace(QUICK, processes=5), failing="vmap")
+    assert found == {"vmap": 0, "loop": 1}
+    assert run_rounds({}, replace(QUICK, processes=5)) == {"loop": 3}
+
+
+def test_the_processes_of_a_row_are_spread_over_the_run() -> None:
+    cases = [case(name) for name in ("loop", "vmap", "folded_vmap")]
+    first = next(rounds.rounds(cases, {}, replace(QUICK, processes=5)))
+    assert [asked.strategy for asked in first] == ["vmap", "folded_vmap"] * 3
+
+
+def test_the_most_unsure_row_comes_first_in_the_later_rounds() -> None:
+    cases = [case(name) for name in ("loop", "vmap", "folded_vmap", "concurrent")]
+    spreads = {"vmap": 0.2, "folded_vmap": 0.001, "concurrent": 0.5}
+    rows = {
+        case(name): Result(
+            case(name),
+            processes=tuple(Process((1.0 + spread * k,) * 8, (1.0,) * 8) for k in range(3)),
+        )
+        for name, spread in spreads.items()
+    }
+    groups = rounds.rounds(cases, rows, replace(QUICK, processes=5, precision=5.0))
+    assert list(next(groups)) == []
+    assert [unsure.strategy for unsure in next(groups)] == ["concurrent", "vmap"]
+
+
+def test_what_the_processes_of_a_row_share_is_asked_of_them_together() -> None:
+    each = rounds.in_each(replace(QUICK, processes=5, min_pairs=20, min_seconds=2.0))
+    assert each.min_pairs == 7
+    assert each.min_seconds == pytest.approx(2 / 3)
+    one = rounds.in_each(replace(QUICK, processes=1, min_pairs=20, min_seconds=2.0))
+    assert (one.min_pairs, one.min_seconds) == (20, 2.0)
+
+
+def test_a_process_that_fails_fails_its_row_and_says_which_it_was() -> None:
+    second = Result(ROW.case, status="failed", error="broke", max_rel_error=0.5)
+    found = rounds.merged(changed(ROW, max_rel_error=0.1), second)
+    assert (found.status, found.error) == ("failed", "in process 2: broke")
+    assert found.max_rel_error == 0.5
+    assert found.processes == ROW.processes
+
+
+def test_notes_that_differ_in_their_figures_alone_are_kept_once() -> None:
+    one = changed(ROW, notes=("setting: a (tried: a 1 ms)", "same"))
+    two = changed(ROW, notes=("setting: a (tried: a 2 ms)", "setting: b (tried)", "same"))
+    assert rounds.merged(one, two).notes == (
+        "setting: a (tried: a 1 ms)",
+        "same",
+        "setting: b (tried)",
+    )
+
+
+def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Workload) -> None:
+    config = replace(QUICK, strategies=("loop", "vmap", "kill"), min_pairs=18)
+    saved: list[Run] = []
+    done = session.measure_all(
+        config,
+        Run(ENVIRONMENT, config.plain(), ()),
+        workload,
+        save=saved.append,
+        show_progress=show_progress,
+        say=lambda _: None,
+    )
+    rows = {row.case.strategy: row for row in done.run.results}
+    assert list(rows) == ["loop", "vmap", "kill"]
+    assert len(rows["vmap"].processes) == 3
+    assert [len(process.times_s) for process in rows["vmap"].processes] == [6, 6, 6]
+    assert rows["loop"].times_s[:6] == rows["vmap"].processes[0].reference_times_s
+    assert rows["loop"].speedup == 1.0
+    assert rows["kill"].status == "failed"
+    assert rows["vmap"].speedup_interval is not None
+    assert len(saved) == 4  # after each worker
+    again = exports.from_json(exports.to_json(done.run))
+    assert again == done.run
+
+
+def test_rows_that_need_cuda_are_unavailable_on_a_cpu_and_start_no_process(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "jobs", None)
+    config = replace(QUICK, strategies=("cudagraph_loop", "cudagraph_compiled_vmap"))
+    done = session.measure_all(
+        config,
+        Run(ENVIRONMENT, config.plain(), ()),
+        workload,
+        save=lambda _: None,
+        show_progress=lambda _: nullcontext(lambda *_: None),
+        say=lambda _: None,
+    )
+    assert [(row.status, row.error) for row in done.run.results] == [
+        ("unavailable", "CUDA graphs need a CUDA device, this is cpu")
+    ] * 2
+
+
+@pytest.mark.slow
+def test_what_the_first_process_of_best_picks_the_others_run_too(workload: Workload) -> None:
+    config = replace(QUICK, strategies=("best",), min_pairs=18)
+    done = session.measure_all(
+        config,
+        Run(ENVIRONMENT, config.plain(), ()),
+        workload,
+        save=lambda _: None,
+        show_progress=lambda _: nullcontext(lambda *_: None),
+        say=lambda _: None,
+    )
+    (row,) = done.run.results
+    assert row.status == "ok", row.error
+    assert row.picked in best.CANDIDATES["cpu"]
+    assert [process.tune_s is not None for process in row.processes] == [True, False, False]
+    assert sum(note.startswith("picked ") for note in row.notes) == 1
+    assert (row.build_s or 0) > (row.processes[0].tune_s or 0) > 0
+    again = exports.from_json(exports.to_json(done.run))
+    assert again == done.run
+
+
+def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resumed(
+    workload: Workload,
+) -> None:
+    config = replace(QUICK, strategies=("loop", "vmap"), min_pairs=18, max_minutes=1e-6)
+    run = Run(ENVIRONMENT, config.plain(), ())
+
+    def measure(config: Config, run: Run) -> session.Session:
+        return session.measure_all(
+            config,
+            run,
+            workload,
+            save=lambda _: None,
+            show_progress=show_progress,
+            say=lambda _: None,
+        )
+
+    begun = measure(config, run)
+    counts = {row.case.strategy: len(row.processes) for row in begun.run.results}
+    assert (begun.stopped, counts) == ("1e-06 minutes are over", {"loop": 1, "vmap": 1})
+    assert [asked.strategy for asked in begun.left] == ["loop", "vmap"]
+    unbounded = replace(config, max_minutes=None)
+    rows = measure(unbounded, resuming.resume(unbounded, run, begun.run)).run.results
+    assert [len(row.processes) for row in rows] == [3, 3]
+    assert [row.processes[0] for row in rows] == [row.processes[0] for row in begun.run.results]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [
+        (signal.SIGINT, 130, "interrupted: "),
+        (signal.SIGTERM, 143, "stopped by SIGTERM: "),
+        (signal.SIGHUP, 129, "stopped by SIGHUP: "),
+        (signal.SIGKILL, -9, ""),
+    ],
+)
+def test_a_signal_ends_all_workers_within_a_second_and_keeps_what_is_finished(
+    number: signal.Signals, code: int, says: str, tmp_path: Path
+) -> None:
+    """And nothing is left in the temporary folder."""
+    program = (
+        "import signal, sys, resnet_vmap\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "sys.exit(resnet_vmap.main(sys.argv[1:]))"
+    )
+    target = tmp_path / "run.json"
+    argv = ["--image_size", "32", "--strategies", "vmap", "hang", "--export_json", str(target)]
+    argv += ["--min_pairs", "6", "--min_seconds", "0", "--image_path", str(ROOT / "kitten.jpg")]
+    environment = os.environ | {"TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
+    (tmp_path / "scratch").mkdir()
+    environment |= {"https_proxy": "http://127.0.0.1:9", "TMPDIR": str(tmp_path / "scratch")}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *argv],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("hang, 2 models, process 1: build"):
+                    break
+            workers = children(process.pid)
+            process.send_signal(number)
+            begin = time.monotonic()
+            while time.monotonic() < begin + 10 and any(map(is_there, workers)):
+                time.sleep(0.01)
+            took = time.monotonic() - begin
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == code
+    assert took < (10.0 if number == signal.SIGKILL else 1.0)  # init waits for those of the dead
+    assert says in err
+    assert list((tmp_path / "scratch").iterdir()) == []
+    (row,) = exports.read(str(target), argument="").results
+    assert (row.case.strategy, row.status) == ("vmap", "ok")
+    assert workers
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def is_there(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_files_of_the_working_folder_are_not_run_by_a_worker(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ensemble", "copy", "random", "models", "torch"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / "__init__.py").write_text("raise SystemExit('of the user')")
+    monkeypatch.chdir(tmp_path / "work")
+    rows, _ = measured(QUICK, workload, "vmap")
+    assert rows["vmap"].status == "ok", rows["vmap"].error
+
+
+def test_a_worker_imports_the_package_of_its_parent_and_nothing_beside_it_first(
+    tmp_path: Path,
+) -> None:
+    """The folder that the package lies in, site-packages say, comes after the standard library."""
+    other = tmp_path / "ensemble.py"
+    other.write_text("raise SystemExit('another package of that name')")
+    show = "import ensemble, sys; print(ensemble.__file__, sys.path[-1]); "
+    start = workers.START.replace("from ensemble.bench.executors.worker import main; main()", show)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start, str(ROOT), str(workers.PACKAGE)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [str(workers.PACKAGE), str(ROOT)], done.stderr
+
+
+def test_a_worker_whose_parent_has_ended_before_it_could_tell_ends(workload: Workload) -> None:
+    """Its number is another process's, as after the parent's end."""
+    start = [sys.executable, "-P", "-c", workers.START, str(ROOT), str(workers.PACKAGE)]
+    done = subprocess.run([*start, "1", "loop", "cpu"], stdin=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1
+
+
+def test_without_room_in_the_temporary_folder_the_shared_file_lies_in_memory(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", nowhere)
+    rows, _ = measured(QUICK, workload, "vmap")
+    assert rows["vmap"].status == "ok", rows["vmap"].error
+
+
+def test_without_room_anywhere_the_place_and_the_way_out_are_said(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/full")
+    message = r"MB .* \(/full\) or to memory: No space left on device; set TMPDIR"
+    with pytest.raises(InputError, match=message), workers.jobs(QUICK, workload):
+        pass
+
+
+def test_a_file_that_no_longer_fits_while_it_is_written_is_said_too(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's writer makes a RuntimeError of its own of what the system said."""
+    file = Path("/dev/full").open("wb")  # noqa: SIM115  # closed by what it is given to
+    monkeypatch.setattr("ensemble.files.nameless", lambda *_, **__: file)
+    with pytest.raises(InputError, match="No space left on device"), workers.jobs(QUICK, workload):
+        pass
+
+
+def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload) -> None:
+    with workers.jobs(QUICK, workload) as job:
+        assert isinstance(job, Job)
+        assert Path(job.shared).exists()
+    assert not Path(job.shared).exists()
