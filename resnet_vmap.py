@@ -26,15 +26,16 @@ try:
         from ensemble import gc_pause
         from ensemble.bench import cli
         from ensemble.bench.config import Config
-        from ensemble.bench.records import Run
         from ensemble.bench.report import exports, resuming, show
+        from ensemble.bench.summary import Run
         from ensemble.machine import launch, signals, streams
 except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 if TYPE_CHECKING:
-    from ensemble.bench.session import Measure, Session
+    from ensemble.bench.executors.executor import Executor
+    from ensemble.bench.session import Session
     from ensemble.bench.workload import Workload
 
 
@@ -67,17 +68,17 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
 
 
 def run(
-    config: Config, load: Callable[..., Workload] = load, measure: Measure | None = None
+    config: Config, load: Callable[..., Workload] = load, executor: Executor | None = None
 ) -> int:
     """The program, once its command line is known; returns the exit code."""
-    if config.list_strategies:
+    if config.report.list_strategies:
         show.list_strategies()
         return 0
-    baseline = exports.read_if(config.baseline, argument="baseline")
-    earlier = exports.read_if(config.resume, argument="resume")
-    files = show.Files(config)
-    if config.from_json:
-        saved = exports.read(config.from_json, argument="from_json")
+    baseline = exports.read_if(config.report.baseline, argument="baseline")
+    earlier = exports.read_if(config.measure.resume, argument="resume")
+    files = show.Files(config.report)
+    if config.report.from_json:
+        saved = exports.read(config.report.from_json, argument="from_json")
         cases = [row.case for row in saved.results]
         show.check_baseline(config, saved.environment, cases, baseline)
         return finish(config, saved, baseline, files)
@@ -85,7 +86,7 @@ def run(
     here = workload.describe(config, first_forward_s=math.nan)  # nothing ran yet
     show.check_baseline(config, here, config.plan(), baseline)
     begun = resuming.resume(config, Run(here, config.plain(), ()), earlier)
-    session = serve(config, workload, predict(config, workload, begun), files, measure)
+    session = serve(config, workload, predict(config, workload, begun), files, executor)
     code = finish(config, session.run, baseline, files)
     show.show_left(session.stopped, session.left, session.planned)
     return session.exit_code or code
@@ -97,14 +98,16 @@ def predict(config: Config, workload: Workload, begun: Run) -> Run:
     from ensemble.bench import prediction
 
     print("Running Sample prediction")
-    first_forward_s = prediction.predict(config, workload, say=print)
+    first_forward_s = prediction.predict(
+        config.models, workload, verbose=config.report.verbose, say=print
+    )
     if not math.isnan(begun.environment.first_forward_s):
         return begun
     return replace(begun, environment=replace(begun.environment, first_forward_s=first_forward_s))
 
 
 def serve(
-    config: Config, workload: Workload, begun: Run, files: show.Files, measure: Measure | None
+    config: Config, workload: Workload, begun: Run, files: show.Files, executor: Executor | None
 ) -> Session:
     """Run all models by each strategy: build, compare with the loop, time beside the loop."""
     from ensemble.bench import session
@@ -112,10 +115,11 @@ def serve(
 
     print("Serving multiple models")
     print(f"Running on {workload.device_name(config)}")
-    if config.scenario == "server" and config.target_qps is None:
-        show.say(search.announcement(config))
+    load = config.load
+    if load and load.scenario == "server" and load.target_qps is None:
+        show.say(search.announcement(load, config.measure.min_seconds))
     return session.measure_all(
-        config, begun, workload, save=files.save, say=show.say, measure=measure
+        config, begun, workload, save=files.save, say=show.say, executor=executor
     )
 
 
@@ -123,7 +127,7 @@ def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -
     """Show a run, save it, and say by the exit code how it went."""
     files.finish(done)  # first: nothing that fails while it is shown may cost it
     with streams.written():
-        show.show(done, verbose=config.verbose)
+        show.show(done, verbose=config.report.verbose)
         gate = show.compare(config, done, baseline)
     files.check()
     return 1 if show.has_failed(config, done) else gate

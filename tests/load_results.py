@@ -1,8 +1,8 @@
 """The page of runs under load, tests/data/load/README.md: `python -m tests.load_results`."""
 
-from ensemble.bench.records import Run
 from ensemble.bench.report import exports
 from ensemble.bench.report.page import page_of
+from ensemble.bench.summary import Run
 from tests.results import DATA, machine
 
 FOLDER = DATA / "load"

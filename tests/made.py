@@ -3,18 +3,25 @@
 from dataclasses import replace
 from typing import Any
 
+from ensemble.bench.case import Case
 from ensemble.bench.cli import parse
-from ensemble.bench.config import Config
-from ensemble.bench.records import (
-    Case,
-    Environment,
-    Process,
-    Result,
-)
+from ensemble.bench.config import Config, config_of
+from ensemble.bench.environment import Environment
+from ensemble.bench.measurement import UNAVAILABLE as UNAVAILABLE_STATUS
+from ensemble.bench.measurement import Measurement, Note
+from ensemble.bench.summary import Summary
 
 CASE = Case("vmap", 4, 1, 224, "float32", "shared")
-PROCESS = Process((1.0, 2.0, 4.0), (2.0, 3.0, 2.0), build_s=0.1, first_call_s=0.2)
-ROW = Result(CASE, processes=(PROCESS,), top1=[[281]] * 4, notes=("a note",))
+ONE = Measurement(
+    CASE,
+    times_s=(1.0, 2.0, 4.0),
+    reference_times_s=(2.0, 3.0, 2.0),
+    build_s=0.1,
+    first_call_s=0.2,
+    top1=[[281]] * 4,
+    notes=(Note("a note"),),
+)
+ROW = Summary(CASE, (ONE,))
 ENVIRONMENT = Environment(
     date="2026-01-01T00:00:00+00:00",
     argv=("resnet_vmap.py",),
@@ -35,21 +42,34 @@ ENVIRONMENT = Environment(
     weights="random",
     first_forward_s=0.25,
 )
-CONFIG: Config = replace(
+
+
+def with_options(config: Config, **changes: Any) -> Config:
+    """The configuration with other options, by their names."""
+    return config_of(config.plain() | changes)
+
+
+CONFIG: Config = with_options(
     parse([]), num_models=(4,), image_path="kitten.jpg", strategies=("loop", "vmap")
 )
 
 _OF_CASE = set(Case.__dataclass_fields__)
-_OF_PROCESS = set(Process.__dataclass_fields__)
 
 
-def changed(row: Result, **changes: Any) -> Result:
-    """The row, measured in one process, with other fields of its own, its case or its process."""
+def changed(row: Summary, **changes: Any) -> Summary:
+    """The row with other fields of its case, or of every measurement of it."""
     case = {name: value for name, value in changes.items() if name in _OF_CASE}
-    process = {name: value for name, value in changes.items() if name in _OF_PROCESS}
-    rest = {name: value for name, value in changes.items() if name not in {*case, *process}}
-    processes = tuple(replace(one, **process) for one in row.processes)
-    return replace(row, case=replace(row.case, **case), processes=processes, **rest)
+    rest = {name: value for name, value in changes.items() if name not in case}
+    if "notes" in rest:
+        rest["notes"] = tuple(map(Note, rest["notes"]))
+    new_case = replace(row.case, **case)
+    measurements = (replace(one, case=new_case, **rest) for one in row.measurements)
+    return replace(row, case=new_case, measurements=tuple(measurements))
+
+
+def row_of(*measurements: Measurement) -> Summary:
+    """The row of these measurements."""
+    return Summary(measurements[0].case, measurements)
 
 
 LOOP = changed(
@@ -67,16 +87,16 @@ VMAP = changed(
     page_faults_per_call=12_000.0,
     reference_page_faults_per_call=0.0,
 )
-UNAVAILABLE = Result(
-    replace(CASE, strategy="cudagraph_loop"), status="unavailable", error="no CUDA"
+UNAVAILABLE = row_of(
+    Measurement(replace(CASE, strategy="cudagraph_loop"), UNAVAILABLE_STATUS, "no CUDA")
 )
 
 
-def at(num_models: int, speedup: float, **changes: Any) -> Result:
+def at(num_models: int, speedup: float, **changes: Any) -> Summary:
     """A row of `vmap` that is so many times as fast as the loop."""
     return changed(VMAP, num_models=num_models, times_s=(0.1 / speedup,) * 20, **changes)
 
 
-def curve(*speedups: float) -> list[Result]:
+def curve(*speedups: float) -> list[Summary]:
     """Rows of N = 1, 2, 4, ..."""
     return [at(2**index, speedup) for index, speedup in enumerate(speedups)]

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ensemble.bench.records import Result, Run
 from ensemble.bench.report import exports
 from ensemble.bench.report.table import render_notes, render_table
 from ensemble.bench.report.verdict import render_answer
+from ensemble.bench.summary import Run, Summary
 from tests import peers
 
 DATA = Path(__file__).parent / "data"
@@ -39,7 +39,7 @@ def read(name: str) -> Run:
     return exports.read(str(DATA / f"{name}.json"), argument=name)
 
 
-def figure(row: Result | None) -> str:
+def figure(row: Summary | None) -> str:
     """A speedup with its interval, and of how many processes where these were several."""
     if row is None:
         return ""

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import resnet_vmap
-from ensemble.bench import records, workload
+from ensemble.bench import summary, workload
+from ensemble.bench.case import Case
 from ensemble.bench.cli import parse
-from ensemble.bench.records import Case, Run
 from ensemble.bench.report import exports, show
+from ensemble.bench.summary import Run
 from ensemble.machine import cores, memory, timing
 from ensemble.machine.cores import Cores
 from ensemble.models import pretrained
@@ -41,7 +42,7 @@ QUICK += ["--strategies", "loop", "vmap"]
 @pytest.fixture(autouse=True)
 def tests_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their rows are judged as if nothing else ran, and take half of the calls."""
-    monkeypatch.setattr(records, "TOO_BUSY", 1.0)
+    monkeypatch.setattr(summary, "TOO_BUSY", 1.0)
     monkeypatch.setattr(timing, "LONG_S", 0.0)  # no untimed call before each timed one
     monkeypatch.setenv("COLUMNS", "1000")
 
@@ -79,7 +80,7 @@ def test_the_lines_that_users_of_the_original_know_come_in_their_order(
         "Serving multiple models",
         r"Time taken for prediction without vmap: 0\.\d{6}",
         r"Time taken for prediction with vmap: 0\.\d{6}",
-        "Fastest with 3 models: ",
+        "\n3 models: ",
         r"\nloop +3 .* 1 \(reference\)",
         r"\nvmap +3 .* (\d\.\d\d \[|too noisy)",  # on a busy machine
     ]
@@ -192,15 +193,18 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--export_csv", "a_grid.png", "--plot", "a.png"], "--plot: expected a file of its own"),
         (["--plot", "a.gif"], "--plot: expected a name that ends in .png or .svg, found a.gif"),
         (["--resume", "a.json", "--export_csv", "a.json"], "--export_csv: expected a file of its"),
-        (["--fail_above", "5"], "--fail_above: expected --baseline with it"),
-        (["--reduce", "mean", "--inputs", "per_model"], "--reduce: expected --inputs shared with"),
+        (["--fail_above", "5"], "--fail_above: requires --baseline"),
+        (["--reduce", "mean", "--inputs", "per_model"], "--reduce: mean requires --inputs shared"),
         (["--max_minutes", "0"], "expected a number of minutes above 0"),
         (["--resume", "no/such.json"], "--resume: no/such.json: expected a result file"),
         (["--baseline", KITTEN], f"--baseline: {KITTEN}: "),
-        (["--from_json", KITTEN], "--from_json: expected no --image_path beside it"),
-        (["--from_json", "a", "--threads", "2", "--roofline"], "no --image_path, --threads, --roo"),
-        (["--from_json", "a", "--precision", "5"], "no --image_path, --precision beside it"),
-        (["--from_json", "a", "--dtype", "float32"], "no --image_path, --dtype beside it"),
+        (["--from_json", KITTEN], "--from_json: cannot be combined with --image_path"),
+        (
+            ["--from_json", "a", "--threads", "2", "--roofline"],
+            "with --image_path, --threads, --roof",
+        ),
+        (["--from_json", "a", "--precision", "5"], "with --image_path, --max_ci_percent"),
+        (["--from_json", "a", "--dtype", "float32"], "with --image_path, --dtype: it shows"),
         (["--export_json", "/proc/run.json"], "--export_json: expected to write in /proc"),
         (["--arch", "vit_b_16", "--image_size", "64"], "--image_size: vit_b_16 does not run at 64"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to"),
@@ -336,7 +340,7 @@ def test_a_file_that_can_no_longer_be_written_costs_no_result(
     argv = [*QUICK, "--model_path", checkpoint, "--export_json", str(tmp_path / "run.json")]
     assert resnet_vmap.main(argv) == 2
     captured = capsys.readouterr()
-    assert "Fastest with 2 models" in captured.out
+    assert "\n2 models: " in captured.out
     assert captured.err.endswith("run.json cannot be written: No space left on device\n")
 
 
@@ -432,7 +436,7 @@ def test_more_threads_than_cores_are_warned_of(
     assert capsys.readouterr().err == ""
     parse(["--threads", "99"])
     assert capsys.readouterr().err.startswith(
-        "Warning: --threads 99: more than the cores here (2 of"
+        "Warning: --threads 99 is more than the cores here (2 of"
     )
 
 
@@ -492,14 +496,14 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
     """With 25 MB of address space left, vmap over 4 models at batch 8 does not fit."""
     program = (
         "import resource, sys, torch, functorch, torchvision, resnet_vmap\n"
-        "from ensemble.bench import row\n"
-        "measured = row.measure\n"
-        "def measure(case, *rest, **options):\n"
-        "    if case.strategy == 'vmap':\n"
+        "from ensemble.bench.executors import in_process\n"
+        "measured = in_process.measure\n"
+        "def measure(task, *rest, **options):\n"
+        "    if task.case.strategy == 'vmap':\n"
         "        now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (now + 25_000_000, -1))\n"
-        "    return measured(case, *rest, **options)\n"
-        "row.measure = measure\n"
+        "    return measured(task, *rest, **options)\n"
+        "in_process.measure = measure\n"
         "sys.exit(resnet_vmap.main(sys.argv[1:]))"
     )
     argv = ["--model_path", checkpoint, "--num_models", "4", "--batch_size", "8"]
@@ -529,10 +533,8 @@ def test_a_sweep_stopped_and_resumed_has_the_rows_of_one_that_was_not(
     argv += ["--max_minutes", "1e-6"]
     assert resnet_vmap.main([*argv, "--export_json", str(part)]) == 0
     captured = capsys.readouterr()
-    assert (
-        "1 of 4 rows are finished; not measured, or by fewer processes than asked: vmap, 1 model; "
-        in captured.err
-    )
+    unmeasured = "not measured, or by fewer processes than requested: vmap, 1 model; "
+    assert f"1 of 4 rows are finished; {unmeasured}" in captured.err
     assert rows_of(part) == rows_of(whole)[:1]
     first = exports.read(str(part), argument="").results
     assert resnet_vmap.main([*argv[:-2], "--resume", str(part)]) == 0
@@ -626,7 +628,7 @@ def test_a_saved_run_is_shown_drawn_and_compared_without_torch(
         [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, check=True
     )
     capsys.readouterr()
-    show.show(run, verbose=parse(argv).verbose)
+    show.show(run, verbose=parse(argv).report.verbose)
     assert done.stdout.startswith(capsys.readouterr().out)
     assert "vmap, 2 models, batch 1, 40 px, float32: time per call / that of the loop is 1.000" in (
         done.stdout
@@ -678,16 +680,22 @@ def test_a_baseline_without_a_row_of_the_run_is_refused_before_anything_is_measu
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--target_qps", "9"], "--target_qps: expected --scenario with it"),
-        (["--strategies", "hybrid"], "--strategies: hybrid: expected --scenario"),
+        (["--target_qps", "9"], "--target_qps: requires --scenario"),
+        (["--strategies", "hybrid"], "--strategies: hybrid requires --scenario"),
         (["--scenario", "server", "--target_qps", "0"], "requests per second above 0, found '0'"),
         (["--scenario", "server", "--latency_bound_ms", "-1"], "milliseconds above 0, found '-1'"),
         (["--scenario", "server", "--latency_percentile", "100"], "from 50 to 99.9, found '100'"),
         (["--scenario", "server", "--skew", "nan"], "from 0 to 10, found 'nan'"),
-        (["--scenario", "server", "--skew", "1"], "--skew: expected --inputs per_model"),
-        (["--scenario", "server", "--strategies", "hybrid"], "hybrid: expected --inputs per_model"),
-        (["--scenario", "offline", "--target_qps", "9"], "expected --scenario server with it"),
-        (["--scenario", "server", "--batch_size", "2"], "--batch_size: expected no --scenario"),
+        (["--scenario", "server", "--skew", "1"], "--skew: requires --inputs per_model"),
+        (["--scenario", "server", "--strategies", "hybrid"], "hybrid requires --inputs per_model"),
+        (
+            ["--scenario", "offline", "--target_qps", "9"],
+            "requires --scenario server, found",
+        ),
+        (
+            ["--scenario", "server", "--batch_size", "2"],
+            "--batch_size: cannot be combined with",
+        ),
         (["--scenario", "server", "--load_log", KITTEN], "--load_log: expected a folder, found"),
     ],
 )

@@ -14,7 +14,8 @@ GROUND = ("errors", "statistics", "files", "formatting", "gc_pause")
 WINGS = (*GROUND, "machine", "models", "compiler", "strategies/__init__", "strategies", "bench")
 FREE_OF_TORCH = (
     *(*GROUND, "strategies/__init__"),
-    *("bench/config", "bench/records", "bench/cli", "bench/report"),
+    *("bench/case", "bench/cli", "bench/config", "bench/environment", "bench/load/record"),
+    *("bench/measurement", "bench/report", "bench/result_file", "bench/summary"),
 )
 
 

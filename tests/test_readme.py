@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.bench.records import Result
+from ensemble.bench.summary import Summary
 from ensemble.strategies import STRATEGIES
 from tests import load_results, results
 from tests.bench.ranks import figures
@@ -69,11 +69,13 @@ def test_the_rates_under_load_are_those_of_stored_runs() -> None:
         assert said.format(*rates) in text
 
 
-def held(row: Result) -> str:
-    rate = row.held_qps
+def held(row: Summary) -> str:
+    rate = row.load.held_qps if row.load else None
     return "none" if rate is None else f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
 
 
 def test_the_figures_of_the_page_on_ranks_are_those_of_stored_runs() -> None:
-    page = (ROOT / "ensemble" / "distributed" / "README.md").read_text().splitlines()
+    page = (
+        (ROOT / "ensemble" / "bench" / "executors" / "ranks" / "README.md").read_text().splitlines()
+    )
     assert [line for line in figures.all_lines() if line not in page] == []

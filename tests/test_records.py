@@ -2,16 +2,17 @@
 
 from dataclasses import replace
 
-from ensemble.bench.records import Result
 from ensemble.bench.report.table import render_table
 from ensemble.bench.report.verdict import render_answer, render_remarks
+from ensemble.bench.summary import Summary
 from tests.made import (
     ENVIRONMENT,
     LOOP,
-    PROCESS,
+    ONE,
     ROW,
     VMAP,
     changed,
+    row_of,
 )
 
 
@@ -41,9 +42,9 @@ def test_noise_is_the_worse_spread_of_the_two() -> None:
 
 
 def test_the_build_of_a_row_holds_what_its_first_process_took_to_choose_for_all() -> None:
-    first = replace(PROCESS, build_s=7.0, tune_s=5.0)
-    others = (replace(PROCESS, build_s=1.0), replace(PROCESS, build_s=1.5))
-    row = replace(ROW, processes=(first, *others), picked="folded_loop")
+    first = replace(ONE, build_s=7.0, tune_s=5.0)
+    others = (replace(ONE, build_s=1.0), replace(ONE, build_s=1.5))
+    row = row_of(replace(first, picked="folded_loop"), *others)
     assert row.build_s == 6.5  # 5, and the median of 2, 1 and 1.5
     assert row.start_s == 6.7
     assert row.name == "vmap (folded_loop)"
@@ -53,35 +54,32 @@ def test_the_build_of_a_row_holds_what_its_first_process_took_to_choose_for_all(
 def test_nothing_is_claimed_beside_other_programs_that_take_much_of_the_cpu() -> None:
     assert changed(VMAP, others_cpu_share=0.1).inconclusive is None
     busy = changed(VMAP, others_cpu_share=0.5)
-    assert busy.inconclusive == "machine busy"
+    assert busy.inconclusive == "CPU busy"
     remarks = render_remarks([LOOP, busy], ENVIRONMENT)
-    assert (
-        "meanwhile, no speedup is claimed; stop them and run again: vmap, 4 models (50%)."
-        in remarks
-    )
-    assert "inconclusive, because of vmap (machine busy)" in render_answer([LOOP, busy])
+    assert "other processes used the CPU, no speedup is reported: vmap, 4 models (50%)." in remarks
+    assert "inconclusive: vmap (CPU busy)" in render_answer([LOOP, busy])
 
 
-def busy(*, ours: tuple[float, float], theirs: tuple[float, float]) -> Result:
+def busy(*, ours: tuple[float, float], theirs: tuple[float, float]) -> Summary:
     """A row beside other programs, of calls that take the one time or the other."""
     return changed(VMAP, times_s=ours * 10, reference_times_s=theirs * 10, others_cpu_share=0.6)
 
 
 def test_beside_other_programs_a_difference_is_claimed_where_the_fastest_calls_show_it() -> None:
     far = busy(ours=(0.016, 0.02), theirs=(0.9, 1.666))
-    assert far.inconclusive == "machine busy"
-    assert far.beyond_disturbance == "faster"
-    assert "vmap was faster than the loop all the same: its fastest call took 16 ms" in (
+    assert far.inconclusive == "CPU busy"
+    assert far.beyond_contention == "faster"
+    assert "Still, vmap is faster than the loop: its fastest call took 16 ms" in (
         render_answer([LOOP, far])
     )
-    assert "faster: machine busy" in render_table([LOOP, far])
-    assert busy(ours=(0.9, 1.666), theirs=(0.016, 0.02)).beyond_disturbance == "slower"
+    assert "faster: CPU busy" in render_table([LOOP, far])
+    assert busy(ours=(0.9, 1.666), theirs=(0.016, 0.02)).beyond_contention == "slower"
 
 
 def test_medians_that_other_programs_have_put_apart_claim_nothing() -> None:
     apart = busy(ours=(0.02, 0.02), theirs=(0.05, 4.0))
-    assert apart.beyond_disturbance is None
-    assert changed(VMAP, times_s=(0.001,) * 20).beyond_disturbance is None  # a quiet machine
+    assert apart.beyond_contention is None
+    assert changed(VMAP, times_s=(0.001,) * 20).beyond_contention is None  # a quiet machine
 
 
 def test_rows_that_are_noisy_in_the_same_way_share_a_line() -> None:
@@ -89,4 +87,4 @@ def test_rows_that_are_noisy_in_the_same_way_share_a_line() -> None:
     second = changed(VMAP, others_cpu_share=0.5, num_models=8)
     remarks = render_remarks([LOOP, first, second], ENVIRONMENT)
     assert remarks.count("Warning") == 1
-    assert "run again: vmap, 4 models (40%); vmap, 8 models (50%).\n" in remarks
+    assert "reported: vmap, 4 models (40%); vmap, 8 models (50%).\n" in remarks

@@ -118,8 +118,10 @@ def test_the_interval_covers_what_the_next_runs_say_as_often_as_it_says(
     kind: str, more: int
 ) -> None:
     """With the default number of processes, or one more, and precision: at least 93 % of runs."""
-    config = parse([])
-    found = share_covered(kind, processes=config.processes + more, precision=config.precision)
+    options = parse([]).measure
+    found = share_covered(
+        kind, processes=options.processes + more, precision=options.max_ci_percent
+    )
     assert found >= 0.93
 
 

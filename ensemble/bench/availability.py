@@ -1,4 +1,4 @@
-"""What is known of a run before it begins: rows that cannot run here, and what will take long."""
+"""What is known before a run starts: cases that cannot run here, and those that will be slow."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from collections.abc import Sequence
 
 import torch
 
+from ensemble.bench.case import Case
 from ensemble.bench.config import Config
-from ensemble.bench.records import Case, Result
+from ensemble.bench.measurement import UNAVAILABLE, Measurement
 from ensemble.machine import dtypes
 from ensemble.strategies import STRATEGIES, peers
 
 CUDA = "CUDA"  # as `Strategy.needs` has it
 
 
-def unavailable(cases: Sequence[Case], config: Config, device: torch.device) -> list[Result]:
-    """The rows that need no process to find out that they cannot run, or cannot win.
+def unavailable(cases: Sequence[Case], config: Config, device: torch.device) -> list[Measurement]:
+    """The cases that cannot run here, or cannot win, as is known without a process.
 
-    A strategy that was named is run, however slow; one that only `--strategies all` asked for is
-    not where the CPU emulates its dtype.
+    A strategy that was named is measured, however slow; `--strategies all` alone does not measure
+    one whose dtype the CPU emulates.
     """
-    every = set(config.strategies) == set(STRATEGIES)
-    rows = []
+    every = set(config.run.strategies) == set(STRATEGIES)
+    found = []
     for case in cases:
         reason = _why_not(case, device) or (_why_slow(case, device) if every else "")
-        rows += [Result(case, status="unavailable", error=reason)] if reason else []
-    return rows
+        found += [Measurement(case, UNAVAILABLE, reason)] if reason else []
+    return found
 
 
 def warnings(cases: Sequence[Case], device: torch.device) -> list[str]:
@@ -34,9 +35,8 @@ def warnings(cases: Sequence[Case], device: torch.device) -> list[str]:
     for name in dict.fromkeys(case.dtype for case in cases if _is_slow(case, device)):
         ratio = dtypes.slowdown(getattr(torch, name))
         lines.append(
-            f"Warning: this CPU has no {name} instructions, and torch emulates them: a convolution"
-            f" took {ratio:.1f} times as long as in float32; best and lowered_vmap compute in"
-            " float32"
+            f"Warning: this CPU emulates {name}: a convolution took {ratio:.1f} times as long as in"
+            " float32; best and lowered_vmap compute in float32"
         )
     return lines
 

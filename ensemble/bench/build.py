@@ -1,4 +1,4 @@
-"""A strategy from its name to its steady state: build, first call, second call; what they cost."""
+"""Build a strategy and call it twice: from its name to its steady state, with the costs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble import strategies
+from ensemble.bench.measurement import Note
 from ensemble.machine import memory
 from ensemble.machine.devices import synchronize
 from ensemble.models import stacking
@@ -25,16 +26,16 @@ if TYPE_CHECKING:
     from ensemble.strategies.build_result import Built, Choice, Forward
 
 
-def _at_once() -> None:
+def _is_ready() -> None:
     """Nothing to wait for."""
 
 
 @dataclass(frozen=True)
-class Started:
+class BuiltStrategy:
     """A strategy after its build and first two calls.
 
-    `forward` gives logits; `serve`, which is timed, what is made of them. `ready` comes before each
-    call and is not timed: ranks meet there.
+    `forward` gives logits `(N, B, classes)`; `serve`, which is timed, their reduction. `ready` runs
+    before each call, untimed: the barrier of ranks.
     """
 
     forward: Forward
@@ -44,27 +45,27 @@ class Started:
     build_s: float
     first_call_s: float
     peak_memory_bytes: int | None
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     choice: Choice | None = None
-    ready: Callable[[], None] = _at_once
+    ready: Callable[[], None] = _is_ready
 
     def call(self, example: Tensor | None = None) -> Tensor:
-        """What is served of the example, once more; or of another that is like it."""
+        """The result for the example, or for another like it."""
         self.ready()
         return self.serve(self.example if example is None else example)
 
 
-def start(
+def build(
     name: str,
     models: Sequence[nn.Module],
     example: Tensor,
     dtype: torch.dtype,
     *,
     tune_seconds: float = TUNE_SECONDS,
-) -> Started:
-    """Build a strategy and call it twice. Its peak memory counts its models and all it adds.
+) -> BuiltStrategy:
+    """Build a strategy and call it twice. Its peak memory includes its models.
 
-    Neither its time nor its memory has what is done once: see `prepare`.
+    Neither time nor memory includes one-time costs: see `prepare`.
     """
     device = example.device
     prepare(name, device)
@@ -84,7 +85,7 @@ def start(
     caught = _call_again(built.forward, own_example)
     peak = memory.peak_bytes(device) if peak_known else None
     shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
-    return Started(
+    return BuiltStrategy(
         forward=built.forward,
         serve=built.forward,
         example=own_example,
@@ -98,8 +99,7 @@ def start(
 
 
 def prepare(name: str, device: torch.device) -> None:
-    """Import what building the strategy would, and have its kernels: compiled, once per
-    installation, or read from the disk.
+    """Import what the strategy imports, and compile its kernels or read them from the cache.
 
     Raises:
         UnavailableError: what it needs is not installed.
@@ -113,7 +113,7 @@ def prepare(name: str, device: torch.device) -> None:
 
 
 def _call_again(forward: Forward, example: Tensor) -> Sequence[warnings.WarningMessage]:
-    """What a second call warns of, or compiles again, the timed calls would too."""
+    """The warnings of a second call, which must not recompile: timed calls would do the same."""
     with warnings.catch_warnings(record=True) as caught, _no_recompilation():
         warnings.simplefilter("always")
         forward(example)
@@ -121,8 +121,8 @@ def _call_again(forward: Forward, example: Tensor) -> Sequence[warnings.WarningM
     return caught
 
 
-def tidy() -> None:
-    """Forget what was compiled before, and give its memory back."""
+def release_compiled() -> None:
+    """Reset torch.compile, collect garbage, and return freed memory to the system."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()
@@ -137,8 +137,9 @@ def _no_recompilation() -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _notes(built: Built, caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
-    """What was chosen, the strategy's note, and what vmap had no batching rule for."""
+def _notes(built: Built, caught: Sequence[warnings.WarningMessage]) -> tuple[Note, ...]:
+    """The choice, the strategy's note, and operators that vmap has no batching rule for."""
     texts = dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)
     notes = (built.choice.note if built.choice else "", built.note, built.later())
-    return (*filter(None, notes), *(text for text in texts if "batching rule" in text))
+    missing = (text for text in texts if "batching rule" in text)
+    return tuple(map(Note, filter(None, (*notes, *missing))))

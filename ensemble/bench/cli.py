@@ -1,4 +1,4 @@
-"""From a command line to a `Config`, or to the one line that says what is wrong. No torch."""
+"""Parse the command line into a `Config`, or one line that says what is wrong. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import site
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -18,9 +18,15 @@ from ensemble.bench.config import (
     ALL,
     DEFAULT_IMAGE,
     DEFAULT_NUM_MODELS,
-    LOAD,
     OUTPUTS,
+    PARTS,
     Config,
+    LoadOptions,
+    MeasureOptions,
+    ModelOptions,
+    ReportOptions,
+    RunOptions,
+    default_text,
     outputs,
 )
 from ensemble.errors import InputError
@@ -29,28 +35,22 @@ from ensemble.strategies import HYBRIDS, STRATEGIES
 
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 PICTURE_SUFFIXES = {".png", ".svg"}
-# Flags whose name is another than that of the argument which the library knows them by.
+# Library argument -> flag, where their names differ.
 FLAGS = {"paths": "model_path"}
-BESIDE_FROM_JSON = {*OUTPUTS, "overwrite", "from_json", "baseline", "fail_above", "verbose"}
+WITH_FROM_JSON = {*OUTPUTS, "overwrite", "from_json", "baseline", "fail_above", "verbose"}
 
 
 def in_flags(error: InputError) -> str:
-    """What an error says, in one line, about a flag where the library speaks of an argument."""
+    """The message of an error in one line, with the flag in place of the library's argument."""
     flag = f"--{FLAGS.get(error.argument, error.argument)}: " if error.argument else ""
     return flag + " ".join(error.message.split())
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """argparse's, in fewer lines: each default once and only where there is one, short lists."""
+    """argparse's, with wider option names and short lists."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=26, **options)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.dest == "help":
-            return action.help
-        values = action.default if isinstance(action.default, list) else [action.default]
-        return f"{action.help} (default: {' '.join(map(str, values))})"
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         many = action.nargs == argparse.ONE_OR_MORE
@@ -58,7 +58,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with usage errors in the one-line form of every other error."""
+    """argparse with one-line usage errors that suggest the nearest name."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
@@ -81,54 +81,97 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """The parser of all flags, made of the fields of `Config`."""
+    """The parser of all flags, which are the fields of the parts of `Config`.
+
+    It gives the flags that were typed alone: defaults are those of the fields.
+    """
     parser = Parser(
         prog="resnet_vmap.py",
         usage="%(prog)s [--FLAG [VALUE ...]] ...",
-        description="Run N ResNets by a Python loop and by other strategies, check that all compute"
-        " the same logits, and say which is fastest here. On several devices: torchrun"
+        description="Run N ResNets in a Python loop and by other strategies, check that all give"
+        " the same logits, and report which is the fastest. On several devices: torchrun"
         " --nproc_per_node 2 resnet_vmap.py",
-        epilog="Exit codes: 0 all ran and agreed; 1 a strategy failed, disagrees, or is slower than"
-        " --fail_above allows; 2 bad input or output; 3 --fail_above could not judge every row;"
-        " 130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. Where other programs take over 25% of"
-        " the CPU a winner needs fastest calls that differ by 5 times: lost time slices mislead",
+        epilog="Exit codes: 0 success; 1 a strategy failed, its outputs disagree, or --fail_above"
+        " was exceeded; 2 invalid input, or an output that cannot be written; 3 --fail_above was"
+        " inconclusive; 130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. Where other processes use"
+        " over 25% of the CPU, a speedup is reported only if the fastest calls differ by a factor"
+        " of 5",
         formatter_class=HelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    groups: dict[str, Any] = {}
-    for option in fields(Config):
-        options = dict(option.metadata)
-        name = options.pop("group")
-        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        group.add_argument(f"--{option.name}", **options)
+    for part in PARTS:
+        group = parser.add_argument_group(part.__doc__)
+        for option in fields(part):
+            options = dict(option.metadata)
+            help = options.pop("help") + default_text(option)
+            old_names = options.pop("aliases", ())
+            group.add_argument(f"--{option.name}", help=help, **options)
+            for name in old_names:
+                hidden = {**options, "dest": option.name, "help": argparse.SUPPRESS}
+                group.add_argument(f"--{name}", **hidden)
     return parser
 
 
 def parse(argv: Sequence[str] | None) -> Config:
     """The command line as a Config; raises InputError for a bad one.
 
-    Under torchrun each rank parses the same line; files are written, and checked, by the first.
+    Under torchrun each rank parses the same line; rank 0 writes and checks the files.
     """
-    parser = make_parser()
-    options, typed = vars(parser.parse_args(argv)), _typed(parser, argv)
-    _check_not_empty(options)
-    if options["from_json"]:
-        _check_beside_from_json(typed)
+    typed = vars(make_parser().parse_args(argv))
+    _check_not_empty(typed)
+    if typed.get("from_json"):
+        _check_with_from_json(typed)
     else:
         if launch.is_launched():
             _check_ranks(typed)
-            options["processes"] = 0
-        _check_load(typed, options)
-    config = Config(**_filled_in(options))
-    if config.reduce == "mean" and config.inputs == "per_model":
-        message = "expected --inputs shared with it: tenants have no mean, found per_model"
-        raise InputError(message, argument="reduce")
-    if config.resume and not config.export_json:
-        config = replace(config, export_json=config.resume)  # it goes on in its own file
+            typed["processes"] = 0
+        _check_load(typed)
+    config = _config(typed)
+    models, report = config.models, config.report
+    if models.reduce == "mean" and models.inputs == "per_model":
+        raise InputError("mean requires --inputs shared, found per_model", argument="reduce")
+    if config.measure.resume and not report.export_json:  # continue in the same file
+        report = replace(report, export_json=config.measure.resume)
+        config = replace(config, report=report)
     if launch.rank() == 0:
         check_paths(config)
-        warn_of_threads(config)
+        warn_of_threads(config.run)
     return config
+
+
+def _config(typed: dict[str, Any]) -> Config:
+    """The configuration of the typed options, with the defaults that depend on others."""
+
+    def part(kind: type[Any]) -> Any:
+        names = {option.name for option in fields(kind)} & typed.keys()
+        return kind(**{name: _plain(name, typed[name]) for name in names})
+
+    models, run = part(ModelOptions), part(RunOptions)
+    files = len(models.model_path or ())
+    if models.num_models is None:
+        models = replace(models, num_models=(files if files > 1 else DEFAULT_NUM_MODELS,))
+    if files > 1 and models.num_models != (files,):
+        asked = " ".join(map(str, models.num_models))
+        raise InputError(f"expected {files}, one per file, found {asked}", argument="num_models")
+    if models.image_path == DEFAULT_IMAGE and not Path(DEFAULT_IMAGE).exists():
+        models = replace(models, image_path=str(default_image()))
+    if ALL in run.strategies:
+        run = replace(run, strategies=tuple(STRATEGIES))
+    return Config(
+        models=models,
+        run=run,
+        measure=part(MeasureOptions),
+        load=part(LoadOptions) if "scenario" in typed else None,
+        report=part(ReportOptions),
+    )
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A list as a tuple, without what it repeats; several paths may be the same file."""
+    if not isinstance(value, list):
+        return value
+    return tuple(value if name == "model_path" else dict.fromkeys(value))
 
 
 def _check_not_empty(options: dict[str, Any]) -> None:
@@ -138,36 +181,15 @@ def _check_not_empty(options: dict[str, Any]) -> None:
             raise InputError("expected a value, found an empty one", argument=name)
 
 
-def warn_of_threads(config: Config) -> None:
-    """Say on stderr that more threads than cores are asked for: they wait for each other."""
+def warn_of_threads(run: RunOptions) -> None:
+    """Warn on stderr of more threads than cores: they wait for each other."""
     found = cores.find()
-    if config.threads and found.whole and config.threads > found.whole:
+    if run.threads and found.whole and run.threads > found.whole:
         print(
-            f"Warning: --threads {config.threads}: more than the cores here ({found.words()});"
-            " threads that wait for a core slow the strategies down, unequally so",
+            f"Warning: --threads {run.threads} is more than the cores here ({found.words()});"
+            " oversubscribed threads slow some strategies more than others",
             file=sys.stderr,
         )
-
-
-def _filled_in(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the defaults that depend on others, as `Config` has them."""
-    paths = options["model_path"]
-    files = len(paths) if paths and len(paths) > 1 else None  # one for each model
-    if options["num_models"] is None:
-        options["num_models"] = [files or DEFAULT_NUM_MODELS]
-    if files and options["num_models"] != [files]:
-        asked = " ".join(map(str, options["num_models"]))
-        raise InputError(f"expected {files}, one per file, found {asked}", argument="num_models")
-    if ALL in options["strategies"]:
-        options["strategies"] = list(STRATEGIES)
-    if options["image_path"] == DEFAULT_IMAGE and not Path(DEFAULT_IMAGE).exists():
-        options["image_path"] = str(default_image())
-    return {
-        name: tuple(dict.fromkeys(value) if name != "model_path" else value)
-        if isinstance(value, list)
-        else value
-        for name, value in options.items()
-    }
 
 
 def default_image() -> Path:
@@ -180,79 +202,71 @@ def default_image() -> Path:
     return next((path for path in paths if path.exists()), paths[0])
 
 
-def _typed(parser: Parser, argv: Sequence[str] | None) -> list[str]:
-    """The flags of a command line, those too that were given their default value."""
-    untouched = argparse.Namespace(**dict.fromkeys(field.name for field in fields(Config)))
-    found = vars(parser.parse_args(argv, untouched))  # a default is put only where nothing is
-    return [name for name, value in found.items() if value is not None]
-
-
-def _check_beside_from_json(typed: Sequence[str]) -> None:
-    without_effect = [f"--{name}" for name in typed if name not in BESIDE_FROM_JSON]
+def _check_with_from_json(typed: Collection[str]) -> None:
+    without_effect = [f"--{name}" for name in typed if name not in WITH_FROM_JSON]
     if without_effect:
         raise InputError(
-            f"expected no {', '.join(without_effect)} beside it: it shows a run that was made",
+            f"cannot be combined with {', '.join(without_effect)}: it shows an earlier run",
             argument="from_json",
         )
 
 
-def _check_ranks(typed: Sequence[str]) -> None:
+def _check_ranks(typed: Collection[str]) -> None:
     """Raise InputError for flags that do not apply under torchrun."""
     if "processes" in typed:
-        message = "expected none under torchrun: rows are measured in its ranks themselves"
+        message = "cannot be combined with torchrun: rows are measured in its ranks"
         raise InputError(message, argument="processes")
     if "scenario" in typed:
-        message = "expected no torchrun beside it: requests are served by one process"
+        message = "cannot be combined with torchrun: one process serves the requests"
         raise InputError(message, argument="scenario")
 
 
-# Under load these mean nothing: a request is one image, and nothing is timed in pairs.
+# A load test has single images and no pairs.
 NOT_UNDER_LOAD = ("batch_size", "reduce", "roofline", "self_check", "baseline", "fail_above")
 
 
-def _check_load(typed: Sequence[str], options: dict[str, Any]) -> None:
-    """Raise InputError for flags of load without a scenario, or that do not go with it."""
-    load = {option.name for option in fields(Config) if option.metadata["group"] == LOAD}
-    given = set(typed)
-    scenario, asked = options["scenario"], set(options["strategies"])
+def _check_load(typed: dict[str, Any]) -> None:
+    """Raise InputError for flags of a load test without a scenario, or that it has no use for."""
+    of_load = {option.name for option in fields(LoadOptions)}
+    scenario, hybrids = typed.get("scenario"), set(typed.get("strategies", ())) & set(HYBRIDS)
     if scenario is None:
-        for name in sorted(load & given):
-            raise InputError("expected --scenario with it, found none", argument=name)
-        for name in sorted(asked & set(HYBRIDS)):
-            raise InputError(f"{name}: expected --scenario, found none", argument="strategies")
+        for name in sorted(of_load & typed.keys()):
+            raise InputError("requires --scenario", argument=name)
+        for name in sorted(hybrids):
+            raise InputError(f"{name} requires --scenario", argument="strategies")
         return
     of_server = {"target_qps", "latency_percentile", "latency_bound_ms"}
-    for name in sorted(given & of_server if scenario != "server" else ()):
-        raise InputError(f"expected --scenario server with it, found {scenario}", argument=name)
-    for name in sorted(given & set(NOT_UNDER_LOAD)):
-        raise InputError("expected no --scenario beside it, found one", argument=name)
-    if options["inputs"] != "per_model":
-        if "skew" in given:
-            raise InputError("expected --inputs per_model with it, found shared", argument="skew")
-        for name in sorted(asked & set(HYBRIDS)):
-            message = f"{name}: expected --inputs per_model, found shared"
-            raise InputError(message, argument="strategies")
-    log = options["load_log"]
+    for name in sorted(typed.keys() & of_server if scenario != "server" else ()):
+        raise InputError(f"requires --scenario server, found {scenario}", argument=name)
+    for name in sorted(typed.keys() & set(NOT_UNDER_LOAD)):
+        raise InputError("cannot be combined with --scenario", argument=name)
+    if typed.get("inputs") != "per_model":
+        if "skew" in typed:
+            raise InputError("requires --inputs per_model", argument="skew")
+        for name in sorted(hybrids):
+            raise InputError(f"{name} requires --inputs per_model", argument="strategies")
+    log = typed.get("load_log")
     if log is not None and Path(log).exists() and not Path(log).is_dir():
         raise InputError(f"expected a folder, found a file at {log}", argument="load_log")
     if find_spec("mlperf_loadgen") is None:
-        message = "expected the package mlcommons-loadgen (requirements-peers.txt), found none"
+        message = "requires the package mlcommons-loadgen: pip install -r requirements-peers.txt"
         raise InputError(message, argument="scenario")
 
 
 def check_paths(config: Config) -> None:
     """Raise InputError unless every file can be written, before a long run finds out."""
-    if config.fail_above is not None and config.baseline is None:
-        raise InputError("expected --baseline with it, found none", argument="fail_above")
-    read = [config.image_path, *(config.model_path or ()), config.baseline, config.from_json]
-    if config.resume != config.export_json:
-        read.append(config.resume)
+    models, report, resume = config.models, config.report, config.measure.resume
+    if report.fail_above is not None and report.baseline is None:
+        raise InputError("requires --baseline", argument="fail_above")
+    read = [models.image_path, *(models.model_path or ()), report.baseline, report.from_json]
+    if resume != report.export_json:
+        read.append(resume)
     taken = {os.path.realpath(path): f"the input {path}" for path in read if path}
     for name in OUTPUTS:
-        path = getattr(config, name)
+        path = getattr(report, name)
         for written in () if path is None else outputs(name, path):
-            # The file that a run goes on in was read already, as a result file.
-            if name != "export_json" or written != config.resume:
+            # The file that a run continues in was read already, as a result file.
+            if name != "export_json" or written != resume:
                 _check_output(name, written, taken)
             taken[os.path.realpath(written)] = f"--{name} {path}"
 

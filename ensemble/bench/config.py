@@ -1,22 +1,17 @@
-"""Every flag of the command line, its default and what it takes. Imports no torch."""
+"""Every flag of the command line, with its default, grouped by what it serves. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from itertools import product
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ensemble.bench.records import SELF_CHECK, Case
-from ensemble.strategies import (
-    BEST,
-    HYBRIDS,
-    STRATEGIES,
-    TUNE_SECONDS,
-)
+from ensemble.bench.case import SELF_CHECK, Case
+from ensemble.strategies import BEST, HYBRIDS, STRATEGIES, TUNE_SECONDS
 
 Number = TypeVar("Number", int, float)
 DEFAULT_NUM_MODELS = 2
@@ -24,13 +19,13 @@ DEFAULT_IMAGE = "kitten.jpg"
 ALL = "all"
 
 
-def flag(group: str, help: str, **options: Any) -> Any:
-    """A field of `Config` with its flag: `options` are argparse's own."""
-    return field(metadata={"group": group, "help": help, **options})
+def flag(help: str, *, default: Any = None, **options: Any) -> Any:
+    """A field with its flag: `options` are argparse's own; `aliases` are old names of the flag."""
+    return field(default=default, metadata={"help": help, **options})
 
 
-def switch(group: str, help: str) -> Any:
-    return flag(group, help, action="store_true")
+def switch(help: str) -> Any:
+    return flag(help, default=False, action="store_true")
 
 
 def _within(
@@ -56,7 +51,6 @@ seed_number = _within(0, 2**62, int, "a whole number from 0 to 2**62")
 minutes = _within(1e-9, 1e6, float, "a number of minutes above 0, below a million")
 seconds = _within(0, inf, float, "a number of seconds of at least 0")
 percent = _within(0, inf, float, "a number of percent of at least 0")
-
 rate = _within(1e-9, inf, float, "a number of requests per second above 0")
 milliseconds = _within(0, inf, float, "a number of milliseconds of at least 0")
 bound = _within(1e-9, inf, float, "a number of milliseconds above 0")
@@ -64,255 +58,258 @@ percentile = _within(50, 99.9001, float, "a percentile from 50 to 99.9")
 batch = _within(1, 1025, int, "a whole number from 1 to 1024")
 skewness = _within(0, 10.0001, float, "a number from 0 to 10")
 
-SERVE, RUN, MEASURE, SHOW = "what to serve", "how to run", "how to measure", "what to show"
-LOAD = "under load"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """What was asked for: the command line, with defaults filled in. A field is a flag."""
+class ModelOptions:
+    """models and inputs"""
 
     num_models: tuple[int, ...] = flag(
-        SERVE,
         f"how many models; several: a grid (default: one per file, else {DEFAULT_NUM_MODELS})",
         type=positive,
         nargs="+",
         metavar="N",
     )
     model_path: tuple[str, ...] | None = flag(
-        SERVE,
         ".pth, .pt or .safetensors: one file for N copies, or one per model"
         " (default: torchvision's, else random weights)",
         nargs="+",
         metavar="PATH",
     )
-    arch: str = flag(SERVE, "a torchvision classifier", default="resnet18", metavar="NAME")
-    image_path: str = flag(SERVE, "the image to predict", default=DEFAULT_IMAGE, metavar="PATH")
+    arch: str = flag("a torchvision classifier", default="resnet18", metavar="NAME")
+    image_path: str = flag("the image to classify", default=DEFAULT_IMAGE, metavar="PATH")
     image_size: tuple[int, ...] = flag(
-        SERVE,
-        "side of the input; several: a grid",
+        "side of the input in pixels; several: a grid",
         type=positive,
         nargs="+",
-        default=[224],
+        default=(224,),
         metavar="PX",
     )
     batch_size: tuple[int, ...] = flag(
-        SERVE,
-        "the image, B - 1 augmented ones; or a grid",
+        "the image and B - 1 augmentations of it; several: a grid",
         type=positive,
         nargs="+",
-        default=[1],
+        default=(1,),
         metavar="B",
     )
     inputs: str = flag(
-        SERVE,
-        "shared: one batch for all models; per_model: one for each (N tenants)",
+        "shared: one batch for all models; per_model: a batch for each",
         choices=("shared", "per_model"),
         default="shared",
         metavar="WHICH",
     )
     reduce: str = flag(
-        SERVE,
         "none: all logits; mean: the mean of the probabilities",
         choices=("none", "mean"),
         default="none",
         metavar="HOW",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """execution"""
+
     device: str = flag(
-        RUN,
-        "auto (an accelerator or cpu), cpu, cuda:1, xpu, mps",
-        default="auto",
-        metavar="NAME",
+        "auto (an accelerator, else cpu), cpu, cuda:1, xpu, mps", default="auto", metavar="NAME"
     )
     dtype: tuple[str, ...] = flag(
-        RUN,
-        "float32, bfloat16, float16; the reference: float32",
+        "float32, bfloat16, float16; the reference is float32",
         choices=("float32", "bfloat16", "float16"),
         nargs="+",
-        default=["float32"],
+        default=("float32",),
         metavar="DTYPE",
     )
     strategies: tuple[str, ...] = flag(
-        RUN,
-        f"names of --list_strategies; {BEST}: the fastest here, found by trying; {ALL}: every one",
+        f"names of --list_strategies; {BEST}: the autotuned fastest; {ALL}: every one",
         choices=(*STRATEGIES, *HYBRIDS, ALL),
         nargs="+",
-        default=["loop", "vmap", BEST],
+        default=("loop", "vmap", BEST),
         metavar="NAME",
     )
     threads: int | None = flag(
-        RUN,
         "CPU threads (default: OMP_NUM_THREADS, or the usable cores)",
         type=thread_count,
         metavar="T",
     )
     allocator: str = flag(
-        RUN,
-        "system, or retain: keep freed memory (glibc), where page faults explain a loss",
+        "system, or retain: glibc keeps freed memory, which avoids page faults",
         choices=("system", "retain"),
         default="system",
         metavar="NAME",
     )
     seed: int = flag(
-        RUN, "of random weights and augmented images", type=seed_number, default=0, metavar="S"
+        "of random weights and augmentations", type=seed_number, default=0, metavar="S"
     )
-    warmup: int = flag(
-        MEASURE,
-        "untimed calls before the pairs",
-        type=not_negative,
-        default=1,
-        metavar="CALLS",
-    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """measurement"""
+
+    warmup: int = flag("warm-up calls", type=not_negative, default=1, metavar="CALLS")
     min_pairs: int = flag(
-        MEASURE,
-        "pairs with the reference, at least",
-        type=positive,
-        default=20,
-        metavar="P",
+        "minimum pairs of strategy and reference", type=positive, default=20, metavar="P"
     )
-    min_seconds: float = flag(
-        MEASURE,
-        "and for at least so long",
-        type=seconds,
-        default=2.0,
-        metavar="S",
-    )
+    min_seconds: float = flag("minimum duration of them", type=seconds, default=2.0, metavar="S")
     processes: int = flag(
-        MEASURE,
-        "fresh ones per row, at most; 0: this one, for a debugger",
+        "maximum fresh processes per row; 0: measure in this process, for a debugger",
         type=not_negative,
         default=4,
         metavar="P",
     )
-    precision: float = flag(
-        MEASURE,
-        "add processes beyond 3 until half of the interval is below this",
+    max_ci_percent: float = flag(
+        "add processes beyond 3 until the 95%% CI half-width is below this",
         type=percent,
         default=5.0,
         metavar="PERCENT",
+        aliases=("precision",),
     )
     tune_seconds: float = flag(
-        MEASURE,
-        f"begin no further candidate of {BEST} after so long; raise it, and --timeout_minutes,"
-        " where each one compiles",
+        f"autotuning budget of {BEST}; raise it, and --timeout_minutes, where candidates compile",
         type=seconds,
         default=TUNE_SECONDS,
         metavar="S",
     )
-    timeout_minutes: float = flag(
-        MEASURE,
-        "give up what is silent for so long",
-        type=minutes,
-        default=5.0,
-        metavar="M",
-    )
-    roofline: bool = switch(MEASURE, "add the share of this device's measured limits")
-    self_check: bool = switch(MEASURE, "add the reference against itself: the noise floor")
+    timeout_minutes: float = flag("worker timeout", type=minutes, default=5.0, metavar="M")
+    roofline: bool = switch("add the share of the roofline, from measured device limits")
+    self_check: bool = switch("add the reference against itself: the noise floor")
     max_minutes: float | None = flag(
-        MEASURE,
-        "start no row after so long, and say what is missing",
-        type=minutes,
-        metavar="M",
+        "start no further row after this time, and list those missing", type=minutes, metavar="M"
     )
     resume: str | None = flag(
-        MEASURE,
-        "measure only what an --export_json file lacks",
-        metavar="PATH",
+        "measure only the rows that an --export_json file lacks", metavar="PATH"
     )
-    scenario: str | None = flag(
-        LOAD,
-        "how many requests per second, at which latency, by MLPerf's LoadGen: single_stream, one"
-        " after another; offline, all at once; server, at random times",
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """load test (MLPerf LoadGen)"""
+
+    scenario: str = flag(
+        "single_stream: one request after another; offline: all at once; server: Poisson arrivals",
         choices=("single_stream", "offline", "server"),
     )
     target_qps: float | None = flag(
-        LOAD,
-        "server: requests per second (default: the most that keep the bound, searched)",
+        "server: requests per second (default: search the highest within the bound)",
         type=rate,
         metavar="R",
     )
     latency_percentile: float = flag(
-        LOAD,
-        "server: so many percent of the requests keep the bound",
+        "server: percentile of the latency that the bound applies to",
         type=percentile,
         default=99.0,
         metavar="P",
     )
     latency_bound_ms: float | None = flag(
-        LOAD,
-        "server: the bound, from arrival to answer (default: 4 times what the loop takes for one)",
-        type=bound,
-        metavar="MS",
+        "server: latency bound (default: 4 times one request by the loop)", type=bound, metavar="MS"
     )
     max_batch: int = flag(
-        LOAD,
-        "requests that are computed together, at most; of each model for per_model inputs",
+        "maximum batch size; with per_model inputs, of each model",
         type=batch,
         default=4,
         metavar="B",
     )
-    max_wait_ms: float = flag(
-        LOAD,
-        "wait so long for company",
-        type=milliseconds,
-        default=0.0,
-        metavar="MS",
-    )
+    max_wait_ms: float = flag("batching delay", type=milliseconds, default=0.0, metavar="MS")
     skew: float = flag(
-        LOAD,
-        "per_model: requests per model by Zipf's law, 1, 2**-S, 3**-S; 0: all alike",
+        "per_model: exponent of Zipf's law for requests per model; 0: uniform",
         type=skewness,
         default=0.0,
         metavar="S",
     )
-    load_log: str | None = flag(LOAD, "keep LoadGen's own logs in this folder", metavar="DIR")
-    export_json: str | None = flag(SHOW, "write everything, after each row", metavar="PATH")
-    export_csv: str | None = flag(SHOW, "the same as a table for a spreadsheet", metavar="PATH")
-    export_markdown: str | None = flag(SHOW, "the same as a page to read", metavar="PATH")
+    load_log: str | None = flag("keep LoadGen's logs in this folder", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """output"""
+
+    export_json: str | None = flag("all results, rewritten after each row", metavar="PATH")
+    export_csv: str | None = flag("a summary, one line per row", metavar="PATH")
+    export_markdown: str | None = flag("a report with all results", metavar="PATH")
     plot: str | None = flag(
-        SHOW,
-        "time and speedup against N, .png or .svg; of a grid, a heat map too; under load,"
-        " latency against the offered rate",
+        "speedup and time, .png or .svg; a grid adds a heat map; a load test: latency against rate",
         metavar="PATH",
     )
-    overwrite: bool = switch(SHOW, "replace files that this program did not write, too")
+    overwrite: bool = switch("replace output files that this program did not write")
     from_json: str | None = flag(
-        SHOW,
-        "measure nothing: show, export, draw or compare an --export_json file",
-        metavar="PATH",
+        "measure nothing; show, export, plot or compare an --export_json file", metavar="PATH"
     )
-    baseline: str | None = flag(
-        SHOW, "an earlier --export_json file to compare with", metavar="PATH"
-    )
+    baseline: str | None = flag("an earlier --export_json file to compare with", metavar="PATH")
     fail_above: float | None = flag(
-        SHOW,
-        "exit code 1: some row is surely slower than in --baseline by more; 3: not all judged",
+        "exit code 1 if a row is significantly slower than --baseline by more; 3: inconclusive",
         type=percent,
         metavar="PERCENT",
     )
-    list_strategies: bool = switch(SHOW, "what strategies there are, and what each needs")
-    verbose: bool = switch(SHOW, "all columns and rows, the top 5 classes, raw times")
+    list_strategies: bool = switch("list all strategies and what each needs")
+    verbose: bool = switch("all columns and rows, top 5 classes, raw times")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A parsed command line. `load` is None unless a scenario was given."""
+
+    models: ModelOptions
+    run: RunOptions
+    measure: MeasureOptions
+    load: LoadOptions | None
+    report: ReportOptions
 
     def plan(self) -> list[Case]:
-        """The rows to measure, in their order: cell by cell of the grid, each once."""
-        names = [(name, dtype) for dtype, name in product(self.dtype, self.strategies)]
-        names += [(SELF_CHECK, "float32")] if self.self_check else []
-        cells = product(self.image_size, self.batch_size, self.num_models)
+        """The cases to measure, in their order: cell by cell of the grid, each once."""
+        names = [(name, dtype) for dtype, name in product(self.run.dtype, self.run.strategies)]
+        names += [(SELF_CHECK, "float32")] if self.measure.self_check else []
+        models = self.models
+        cells = product(models.image_size, models.batch_size, models.num_models)
         return [
-            Case(name, num_models, batch_size, image_size, dtype, self.inputs)
+            Case(name, num_models, batch_size, image_size, dtype, models.inputs)
             for image_size, batch_size, num_models in cells
             for name, dtype in dict.fromkeys(names)
         ]
 
     def plain(self) -> dict[str, Any]:
-        """As a result file has it: tuples are lists there."""
+        """All options in one dict of plain values, as a result file has them."""
+        values: dict[str, Any] = {"scenario": None}
+        for part in (self.models, self.run, self.measure, self.load, self.report):
+            values |= asdict(part) if part is not None else {}
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
+            for name, value in values.items()
         }
 
 
-OUTPUTS = (*(field.name for field in fields(Config) if field.name.startswith("export_")), "plot")
+PARTS = (ModelOptions, RunOptions, MeasureOptions, LoadOptions, ReportOptions)
+OUTPUTS = ("export_json", "export_csv", "export_markdown", "plot")
+
+
+def config_of(values: Mapping[str, Any]) -> Config:
+    """The configuration of values as `Config.plain` gives them; unknown names are ignored."""
+
+    def part(kind: type[Any]) -> Any:
+        known = {option.name for option in fields(kind)}
+        return kind(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+                if name in known
+            }
+        )
+
+    return Config(
+        models=part(ModelOptions),
+        run=part(RunOptions),
+        measure=part(MeasureOptions),
+        load=part(LoadOptions) if values.get("scenario") else None,
+        report=part(ReportOptions),
+    )
+
+
+def default_text(option: Field[Any]) -> str:
+    """What the help says of a default; empty where there is none, or the help explains it."""
+    value = option.default
+    if value is None or value is False or value is MISSING:
+        return ""
+    values = value if isinstance(value, tuple) else (value,)
+    return f" (default: {' '.join(map(str, values))})"
 
 
 def outputs(name: str, path: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One row: build -> check -> time."""
+"""Measure one case: build, check, time."""
 
 from __future__ import annotations
 
@@ -10,21 +10,12 @@ from functools import partial
 
 import torch
 
-from ensemble.bench.build import Started, tidy
-from ensemble.bench.config import Config
-from ensemble.bench.records import (
-    REFERENCE,
-    Case,
-    Process,
-    Result,
-)
-from ensemble.bench.setup import Cell
-from ensemble.bench.stages import (
-    BUILDING,
-    TIMING,
-    Stage,
-    telling,
-)
+from ensemble.bench.build import BuiltStrategy, release_compiled
+from ensemble.bench.case import REFERENCE, Task
+from ensemble.bench.config import MeasureOptions
+from ensemble.bench.measurement import FAILED, UNAVAILABLE, Measurement, Note
+from ensemble.bench.setup import Setup
+from ensemble.bench.stages import BUILDING, TIMING, OnStage, reported_compilation
 from ensemble.errors import UnavailableError
 from ensemble.machine import other_processes
 from ensemble.machine.devices import synchronize
@@ -32,137 +23,133 @@ from ensemble.machine.timing import Sample, interleaved
 from ensemble.statistics import median
 from ensemble.strategies.agreement import TOLERANCES, check, check_served
 
-# Cores that a forward on an accelerator keeps busy: what launches its kernels, and the driver.
+# Cores that a forward on an accelerator keeps busy: kernel launches, and the driver.
 LAUNCHING = 2
 
 log = logging.getLogger(__name__)
 
 
 def measure(
-    case: Case, cell: Cell, config: Config, *, progress: Stage, picked: str | None = None
-) -> Result:
-    """The row of a case, measured in this process; a failure is a row with its reason.
-
-    picked: what an earlier process has chosen for this row, where it did.
-    """
-    tidy()
-    dtype = getattr(torch, case.dtype)
-    strategy = picked or (REFERENCE if case.is_self_check else case.strategy)
-    row = Result(case, notes=cell.notes, picked=picked)
+    task: Task, setup: Setup, options: MeasureOptions, *, reduce: str, on_stage: OnStage
+) -> Measurement:
+    """Measure a case in this process. What fails becomes the error of the measurement."""
+    release_compiled()
+    case, dtype = task.case, getattr(torch, task.case.dtype)
+    strategy = task.picked or (REFERENCE if case.is_self_check else case.strategy)
+    found = Measurement(case, notes=setup.notes, picked=task.picked)
     try:
-        progress(BUILDING, 0.0)
-        started = cell.reference
+        on_stage(BUILDING, 0.0)
+        built = setup.reference
         if not case.is_reference:
-            with telling(strategy, progress):
-                started = cell.runner.start(strategy, dtype)
-        row = _checked(row, started, cell, config)
-        if row.error:
-            return row
-        process = _time(case, started, cell, config, progress)
-        timed = cell.runner.finish(started, replace(row, processes=(process,)))
-        # Later calls may differ from the first: memory that was freed is only now overwritten.
-        problem = _problem_served(started, cell, config)
-        if problem:
-            return _failed(row, f"after its timed calls, {problem}")
-        return timed
+            with reported_compilation(strategy, on_stage):
+                built = setup.backend.build(strategy, dtype)
+        found = _checked(found, built, setup, reduce)
+        if found.error:
+            return found
+        timed = _timed(found, built, setup, options, on_stage)
+        ranks, notes = setup.backend.rank_times(built, case)
+        # Later calls may differ from the first: freed memory is only now overwritten.
+        if problem := _problem_served(built, setup, reduce):
+            return _failed(found, f"after its timed calls, {problem}")
+        return replace(timed, ranks=ranks, notes=found.notes + tuple(map(Note, notes)))
     except UnavailableError as error:
-        return replace(row, status="unavailable", error=str(error))
+        return replace(found, status=UNAVAILABLE, error=str(error))
     except Exception as error:
         log.debug("%s failed", case, exc_info=True)
-        return _failed(row, cell.runner.reason(error, strategy, dtype))
+        return _failed(found, setup.backend.explain(error, strategy, dtype))
 
 
-def reference_row(row: Result, cell: Cell) -> Result | None:
-    """The row of the reference beside which `row` was timed; None where it has no pairs."""
-    if row.case.is_reference or row.status != "ok" or not row.reference_times_s:
+def measurement_of_reference(found: Measurement, setup: Setup) -> Measurement | None:
+    """The reference's half of the pairs of a measurement; None where it has no pairs."""
+    if found.case.is_reference or found.status != "ok" or not found.reference_times_s:
         return None
-    (process,) = row.processes
-    logits = cell.reference.logits
-    return Result(
-        replace(row.case, strategy=REFERENCE, dtype="float32"),
-        processes=(
-            replace(
-                _untimed(cell.reference),
-                times_s=process.reference_times_s,
-                page_faults_per_call=process.reference_page_faults_per_call,
-                others_cpu_share=process.others_cpu_share,
-            ),
-        ),
+    logits = setup.reference.logits
+    reference = Measurement(replace(found.case, strategy=REFERENCE, dtype="float32"))
+    return replace(
+        _with_costs(reference, setup.reference),
+        times_s=found.reference_times_s,
+        page_faults_per_call=found.reference_page_faults_per_call,
+        others_cpu_share=found.others_cpu_share,
         max_rel_error=0.0,
-        error_float64=None,
         top1=logits.argmax(-1).tolist(),
         top1_agreement=1.0,
-        notes=cell.notes,
+        notes=setup.notes,
     )
 
 
-def _failed(row: Result, error: str) -> Result:
-    return replace(row, status="failed", error=error)
+def _failed(found: Measurement, error: str) -> Measurement:
+    return replace(found, status=FAILED, error=error)
 
 
-def _checked(row: Result, started: Started, cell: Cell, config: Config) -> Result:
-    """The row with how its logits compare with the reference's, failed where they do not agree."""
-    limit = TOLERANCES[started.example.dtype]
-    found = check(started.logits, cell.reference.logits, tolerance=limit)
-    exact = None if cell.exact is None else check(started.logits, cell.exact, tolerance=limit)
-    row = replace(
-        row,
-        processes=(_untimed(started),),
-        notes=row.notes + started.notes,
-        max_rel_error=found.max_rel_error,
+def _with_costs(found: Measurement, built: BuiltStrategy) -> Measurement:
+    return replace(
+        found,
+        build_s=built.build_s,
+        first_call_s=built.first_call_s,
+        peak_memory_bytes=built.peak_memory_bytes,
+        tune_s=built.choice.seconds if built.choice else None,
+    )
+
+
+def _checked(found: Measurement, built: BuiltStrategy, setup: Setup, reduce: str) -> Measurement:
+    """The measurement with the error of the logits; failed where they disagree."""
+    limit = TOLERANCES[built.example.dtype]
+    agreement = check(built.logits, setup.reference.logits, tolerance=limit)
+    exact = None
+    if setup.float64_logits is not None:
+        exact = check(built.logits, setup.float64_logits, tolerance=limit)
+    found = replace(
+        _with_costs(found, built),
+        notes=found.notes + built.notes,
+        max_rel_error=agreement.max_rel_error,
         error_float64=exact.max_rel_error if exact else None,
-        top1=found.top1,
-        top1_agreement=found.top1_agreement,
-        picked=started.choice.name if started.choice else row.picked,
+        top1=agreement.top1,
+        top1_agreement=agreement.top1_agreement,
+        picked=built.choice.name if built.choice else found.picked,
     )
-    problem = found.problem
-    if not problem and config.reduce != "none":
-        problem = _problem_served(started, cell, config)
-    return _failed(row, problem) if problem else row
+    problem = agreement.problem
+    if not problem and reduce != "none":
+        problem = _problem_served(built, setup, reduce)
+    return _failed(found, problem) if problem else found
 
 
-def _problem_served(started: Started, cell: Cell, config: Config) -> str | None:
-    """What is wrong with what a call serves: logits, or the mean of their probabilities."""
+def _problem_served(built: BuiltStrategy, setup: Setup, reduce: str) -> str | None:
+    """What is wrong with the result of a call: logits, or the mean of their probabilities."""
     return check_served(
-        started.call(),
-        cell.reference.logits,
-        reduce=config.reduce,
-        tolerance=TOLERANCES[started.example.dtype],
+        built.call(),
+        setup.reference.logits,
+        reduce=reduce,
+        tolerance=TOLERANCES[built.example.dtype],
     ).problem
 
 
-def _untimed(started: Started) -> Process:
-    return Process(
-        times_s=(),
-        reference_times_s=(),
-        build_s=started.build_s,
-        first_call_s=started.first_call_s,
-        peak_memory_bytes=started.peak_memory_bytes,
-        tune_s=started.choice.seconds if started.choice else None,
-    )
-
-
-def _time(case: Case, started: Started, cell: Cell, config: Config, progress: Stage) -> Process:
-    """Time the strategy in pairs with the reference; the reference row by itself."""
-    reference, beside = cell.reference, cell.runner.beside
-    both = [reference] if case.is_reference else [reference, started]
-    rounds, begin, before = [], time.perf_counter(), other_processes.read(beside)
+def _timed(
+    found: Measurement,
+    built: BuiltStrategy,
+    setup: Setup,
+    options: MeasureOptions,
+    on_stage: OnStage,
+) -> Measurement:
+    """Time the strategy in pairs with the reference; the reference alone."""
+    reference, own = setup.reference, setup.backend.own_processes
+    both = [reference] if found.case.is_reference else [reference, built]
+    rounds, begin, before = [], time.perf_counter(), other_processes.read(own)
     for samples in interleaved(
         [partial(one.serve, one.example) for one in both],
         ready=[one.ready for one in both],
-        warmup=config.warmup,
-        min_rounds=config.min_pairs,
-        min_seconds=config.min_seconds,
+        warmup=options.warmup,
+        min_rounds=options.min_pairs,
+        min_seconds=options.min_seconds,
         synchronize=lambda: synchronize(reference.example.device),
     ):
         rounds.append(samples)
-        waited = (time.perf_counter() - begin) / config.min_seconds if config.min_seconds else 1.0
-        progress(TIMING, min(1.0, waited, len(rounds) / config.min_pairs))
-    after, is_cpu = other_processes.read(beside), reference.example.device.type == "cpu"
+        waited = (time.perf_counter() - begin) / options.min_seconds if options.min_seconds else 1.0
+        on_stage(TIMING, min(1.0, waited, len(rounds) / options.min_pairs))
+    after, is_cpu = other_processes.read(own), reference.example.device.type == "cpu"
     ours = [samples[-1] for samples in rounds]
-    paired = [] if case.is_reference else [samples[0] for samples in rounds]
+    paired = [] if found.case.is_reference else [samples[0] for samples in rounds]
     return replace(
-        _untimed(started),
+        found,
         times_s=tuple(sample.seconds for sample in ours),
         reference_times_s=tuple(sample.seconds for sample in paired),
         page_faults_per_call=_page_faults(ours),

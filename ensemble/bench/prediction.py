@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ensemble.bench.config import Config
+from ensemble.bench.config import ModelOptions
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError, first_line
 from ensemble.machine.devices import synchronize
@@ -16,7 +16,9 @@ from ensemble.machine.timing import time_call
 from ensemble.models import images
 
 
-def predict(config: Config, workload: Workload, *, say: Callable[[str], None]) -> float:
+def predict(
+    models: ModelOptions, workload: Workload, *, verbose: bool, say: Callable[[str], None]
+) -> float:
     """Tell what the first model, or each model of several files, sees in the plain image.
 
     Returns the seconds of the first forward, which is the first of the whole process.
@@ -24,22 +26,22 @@ def predict(config: Config, workload: Workload, *, say: Callable[[str], None]) -
     Raises:
         InputError: the architecture does not run at this image size.
     """
-    px, paths = config.image_size[0], config.model_path or ()
-    image, models = workload.images(px)[:1], workload.models
+    px, paths = models.image_size[0], models.model_path or ()
+    image = workload.images(px)[:1]
     with torch.inference_mode():
         try:
             with refused_in_words("the first forward", argument="num_models"):
                 first = time_call(
-                    lambda: models[0](image), synchronize=lambda: synchronize(image.device)
+                    lambda: workload.models[0](image), synchronize=lambda: synchronize(image.device)
                 )
         except InputError:
             raise
         except (RuntimeError, AssertionError, ValueError) as error:
-            message = f"{config.arch} does not run at {px} px: {first_line(error)}"
+            message = f"{models.arch} does not run at {px} px: {first_line(error)}"
             raise InputError(message, argument="image_size") from error
         for index, logits in enumerate(workload.see(image, max(1, len(paths)))):
             source = f" ({paths[index]})" if len(paths) > 1 else ""
-            for line in _classes(logits, 5 if config.verbose else 1):
+            for line in _classes(logits, 5 if verbose else 1):
                 say(line + source)
     return first.seconds
 

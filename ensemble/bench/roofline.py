@@ -1,15 +1,21 @@
-"""What the device could do at best: its measured limits, and the work that N models ask for.
+"""The roofline: measured limits of the device, and the work that N models need.
 
 The roofline model: Williams, Waterman and Patterson, Communications of the ACM 52(4), 2009.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ensemble.bench.case import Case
+from ensemble.bench.failures import optional
+from ensemble.bench.measurement import Roofline
+from ensemble.bench.setup import make_example
+from ensemble.bench.workload import Workload
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import time_call
 from ensemble.models import stacking
@@ -46,7 +52,7 @@ class Work:
         return max((compute, "compute"), (memory, "memory"))
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> Limits:
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """The rate of a square matrix product in `dtype`, and of reading memory, on `device`.
 
     The matrix grows while products take less than half of `BUDGET_S`, the best rate is the limit:
@@ -63,6 +69,31 @@ def measure(device: torch.device, dtype: torch.dtype) -> Limits:
     read = torch.ones(READ_BYTES // 4, device=device, dtype=torch.float32)
     read_s = _least_seconds(read.sum, device)
     return Limits(rate, READ_BYTES / read_s)
+
+
+Measured = dict[str, tuple[Limits | None, tuple[str, ...]]]  # by dtype, with notes
+
+
+def limits_of(cases: Sequence[Case], device: torch.device) -> Measured:
+    """The device's limits in each dtype of the cases, with a note where they cannot be measured."""
+    return {
+        dtype: optional("roofline", partial(measure_limits, device, getattr(torch, dtype)))
+        for dtype in dict.fromkeys(case.dtype for case in cases)
+    }
+
+
+def of_case(case: Case, measured: Measured, workload: Workload) -> Roofline:
+    """The roofline of a case by the measured limits of the device."""
+    limits, problem = measured[case.dtype]
+    if limits is None:
+        return Roofline(problem=problem[0])
+    dtype = getattr(torch, case.dtype)
+    example = make_example(workload.images(case.image_size), case)
+    count = workload.on_one_device(case.num_models)
+    needed, problem = optional("roofline", partial(work, workload.models[0], count, example, dtype))
+    if needed is None:
+        return Roofline(problem=problem[0])
+    return Roofline(*needed.least_seconds(limits))
 
 
 def work(model: nn.Module, num_models: int, example: Tensor, dtype: torch.dtype) -> Work:

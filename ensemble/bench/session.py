@@ -1,43 +1,37 @@
-"""A run from its plan to its last row: what is resumed, a budget leaves out, a signal stops."""
+"""A run from its plan to its last measurement: resumed rows, the time budget, interrupts."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
-from importlib import import_module
 
-from ensemble.bench import availability, rounds
+from ensemble.bench import availability, roofline, schedule
+from ensemble.bench.case import Case, Task
 from ensemble.bench.config import Config
-from ensemble.bench.executors import fresh_process, in_process
-from ensemble.bench.records import Case, Result, Run
-from ensemble.bench.report.progress import show_progress
+from ensemble.bench.executors.executor import Executor
+from ensemble.bench.executors.fresh_process import fresh_processes
+from ensemble.bench.executors.in_process import in_process
+from ensemble.bench.measurement import Measurement
+from ensemble.bench.report.progress import Update, show_progress
 from ensemble.bench.report.words import case_name
-from ensemble.bench.setup import measure_limits, with_roofline
+from ensemble.bench.summary import Run, Summary, merged
 from ensemble.bench.workload import Workload
 from ensemble.errors import RankError, exit_code
 
 INTERRUPTED = "interrupted"
-LOADED_ROW = "ensemble.bench.load.measure"  # as `workers.ROW`, of a case under load
-ShowProgress = Callable[[int], AbstractContextManager[in_process.Progress]]
-# Gives the row of each case, as it comes, with others that changed by it.
-Measure = Callable[
-    [Config, Sequence[Case], Run, Workload, in_process.Progress, str],
-    Generator[tuple[Result, ...], None, None],
-]
 
 
 @dataclass(frozen=True)
 class Session:
-    """What was measured, what was not, and why not."""
+    """What was measured, what was not, and why."""
 
     run: Run
     planned: int
     left: tuple[Case, ...]
-    stopped: str  # empty where nothing stopped it
-    # What the session alone says: 0 where it came to its end, or to that of its minutes.
-    exit_code: int = 0
+    stopped: str  # why it stopped early; empty where it did not
+    exit_code: int = 0  # of the session alone: 0 also where its minutes were over
 
 
 def measure_all(
@@ -47,122 +41,88 @@ def measure_all(
     *,
     save: Callable[[Run], None],
     say: Callable[[str], None],
-    show_progress: ShowProgress = show_progress,
-    measure: Measure | None = None,
+    executor: Executor | None = None,
+    show: Callable[[int], AbstractContextManager[Update]] = show_progress,
 ) -> Session:
-    """Measure each case of the plan that `run` lacks, and save after each.
+    """Measure each case of the plan that `run` lacks, and save after each measurement.
 
-    `show_progress` is given how many rows there are to come, `measure` gives the rows (default: in
-    processes of their own, or where there are none here). Ctrl-C, SIGTERM, the budget of minutes,
-    or a rank that ends, ends it with what is finished.
+    Ctrl-C, SIGTERM, the time budget, or a rank that ends stop the session; what is finished stays.
+
+    Args:
+        config: the configuration.
+        run: its environment, and the rows that are there already.
+        workload: the models and images.
+        save: called with the run as it grows.
+        say: prints a line.
+        executor: where to measure; by default in fresh processes, or in this one as configured.
+        show: is given the number of measurements to come, and gives the progress display.
     """
-    cases = config.plan()
-    missing = _missing(cases, run, config)
-    if config.resume:
-        say(f"Going on with {config.resume}: {len(missing)} of {len(cases)} rows are missing")
-    lacking = availability.unavailable(missing, config, workload.device)
-    if lacking:  # no process is started to find that out
-        run = _with(run, lacking, cases)
+    cases, options = config.plan(), config.measure
+    summaries = {row.case: row for row in run.results}
+    missing = schedule.missing(cases, summaries, options)
+    if options.resume:
+        say(f"Resuming {options.resume}: {len(missing)} of {len(cases)} rows are missing")
+    limits = roofline.limits_of(missing, workload.device) if options.roofline else None
+
+    def take(measurements: Sequence[Measurement]) -> None:
+        nonlocal run
+        for measurement in measurements:
+            case = measurement.case
+            before = summaries.get(case)
+            if case not in planned or not schedule.wants_more(before, options):
+                continue  # the reference, which was measured often enough
+            summary = merged(before, measurement)
+            if limits is not None and before is None:
+                summary = replace(summary, roofline=roofline.of_case(case, limits, workload))
+            summaries[case] = summary
+        run = replace(run, results=_ordered(summaries.values(), cases))
         save(run)
-        missing = _missing(cases, run, config)
+
+    def task_of(case: Case) -> Task | None:
+        summary = summaries.get(case)
+        if not schedule.wants_more(summary, options):
+            return None
+        return Task(case, len(summary.processes), summary.picked) if summary else Task(case)
+
+    planned = set(cases)
+    if unavailable := availability.unavailable(missing, config, workload.device):
+        take(unavailable)  # no process has to start to find that out
+    missing = schedule.missing(cases, summaries, options)
     for line in availability.warnings(missing, workload.device):
         say(line)
-    minutes = config.max_minutes or float("inf")
-    deadline, stopped, code = time.monotonic() + 60 * minutes, "", 0
-    measure = measure or (_in_processes if config.processes else in_this_process)
-    row = LOADED_ROW if config.scenario else fresh_process.ROW
+    deadline = time.monotonic() + 60 * (options.max_minutes or float("inf"))
+    executor = executor or (fresh_processes if options.processes else in_process)
+    stopped, code = "", 0
     try:
         with (
-            show_progress(len(missing) * rounds.first_rounds(config)) as update,
-            closing(measure(config, missing, run, workload, update, row)) as results,
+            show(len(missing) * schedule.first_rounds(options)) as update,
+            executor(config, workload) as execute,
         ):
-            for several in results:
-                run = _with(run, several, cases)
-                save(run)
-                if time.monotonic() > deadline:
-                    stopped = f"{minutes:g} minutes are over"
+
+            def on_progress(case: Case, stage: str, done: float) -> None:
+                count = len(summaries[case].processes) if case in summaries else 0
+                process = f", process {count + 1}" if options.processes else ""
+                update(f"{case_name(case)}{process}", stage, done)
+
+            for batch in schedule.batches(cases, summaries, config):
+                with closing(execute(batch, task_of, on_progress)) as tasks:
+                    for measurements in tasks:
+                        take(measurements)
+                        if time.monotonic() > deadline:
+                            stopped = f"{options.max_minutes:g} minutes are over"
+                            break
+                if stopped:
                     break
     except KeyboardInterrupt as error:
         stopped, code = str(error) or INTERRUPTED, exit_code(error)
     except RankError as error:
         stopped, code = str(error), 1
-    left = _missing(cases, run, config)
-    # Minutes that were over when nothing was left have stopped nothing.
+    left = tuple(schedule.missing(cases, summaries, options))
+    # A time budget that ends when nothing is left has stopped nothing.
     return Session(run, len(cases), left, stopped if code or left else "", code)
 
 
-def _with(run: Run, rows: Sequence[Result], order: Sequence[Case]) -> Run:
-    """The run with these rows, new or in place of earlier ones; rows of other cases come last."""
+def _ordered(rows: Iterable[Summary], order: Sequence[Case]) -> tuple[Summary, ...]:
+    """Rows in the order of the plan; those of other cases, of an earlier run, come last."""
     places = {case: index for index, case in enumerate(order)}
-    by_case = {row.case: row for row in (*run.results, *rows)}
-    ordered = sorted(by_case.values(), key=lambda row: places.get(row.case, len(places)))
-    return replace(run, results=tuple(ordered))
-
-
-def in_this_process(
-    config: Config,
-    cases: Sequence[Case],
-    run: Run,
-    workload: Workload,
-    progress: in_process.Progress,
-    row: str,
-    make: in_process.Make | None = None,
-) -> Generator[tuple[Result, ...]]:
-    """Each case in this process; `make` as in `grid.run`."""
-    measure: in_process.Measure = import_module(row).measure
-    for result in in_process.run(
-        config, cases, workload, progress=progress, measure=measure, make=make
-    ):
-        yield (result,)
-
-
-def _in_processes(
-    config: Config,
-    cases: Sequence[Case],
-    run: Run,
-    workload: Workload,
-    progress: in_process.Progress,
-    row: str,
-) -> Generator[tuple[Result, ...]]:
-    """Each case in processes of its own; a row comes again after each of them, and with it the row
-    of the reference where it was timed beside."""
-    rows = {row.case: row for row in run.results}
-    if not cases:
-        return
-    dtypes = [case.dtype for case in cases] if config.roofline else []
-    limits = measure_limits(dtypes, workload.device)
-    with fresh_process.jobs(rounds.in_each(config), workload, row=row) as job:
-
-        def number(case: Case) -> int:
-            return len(rows[case].processes) if case in rows else 0
-
-        def tell(case: Case, stage: str, done: float) -> None:
-            progress(f"{case_name(case)}, process {number(case) + 1}", stage, done)
-
-        def take(new: Result) -> Result:
-            before = rows.get(new.case)
-            found = with_roofline(new, limits, workload) if before is None else new
-            rows[new.case] = rounds.merged(before, found)
-            return rows[new.case]
-
-        def picked(case: Case) -> str | None:
-            return rows[case].picked if case in rows else None
-
-        def is_wanted(case: Case) -> bool:
-            return case in cases and rounds.wants_more(rows.get(case), config)
-
-        for several in rounds.rounds(cases, rows, config):
-            measured = fresh_process.measure(
-                job, several, picked=picked, progress=tell, number=number, is_wanted=is_wanted
-            )
-            for new, beside in measured:
-                wanted = beside is not None and is_wanted(beside.case)
-                yield tuple(map(take, (new, beside) if beside and wanted else (new,)))
-
-
-def _missing(cases: Sequence[Case], run: Run, config: Config) -> tuple[Case, ...]:
-    """The cases without a row, or whose row is not yet sure."""
-    rows = {row.case: row for row in run.results}
-    if not config.processes:
-        return tuple(case for case in cases if case not in rows)
-    return tuple(case for case in cases if rounds.wants_more(rows.get(case), config))
+    return tuple(sorted(rows, key=lambda row: places.get(row.case, len(places))))

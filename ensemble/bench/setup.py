@@ -1,4 +1,4 @@
-"""A place of the grid made ready: models, images, and the reference that rows are compared with."""
+"""A cell of the grid, prepared: models, images, and the reference to compare with."""
 
 from __future__ import annotations
 
@@ -9,108 +9,124 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ensemble.bench import roofline
-from ensemble.bench.build import Started, start, tidy
-from ensemble.bench.config import Config
-from ensemble.bench.failures import optional, reason
-from ensemble.bench.records import REFERENCE, Case, Result
-from ensemble.bench.workload import Workload
-from ensemble.strategies import STRATEGIES, eager
+from ensemble.bench.build import BuiltStrategy, build, release_compiled
+from ensemble.bench.case import REFERENCE, Case
+from ensemble.bench.failures import explain, optional
+from ensemble.bench.measurement import Note, RankTimes
+from ensemble.strategies import STRATEGIES, TUNE_SECONDS, eager
 from ensemble.strategies.agreement import TOLERANCES, check
 from ensemble.strategies.reduction import served
 
-Limits = dict[str, tuple[roofline.Limits | None, tuple[str, ...]]]  # by dtype, with notes
+WEAK = Note("the check is weak: with these weights the logits hardly depend on the image")
 
-WEAK = "the check is weak: with these weights the logits hardly depend on the image"
+
+class SetupError(RuntimeError):
+    """The reference of a cell failed: none of its cases can be measured. The text is the reason."""
+
+
+def _no_rank_times(built: BuiltStrategy, case: Case) -> tuple[RankTimes | None, tuple[str, ...]]:
+    return None, ()
 
 
 @dataclass(frozen=True)
-class Runner:
+class Backend:
     """Where the models of a cell run: on this device, or on the ranks of torchrun."""
 
-    start: Callable[[str, torch.dtype], Started]
-    reason: Callable[[Exception, str, torch.dtype], str]  # why a start or a call has failed
-    exact: Callable[[], Tensor]  # the logits in float64
-    # What else there is to measure of a row once its pairs are timed.
-    finish: Callable[[Started, Result], Result] = lambda _, row: row
-    beside: tuple[int, ...] = ()  # the other processes of this program on this machine
+    build: Callable[[str, torch.dtype], BuiltStrategy]
+    explain: Callable[[Exception, str, torch.dtype], str]  # why a build or a call failed
+    float64_logits: Callable[[], Tensor]
+    # Further timings of a built strategy, with notes.
+    rank_times: Callable[[BuiltStrategy, Case], tuple[RankTimes | None, tuple[str, ...]]] = (
+        _no_rank_times
+    )
+    own_processes: tuple[int, ...] = ()  # pids of the other processes of this run on this machine
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What all rows of a cell share. `exact` holds the logits in float64, where a row asks.
+class Setup:
+    """What all cases of a cell share.
 
-    `images` is all that there are, `(count, 3, px, px)`; the example is made of the first of them.
+    `images` are all that there are, `(count, 3, px, px)`; `example` is made of the first of them.
+    `float64_logits` are `(N, B, classes)`, None unless a case of the cell is compared to them.
     """
 
-    runner: Runner
+    backend: Backend
     models: Sequence[nn.Module]
     images: Tensor
     example: Tensor
-    reference: Started
-    exact: Tensor | None
-    notes: tuple[str, ...]
+    reference: BuiltStrategy
+    float64_logits: Tensor | None
+    notes: tuple[Note, ...]
 
 
-def make_cell(
+def local_setup(
     cases: Sequence[Case],
     models: Sequence[nn.Module],
     images_of: Callable[[int], Tensor],
-    config: Config,
     *,
+    reduce: str = "none",
+    tune_seconds: float = TUNE_SECONDS,
     is_first: bool = True,
-) -> Cell | str:
-    """The cell of these cases on this device, or why its reference failed, in one line.
+) -> Setup:
+    """The setup of these cases on the device of the models.
 
     Args:
-        cases: rows of one cell.
-        models: float32 models on the device, at least N of them.
-        images_of: px -> `(count, 3, px, px)` float32 on the device.
-        config: what is served of the logits, and how long `best` may take to choose.
-        is_first: see `assemble`.
+        cases: cases of one cell.
+        models: float32 models, at least N of them.
+        images_of: px -> `(count, 3, px, px)` float32 on the device of the models.
+        reduce: see `strategies.reduction.served`.
+        tune_seconds: autotuning budget of `best`.
+        is_first: see `make_setup`.
+
+    Raises:
+        SetupError: the reference failed.
     """
     case = cases[0]
     chosen = models[: case.num_models]
     images = images_of(case.image_size)
     example = make_example(images, case)
 
-    def begin(name: str, dtype: torch.dtype) -> Started:
-        started = start(name, chosen, example, dtype, tune_seconds=config.tune_seconds)
-        return replace(started, serve=served(started.forward, config.reduce))
+    def begin(name: str, dtype: torch.dtype) -> BuiltStrategy:
+        built = build(name, chosen, example, dtype, tune_seconds=tune_seconds)
+        return replace(built, serve=served(built.forward, reduce))
 
-    runner = Runner(
-        start=begin,
-        reason=lambda error, name, dtype: reason(error, name, chosen, example, dtype),
-        exact=partial(in_float64, chosen, example),
+    backend = Backend(
+        build=begin,
+        explain=lambda error, name, dtype: explain(error, name, chosen, example, dtype),
+        float64_logits=partial(in_float64, chosen, example),
     )
-    return assemble(cases, runner, chosen, images, is_first=is_first)
+    return make_setup(cases, backend, chosen, images, is_first=is_first)
 
 
-def assemble(
+def make_setup(
     cases: Sequence[Case],
-    runner: Runner,
+    backend: Backend,
     models: Sequence[nn.Module],
     images: Tensor,
     *,
     is_first: bool = True,
-) -> Cell | str:
-    """A cell: its reference started, its check judged, and its logits in float64 where
-    a row of it asks for them.
+) -> Setup:
+    """Build the reference, see whether its logits depend on the image, and compute them in float64
+    if a case asks for that.
 
-    The last two are of the models and images alone: only the first process of a row asks for them.
+    The last two depend on the models and images alone: only the first process of a case does them.
+
+    Raises:
+        SetupError: the reference failed.
     """
     example = make_example(images, cases[0])
-    tidy()
+    release_compiled()
     try:
-        reference = runner.start(REFERENCE, torch.float32)
-        notes: tuple[str, ...] = (WEAK,) if is_first and _is_weak(reference) else ()
+        reference = backend.build(REFERENCE, torch.float32)
+        notes: tuple[Note, ...] = (WEAK,) if is_first and _is_weak(reference) else ()
     except Exception as error:
-        return f"the reference failed: {runner.reason(error, REFERENCE, torch.float32)}"
-    exact = None
+        why = backend.explain(error, REFERENCE, torch.float32)
+        raise SetupError(f"the reference failed: {why}") from error
+    float64_logits = None
     if is_first and any(map(saves_multiplications, cases)):
-        exact, more = optional("error to float64", runner.exact)
-        notes += more
-    return Cell(runner, models, images, example, reference, exact, notes)
+        float64_logits, problem = optional("error to float64", backend.float64_logits)
+        notes += tuple(map(Note, problem))
+    return Setup(backend, models, images, example, reference, float64_logits, notes)
 
 
 def make_example(images: Tensor, case: Case) -> Tensor:
@@ -119,30 +135,6 @@ def make_example(images: Tensor, case: Case) -> Tensor:
         return images[: case.batch_size]
     all_models = images[: case.num_models * case.batch_size]
     return all_models.reshape(case.num_models, case.batch_size, *images.shape[1:])
-
-
-def measure_limits(dtypes: Sequence[str], device: torch.device) -> Limits:
-    """The device's limits in each dtype, with notes where they cannot be had."""
-    return {
-        dtype: optional("roofline", partial(roofline.measure, device, getattr(torch, dtype)))
-        for dtype in dict.fromkeys(dtypes)
-    }
-
-
-def with_roofline(row: Result, limits: Limits, workload: Workload) -> Result:
-    """The row with the least time that the device's limits allow, where those were measured."""
-    if row.case.dtype not in limits:
-        return row
-    limit, notes = limits[row.case.dtype]
-    if limit is None:
-        return replace(row, notes=row.notes + notes)
-    dtype = getattr(torch, row.case.dtype)
-    example = make_example(workload.images(row.case.image_size), row.case)
-    count = workload.on_one_device(row.case.num_models)
-    asked = partial(roofline.work, workload.models[0], count, example, dtype)
-    needed, notes = optional("roofline", asked)
-    least_s, bound = needed.least_seconds(limit) if needed else (None, None)
-    return replace(row, least_s=least_s, bound=bound, notes=row.notes + notes)
 
 
 def saves_multiplications(case: Case) -> bool:
@@ -155,8 +147,8 @@ def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:
     return eager.logits_in(models, example, torch.float64)
 
 
-def _is_weak(reference: Started) -> bool:
-    """Could the check not tell some model's right input from a blank one?"""
+def _is_weak(reference: BuiltStrategy) -> bool:
+    """Does some model give a blank image the same logits as the example?"""
     blank = reference.forward(torch.zeros_like(reference.example))
     limit = 10 * TOLERANCES[torch.float32]
     of_models = zip(blank.split(1), reference.logits.split(1), strict=True)

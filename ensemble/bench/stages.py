@@ -1,4 +1,4 @@
-"""What is being done to a row, as the progress tells it."""
+"""The stages of measuring a case, as the progress line shows them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from importlib.util import find_spec
 
 from ensemble.strategies import STRATEGIES
 
-# Called with what is being done to a row, and how much of it is done (0 to 1).
-Stage = Callable[[str, float], None]
+# Called with a stage, and the share of it that is done (0 to 1).
+OnStage = Callable[[str, float], None]
 
 BUILDING, TIMING = "build and first call", "timing"
 COMPILING = "compiling kernels, once per installation"
 
 
 @contextmanager
-def telling(strategy: str, progress: Stage) -> Iterator[None]:
-    """While it is built: tell when numba compiles kernels, which it does once and then keeps.
+def reported_compilation(strategy: str, on_stage: OnStage) -> Iterator[None]:
+    """Report when numba compiles kernels within, which it does once and then caches.
 
-    Within the compilation of a function are those of all that it calls: that is told once.
+    The compilation of a function contains those of all that it calls: that is one report.
     """
     if not STRATEGIES[strategy].has_kernels or find_spec("numba") is None:
         yield
@@ -31,13 +31,13 @@ def telling(strategy: str, progress: Stage) -> Iterator[None]:
 
         def on_start(self, _: object) -> None:
             if self.depth == 0:
-                progress(COMPILING, 0.0)
+                on_stage(COMPILING, 0.0)
             self.depth += 1
 
         def on_end(self, _: object) -> None:
             self.depth -= 1
             if self.depth == 0:
-                progress(BUILDING, 0.0)
+                on_stage(BUILDING, 0.0)
 
     with event.install_listener("numba:compile", Listener()):
         yield

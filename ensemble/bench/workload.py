@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ensemble.bench import environment
 from ensemble.bench.config import Config
-from ensemble.bench.records import Environment
+from ensemble.bench.environment import Environment
 from ensemble.errors import InputError
 from ensemble.formatting import count
 from ensemble.machine import cores, devices, memory
@@ -61,7 +61,7 @@ class Workload:
     def device_name(self, config: Config) -> str:
         """Where it runs, in words."""
         chosen = "the CPU" if self.device.type == "cpu" else f"{self.device}, the accelerator here"
-        found = " (auto-detected)" if config.device == "auto" else ""
+        found = " (auto-detected)" if config.run.device == "auto" else ""
         threads = count(torch.get_num_threads(), "thread")
         return f"{chosen}{found}, {threads} on {cores.find().words()}"
 
@@ -69,7 +69,7 @@ class Workload:
         """The environment of the measurements that are about to be taken."""
         return environment.describe(
             self.device,
-            allocator=config.allocator,
+            allocator=config.run.allocator,
             weights=self.weights,
             first_forward_s=first_forward_s,
         )
@@ -81,20 +81,20 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     Raises:
         InputError: no such device or setting here, bad files, or more than memory holds.
     """
-    device = prepare(config, device=config.device)
+    device = prepare(config, device=config.run.device)
     augmented = read_images(config, device)
-    count = max(config.num_models)
+    count = max(config.models.num_models)
     with memory.refused_in_words(f"{count} models are loaded", argument="num_models"):
         models, weights = sources.load(
-            config.model_path,
-            arch=config.arch,
+            config.models.model_path,
+            arch=config.models.arch,
             num_models=count,
             device=device,
-            seed=config.seed,
+            seed=config.run.seed,
             say=say,
         )
     tell_image(config, augmented, say=say)
-    if config.verbose:
+    if config.report.verbose:
         say(str(models[0]))
     return Workload(device, models, weights, augmented)
 
@@ -105,21 +105,21 @@ def read_images(config: Config, device: torch.device) -> AugmentedImages:
     Raises:
         InputError: a bad file, or more than memory holds.
     """
-    per_model = max(config.num_models) if config.inputs == "per_model" else 1
-    count = max(config.batch_size) * per_model
-    image = read_image(config.image_path)
-    for px in config.image_size:  # before the first of them is measured
+    per_model = max(config.models.num_models) if config.models.inputs == "per_model" else 1
+    count = max(config.models.batch_size) * per_model
+    image = read_image(config.models.image_path)
+    for px in config.models.image_size:  # before the first of them is measured
         check_size(image, image_size=px)
-    count = max(count, IMAGES_UNDER_LOAD) if config.scenario else count
-    augmented = AugmentedImages(image, count, seed=config.seed, device=device)
-    augmented(config.image_size[0])
+    count = max(count, IMAGES_UNDER_LOAD) if config.load else count
+    augmented = AugmentedImages(image, count, seed=config.run.seed, device=device)
+    augmented(config.models.image_size[0])
     return augmented
 
 
 def tell_image(config: Config, images: AugmentedImages, *, say: Callable[[str], None]) -> None:
     """Say which image was read, and what became of it."""
-    say(f"Loading image from {config.image_path}")
-    say(f"Converted image to shape {images(config.image_size[0])[:1].shape}")
+    say(f"Loading image from {config.models.image_path}")
+    say(f"Converted image to shape {images(config.models.image_size[0])[:1].shape}")
 
 
 def load_shared(path: str, config: Config, *, device: str) -> Workload:
@@ -144,9 +144,11 @@ def prepare(config: Config, *, device: str) -> torch.device:
         InputError: no such device or setting here.
     """
     logging.basicConfig()
-    logging.getLogger("ensemble").setLevel(logging.DEBUG if config.verbose else logging.WARNING)
-    refused = memory.retain_freed_memory() if config.allocator == "retain" else None
+    logging.getLogger("ensemble").setLevel(
+        logging.DEBUG if config.report.verbose else logging.WARNING
+    )
+    refused = memory.retain_freed_memory() if config.run.allocator == "retain" else None
     if refused:
         raise InputError(f"retain cannot be had here: {refused}", argument="allocator")
-    devices.configure(threads=config.threads)
+    devices.configure(threads=config.run.threads)
     return devices.select_device(device)

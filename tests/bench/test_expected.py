@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from ensemble.bench import availability
+from ensemble.bench.case import Case
 from ensemble.bench.config import Config
-from ensemble.bench.records import Case
 from ensemble.machine import dtypes
 from ensemble.strategies import STRATEGIES, best
-from tests.made import CONFIG
+from tests.made import CONFIG, with_options
 
 CPU = torch.device("cpu")
 
@@ -25,7 +23,7 @@ def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(*strategies: str, dtype: str = "bfloat16") -> Config:
-    return replace(CONFIG, strategies=strategies, dtype=(dtype,))
+    return with_options(CONFIG, strategies=strategies, dtype=(dtype,))
 
 
 def unavailable(asked: Config) -> dict[str, str | None]:
@@ -41,7 +39,7 @@ def test_a_dtype_that_the_cpu_emulates_is_warned_of_and_skipped_unless_named() -
         "onnxruntime": "ONNX Runtime's CPU kernels do not convolve in torch.bfloat16",
     }
     (line,) = availability.warnings(named.plan(), CPU)
-    assert line.startswith("Warning: this CPU has no bfloat16 instructions, and torch emulates")
+    assert line.startswith("Warning: this CPU emulates bfloat16: a convolution")
     assert "took 4.5 times as long as in float32" in line
     every = config(*STRATEGIES)
     skipped = unavailable(every)

@@ -1,27 +1,31 @@
 """Rows from build to times: each failure costs its own row, with a reason."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ensemble.bench import failures, roofline, setup
-from ensemble.bench.build import Started, start
+from ensemble.bench import failures, roofline, session, setup
+from ensemble.bench.build import BuiltStrategy, build
+from ensemble.bench.case import Task
 from ensemble.bench.config import Config
-from ensemble.bench.executors import in_process
-from ensemble.bench.records import Result
+from ensemble.bench.executors.in_process import in_process
+from ensemble.bench.summary import Run, Summary, merged
 from ensemble.bench.workload import Workload
 from ensemble.errors import UnavailableError
 from ensemble.models.vision import torchvision
 from ensemble.strategies import STRATEGIES, best
 from ensemble.strategies.build_result import Builder, Built
 from ensemble.strategies.forward import owned
-from tests.made import CONFIG
+from tests.made import CONFIG, ENVIRONMENT, with_options
 from tests.tiny import tiny_models
 
-QUICK = replace(CONFIG, num_models=(3,), image_size=(8,), warmup=1, min_pairs=8, min_seconds=0.0)
+QUICK = with_options(
+    CONFIG, processes=0, num_models=(3,), image_size=(8,), warmup=1, min_pairs=8, min_seconds=0.0
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Made:
     summary: str = "made for a test"
     saves_multiplications: bool = False
     has_kernels: bool = False
+    needs: str = ""
 
     def builder(self, *, tune_seconds: float = 0.0) -> Builder:
         return lambda models, example: Built(self.make(models, example))
@@ -41,32 +46,46 @@ def looping(models: Sequence[nn.Module], x: Tensor) -> Tensor:
     return torch.stack([model(x) for model in models])
 
 
-def run(config: Config) -> list[Result]:
+def run(config: Config) -> list[Summary]:
     torch.manual_seed(0)
-    images = torch.randn(max(config.batch_size) * max(config.num_models), 3, 8, 8)
-    models = tiny_models(max(config.num_models))
-    return list(started(config, models, images))
+    largest = config.models
+    images = torch.randn(max(largest.batch_size) * max(largest.num_models), 3, 8, 8)
+    done = session.measure_all(
+        config,
+        Run(ENVIRONMENT, config.plain(), ()),
+        made_up(tiny_models(max(largest.num_models)), images),
+        save=lambda _: None,
+        say=lambda _: None,
+        executor=in_process,
+        show=lambda _: nullcontext(lambda *_: None),
+    )
+    return list(done.run.results)
 
 
-def started(config: Config, models: Sequence[nn.Module], images: Tensor) -> Iterator[Result]:
-    """The rows of a configuration, as they come; images of another size are resized."""
-    cases = config.plan()
+def started(config: Config, models: Sequence[nn.Module], images: Tensor) -> Iterator[Summary]:
+    """The rows of a configuration of one cell, as they come."""
+    with in_process(config, made_up(models, images)) as execute:
+        for measurements in execute(config.plan(), Task, lambda *_: None):
+            yield from (merged(None, one) for one in measurements)
+
+
+def made_up(models: Sequence[nn.Module], images: Tensor) -> Workload:
+    """Images of another size are resized."""
 
     def sized(px: int) -> Tensor:
         return nn.functional.interpolate(images, (px, px))
 
-    workload = Workload(torch.device("cpu"), models, "made up", sized)
-    return in_process.run(config, cases, workload, progress=lambda *_: None)
+    return Workload(torch.device("cpu"), models, "made up", sized)
 
 
 def run_made(
     make: Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]],
     monkeypatch: pytest.MonkeyPatch,
     config: Config = QUICK,
-) -> Result:
+) -> Summary:
     """The row of a strategy of the test's own, between two rows that must stay whole."""
     monkeypatch.setitem(STRATEGIES, "made", Made(make))
-    before, made, after = run(replace(config, strategies=("loop", "made", "vmap")))
+    before, made, after = run(with_options(config, strategies=("loop", "made", "vmap")))
     assert before.status == after.status == "ok"
     assert after.speedup is not None
     return made
@@ -74,7 +93,7 @@ def run_made(
 
 @pytest.mark.parametrize("inputs", ["shared", "per_model"])
 def test_both_strategies_agree_and_are_timed_in_pairs_with_the_reference(inputs: str) -> None:
-    loop, vmap = run(replace(QUICK, inputs=inputs, batch_size=(2,)))
+    loop, vmap = run(with_options(QUICK, inputs=inputs, batch_size=(2,)))
     assert loop.case.is_reference
     assert loop.reference_times_s == ()
     assert len(loop.times_s) == 8
@@ -88,7 +107,7 @@ def test_both_strategies_agree_and_are_timed_in_pairs_with_the_reference(inputs:
 
 
 def test_the_classes_are_those_that_each_model_finds_in_its_own_images() -> None:
-    config = replace(QUICK, inputs="per_model", batch_size=(2,))
+    config = with_options(QUICK, inputs="per_model", batch_size=(2,))
     torch.manual_seed(0)
     images = torch.randn(6, 3, 8, 8)
     models = tiny_models(3)
@@ -102,7 +121,7 @@ def test_the_classes_are_those_that_each_model_finds_in_its_own_images() -> None
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rows_of_a_lower_precision_are_compared_with_the_float32_loop(dtype: str) -> None:
-    loop, vmap = run(replace(QUICK, dtype=(dtype,)))
+    loop, vmap = run(with_options(QUICK, dtype=(dtype,)))
     for row in (loop, vmap):
         assert row.status == "ok"
         assert 1e-5 < (row.max_rel_error or 0) < 3e-2
@@ -111,7 +130,7 @@ def test_rows_of_a_lower_precision_are_compared_with_the_float32_loop(dtype: str
 
 
 def test_several_numbers_of_models_are_measured_one_after_another() -> None:
-    rows = run(replace(QUICK, num_models=(1, 3)))
+    rows = run(with_options(QUICK, num_models=(1, 3)))
     assert [(row.case.strategy, row.case.num_models) for row in rows] == [
         ("loop", 1),
         ("vmap", 1),
@@ -122,7 +141,7 @@ def test_several_numbers_of_models_are_measured_one_after_another() -> None:
 
 
 def test_the_self_check_times_the_reference_against_itself() -> None:
-    row = run(replace(QUICK, self_check=True))[-1]
+    row = run(with_options(QUICK, self_check=True))[-1]
     assert (row.case.strategy, row.max_rel_error, len(row.reference_times_s)) == (
         "self_check",
         0.0,
@@ -171,12 +190,13 @@ def test_the_roofline_is_measured_once_for_each_dtype(monkeypatch: pytest.Monkey
         asked.append(dtype)
         return roofline.Limits(1e9, 1e9)
 
-    monkeypatch.setattr(roofline, "measure", measure)
-    rows = run(replace(QUICK, roofline=True, self_check=True, dtype=("bfloat16",)))
+    monkeypatch.setattr(roofline, "measure_limits", measure)
+    rows = run(with_options(QUICK, roofline=True, self_check=True, dtype=("bfloat16",)))
     assert asked == [torch.bfloat16, torch.float32]
     # 8 x 3 x 3 x 3 weights at 8 x 8 places, 8 x 5 in the last layer, 3 models, 2 a multiply-add
-    assert rows[0].least_s == pytest.approx(3 * 2 * (216 * 64 + 40) / 1e9)
-    assert [row.bound for row in rows] == ["compute"] * 3
+    found = [row.roofline for row in rows if row.roofline]
+    assert found[0].least_s == pytest.approx(3 * 2 * (216 * 64 + 40) / 1e9)
+    assert [one.bound for one in found] == ["compute"] * 3
 
 
 ERRORS = [
@@ -203,7 +223,7 @@ def test_a_pass_in_float64_that_fails_costs_its_own_figure_only(
     monkeypatch.setattr(setup, "in_float64", failing(error))
     apart = Made(lambda models, _: lambda x: looping(models, x), saves_multiplications=True)
     monkeypatch.setitem(STRATEGIES, "made", apart)
-    for row in run(replace(QUICK, strategies=("loop", "made"))):
+    for row in run(with_options(QUICK, strategies=("loop", "made"))):
         assert (row.status, row.error, row.error_float64) == ("ok", None, None)
         assert len(row.times_s) == 8
         (note,) = row.notes
@@ -211,15 +231,17 @@ def test_a_pass_in_float64_that_fails_costs_its_own_figure_only(
         assert "\n" not in note
 
 
-@pytest.mark.parametrize("function", ["measure", "work"])
+@pytest.mark.parametrize("function", ["measure_limits", "work"])
 @pytest.mark.parametrize(("error", "reason"), ERRORS)
 def test_a_roofline_that_fails_costs_its_own_figure_only(
     function: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roofline, "measure", lambda *_: roofline.Limits(1e9, 1e9))
+    monkeypatch.setattr(roofline, "measure_limits", lambda *_: roofline.Limits(1e9, 1e9))
     monkeypatch.setattr(roofline, function, failing(error))
-    for row in run(replace(QUICK, roofline=True)):
-        assert (row.status, row.error, row.least_s, row.bound) == ("ok", None, None, None)
+    for row in run(with_options(QUICK, roofline=True)):
+        assert row.roofline is not None
+        found = row.roofline.least_s, row.roofline.bound
+        assert (row.status, row.error, *found) == ("ok", None, None, None)
         assert len(row.times_s) == 8
         (note,) = row.notes
         assert note.startswith(f"no roofline: {reason}")
@@ -234,9 +256,10 @@ def test_a_roofline_that_fails_in_one_dtype_stands_in_the_others(
             raise RuntimeError("not implemented for 'BFloat16'")
         return roofline.Limits(1e9, 1e9)
 
-    monkeypatch.setattr(roofline, "measure", measure)
-    rows = run(replace(QUICK, roofline=True, dtype=("float32", "bfloat16")))
-    assert [row.least_s is not None for row in rows] == [True, True, False, False]
+    monkeypatch.setattr(roofline, "measure_limits", measure)
+    rows = run(with_options(QUICK, roofline=True, dtype=("float32", "bfloat16")))
+    found = [row.roofline.least_s for row in rows if row.roofline]
+    assert [least_s is not None for least_s in found] == [True, True, False, False]
     assert [len(row.notes) for row in rows] == [0, 0, 1, 1]
 
 
@@ -274,7 +297,7 @@ def test_a_lack_of_memory_says_how_many_models_would_fit(
             raise error
         return lambda x: looping(models, x)
 
-    row = run_made(greedy, monkeypatch, replace(QUICK, num_models=(8,)))
+    row = run_made(greedy, monkeypatch, with_options(QUICK, num_models=(8,)))
     assert row.status == "failed"
     assert row.error == "out of memory with 8 models; 2 would fit (tried by halving)"
 
@@ -284,14 +307,14 @@ def test_a_reference_that_fails_fails_each_row_of_its_n_and_no_other(
 ) -> None:
     def short_of_memory(
         name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype, **_: float
-    ) -> Started:
+    ) -> BuiltStrategy:
         if len(models) > 2:
             raise torch.OutOfMemoryError
-        return start(name, models, example, dtype)
+        return build(name, models, example, dtype)
 
-    monkeypatch.setattr(setup, "start", short_of_memory)
-    monkeypatch.setattr(failures, "start", short_of_memory)
-    rows = run(replace(QUICK, num_models=(4, 2)))
+    monkeypatch.setattr(setup, "build", short_of_memory)
+    monkeypatch.setattr(failures, "build", short_of_memory)
+    rows = run(with_options(QUICK, num_models=(4, 2)))
     reason = "the reference failed: out of memory with 4 models; 2 would fit (tried by halving)"
     assert [(row.case.num_models, row.status, row.error) for row in rows] == [
         (4, "failed", reason),
@@ -366,7 +389,7 @@ def test_an_interrupt_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(STRATEGIES, "made", Made(interrupted))
     rows = started(
-        replace(QUICK, strategies=("loop", "made")), tiny_models(3), torch.randn(1, 3, 8, 8)
+        with_options(QUICK, strategies=("loop", "made")), tiny_models(3), torch.randn(1, 3, 8, 8)
     )
     assert next(rows).status == "ok"
     with pytest.raises(KeyboardInterrupt):
@@ -374,7 +397,7 @@ def test_an_interrupt_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_grid_is_run_cell_by_cell_and_each_row_stands_where_its_cell_says() -> None:
-    config = replace(
+    config = with_options(
         QUICK,
         num_models=(1, 2),
         batch_size=(1, 2),
@@ -406,12 +429,12 @@ def test_the_reference_of_a_cell_is_built_once_for_all_dtypes(
         return loop(models, example).forward
 
     monkeypatch.setitem(STRATEGIES, "loop", Made(noted))
-    run(replace(QUICK, dtype=("float32", "bfloat16")))
+    run(with_options(QUICK, dtype=("float32", "bfloat16")))
     assert made == [torch.float32, torch.bfloat16]
 
 
 def test_the_row_of_best_says_what_was_picked_what_was_tried_and_what_that_took() -> None:
-    config = replace(QUICK, strategies=("loop", "best"), dtype=("float32", "bfloat16"))
+    config = with_options(QUICK, strategies=("loop", "best"), dtype=("float32", "bfloat16"))
     rows = [row for row in run(config) if row.case.strategy == "best"]
     assert [row.case.dtype for row in rows] == ["float32", "bfloat16"]
     for row in rows:
@@ -425,10 +448,10 @@ def test_the_row_of_best_says_what_was_picked_what_was_tried_and_what_that_took(
 
 def test_only_strategies_that_round_apart_bring_the_error_against_float64() -> None:
     models = [torchvision.models.resnet18(num_classes=5).eval() for _ in range(2)]
-    config = replace(QUICK, num_models=(2,), image_size=(32,), strategies=("loop", "vmap"))
+    config = with_options(QUICK, num_models=(2,), image_size=(32,), strategies=("loop", "vmap"))
     images = torch.randn(1, 3, 32, 32)
     assert all(row.error_float64 is None for row in started(config, models, images))
-    config = replace(config, strategies=("loop", "lowered_vmap"))
+    config = with_options(config, strategies=("loop", "lowered_vmap"))
     loop, winograd = started(config, models, images)
     assert 0 < (loop.error_float64 or 0) < 2e-5
     assert 0 < (winograd.error_float64 or 0) < 2e-5

@@ -9,7 +9,7 @@ from ensemble.bench import roofline
 from ensemble.bench.roofline import (
     Limits,
     Work,
-    measure,
+    measure_limits,
     work,
 )
 from ensemble.models.vision import torchvision
@@ -40,7 +40,7 @@ def test_the_limits_of_this_machine_are_between_a_toy_and_a_cluster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ensemble.bench.roofline.READ_BYTES", 64 * 2**20)
-    found = measure(torch.device("cpu"), torch.float32)
+    found = measure_limits(torch.device("cpu"), torch.float32)
     assert 1e9 < found.operations_per_s < 1e15
     assert 1e8 < found.bytes_per_s < 1e13
 
@@ -73,7 +73,7 @@ def test_the_limit_is_found_in_seconds_on_a_slow_processor_and_on_a_fast_one(
     monkeypatch.setattr(roofline, "_product", processor.product)
     monkeypatch.setattr(roofline, "synchronize", lambda device: None)
     monkeypatch.setattr(roofline, "READ_BYTES", 64)
-    found = measure(torch.device(device), torch.float16)
+    found = measure_limits(torch.device(device), torch.float16)
     assert processor.now < 2.5 * roofline.BUDGET_S
     assert found.operations_per_s == pytest.approx(rate, rel=0.1)
 
@@ -87,6 +87,6 @@ def test_a_processor_of_usual_speed_is_measured_with_the_largest_matrix(
     monkeypatch.setattr(roofline, "_product", processor.product)
     monkeypatch.setattr(roofline, "synchronize", lambda device: None)
     monkeypatch.setattr(roofline, "READ_BYTES", 64)
-    measure(torch.device(device), torch.float32)
+    measure_limits(torch.device(device), torch.float32)
     assert processor.sides[-1] == side
     assert processor.sides.count(side) > roofline.LEAST_CALLS

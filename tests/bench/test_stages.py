@@ -3,13 +3,13 @@
 import pytest
 from numba.core import event
 
-from ensemble.bench.stages import BUILDING, COMPILING, telling
+from ensemble.bench.stages import BUILDING, COMPILING, reported_compilation
 
 
 def stages_of(strategy: str) -> list[str]:
     """What is told of a build in which numba compiles something."""
     told: list[str] = []
-    with telling(strategy, lambda stage, done: told.append(stage)):
+    with reported_compilation(strategy, lambda stage, done: told.append(stage)):
         event.start_event("numba:compile")
         event.end_event("numba:compile")
     return told
@@ -17,7 +17,7 @@ def stages_of(strategy: str) -> list[str]:
 
 def test_functions_that_are_compiled_within_another_are_not_told_again() -> None:
     told: list[str] = []
-    with telling("lowered_vmap", lambda stage, done: told.append(stage)):
+    with reported_compilation("lowered_vmap", lambda stage, done: told.append(stage)):
         event.start_event("numba:compile")
         for _ in range(3):
             event.start_event("numba:compile")

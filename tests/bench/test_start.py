@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from ensemble.bench.build import start
+from ensemble.bench.build import build
 from ensemble.compiler import kernels
 from tests.tiny import tiny_models
 
@@ -22,7 +22,7 @@ def test_compiling_the_kernels_is_in_no_strategys_time(monkeypatch: pytest.Monke
     kernels.load()
     monkeypatch.setattr(kernels, "load", load)
     begin = time.perf_counter()
-    started = start("lowered_vmap", tiny_models(2), torch.randn(1, 3, 8, 8), torch.float32)
+    started = build("lowered_vmap", tiny_models(2), torch.randn(1, 3, 8, 8), torch.float32)
     took = time.perf_counter() - begin
     assert compiled
     assert started.build_s + started.first_call_s < took - compiled[0]

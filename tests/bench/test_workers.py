@@ -17,33 +17,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ensemble
 import resnet_vmap
-from ensemble.bench import rounds, session
+from ensemble.bench import result_file, schedule, session
+from ensemble.bench.case import Case, Task
 from ensemble.bench.config import Config
 from ensemble.bench.executors import fresh_process as workers
 from ensemble.bench.executors.fresh_process import Job
-from ensemble.bench.records import (
-    Case,
-    Process,
-    Result,
-    Run,
-)
+from ensemble.bench.measurement import Measurement, Note
 from ensemble.bench.report import exports, resuming
-from ensemble.bench.report.progress import show_progress
+from ensemble.bench.summary import Run, Summary, merged
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError
 from ensemble.strategies import STRATEGIES, best
 from tests.bench import strategies_that_die
-from tests.made import (
-    CASE,
-    CONFIG,
-    ENVIRONMENT,
-    ROW,
-    changed,
-)
+from tests.made import CASE, CONFIG, ENVIRONMENT, ONE, ROW, changed, row_of, with_options
 from tests.tiny import tiny_models
 
 ROOT = Path(resnet_vmap.__file__).parent
-QUICK = replace(
+QUICK = with_options(
     CONFIG,
     num_models=(3,),
     image_size=(8,),
@@ -81,29 +71,27 @@ def case(strategy: str, **changes: object) -> Case:
 
 def measured(
     config: Config, workload: Workload, *names: str
-) -> tuple[dict[str, Result], dict[str, Result | None]]:
-    """Rows of these strategies, a worker each, and the reference's halves."""
+) -> tuple[dict[str, Measurement], dict[str, Measurement | None]]:
+    """Measurements of these strategies, a worker each, and the reference's halves."""
     rows, halves = {}, {}
     with workers.jobs(config, workload) as job:
         cases = [case(name) for name in names]
-        for row, beside in workers.measure(
-            job, iter(cases), picked=lambda _: None, progress=lambda *_: None
-        ):
-            rows[row.case.strategy], halves[row.case.strategy] = row, beside
+        for row, *reference in workers.execute(job, cases, Task, lambda *_: None):
+            rows[row.case.strategy] = row
+            halves[row.case.strategy] = reference[0] if reference else None
     return rows, halves
 
 
 def test_a_worker_measures_what_this_process_would(workload: Workload) -> None:
     rows, halves = measured(QUICK, workload, "vmap", "chatter")
     for name in ("vmap", "chatter"):
-        (process,) = rows[name].processes
         assert rows[name].status == "ok"
-        assert len(process.times_s) == len(process.reference_times_s) == 6
+        assert len(rows[name].times_s) == len(rows[name].reference_times_s) == 6
         assert (rows[name].max_rel_error or 0.0) < 1e-5
         beside = halves[name]
         assert beside is not None
         assert beside.case == case("loop")
-        assert beside.times_s == process.reference_times_s
+        assert beside.times_s == rows[name].reference_times_s
     models, images = workload.models, workload.images(8)
     expected = [model(images[:1]).argmax(1).tolist() for model in models]
     assert rows["vmap"].top1 == expected
@@ -116,20 +104,16 @@ def test_only_the_first_process_of_a_row_asks_what_the_others_would_find_too() -
         model.get_parameter("fc.weight").zero_()
     images = {8: torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
     blind = Workload(torch.device("cpu"), models, "made up", images.__getitem__)
-    asked, numbers = case("lowered_vmap", num_models=2), iter((0, 1))
+    asked, numbers = case("lowered_vmap", num_models=2), iter((0, 0, 0, 1))
     with workers.jobs(QUICK, blind) as job:
-        (first, _), (second, _) = workers.measure(
-            job,
-            iter((asked, asked)),
-            picked=lambda _: None,
-            progress=lambda *_: None,
-            number=lambda _: next(numbers),
+        (first, _), (second, _) = workers.execute(
+            job, (asked, asked), lambda case: Task(case, next(numbers)), lambda *_: None
         )
     assert (first.status, second.status) == ("ok", "ok")
     assert first.error_float64 is not None
     assert second.error_float64 is None
-    assert any("check is weak" in note for note in first.notes)
-    assert not any("check is weak" in note for note in second.notes)
+    assert any("check is weak" in note.text for note in first.notes)
+    assert not any("check is weak" in note.text for note in second.notes)
 
 
 def test_a_worker_that_dies_costs_its_own_row(workload: Workload) -> None:
@@ -137,17 +121,17 @@ def test_a_worker_that_dies_costs_its_own_row(workload: Workload) -> None:
     assert [row.status for row in rows.values()] == ["failed", "failed", "failed", "ok"]
     assert re.fullmatch(
         r"killed by signal 9 \(out of memory\? \d\.\d GB of \d+ GB held at most\);"
-        " it said last: about to go",
+        " last line of stderr: about to go",
         str(rows["kill"].error),
     )
     assert str(rows["crash"].error).startswith("killed by signal 11 (SIGSEGV)")
-    assert str(rows["leave"].error).startswith("ended with exit code 3 and no row")
+    assert str(rows["leave"].error).startswith("exited with code 3 without a result")
 
 
 @pytest.mark.slow
 def test_a_worker_that_says_nothing_is_given_up(workload: Workload) -> None:
     begin = time.monotonic()
-    rows, _ = measured(replace(QUICK, timeout_minutes=0.15), workload, "hang", "vmap")
+    rows, _ = measured(with_options(QUICK, timeout_minutes=0.15), workload, "hang", "vmap")
     assert (rows["hang"].status, rows["hang"].error) == ("failed", "no answer in 9 s")
     assert rows["vmap"].status == "ok"
     assert time.monotonic() - begin < 60
@@ -206,7 +190,7 @@ def test_a_worker_that_never_starts_is_given_up_after_one_time_limit(
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(600)\n")
     begin = time.monotonic()
-    rows, _ = measured(replace(QUICK, timeout_minutes=0.05), workload, "vmap")
+    rows, _ = measured(with_options(QUICK, timeout_minutes=0.05), workload, "vmap")
     assert rows["vmap"].error == "no answer in 3 s"
     assert time.monotonic() - begin < 5
 
@@ -216,81 +200,89 @@ def run_rounds(
 ) -> dict[str, int]:
     """How many processes each strategy gets, where its processes find these speedups."""
     cases = [case(name) for name in ("loop", *speedups)]
-    rows: dict[Case, Result] = {}
-    for several in rounds.rounds(cases, rows, config):
-        for asked in several:
+    rows: dict[Case, Summary] = {}
+    for batch in schedule.batches(cases, rows, config):
+        for asked in batch:
+            if not schedule.wants_more(rows.get(asked), config.measure):
+                continue
             before = rows.get(asked)
             number = len(before.processes) if before else 0
             if asked.strategy == failing:
-                new = Result(asked, status="failed", error="broke")
+                new = Measurement(asked, "failed", "broke")
             else:
                 ratio = 1.0 if asked.is_reference else speedups[asked.strategy][number]
                 reference = () if asked.is_reference else (0.1,) * 8
-                new = Result(asked, processes=(Process((0.1 / ratio,) * 8, reference),))
-            rows[asked] = rounds.merged(before, new)
+                times = (0.1 / ratio,) * 8
+                new = Measurement(asked, times_s=times, reference_times_s=reference)
+            rows[asked] = merged(before, new)
     counts = {asked.strategy: len(row.processes) for asked, row in rows.items()}
     return counts if not speedups or failing else {name: counts[name] for name in speedups}
 
 
 def test_more_than_three_processes_are_for_rows_that_are_still_unsure() -> None:
-    config = replace(QUICK, processes=6, precision=5.0)
+    config = with_options(QUICK, processes=6, max_ci_percent=5.0)
     steady, wild = [1.50, 1.51, 1.50] * 2, [1.0, 1.3, 0.8, 1.1, 1.2, 0.9]
     assert run_rounds({"vmap": steady, "folded_vmap": wild}, config) == {
         "vmap": 3,
         "folded_vmap": 6,
     }
-    assert run_rounds({"vmap": wild}, replace(config, processes=2)) == {"vmap": 2}
-    assert run_rounds({"vmap": wild}, replace(config, processes=1)) == {"vmap": 1}
-    assert run_rounds({"vmap": wild}, replace(config, precision=500.0)) == {"vmap": 3}
+    assert run_rounds({"vmap": wild}, with_options(config, processes=2)) == {"vmap": 2}
+    assert run_rounds({"vmap": wild}, with_options(config, processes=1)) == {"vmap": 1}
+    assert run_rounds({"vmap": wild}, with_options(config, max_ci_percent=500.0)) == {"vmap": 3}
 
 
 def test_a_row_that_failed_gets_no_more_and_the_reference_then_runs_by_itself() -> None:
-    found = run_rounds({"vmap": [1.0] * 6}, replace(QUICK, processes=5), failing="vmap")
+    found = run_rounds({"vmap": [1.0] * 6}, with_options(QUICK, processes=5), failing="vmap")
     assert found == {"vmap": 0, "loop": 1}
-    assert run_rounds({}, replace(QUICK, processes=5)) == {"loop": 3}
+    assert run_rounds({}, with_options(QUICK, processes=5)) == {"loop": 3}
 
 
 def test_the_processes_of_a_row_are_spread_over_the_run() -> None:
     cases = [case(name) for name in ("loop", "vmap", "folded_vmap")]
-    first = next(rounds.rounds(cases, {}, replace(QUICK, processes=5)))
-    assert [asked.strategy for asked in first] == ["vmap", "folded_vmap"] * 3
+    batches = schedule.batches(cases, {}, with_options(QUICK, processes=5))
+    first = [asked.strategy for asked in (*next(batches), *next(batches))]
+    assert first == ["vmap", "folded_vmap"] * 3
 
 
 def test_the_most_unsure_row_comes_first_in_the_later_rounds() -> None:
     cases = [case(name) for name in ("loop", "vmap", "folded_vmap", "concurrent")]
     spreads = {"vmap": 0.2, "folded_vmap": 0.001, "concurrent": 0.5}
     rows = {
-        case(name): Result(
-            case(name),
-            processes=tuple(Process((1.0 + spread * k,) * 8, (1.0,) * 8) for k in range(3)),
+        case(name): row_of(
+            *(
+                Measurement(
+                    case(name), times_s=(1.0 + spread * k,) * 8, reference_times_s=(1.0,) * 8
+                )
+                for k in range(3)
+            )
         )
         for name, spread in spreads.items()
     }
-    groups = rounds.rounds(cases, rows, replace(QUICK, processes=5, precision=5.0))
-    assert list(next(groups)) == []
-    assert [unsure.strategy for unsure in next(groups)] == ["concurrent", "vmap"]
+    later = next(schedule.batches(cases, rows, with_options(QUICK, processes=5)))
+    assert [wide.strategy for wide in later] == ["concurrent", "vmap"]
 
 
 def test_what_the_processes_of_a_row_share_is_asked_of_them_together() -> None:
-    each = rounds.in_each(replace(QUICK, processes=5, min_pairs=20, min_seconds=2.0))
+    asked = with_options(QUICK, processes=5, min_pairs=20, min_seconds=2.0)
+    each = schedule.of_one_process(asked).measure
     assert each.min_pairs == 7
     assert each.min_seconds == pytest.approx(2 / 3)
-    one = rounds.in_each(replace(QUICK, processes=1, min_pairs=20, min_seconds=2.0))
+    one = schedule.of_one_process(with_options(asked, processes=1)).measure
     assert (one.min_pairs, one.min_seconds) == (20, 2.0)
 
 
 def test_a_process_that_fails_fails_its_row_and_says_which_it_was() -> None:
-    second = Result(ROW.case, status="failed", error="broke", max_rel_error=0.5)
-    found = rounds.merged(changed(ROW, max_rel_error=0.1), second)
+    second = Measurement(ROW.case, "failed", "broke", max_rel_error=0.5)
+    found = merged(changed(ROW, max_rel_error=0.1), second)
     assert (found.status, found.error) == ("failed", "in process 2: broke")
     assert found.max_rel_error == 0.5
-    assert found.processes == ROW.processes
+    assert len(found.processes) == len(ROW.processes)
 
 
 def test_notes_that_differ_in_their_figures_alone_are_kept_once() -> None:
-    one = changed(ROW, notes=("setting: a (tried: a 1 ms)", "same"))
-    two = changed(ROW, notes=("setting: a (tried: a 2 ms)", "setting: b (tried)", "same"))
-    assert rounds.merged(one, two).notes == (
+    notes = Note("setting: a", "tried: a 1 ms"), Note("same")
+    others = Note("setting: a", "tried: a 2 ms"), Note("setting: b", "tried"), Note("same")
+    assert row_of(replace(ONE, notes=notes), replace(ONE, notes=others)).notes == (
         "setting: a (tried: a 1 ms)",
         "same",
         "setting: b (tried)",
@@ -298,14 +290,13 @@ def test_notes_that_differ_in_their_figures_alone_are_kept_once() -> None:
 
 
 def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Workload) -> None:
-    config = replace(QUICK, strategies=("loop", "vmap", "kill"), min_pairs=18)
+    config = with_options(QUICK, strategies=("loop", "vmap", "kill"), min_pairs=18)
     saved: list[Run] = []
     done = session.measure_all(
         config,
         Run(ENVIRONMENT, config.plain(), ()),
         workload,
         save=saved.append,
-        show_progress=show_progress,
         say=lambda _: None,
     )
     rows = {row.case.strategy: row for row in done.run.results}
@@ -317,21 +308,21 @@ def test_a_session_fills_the_reference_from_the_pairs_of_others(workload: Worklo
     assert rows["kill"].status == "failed"
     assert rows["vmap"].speedup_interval is not None
     assert len(saved) == 4  # after each worker
-    again = exports.from_json(exports.to_json(done.run))
+    again = result_file.from_json(result_file.to_json(done.run))
     assert again == done.run
 
 
 def test_rows_that_need_cuda_are_unavailable_on_a_cpu_and_start_no_process(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "jobs", None)
-    config = replace(QUICK, strategies=("cudagraph_loop", "cudagraph_compiled_vmap"))
+    monkeypatch.setattr(workers, "Worker", None)
+    config = with_options(QUICK, strategies=("cudagraph_loop", "cudagraph_compiled_vmap"))
     done = session.measure_all(
         config,
         Run(ENVIRONMENT, config.plain(), ()),
         workload,
         save=lambda _: None,
-        show_progress=lambda _: nullcontext(lambda *_: None),
+        show=lambda _: nullcontext(lambda *_: None),
         say=lambda _: None,
     )
     assert [(row.status, row.error) for row in done.run.results] == [
@@ -341,13 +332,13 @@ def test_rows_that_need_cuda_are_unavailable_on_a_cpu_and_start_no_process(
 
 @pytest.mark.slow
 def test_what_the_first_process_of_best_picks_the_others_run_too(workload: Workload) -> None:
-    config = replace(QUICK, strategies=("best",), min_pairs=18)
+    config = with_options(QUICK, strategies=("best",), min_pairs=18)
     done = session.measure_all(
         config,
         Run(ENVIRONMENT, config.plain(), ()),
         workload,
         save=lambda _: None,
-        show_progress=lambda _: nullcontext(lambda *_: None),
+        show=lambda _: nullcontext(lambda *_: None),
         say=lambda _: None,
     )
     (row,) = done.run.results
@@ -356,14 +347,14 @@ def test_what_the_first_process_of_best_picks_the_others_run_too(workload: Workl
     assert [process.tune_s is not None for process in row.processes] == [True, False, False]
     assert sum(note.startswith("picked ") for note in row.notes) == 1
     assert (row.build_s or 0) > (row.processes[0].tune_s or 0) > 0
-    again = exports.from_json(exports.to_json(done.run))
+    again = result_file.from_json(result_file.to_json(done.run))
     assert again == done.run
 
 
 def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resumed(
     workload: Workload,
 ) -> None:
-    config = replace(QUICK, strategies=("loop", "vmap"), min_pairs=18, max_minutes=1e-6)
+    config = with_options(QUICK, strategies=("loop", "vmap"), min_pairs=18, max_minutes=1e-6)
     run = Run(ENVIRONMENT, config.plain(), ())
 
     def measure(config: Config, run: Run) -> session.Session:
@@ -372,7 +363,6 @@ def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resume
             run,
             workload,
             save=lambda _: None,
-            show_progress=show_progress,
             say=lambda _: None,
         )
 
@@ -380,7 +370,7 @@ def test_a_budget_keeps_what_its_last_worker_has_measured_and_the_rest_is_resume
     counts = {row.case.strategy: len(row.processes) for row in begun.run.results}
     assert (begun.stopped, counts) == ("1e-06 minutes are over", {"loop": 1, "vmap": 1})
     assert [asked.strategy for asked in begun.left] == ["loop", "vmap"]
-    unbounded = replace(config, max_minutes=None)
+    unbounded = with_options(config, max_minutes=None)
     rows = measure(unbounded, resuming.resume(unbounded, run, begun.run)).run.results
     assert [len(row.processes) for row in rows] == [3, 3]
     assert [row.processes[0] for row in rows] == [row.processes[0] for row in begun.run.results]

@@ -1,4 +1,4 @@
-"""Workers: start them, follow what they say, tell how one died. One at a time measures."""
+"""Measure each case in a fresh process: start workers, read their messages, explain crashes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import ensemble
 from ensemble import files
+from ensemble.bench import schedule
+from ensemble.bench.case import Case, Task
 from ensemble.bench.config import Config
-from ensemble.bench.records import Case, Result
-from ensemble.bench.report.exports import result_of
-from ensemble.bench.stages import Stage
+from ensemble.bench.executors.executor import Execute, OnProgress, TaskOf
+from ensemble.bench.measurement import FAILED, Measurement
+from ensemble.bench.result_file import measurement_of
+from ensemble.bench.stages import OnStage
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError
 from ensemble.machine import memory
@@ -49,34 +50,36 @@ if root not in sys.path:
     sys.path.append(root)
 from ensemble.bench.executors.worker import main; main()
 """
-ROW = "ensemble.bench.measure"
-# Workers that are started together. What they import differs, 1.8 to 2.8 s of one core: of two, one
-# waited for the other with its core idle.
-AT_ONCE = 3
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all workers of a run are told, beside their case."""
+    """What all workers of a run share."""
 
     config: Config
     shared: str  # the file of models and images
     inherited: tuple[int, ...]  # its descriptor, where the file has no name
     device: str
     timeout_s: float
-    row: str  # the module whose `measure` makes a row of a case
 
 
 @contextmanager
-def jobs(config: Config, workload: Workload, *, row: str = ROW) -> Iterator[Job]:
+def fresh_processes(config: Config, workload: Workload) -> Iterator[Execute]:
+    """An executor that measures each case in a process of its own."""
+    with jobs(schedule.of_one_process(config), workload) as job:
+        yield partial(execute, job)
+
+
+@contextmanager
+def jobs(config: Config, workload: Workload) -> Iterator[Job]:
     """The job of a run: models and images in one file, which all workers map. On Linux it has no
     name: however this process ends, nothing is left.
 
     Raises:
         InputError: there is no room for the file.
     """
-    device, timeout_s = str(workload.device), 60 * config.timeout_minutes
-    size = workload.shared_bytes(config.image_size)
+    device, timeout_s = str(workload.device), 60 * config.measure.timeout_minutes
+    size = workload.shared_bytes(config.models.image_size)
     with contextlib.ExitStack() as stack:
         try:
             if sys.platform == "linux":
@@ -87,11 +90,11 @@ def jobs(config: Config, workload: Workload, *, row: str = ROW) -> Iterator[Job]
                 folder = tempfile.TemporaryDirectory(prefix="resnet_vmap_")
                 path, inherited = os.path.join(stack.enter_context(folder), "workload.pt"), ()
                 file = stack.enter_context(open(path, "w+b"))
-            workload.save_shared(file, config.image_size)
+            workload.save_shared(file, config.models.image_size)
             file.flush()
-            if config.scenario and config.load_log is None:  # a worker that is killed leaves them
+            if config.load and config.load.load_log is None:  # a killed worker would leave them
                 logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="resnet_vmap_"))
-                config = replace(config, load_log=logs)
+                config = replace(config, load=replace(config.load, load_log=logs))
         except (OSError, RuntimeError) as error:  # torch's writer makes the latter of the former
             with contextlib.suppress(OSError):  # what is left of it is not written either
                 stack.close()
@@ -100,7 +103,7 @@ def jobs(config: Config, workload: Workload, *, row: str = ROW) -> Iterator[Job]
                 f" to the temporary folder ({files.temporary_folder()}) or to memory:"
                 f" {files.reason(error)}; set TMPDIR to a folder with room, or use --processes 0"
             ) from error
-        yield Job(config, path, inherited, device, timeout_s, row)
+        yield Job(config, path, inherited, device, timeout_s)
 
 
 class Worker:
@@ -145,86 +148,72 @@ class Worker:
         if not first:
             self._messages.put(first)
 
-    def measure(
-        self, case: Case, *, number: int, picked: str | None, progress: Stage
-    ) -> tuple[Result, Result | None]:
-        """The row of a case, and the reference's half of its pairs where it has such.
+    def measure(self, task: Task, on_stage: OnStage) -> list[Measurement]:
+        """The measurement of a task, and the reference's half of its pairs where it has such.
 
-        `number` is how many processes the row has had. It is added to the seed that arrivals under
-        load are drawn from: rows of the same number meet the same arrivals.
-        A worker that dies, or says nothing for the job's `timeout_s`, is a failed row.
+        A worker that dies, or is silent for the job's `timeout_s`, is a failed measurement.
         """
         if self._is_silent:
-            return self._given_up(case), None
+            return [self._timed_out(task.case)]
         assert self._process.stdin is not None
-        config = replace(self._job.config, seed=self._job.config.seed + number)
-        task: dict[str, Any] = {"config": config.plain(), "case": asdict(case)}
-        task |= {"shared": self._job.shared, "device": self._job.device, "row": self._job.row}
-        task |= {"number": number, "picked": picked}
+        job = self._job
+        content = {
+            **{"config": job.config.plain(), "task": asdict(task)},
+            **{"shared": job.shared, "device": job.device},
+        }
         with contextlib.suppress(BrokenPipeError):  # it has died: the reason is asked below
-            self._process.stdin.write(json.dumps(task) + "\n")
+            self._process.stdin.write(json.dumps(content) + "\n")
             self._process.stdin.flush()
         while True:
             try:
-                line = self._messages.get(timeout=self._job.timeout_s)
+                line = self._messages.get(timeout=job.timeout_s)
             except queue.Empty:
-                return self._given_up(case), None
+                return [self._timed_out(task.case)]
             if not line:
-                return self._failed(case, _cause(self._process)), None
+                return [self._failed(task.case, _cause(self._process))]
             message = json.loads(line)
-            if "row" in message:
-                beside = message["reference"]
-                return result_of(message["row"]), beside and result_of(beside)
-            progress(message["stage"], message.get("done", 0.0))
+            if "measurement" in message:
+                both = message["measurement"], message["reference"]
+                return [measurement_of(values) for values in both if values]
+            on_stage(message["stage"], message.get("done", 0.0))
 
-    def _given_up(self, case: Case) -> Result:
+    def _timed_out(self, case: Case) -> Measurement:
         _kill(self._process)
         return self._failed(case, f"no answer in {self._job.timeout_s:.0f} s")
 
-    def _failed(self, case: Case, cause: str) -> Result:
+    def _failed(self, case: Case, cause: str) -> Measurement:
         self._errors.seek(0)
         text = self._errors.read().decode(errors="replace")
-        said = [line.strip() for line in text.splitlines() if line.strip()]
-        last = f"; it said last: {said[-1]}" if said else ""
-        return Result(case, status="failed", error=f"{cause}{last}")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        last = f"; last line of stderr: {lines[-1]}" if lines else ""
+        return Measurement(case, FAILED, f"{cause}{last}")
 
 
-def measure(
-    job: Job,
-    cases: Iterator[Case],
-    *,
-    picked: Callable[[Case], str | None],
-    progress: Callable[[Case, str, float], None],
-    number: Callable[[Case], int] = lambda case: 0,
-    is_wanted: Callable[[Case], bool] = lambda case: True,
-) -> Iterator[tuple[Result, Result | None]]:
-    """Each case in a worker of its own, one after another; `number` of its processes so far.
+def execute(
+    job: Job, cases: Sequence[Case], task_of: TaskOf, on_progress: OnProgress
+) -> Generator[Sequence[Measurement]]:
+    """Each case in a worker of its own.
 
-    Several are started together, because importing torch keeps one core busy for seconds; they then
-    wait, and measure one after the other. `picked` is asked what an earlier one chose for the case,
-    `is_wanted` whether it still is, when its turn has come.
+    All workers start together, because importing torch keeps one core busy for seconds; they then
+    wait, and measure one after another.
     """
-    while together := tuple(islice(cases, AT_ONCE)):
-        with contextlib.ExitStack() as stack:
-            workers = [
-                stack.enter_context(Worker(job, picked(case) or case.strategy)) for case in together
-            ]
-            progress(together[0], "start", 0.0)
-            for worker in workers:
-                worker.wait()
-            for worker, case in zip(workers, together, strict=True):
-                with worker:
-                    if is_wanted(case):
-                        yield worker.measure(
-                            case,
-                            number=number(case),
-                            picked=picked(case),
-                            progress=partial(progress, case),
-                        )
+    strategies = [
+        (task.picked if (task := task_of(case)) else None) or case.strategy for case in cases
+    ]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(job, strategy)) for strategy in strategies]
+        on_progress(cases[0], "start", 0.0)
+        for worker in workers:
+            worker.wait()
+        for worker, case in zip(workers, cases, strict=True):
+            with worker:
+                task = task_of(case)
+                if task is not None:
+                    yield worker.measure(task, partial(on_progress, case))
 
 
 def _read(process: subprocess.Popen[str]) -> queue.SimpleQueue[str]:
-    """The lines that a worker says, as they come, and an empty one when it has ended."""
+    """The lines that a worker writes, as they come, and an empty one when it has ended."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -246,12 +235,12 @@ def _kill(worker: subprocess.Popen[str]) -> None:
 
 
 def _cause(worker: subprocess.Popen[str]) -> str:
-    """How a worker that said no row ended."""
+    """Why a worker ended without a result."""
     _, status, usage = os.wait4(worker.pid, 0)
     worker.returncode = code = os.waitstatus_to_exitcode(status)
     held = 1024 * usage.ru_maxrss
     if code >= 0:
-        return f"ended with exit code {code} and no row"
+        return f"exited with code {code} without a result"
     name = signal.Signals(-code).name
     if -code != signal.SIGKILL:
         return f"killed by signal {-code} ({name})"

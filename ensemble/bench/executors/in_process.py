@@ -1,66 +1,65 @@
-"""The loop over the grid: cases in their order, one `Result` at a time."""
+"""Measure cases in this process: for debuggers and profilers, in workers, and on rank 0."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
-from typing import Protocol
 
-from ensemble.bench import measure as row
+from ensemble.bench.case import Case, Task
 from ensemble.bench.config import Config
-from ensemble.bench.records import Case, Result
-from ensemble.bench.report.words import case_name
-from ensemble.bench.setup import (
-    Cell,
-    make_cell,
-    measure_limits,
-    with_roofline,
-)
-from ensemble.bench.stages import Stage
+from ensemble.bench.executors.executor import Execute, OnProgress, TaskOf
+from ensemble.bench.measure import measure
+from ensemble.bench.measurement import FAILED, Measurement
+from ensemble.bench.setup import Setup, SetupError, local_setup
+from ensemble.bench.stages import OnStage
 from ensemble.bench.workload import Workload
 
-# Called with what is measured in words, what is being done to it, and how much of that is done.
-Progress = Callable[[str, str, float], None]
-Make = Callable[[Sequence[Case]], Cell | str]  # the cases of a cell -> the cell
+
+@contextmanager
+def in_process(config: Config, workload: Workload) -> Iterator[Execute]:
+    """An executor of this process."""
+
+    def make(cases: Sequence[Case]) -> Setup:
+        return local_setup(
+            cases,
+            workload.models,
+            workload.images,
+            reduce=config.models.reduce,
+            tune_seconds=config.measure.tune_seconds,
+        )
+
+    yield partial(execute, make, config)
 
 
-class Measure(Protocol):
-    """Makes a row of a case."""
-
-    def __call__(self, case: Case, cell: Cell, config: Config, *, progress: Stage) -> Result: ...
-
-
-def run(
+def execute(
+    make: Callable[[Sequence[Case]], Setup],
     config: Config,
     cases: Sequence[Case],
-    workload: Workload,
-    *,
-    progress: Progress,
-    measure: Measure = row.measure,
-    make: Make | None = None,
-) -> Iterator[Result]:
-    """Measure cases of `Config.plan`; a failure costs its own row only.
+    task_of: TaskOf,
+    on_progress: OnProgress,
+) -> Generator[Sequence[Measurement]]:
+    """Measure the cases of one cell in a setup that `make` gives."""
+    on_progress(cases[0], "reference", 0.0)
+    try:
+        setup = make(cases)
+    except SetupError as error:
+        yield [Measurement(case, FAILED, str(error)) for case in cases]
+        return
+    for case in cases:
+        task = task_of(case)
+        if task is not None:
+            yield [measure_task(task, setup, config, on_stage=partial(on_progress, case))]
 
-    Args:
-        config: how to measure.
-        cases: what to measure, those of one cell together.
-        workload: the first N of its models serve for each N; shared inputs are the first B of its
-            images, per-model inputs the first N * B.
-        make: makes the cell of its cases (default: `make_cell`, on the workload's device).
-    """
-    dtypes = [case.dtype for case in cases] if config.roofline else []
-    limits = measure_limits(dtypes, workload.device)
-    for _, group in groupby(cases, key=lambda case: case.cell):
-        together = list(group)
-        progress(case_name(together[0]), "reference", 0.0)
-        if make is None:
-            cell = make_cell(together, workload.models, workload.images, config)
-        else:
-            cell = make(together)
-        for case in together:
-            if isinstance(cell, str):
-                yield Result(case, status="failed", error=cell)
-                continue
-            found = measure(case, cell, config, progress=partial(progress, case_name(case)))
-            yield with_roofline(found, limits, workload)
+
+def measure_task(task: Task, setup: Setup, config: Config, *, on_stage: OnStage) -> Measurement:
+    """Time a case in pairs with the reference, or test it under load."""
+    if config.load is None:
+        options, reduce = config.measure, config.models.reduce
+        return measure(task, setup, options, reduce=reduce, on_stage=on_stage)
+    from ensemble.bench.load.measure import measure_under_load
+
+    seed = config.run.seed + task.process
+    return measure_under_load(
+        task.case, setup, config.load, config.measure, seed=seed, on_stage=on_stage
+    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ensemble.bench.build import start
+from ensemble.bench.build import build
+from ensemble.bench.case import Case
 from ensemble.bench.load.batching import (
     ALONE,
     TOGETHER,
@@ -16,8 +16,8 @@ from ensemble.bench.load.batching import (
     sizes,
 )
 from ensemble.bench.load.engine import Engine, Forwards, Key
-from ensemble.bench.records import Case
-from ensemble.bench.setup import Cell
+from ensemble.bench.setup import Setup
+from ensemble.bench.stages import OnStage
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import interleaved
 from ensemble.statistics import median
@@ -56,9 +56,7 @@ def plan(case: Case) -> Plan:
     return Plan(case.num_models, together=case.strategy)
 
 
-def build(
-    case: Case, cell: Cell, *, max_batch: int, progress: Callable[[str, float], None]
-) -> Engine:
+def build_engine(case: Case, setup: Setup, *, max_batch: int, on_stage: OnStage) -> Engine:
     """Build, check and time each way of a case.
 
     Raises:
@@ -66,16 +64,16 @@ def build(
         Exception: what a strategy raises.
     """
     chosen = plan(case)
-    expected = reference_logits(cell)
-    images = cell.images.to(getattr(torch, case.dtype))
+    expected = reference_logits(setup)
+    images = setup.images.to(getattr(torch, case.dtype))
     modes = {ALONE: chosen.alone, TOGETHER: chosen.together}
     keys = [(mode, size) for mode, name in modes.items() if name for size in sizes(max_batch)]
     forwards, ways, largest = dict[Key, Forwards](), list[Way](), list[float]()
     for index, (mode, size) in enumerate(keys):
-        progress(f"build {mode} {size}", index / len(keys))
+        on_stage(f"build {mode} {size}", index / len(keys))
         name = modes[mode]
         assert name is not None
-        made, errors = _start(name, mode, size, chosen.lanes, case, cell, images, expected)
+        made, errors = _start(name, mode, size, chosen.lanes, case, setup, images, expected)
         forwards[mode, size] = made
         largest += errors
     for (mode, size), made in forwards.items():
@@ -83,11 +81,11 @@ def build(
     return Engine(forwards, ways, expected, images, max(largest, default=None))
 
 
-def reference_logits(cell: Cell) -> Tensor:
+def reference_logits(setup: Setup) -> Tensor:
     """What the reference says of each image: `(N, images, classes)`."""
-    shape = cell.example.shape
-    inputs = (image.expand(shape).contiguous() for image in cell.images)
-    return torch.cat([cell.reference.forward(x) for x in inputs], 1)
+    shape = setup.example.shape
+    inputs = (image.expand(shape).contiguous() for image in setup.images)
+    return torch.cat([setup.reference.forward(x) for x in inputs], 1)
 
 
 def _start(
@@ -96,22 +94,22 @@ def _start(
     size: int,
     lanes: int,
     case: Case,
-    cell: Cell,
+    setup: Setup,
     images: Tensor,
     expected: Tensor,
 ) -> tuple[Forwards, list[float]]:
     """The forwards of a way, checked on the first images, with the largest error of each."""
     picked = [index % len(images) for index in range(size)]
     example = images[picked]
-    ensemble = [cell.models]
+    ensemble = [setup.models]
     if mode == TOGETHER:
         example = example.expand(lanes, *example.shape).contiguous()
     elif lanes > 1 or case.inputs == "per_model":
-        ensemble = [cell.models[lane : lane + 1] for lane in range(lanes)]
+        ensemble = [setup.models[lane : lane + 1] for lane in range(lanes)]
     dtype = getattr(torch, case.dtype)
     started, errors = [], list[float]()
     for lane, models in enumerate(ensemble):
-        made = start(name, models, example.float(), dtype)
+        made = build(name, models, example.float(), dtype)
         reference = expected[lane : lane + 1] if len(ensemble) > 1 else expected
         found = check(made.logits, reference[: len(models), picked], tolerance=TOLERANCES[dtype])
         if found.problem:

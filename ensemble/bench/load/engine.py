@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble.bench.build import Started
+from ensemble.bench.build import BuiltStrategy
 from ensemble.bench.load.batching import ALONE, Batch, Way
 from ensemble.machine.devices import synchronize
 from ensemble.strategies.agreement import TOLERANCES
@@ -24,7 +24,7 @@ Key = tuple[str, int]  # mode, size
 class Forwards:
     """The forwards of one way, one for each lane that it may compute, and where images are put."""
 
-    started: tuple[Started, ...]
+    started: tuple[BuiltStrategy, ...]
     input: Tensor
     slots: tuple[tuple[Tensor, ...], ...]  # views of `input`, of each lane
 

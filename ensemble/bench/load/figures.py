@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ensemble.bench.load.loadgen import Order, Ruling
+from ensemble.bench.load.record import LoadRun
 from ensemble.bench.load.server import Tally
-from ensemble.bench.records import LoadRun
 from ensemble.statistics import queries_needed
 
 

@@ -1,4 +1,4 @@
-"""One row under load: build every batch size -> play what the scenario asks -> figures."""
+"""Measure one case under load: build every batch size, then run the scenario."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from dataclasses import replace
 
 import torch
 
-from ensemble.bench.build import prepare, tidy
-from ensemble.bench.config import Config
-from ensemble.bench.failures import reason
+from ensemble.bench.build import prepare, release_compiled
+from ensemble.bench.case import Case
+from ensemble.bench.config import LoadOptions, MeasureOptions
+from ensemble.bench.failures import explain
 from ensemble.bench.load import batch_plans
 from ensemble.bench.load.batch_plans import DisagreementError
 from ensemble.bench.load.engine import Engine
 from ensemble.bench.load.loadgen import OFFLINE, SERVER, SINGLE_STREAM
+from ensemble.bench.load.record import LoadTest
 from ensemble.bench.load.runs import Player
 from ensemble.bench.load.search import highest
-from ensemble.bench.records import (
-    Case,
-    Load,
-    Process,
-    Result,
-)
-from ensemble.bench.setup import Cell
-from ensemble.bench.stages import Stage
+from ensemble.bench.measurement import FAILED, OK, UNAVAILABLE, Measurement, Note
+from ensemble.bench.setup import Setup
+from ensemble.bench.stages import OnStage
 from ensemble.errors import UnavailableError
 from ensemble.formatting import milliseconds
 from ensemble.machine import memory, other_processes
@@ -43,66 +40,80 @@ class TooSlowError(RuntimeError):
     """No rate can be held: a single call takes longer than the bound."""
 
 
-def measure(
-    case: Case, cell: Cell, config: Config, *, progress: Stage, picked: str | None = None
-) -> Result:
-    """The row of a case under load; a failure is a row with its reason.
+def measure_under_load(
+    case: Case,
+    setup: Setup,
+    load: LoadOptions,
+    options: MeasureOptions,
+    *,
+    seed: int,
+    on_stage: OnStage,
+) -> Measurement:
+    """Measure a case under load. What fails becomes the error of the measurement.
 
-    `picked` is not asked: `best` chooses anew for each batch size.
+    `best` chooses for each batch size. `seed` draws the arrivals.
     """
-    tidy()
-    row, dtype = Result(case, notes=cell.notes), getattr(torch, case.dtype)
-    device, cpu = cell.example.device, other_processes.read()
+    release_compiled()
+    found, dtype = Measurement(case, notes=setup.notes), getattr(torch, case.dtype)
+    device, cpu = setup.example.device, other_processes.read()
     asked = batch_plans.plan(case)
     try:
         for name in filter(None, (asked.alone, asked.together)):
             prepare(name, device)
         before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
-        engine = batch_plans.build(case, cell, max_batch=config.max_batch, progress=progress)
-        row = replace(row, notes=row.notes + _notes(engine), max_rel_error=engine.max_rel_error)
-        player = Player(case, config, engine, _bound_s(case, cell, config), progress)
-        load = _load(config, player)
+        engine = batch_plans.build_engine(case, setup, max_batch=load.max_batch, on_stage=on_stage)
+        found = replace(
+            found, notes=found.notes + _notes(engine), max_rel_error=engine.max_rel_error
+        )
+        bound_s = _bound_s(case, setup, load, warmup=options.warmup)
+        player = Player(
+            case,
+            load,
+            engine,
+            bound_s=bound_s,
+            min_seconds=options.min_seconds,
+            seed=seed,
+            on_stage=on_stage,
+        )
+        test = _test(load, player)
     except UnavailableError as error:
-        return replace(row, status="unavailable", error=str(error))
+        return replace(found, status=UNAVAILABLE, error=str(error))
     except (DisagreementError, TooSlowError) as error:
-        return replace(row, status="failed", error=str(error))
+        return replace(found, status=FAILED, error=str(error))
     except Exception as error:
         log.debug("%s failed", case, exc_info=True)
         name = asked.alone or asked.together or case.strategy
-        why = reason(error, name, cell.models, cell.example, dtype)
-        return replace(row, status="failed", error=why)
+        why = explain(error, name, setup.models, setup.example, dtype)
+        return replace(found, status=FAILED, error=why)
     peak = memory.peak_bytes(device) if peak_known else None
-    shared = sum(map(stacking.weight_bytes, cell.models)) if dtype == torch.float32 else 0
-    process = Process(
-        times_s=(),
-        reference_times_s=(),
+    shared = sum(map(stacking.weight_bytes, setup.models)) if dtype == torch.float32 else 0
+    problem = next((run.problem for run in test.runs if run.problem), None)
+    return replace(
+        found,
+        status=FAILED if problem else OK,
+        error=problem,
         build_s=engine.build_s,
         first_call_s=engine.first_call_s,
         peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
         others_cpu_share=other_processes.share_of_others(cpu, other_processes.read()),
-        load=load,
+        load=test,
     )
-    problem = next((run.problem for run in load.runs if run.problem), None)
-    row = replace(row, processes=(process,))
-    return replace(row, status="failed", error=problem) if problem else row
 
 
-def _load(config: Config, player: Player) -> Load:
-    """Play what the scenario asks."""
-    if config.scenario == SINGLE_STREAM:
-        player.play("asked", 1 / player.call_s, percentile=SINGLE_STREAM_PERCENTILE)
-    elif config.scenario == OFFLINE:
+def _test(load: LoadOptions, player: Player) -> LoadTest:
+    """The runs that the scenario consists of."""
+    percentile = load.latency_percentile
+    if load.scenario == SINGLE_STREAM:
+        percentile = SINGLE_STREAM_PERCENTILE
+        player.play("asked", 1 / player.call_s, percentile=percentile)
+    elif load.scenario == OFFLINE:
         player.play("asked", player.most_qps)
-    elif config.target_qps is not None:
-        player.play("asked", config.target_qps)
+    elif load.target_qps is not None:
+        player.play("asked", load.target_qps)
     else:
         _find(player)
-    percentile = config.latency_percentile
-    if config.scenario == SINGLE_STREAM:
-        percentile = SINGLE_STREAM_PERCENTILE
-    assert config.scenario is not None
-    bound_s = player.bound_s if config.scenario == SERVER else None
-    return Load(config.scenario, percentile, bound_s, tuple(player.runs))
+    bound_s = player.bound_s if load.scenario == SERVER else None
+    return LoadTest(load.scenario, percentile, bound_s, tuple(player.runs))
 
 
 def _find(player: Player) -> None:
@@ -122,12 +133,12 @@ def _find(player: Player) -> None:
             player.play("curve", share * held)
 
 
-def _bound_s(case: Case, cell: Cell, config: Config) -> float:
+def _bound_s(case: Case, setup: Setup, load: LoadOptions, *, warmup: int) -> float:
     """The bound that was asked for, or four times what the loop takes for one request."""
-    if config.latency_bound_ms is not None:
-        return 1e-3 * config.latency_bound_ms
-    one = cell.example if case.inputs == "shared" else cell.example[0]
-    models = cell.models if case.inputs == "shared" else cell.models[:1]
+    if load.latency_bound_ms is not None:
+        return 1e-3 * load.latency_bound_ms
+    one = setup.example if case.inputs == "shared" else setup.example[0]
+    models = setup.models if case.inputs == "shared" else setup.models[:1]
 
     def call() -> list[torch.Tensor]:
         with torch.inference_mode():
@@ -135,7 +146,7 @@ def _bound_s(case: Case, cell: Cell, config: Config) -> float:
 
     rounds = interleaved(
         [call],
-        warmup=config.warmup,
+        warmup=warmup,
         min_rounds=10,
         min_seconds=0.5,
         synchronize=lambda: synchronize(one.device),
@@ -143,10 +154,10 @@ def _bound_s(case: Case, cell: Cell, config: Config) -> float:
     return BOUND_CALLS * (median([sample.seconds for (sample,) in rounds]) or 0.0)
 
 
-def _notes(engine: Engine) -> tuple[str, ...]:
-    """How it was built, and what each batch size takes alone or together."""
+def _notes(engine: Engine) -> tuple[Note, ...]:
+    """How it was built, and the time of each batch size."""
     times = ", ".join(f"{way.mode} {way.size}: {1e3 * way.seconds:.2f} ms" for way in engine.ways)
-    notes = (*engine.notes, f"batches ({times})")
+    notes = (*engine.notes, Note("batches", times))
     if not engine.told_apart():
-        notes += ("the check under load is weak: answers to different images hardly differ",)
+        notes += (Note("the check under load is weak: answers to different images hardly differ"),)
     return notes

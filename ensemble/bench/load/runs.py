@@ -12,18 +12,19 @@ from math import ceil
 from pathlib import Path
 from sys import maxsize
 
-from ensemble.bench.config import Config
+from ensemble.bench.case import Case
+from ensemble.bench.config import LoadOptions
 from ensemble.bench.load import loadgen, simulation
 from ensemble.bench.load.batch_plans import plan
 from ensemble.bench.load.batching import most_per_second
 from ensemble.bench.load.engine import Engine
 from ensemble.bench.load.figures import record
 from ensemble.bench.load.loadgen import OFFLINE, SERVER, Order
+from ensemble.bench.load.record import LoadRun
 from ensemble.bench.load.sample_library import library, shares
 from ensemble.bench.load.search import LATE
 from ensemble.bench.load.server import Policy, Server
-from ensemble.bench.records import Case, LoadRun
-from ensemble.bench.stages import Stage
+from ensemble.bench.stages import OnStage
 from ensemble.machine import memory
 from ensemble.statistics import queries_needed
 
@@ -40,12 +41,20 @@ class Player:
     """Plays rates against an engine, and keeps the record of each run."""
 
     def __init__(
-        self, case: Case, config: Config, engine: Engine, bound_s: float, progress: Stage
+        self,
+        case: Case,
+        load: LoadOptions,
+        engine: Engine,
+        *,
+        bound_s: float,
+        min_seconds: float,
+        seed: int,
+        on_stage: OnStage,
     ) -> None:
-        self._case, self._config, self._engine = case, config, engine
-        self._progress, self.bound_s = progress, bound_s
+        self._case, self._load, self._engine, self._seed = case, load, engine, seed
+        self._on_stage, self.bound_s, self._least_s = on_stage, bound_s, min_seconds
         self._lanes = plan(case).lanes
-        self._shares = shares(self._lanes, config.skew)
+        self._shares = shares(self._lanes, load.skew)
         self._library = library(engine.images, self._shares)
         self.call_s = min(way.seconds for way in engine.ways)
         self.most_qps = most_per_second(engine.ways, self._lanes)
@@ -59,10 +68,10 @@ class Player:
         guess = simulation.guess(
             self._engine.ways,
             shares=self._shares,
-            percentile=self._config.latency_percentile,
+            percentile=self._load.latency_percentile,
             bound_s=self.bound_s,
-            max_batch=self._config.max_batch,
-            max_wait_s=1e-3 * self._config.max_wait_ms,
+            max_batch=self._load.max_batch,
+            max_wait_s=1e-3 * self._load.max_wait_ms,
         )
         return max(guess, self.most_qps / 20)
 
@@ -70,9 +79,8 @@ class Player:
         self, purpose: str, rate_qps: float, *, draw: int = 0, percentile: float | None = None
     ) -> LoadRun:
         """One run; `draw` numbers the arrivals that are drawn from the seed."""
-        scenario = self._config.scenario
-        assert scenario is not None
-        percentile = self._config.latency_percentile if percentile is None else percentile
+        scenario = self._load.scenario
+        percentile = self._load.latency_percentile if percentile is None else percentile
         order = self._order(scenario, purpose, rate_qps, draw, percentile / 100)
         server = self._server(scenario)
         stage = f"{purpose} {rate_qps:.4g} per second" if scenario == SERVER else scenario
@@ -92,7 +100,7 @@ class Player:
 
         def beat() -> None:
             held.append(memory.used_bytes(self._engine.device))
-            self._progress(stage, _share(begin, expected_s))
+            self._on_stage(stage, _share(begin, expected_s))
 
         with _heartbeat(beat):
             ruling = play.run(server.serve, server.close)
@@ -114,36 +122,36 @@ class Player:
             bound_s=self.bound_s,
             min_seconds=self._min_seconds(purpose),
             min_queries=queries_needed(share, 0 if purpose == "curve" else LATE),
-            seed=1000 * self._config.seed + draw,
+            seed=1000 * self._seed + draw,
         )
 
     def _min_seconds(self, purpose: str) -> float:
         """How long a run is at least."""
-        if self._config.scenario != SERVER or purpose == "curve":
-            return self._config.min_seconds
-        return max(self._config.min_seconds, BOUNDS_LONG * self.bound_s)
+        if self._load.scenario != SERVER or purpose == "curve":
+            return self._least_s
+        return max(self._least_s, BOUNDS_LONG * self.bound_s)
 
     def _server(self, scenario: str) -> Server:
         capacity = maxsize  # the other scenarios decide themselves how many wait
         if scenario == SERVER:
-            least = 2 * self._lanes * self._config.max_batch
+            least = 2 * self._lanes * self._load.max_batch
             capacity = max(least, ceil(QUEUE_BOUNDS * self.bound_s * self.most_qps))
         policy = Policy(
             ways=self._engine.ways,
             lanes=self._lanes,
-            max_batch=self._config.max_batch,
-            max_wait_s=1e-3 * self._config.max_wait_ms,
+            max_batch=self._load.max_batch,
+            max_wait_s=1e-3 * self._load.max_wait_ms,
             capacity=capacity,
         )
         return Server(policy, compute=self._engine.compute, answer=loadgen.answer)
 
     def _log_folder(self) -> Path | None:
-        if self._config.load_log is None:
+        if self._load.load_log is None:
             return None
         case = self._case
         name = f"{case.strategy}_{case.num_models}x{case.image_size}px_{case.dtype}"
-        folder = f"seed{self._config.seed}_run{len(self.runs) + 1}"
-        return Path(self._config.load_log) / name / folder
+        folder = f"seed{self._seed}_run{len(self.runs) + 1}"
+        return Path(self._load.load_log) / name / folder
 
 
 def _share(begin: float, expected_s: float) -> float:

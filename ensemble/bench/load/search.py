@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ensemble.bench.config import Config
+from ensemble.bench.config import LoadOptions
 from ensemble.statistics import queries_needed
 
 STEP = 1.2  # between rates while looking for one that is held and one that is not
@@ -19,15 +19,15 @@ RUNS = 8
 EXAMPLE_QPS = 10.0
 
 
-def announcement(config: Config) -> str:
-    """What a search will take, said before it begins, and what makes it shorter."""
-    requests = queries_needed(config.latency_percentile / 100, LATE)
-    minutes = RUNS * max(requests / EXAMPLE_QPS, config.min_seconds) / 60
+def announcement(load: LoadOptions, min_seconds: float) -> str:
+    """How long a search will take, and what makes it shorter."""
+    requests = queries_needed(load.latency_percentile / 100, LATE)
+    minutes = RUNS * max(requests / EXAMPLE_QPS, min_seconds) / 60
     return (
-        f"The rate that a row holds is searched in about {RUNS} runs of {requests} requests, and of"
-        f" {config.min_seconds:g} s at least: where {EXAMPLE_QPS:g} per second are held, in"
-        f" {minutes:.0f} minutes. Shorter: --latency_percentile 90 ({queries_needed(0.9, LATE)}"
-        " requests), or --target_qps (one run)"
+        f"Searching the sustained rate takes about {RUNS} runs per row, each of at least {requests}"
+        f" requests and {min_seconds:g} s: about {minutes:.0f} minutes at {EXAMPLE_QPS:g} requests"
+        f" per second. Faster: --latency_percentile 90 ({queries_needed(0.9, LATE)} requests), or"
+        " --target_qps (one run)"
     )
 
 

@@ -6,14 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ensemble.bench.records import (
-    Case,
-    Environment,
-    Process,
-    Result,
-    Run,
-)
+from ensemble.bench.case import Case
+from ensemble.bench.environment import Environment
+from ensemble.bench.measurement import Measurement
 from ensemble.bench.report.words import case_name
+from ensemble.bench.summary import Run, Summary
 from ensemble.errors import InputError
 from ensemble.statistics import (
     CONFIDENCE,
@@ -48,7 +45,7 @@ class Comparison:
     that all rows of the comparison have together.
     """
 
-    row: Result
+    row: Summary
     ratio: float | None
     interval: tuple[float, float] | None
     not_judged: str | None = None  # why not, of either run
@@ -194,7 +191,7 @@ def render(
     return "\n".join(lines) + "\n"
 
 
-def _compare(row: Result, old: Result, confidence: float) -> Comparison:
+def _compare(row: Summary, old: Summary, confidence: float) -> Comparison:
     several = min(len(row.processes), len(old.processes)) > 1
     if several:
         medians, before = _medians(row), _medians(old)
@@ -209,16 +206,16 @@ def _compare(row: Result, old: Result, confidence: float) -> Comparison:
     return Comparison(row, ratio, interval, why_not)
 
 
-def _not_judged(row: Result) -> str | None:
+def _not_judged(row: Summary) -> str | None:
     return row.inconclusive or (TWO_MODES if len(modes(_medians(row))) > 1 else None)
 
 
-def _medians(row: Result) -> list[float]:
+def _medians(row: Summary) -> list[float]:
     """The median of each process that timed something."""
     return [float(np.median(_times(process))) for process in row.processes if process.times_s]
 
 
-def _times(process: Process) -> list[float]:
+def _times(process: Measurement) -> list[float]:
     """In seconds for a row without pairs, else in times of the reference of the same pair."""
     pairs = zip(process.times_s, process.reference_times_s, strict=False)
     return [time / other for time, other in pairs] or list(process.times_s)

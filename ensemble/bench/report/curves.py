@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble.bench.records import Result
+from ensemble.bench.load.record import LoadRun
+from ensemble.bench.summary import Summary
 from ensemble.statistics import median
 
 STEPS = 200  # between the least and the highest rate, where the curves are compared
@@ -23,7 +24,17 @@ class Part:
     strategy: str
 
 
-def curve(row: Result, field: str) -> list[tuple[float, float]]:
+def held_qps(row: Summary) -> float | None:
+    """The sustained rate of a row, in requests per second."""
+    return row.load.held_qps if row.load else None
+
+
+def shown(row: Summary) -> LoadRun | None:
+    """The run of LoadGen that a row shows."""
+    return row.load.shown if row.load else None
+
+
+def curve(row: Summary, field: str) -> list[tuple[float, float]]:
     """(offered rate, latency in s) of a server's runs, the median where a rate was played again."""
     runs = row.load.runs if row.load is not None and row.load.scenario == "server" else ()
     by_rate: dict[float, list[float]] = {}
@@ -34,15 +45,17 @@ def curve(row: Result, field: str) -> list[tuple[float, float]]:
     return [(rate, median(by_rate[rate]) or 0.0) for rate in sorted(by_rate)]
 
 
-def changes(rows: Sequence[Result]) -> list[Part]:
+def changes(rows: Sequence[Summary]) -> list[Part]:
     """Who answers soonest at each rate, by the curves of the percentile that was asked for.
 
     A strategy counts up to the rate that it holds; below its least rate its curve goes on level.
     """
     lines = {
-        row.case.strategy: (points, row.held_qps)
+        row.case.strategy: (points, held)
         for row in rows
-        if row.held_qps is not None and row.status == "ok" and (points := curve(row, "tail_s"))
+        if (held := held_qps(row)) is not None
+        and row.status == "ok"
+        and (points := curve(row, "tail_s"))
     }
     if not lines:
         return []

@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ensemble.bench.records import Result
 from ensemble.bench.report import sweep
-from ensemble.bench.report.curves import curve
+from ensemble.bench.report.curves import curve, held_qps
 from ensemble.bench.report.pictures import (
     COLOURS,
     DASHES,
@@ -19,17 +18,18 @@ from ensemble.bench.report.pictures import (
     label_ends,
     write,
 )
+from ensemble.bench.summary import Summary
 
 Look = tuple[str, str, str]
 BLACK: Look = ("black", "o", "-")
 
 
-def save(results: Sequence[Result], path: Path) -> None:
+def save(results: Sequence[Summary], path: Path) -> None:
     """Draw to `path`."""
     write(lambda: draw(results), path)
 
 
-def draw(results: Sequence[Result]) -> Figure:
+def draw(results: Sequence[Summary]) -> Figure:
     """A column a cell: above the percentile that was asked for, below the median.
 
     A full mark is a run that the referee called valid, an empty one another; a vertical line is the
@@ -58,7 +58,7 @@ def draw(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, row: Result, field: str, look: Look) -> None:
+def _line(axes: Axes, row: Summary, field: str, look: Look) -> None:
     """One strategy, at all rates that were played."""
     points = curve(row, field)
     if not points or row.load is None:
@@ -73,8 +73,9 @@ def _line(axes: Axes, row: Result, field: str, look: Look) -> None:
             face = colour if run.valid else "white"
             place = ([run.offered_qps], [1e3 * value])
             axes.plot(*place, mark, color=colour, markerfacecolor=face, markersize=5)
-    if row.held_qps is not None:
-        axes.axvline(row.held_qps, color=colour, linewidth=0.8, linestyle=":", alpha=0.8)
+    held = held_qps(row)
+    if held is not None:
+        axes.axvline(held, color=colour, linewidth=0.8, linestyle=":", alpha=0.8)
 
 
 def _bound(axes: Axes, bound_s: float | None) -> None:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from ensemble.bench.records import Run
 from ensemble.bench.report import load_table, verdict
 from ensemble.bench.report.table import render_notes, render_table
 from ensemble.bench.report.words import time_lines
+from ensemble.bench.summary import Run
 
 
 @dataclass(frozen=True)

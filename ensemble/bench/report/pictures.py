@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ensemble.bench.records import Result
 from ensemble.bench.report import sweep
 from ensemble.bench.report.exports import MARK
+from ensemble.bench.summary import Summary
 from ensemble.files import write_atomically
 from ensemble.statistics import CONFIDENCE
 
@@ -32,7 +32,7 @@ WRAP = 52  # characters of a sentence in a panel
 Place = tuple[str, int, int]  # dtype, batch, px: one column of panels
 
 
-def save(results: Sequence[Result], path: Path, grid: Path) -> None:
+def save(results: Sequence[Summary], path: Path, grid: Path) -> None:
     """Draw to `path`; where the results are a grid, its heat map to `grid`."""
     write(lambda: draw(results), path)
     if is_grid(results):
@@ -45,13 +45,13 @@ def write(picture: Callable[[], Figure], path: Path) -> None:
         write_atomically(path, _render(picture(), path))
 
 
-def is_grid(results: Sequence[Result]) -> bool:
+def is_grid(results: Sequence[Summary]) -> bool:
     """Do the results vary in N and in batch or image size?"""
     cells = [row.case.cell for row in results]
     return len({cell[0] for cell in cells}) > 1 and len({cell[1:] for cell in cells}) > 1
 
 
-def draw(results: Sequence[Result]) -> Figure:
+def draw(results: Sequence[Summary]) -> Figure:
     """Two rows of panels, time above and speedup below; a column a dtype, batch and image size.
 
     A line is a strategy; its band is the inter-quartile range of the times, below it the interval
@@ -89,7 +89,7 @@ def draw(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def draw_grid(results: Sequence[Result]) -> Figure:
+def draw_grid(results: Sequence[Summary]) -> Figure:
     """The speedup of the fastest strategy of each cell, N across, batch and image size down.
 
     Where its interval holds 1 there is no winner, and its name is not shown.
@@ -134,17 +134,17 @@ def draw_grid(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _winner(row: Result) -> str:
+def _winner(row: Summary) -> str:
     is_sure = row.case.is_reference or sweep.surely_faster(row)
     return row.case.strategy if is_sure else "no winner"
 
 
-def _place(row: Result) -> Place:
+def _place(row: Summary) -> Place:
     return row.case.dtype, row.case.batch_size, row.case.image_size
 
 
 def _line(
-    axes: Axes, rows: Sequence[Result], label: str, look: tuple[str, str, str], *, speedup: bool
+    axes: Axes, rows: Sequence[Summary], label: str, look: tuple[str, str, str], *, speedup: bool
 ) -> None:
     """One strategy with its spread; its label is put at its end by `_finish`."""
     points, dots = [], []
@@ -169,7 +169,7 @@ def _line(
     )
 
 
-def _say_why_empty(axes: Axes, rows: Sequence[Result]) -> None:
+def _say_why_empty(axes: Axes, rows: Sequence[Summary]) -> None:
     """In an empty panel: why each of the rows that would be there is not."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
@@ -189,7 +189,7 @@ def _say_why_empty(axes: Axes, rows: Sequence[Result]) -> None:
     )
 
 
-def _quartiles(row: Result) -> tuple[float, float]:
+def _quartiles(row: Summary) -> tuple[float, float]:
     ordered = sorted(row.times_s)
     return ordered[len(ordered) // 4], ordered[min(len(ordered) - 1, 3 * len(ordered) // 4)]
 

@@ -1,12 +1,12 @@
-"""A run that goes on where an earlier one ended. No torch."""
+"""Resume a run where an earlier one ended. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from ensemble.bench.config import Config
-from ensemble.bench.records import Run
 from ensemble.bench.report.comparison import check_machine, differences
+from ensemble.bench.summary import Run
 from ensemble.errors import InputError
 
 
@@ -18,7 +18,7 @@ def resume(config: Config, new: Run, earlier: Run | None) -> Run:
     """
     if earlier is None:
         return new
-    path = str(config.resume)
+    path = str(config.measure.resume)
     check_machine(new.environment, earlier.environment, argument="resume", path=path)
     for difference in [*differences(new, earlier), *_other_processes(config, earlier)]:
         message = f"expected the settings of {path}, found {difference}"
@@ -29,10 +29,10 @@ def resume(config: Config, new: Run, earlier: Run | None) -> Run:
 
 
 def _other_processes(config: Config, earlier: Run) -> list[str]:
-    """Were rows measured in processes of their own in one run, and in the program's in the other?
+    """Were rows measured in fresh processes in one run, and in the program's in the other?
 
     Files of schema 1 come from the time when all were measured in one.
     """
     before = int(earlier.config.get("processes") or 0)
-    same = bool(before) == bool(config.processes)
-    return [] if same else [f"processes: {config.processes}, was {before}"]
+    same = bool(before) == bool(config.measure.processes)
+    return [] if same else [f"processes: {config.measure.processes}, was {before}"]

@@ -7,17 +7,14 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ensemble.bench.config import (
-    OUTPUTS,
-    Config,
-    grid_path,
-    outputs,
-)
-from ensemble.bench.records import Case, Environment, Run
+from ensemble.bench.case import Case
+from ensemble.bench.config import OUTPUTS, Config, ReportOptions, grid_path, outputs
+from ensemble.bench.environment import Environment
 from ensemble.bench.report import comparison, exports
 from ensemble.bench.report.page import is_under_load, page_of
 from ensemble.bench.report.table import render_strategies
 from ensemble.bench.report.words import case_name, varying_fields, wrapped
+from ensemble.bench.summary import Run
 from ensemble.errors import InputError
 from ensemble.files import reason
 from ensemble.strategies import HYBRIDS, STRATEGIES
@@ -46,11 +43,11 @@ def say(text: str, *, end: str = "\n") -> None:
 
 
 def show_left(stopped: str, left: Sequence[Case], planned: int) -> None:
-    """Say on stderr which rows are not measured, or not by as many processes as asked, and why."""
+    """List on stderr the rows that were not measured, or by fewer processes than requested."""
     if stopped and left:
         names = "; ".join(case_name(case, varying_fields(left)) for case in left)
         finished = f"{planned - len(left)} of {planned} rows are finished"
-        few = "not measured, or by fewer processes than asked"
+        few = "not measured, or by fewer processes than requested"
         print(wrapped(f"{stopped}: {finished}; {few}: {names}"), file=sys.stderr)
 
 
@@ -64,8 +61,8 @@ def compare(config: Config, run: Run, baseline: Run | None) -> int:
     allowed, `NOT_JUDGED` where none is but that cannot be said of all."""
     if baseline is None:
         return 0
-    compared, fail_above = comparison.compare(run, baseline), config.fail_above
-    asked = () if config.from_json else config.plan()
+    compared, fail_above = comparison.compare(run, baseline), config.report.fail_above
+    asked = () if config.report.from_json else config.plan()
     say(comparison.render(compared, run, baseline, fail_above, asked), end="")
     if fail_above is None:
         return 0
@@ -82,10 +79,10 @@ def check_baseline(
     cases, timed."""
     if baseline is None:
         return
-    path = str(config.baseline)
+    path = str(config.report.baseline)
     comparison.check_machine(environment, baseline.environment, argument="baseline", path=path)
     timed = {row.case for row in baseline.results if row.times_s}
-    if config.fail_above is not None:  # the reference is never judged
+    if config.report.fail_above is not None:  # the reference is never judged
         timed = {case for case in timed if not case.is_reference}
     if timed.isdisjoint(cases):
         raise InputError(
@@ -97,8 +94,8 @@ def check_baseline(
 
 def has_failed(config: Config, run: Run) -> bool:
     """Did a row fail, or can a strategy that was named not run here?"""
-    asked_for_all = set(config.strategies) == set(STRATEGIES)
-    bad = {"failed"} if asked_for_all or config.from_json else {"failed", "unavailable"}
+    asked_for_all = set(config.run.strategies) == set(STRATEGIES)
+    bad = {"failed"} if asked_for_all or config.report.from_json else {"failed", "unavailable"}
     return any(row.status in bad for row in run.results)
 
 
@@ -111,11 +108,11 @@ class Files:
         InputError: at a path lies another file than one of these.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config, self._problems = config, dict[str, str]()
-        if not config.overwrite:
+    def __init__(self, options: ReportOptions) -> None:
+        self._options, self._problems = options, dict[str, str]()
+        if not options.overwrite:
             for name in OUTPUTS:
-                _check_own(name, getattr(config, name))
+                _check_own(name, getattr(options, name))
 
     def save(self, run: Run) -> None:
         """Write the run in each format that has a path, unless an earlier try of it has failed."""
@@ -134,11 +131,11 @@ class Files:
 
     def _try(self, forms: dict[str, str], run: Run) -> None:
         for name, form in forms.items():
-            path = getattr(self._config, name)
+            path = getattr(self._options, name)
             if path is None or name in self._problems:
                 continue
             try:
-                if not self._config.overwrite:
+                if not self._options.overwrite:
                     _check_own(name, path)  # another may have been put there meanwhile
                 if form:
                     exports.save(run, {form: path})

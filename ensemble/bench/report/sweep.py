@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ensemble.bench.records import Result
+from ensemble.bench.summary import Summary
 
 Line = tuple[str, str, int, int]  # strategy, dtype, batch, px
 Cell = tuple[int, int, int]  # N, batch, px
@@ -19,24 +19,24 @@ class BreakEven:
     unsure: tuple[int, ...] = ()  # those N of which nothing may be claimed
 
 
-def lines(results: Sequence[Result]) -> dict[Line, list[Result]]:
+def lines(results: Sequence[Summary]) -> dict[Line, list[Summary]]:
     """The rows of each line, by N; without the reference and the self-check."""
-    found: dict[Line, list[Result]] = {}
+    found: dict[Line, list[Summary]] = {}
     for row in results:
         if not row.case.is_reference and not row.case.is_self_check:
             found.setdefault(row.case.line, []).append(row)
     return {line: sorted(rows, key=lambda row: row.case.num_models) for line, rows in found.items()}
 
 
-def cells(results: Sequence[Result]) -> dict[Cell, list[Result]]:
+def cells(results: Sequence[Summary]) -> dict[Cell, list[Summary]]:
     """The rows of each cell of the grid, in their order."""
-    found: dict[Cell, list[Result]] = {}
+    found: dict[Cell, list[Summary]] = {}
     for row in results:
         found.setdefault(row.case.cell, []).append(row)
     return found
 
 
-def break_even(rows: Sequence[Result]) -> BreakEven:
+def break_even(rows: Sequence[Summary]) -> BreakEven:
     """The smallest N from which, at it and at every larger one measured, the whole interval of the
     speedup is above 1. Of a line that wins, loses and wins again the last crossing counts; an N of
     which nothing may be claimed (too noisy, failed) counts for neither, and is named.
@@ -54,13 +54,13 @@ def break_even(rows: Sequence[Result]) -> BreakEven:
     return BreakEven(rows[0].case.line, start, rows[-1].case.num_models, unsure)
 
 
-def surely_faster(row: Result) -> bool:
+def surely_faster(row: Summary) -> bool:
     """Is the whole interval of the speedup above 1, and the row quiet enough to claim it?"""
     interval = row.speedup_interval
     return interval is not None and not row.inconclusive and interval[0] > 1
 
 
-def fastest(rows: Sequence[Result]) -> Result | None:
+def fastest(rows: Sequence[Summary]) -> Summary | None:
     """The row of a cell with the largest speedup that may be claimed, the reference included.
 
     None where nothing may be claimed of any other row.
@@ -75,8 +75,8 @@ def fastest(rows: Sequence[Result]) -> Result | None:
     return max(sure, key=lambda row: row.speedup or 0.0)
 
 
-def calls_to_pay_back(row: Result, reference: Result) -> float | None:
-    """Calls after which what a strategy spent before its steady state is won back.
+def break_even_calls(row: Summary, reference: Summary) -> float | None:
+    """Calls after which a strategy has won back its build and first call.
 
     Both sides spend their build and first call; None where the strategy is not surely faster.
     """
@@ -88,8 +88,8 @@ def calls_to_pay_back(row: Result, reference: Result) -> float | None:
     return max(0.0, (build + first - reference_build - reference_first) / (reference_call - call))
 
 
-def extra_memory(row: Result, reference: Result) -> int | None:
-    """Bytes that a strategy held more than the reference at their peaks."""
+def extra_memory(row: Summary, reference: Summary) -> int | None:
+    """Peak memory of a strategy beyond that of the reference, in bytes."""
     if row.peak_memory_bytes is None or reference.peak_memory_bytes is None:
         return None
     return row.peak_memory_bytes - reference.peak_memory_bytes

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from ensemble.bench.records import Result
 from ensemble.bench.report.words import case_name, title, varying_fields
+from ensemble.bench.summary import Summary
 from ensemble.statistics import CONFIDENCE
 from ensemble.strategies import Hybrid, Strategy
 
@@ -19,7 +19,7 @@ WIDEST = 1000  # of what is measured before it is cut to WIDTH, and of the table
 ABOUT_NEEDS = "peers: pip install -r requirements-peers.txt"
 STYLES = {"faster": "green", "slower": "red", "failed": "bold red"}
 
-Cell = Callable[[Result], str]
+Cell = Callable[[Summary], str]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Column:
     silent: str = UNKNOWN
 
 
-def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bool = False) -> str:
+def render_table(results: Sequence[Summary], *, verbose: bool = False, colour: bool = False) -> str:
     """One table, a row a strategy; with `verbose` all columns and all rows.
 
     Rows that cannot run here are in `render_notes` alone. The default table leaves columns out
@@ -50,7 +50,7 @@ def render_table(results: Sequence[Result], *, verbose: bool = False, colour: bo
     return "\n".join([title([row.case for row in results]), *lines]) + "\n"
 
 
-def _fitting(columns: Sequence[Column], rows: Sequence[Result]) -> tuple[list[Column], list[str]]:
+def _fitting(columns: Sequence[Column], rows: Sequence[Summary]) -> tuple[list[Column], list[str]]:
     """The columns that fit `WIDTH`, and the names of what was left out for it."""
     kept, left_out = list(columns), []
     for name, column, shorter in LEFT_OUT_FIRST:
@@ -63,7 +63,7 @@ def _fitting(columns: Sequence[Column], rows: Sequence[Result]) -> tuple[list[Co
     return kept, left_out
 
 
-def grid(rows: Sequence[Result], columns: Sequence[Column], *, colour: bool = False) -> list[str]:
+def grid(rows: Sequence[Summary], columns: Sequence[Column], *, colour: bool = False) -> list[str]:
     """The table's two lines of headers and its rows, however wide."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold" if colour else "")
     table.add_column("\nstrategy", no_wrap=True)
@@ -99,13 +99,13 @@ def render_strategies(strategies: Mapping[str, Strategy | Hybrid]) -> str:
     return "\n".join([*_drawn(table, WIDTH_OF_STRATEGIES), ABOUT_NEEDS]) + "\n"
 
 
-def render_notes(results: Sequence[Result]) -> str:
+def render_notes(results: Sequence[Summary]) -> str:
     """Why rows have no speedup, and what else there is to say of them: a line each, or nothing."""
     varying = varying_fields([row.case for row in results])
     lines = _unavailable(results)
     failed = [row for row in results if row.status == "failed"]
     lines += [f"{case_name(row.case, varying)}: failed: {row.error}" for row in failed]
-    notes: dict[str, list[Result]] = {}
+    notes: dict[str, list[Summary]] = {}
     for row in results:
         for note in row.notes:
             notes.setdefault(note, []).append(row)
@@ -116,7 +116,7 @@ def render_notes(results: Sequence[Result]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _unavailable(results: Sequence[Result]) -> list[str]:
+def _unavailable(results: Sequence[Summary]) -> list[str]:
     """What cannot run here, by its reason."""
     names: dict[str, list[str]] = {}
     for row in results:
@@ -146,7 +146,7 @@ def _family(name: str) -> str:
     return name.partition("_")[0]
 
 
-def _kind(row: Result) -> str:
+def _kind(row: Summary) -> str:
     """What a row's colour says."""
     if row.status != "ok":
         return "failed"
@@ -156,12 +156,12 @@ def _kind(row: Result) -> str:
     return "faster" if interval[0] > 1 else "slower"
 
 
-def _columns(results: Sequence[Result], *, verbose: bool) -> list[Column]:
+def _columns(results: Sequence[Summary], *, verbose: bool) -> list[Column]:
     every = [*place_columns(results), *COLUMNS]
     return [*every, *VERBOSE_COLUMNS] if verbose else that_say_something(every, results)
 
 
-def place_columns(results: Sequence[Result]) -> list[Column]:
+def place_columns(results: Sequence[Summary]) -> list[Column]:
     """N, and what else is not the same in all rows."""
     varying = varying_fields([row.case for row in results])
     place = [
@@ -171,22 +171,22 @@ def place_columns(results: Sequence[Result]) -> list[Column]:
     return [Column("\nN", lambda row: str(row.case.num_models)), *place]
 
 
-def that_say_something(columns: Sequence[Column], results: Sequence[Result]) -> list[Column]:
+def that_say_something(columns: Sequence[Column], results: Sequence[Summary]) -> list[Column]:
     """The columns without those that are silent in every row."""
     return [column for column in columns if column.always or _says_something(column, results)]
 
 
-def _says_something(column: Column, results: Sequence[Result]) -> bool:
+def _says_something(column: Column, results: Sequence[Summary]) -> bool:
     return any(column.cell(row) not in (UNKNOWN, column.silent) for row in results)
 
 
-def _per_call(row: Result) -> str:
+def _per_call(row: Summary) -> str:
     if row.median_s is None:
         return UNKNOWN
     return f"{row.median_s * 1e3:.{_digits(row.median_s)}f}"
 
 
-def _per_call_with_spread(row: Result) -> str:
+def _per_call_with_spread(row: Summary) -> str:
     if row.median_s is None or row.iqr_s is None:
         return _per_call(row)
     return f"{_per_call(row)} ({row.iqr_s * 1e3:.{_digits(row.median_s)}f})"
@@ -197,13 +197,13 @@ def _digits(seconds: float) -> int:
     return 1 if seconds >= 0.1 else 2
 
 
-def _speedup(row: Result) -> str:
+def _speedup(row: Summary) -> str:
     if row.speedup is None:
         return row.status if row.error else UNKNOWN
     if row.case.is_reference:
         return "1 (reference)"
     if row.inconclusive:
-        beyond = row.beyond_disturbance
+        beyond = row.beyond_contention
         return f"{beyond}: {row.inconclusive}" if beyond else row.inconclusive
     interval = row.speedup_interval
     return f"{row.speedup:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
@@ -237,7 +237,9 @@ COLUMNS = (
         silent="100.0%",
     ),
     Column(
-        "parallel\nefficiency", lambda row: number(row.parallel_efficiency, ".0%"), always=False
+        "parallel\nefficiency",
+        lambda row: number(row.ranks.parallel_efficiency if row.ranks else None, ".0%"),
+        always=False,
     ),
     LIMIT,
 )
@@ -252,5 +254,5 @@ VERBOSE_COLUMNS = (
     Column("build\n(s)", lambda row: number(row.build_s, ".2f")),
     Column("first call\n(s)", lambda row: number(row.first_call_s, ".3f")),
     Column("error to\nfloat64", lambda row: number(row.error_float64, ".0e")),
-    Column("bound\nby", lambda row: row.bound or UNKNOWN),
+    Column("bound\nby", lambda row: (row.roofline and row.roofline.bound) or UNKNOWN),
 )

@@ -1,25 +1,20 @@
-"""Results -> sentences: what a run says, how surely, and where not. Pure functions, no torch."""
+"""Results -> sentences: which strategy wins, how surely, with what caveats. Imports no torch."""
 
 from collections.abc import Collection, Sequence
 
-from ensemble.bench.records import BUSY, Environment, Result
+from ensemble.bench.environment import Environment
 from ensemble.bench.report import sweep
 from ensemble.bench.report.words import case_name, place_name, varying_fields
+from ensemble.bench.summary import BUSY, Summary
 from ensemble.formatting import count, milliseconds
-from ensemble.statistics import (
-    CONFIDENCE,
-    NOISY,
-    TOO_NOISY,
-    median,
-    modes,
-)
+from ensemble.statistics import CONFIDENCE, NOISY, TOO_NOISY, median, modes
 
 NOTHING = "Nothing was compared with the loop."
 
 
-def render_answer(results: Sequence[Result]) -> str:
-    """The answer, a line each: in every cell the fastest strategy, how much faster than the loop it
-    is and what plain vmap did; of a sweep over N, from where on each strategy wins."""
+def render_answer(results: Sequence[Summary]) -> str:
+    """The answer, a line for each cell and dtype: the fastest strategy, its speedup over the loop,
+    and that of vmap; of a sweep over N, the break-even of each strategy."""
     varying = varying_fields([row.case for row in results])
     lines = []
     for rows in sweep.cells(results).values():
@@ -35,10 +30,10 @@ def render_answer(results: Sequence[Result]) -> str:
 
 
 def render_remarks(
-    results: Sequence[Result], environment: Environment, *, verbose: bool = False
+    results: Sequence[Summary], environment: Environment, *, verbose: bool = False
 ) -> str:
-    """What a reader must know beside the table: noise, page faults, cold starts; with `verbose`
-    each row in words. Empty where there is nothing."""
+    """What qualifies the table: noise, page faults, cold starts; with `verbose` a sentence for each
+    row. Empty where there is nothing."""
     varying = varying_fields([row.case for row in results])
     grid, lines = sweep.cells(results), []
     for index, rows in enumerate(grid.values()):
@@ -56,146 +51,143 @@ def render_remarks(
     return "".join(f"{line}\n" for line in lines)
 
 
-def _fastest(rows: Sequence[Result], references: Sequence[Result], varying: Collection[str]) -> str:
-    """Which of the rows, all of one dtype, is the fastest, how surely, and what it costs."""
-    where = f"Fastest with {place_name(rows[0].case, varying)}"
+def _fastest(
+    rows: Sequence[Summary], references: Sequence[Summary], varying: Collection[str]
+) -> str:
+    """Which of the rows, all of one dtype, is the fastest, how surely, and at what cost."""
+    where = place_name(rows[0].case, varying)
     best = sweep.fastest([*references, *rows])
-    unsure = [f"{row.name} ({row.inconclusive})" for row in rows if row.inconclusive]
-    if best is None or (unsure and (best.speedup or 0) <= 1):
-        return f"{where}: inconclusive, because of {', '.join(unsure)}.{_all_the_same(rows)}"
+    if best is None or (_inconclusive(rows) and (best.speedup or 0) <= 1):
+        return f"{where}: inconclusive: {_inconclusive(rows)}.{_beyond_contention(rows)}"
     plain = next((row for row in rows if row.case.strategy == "vmap" and row is not best), None)
-    beside = f"; plain vmap {_times(plain)}" if plain else ""
+    vmap = f"; vmap is {_speedup(plain)}" if plain else ""
     if (best.speedup or 0) <= 1:
-        nothing = "" if plain else f"; nothing else was faster than {_most(rows):.2f} times"
-        return f"{where}: the loop itself{beside}{nothing}."
+        if not plain:
+            vmap = f"; no strategy exceeds {max(row.speedup or 0.0 for row in rows):.2f}x"
+        return f"{where}: the loop is the fastest{vmap}."
     if not sweep.surely_faster(best):
-        most = f"{best.name} {_times(best)}"
-        return f"{where}: no strategy is surely faster than the loop; {most}{beside}."
+        found = f"{best.name} is {_speedup(best)}"
+        return f"{where}: no strategy is significantly faster than the loop; {found}{vmap}."
+    low, high = best.speedup_interval or (0.0, 0.0)
+    answer = (
+        f"{where}: {best.name} is {best.speedup:.2f}x faster than the loop"
+        f" ({CONFIDENCE:.0%} CI {low:.2f}-{high:.2f}){_break_even_calls(best, references)}{vmap}"
+    )
     faster = [row for row in rows if row is not plain and (row.speedup or 0) > (best.speedup or 0)]
-    untold = "".join(f"; {row.name} {_times(row)}" for row in faster)
-    sentence = f"{where}: {best.name}, {_times(best)}{beside}{untold}."
-    return f"{sentence}{_price(best, references)}{_shorter_calls(best, rows)}"
+    others = "".join(f"; {row.name} is {_speedup(row)}" for row in faster)
+    return f"{answer}{others}.{_shorter_calls(best, rows)}"
 
 
-def _all_the_same(rows: Sequence[Result]) -> str:
-    """Which rows differ from the loop by more than a busy machine explains."""
+def _inconclusive(rows: Sequence[Summary]) -> str:
+    return ", ".join(f"{row.name} ({row.inconclusive})" for row in rows if row.inconclusive)
+
+
+def _beyond_contention(rows: Sequence[Summary]) -> str:
+    """Which rows differ from the loop by more than other processes explain."""
     return "".join(
-        f" {row.name} was {row.beyond_disturbance} than the loop all the same: its fastest call"
-        f" took {milliseconds(min(row.times_s))}, the loop's"
-        f" {milliseconds(min(row.reference_times_s))}."
+        f" Still, {row.name} is {row.beyond_contention} than the loop: its fastest call took"
+        f" {milliseconds(min(row.times_s))}, the loop's {milliseconds(min(row.reference_times_s))}."
         for row in rows
-        if row.beyond_disturbance
+        if row.beyond_contention
     )
 
 
-def _times(row: Result) -> str:
-    """`2.96 times as fast as the loop (95% interval 2.89 to 3.12)`, or why not."""
+def _speedup(row: Summary) -> str:
+    """`0.98x (0.83-1.10)`, or why there is none."""
     interval = row.speedup_interval
     if row.inconclusive or interval is None or row.speedup is None:
         return f"inconclusive ({row.inconclusive or row.status})"
-    surely = f"({CONFIDENCE:.0%} interval {interval[0]:.2f} to {interval[1]:.2f})"
-    slower = ": slower" if interval[1] < 1 else ""
-    return f"{row.speedup:.2f} times as fast as the loop{slower} {surely}"
+    return f"{row.speedup:.2f}x ({interval[0]:.2f}-{interval[1]:.2f})"
 
 
-def _most(rows: Sequence[Result]) -> float:
-    return max(row.speedup or 0.0 for row in rows)
-
-
-def _price(best: Result, references: Sequence[Result]) -> str:
-    """What the fastest strategy costs before its steady state, and in memory."""
+def _break_even_calls(best: Summary, references: Sequence[Summary]) -> str:
+    """After how many calls the fastest strategy has won back its build, and its extra memory."""
     text = ""
     for reference in references:
-        calls, extra = sweep.calls_to_pay_back(best, reference), sweep.extra_memory(best, reference)
+        calls = sweep.break_even_calls(best, reference)
+        extra = sweep.extra_memory(best, reference)
         if calls is not None:
-            text += f" Its start is paid back after {count(round(calls), 'call')}"
+            text += f" and breaks even after {count(round(calls), 'call')}"
         if extra is not None:
             more = "more" if extra >= 0 else "less"
-            text += f"{';' if text else ''} it held {abs(extra) / 1e6:,.0f} MB {more} than the loop"
-    return f"{text}." if text else ""
+            text += f", with {abs(extra) / 1e6:,.0f} MB {more} memory"
+    return text
 
 
-def _shorter_calls(best: Result, rows: Sequence[Result]) -> str:
-    """Say so where the speedup and the time per call name different rows: the loop has drifted."""
+def _shorter_calls(best: Summary, rows: Sequence[Summary]) -> str:
+    """A row with shorter calls than the one with the largest speedup: the loop has drifted."""
     quiet = [row for row in rows if row.median_s and not row.inconclusive]
     shortest = min(quiet, key=lambda row: row.median_s or 0.0, default=best)
     if not best.median_s or (shortest.median_s or 0.0) > (1 - NOISY) * best.median_s:
         return ""
     return (
-        f" But {shortest.name} had the shorter calls,"
-        f" {milliseconds(shortest.median_s or 0.0)} against {milliseconds(best.median_s)}: the"
-        " loop ran faster beside it."
+        f" Note: {shortest.name} had shorter calls ({milliseconds(shortest.median_s or 0.0)},"
+        f" {best.name} {milliseconds(best.median_s)}), but the loop in its pairs was faster too."
     )
 
 
-def _break_even(rows: Sequence[Result]) -> str:
+def _break_even(rows: Sequence[Summary]) -> str:
     found = sweep.break_even(rows)
     strategy, dtype, batch, px = found.line
-    who = f"Break-even: {strategy}, {dtype}, batch {batch}, {px} px"
+    who = f"Break-even of {strategy} ({dtype}, batch {batch}, {px} px)"
     but = ""
     if found.unsure:
-        counts = ", ".join(map(str, found.unsure))
-        but = f" (nothing sure can be said of {counts})"
+        but = f" (inconclusive: {', '.join(map(str, found.unsure))})"
     if found.num_models is None:
-        largest = count(found.largest, "model")
-        return f"{who}: nowhere surely faster up to {largest}, the most measured{but}."
+        return f"{who}: none up to {count(found.largest, 'model')}{but}."
     fewest = ", the fewest measured" if found.num_models == rows[0].case.num_models else ""
-    return f"{who}: surely faster from {count(found.num_models, 'model')} on{fewest}{but}."
+    return f"{who}: {count(found.num_models, 'model')}{fewest}{but}."
 
 
-def _sentence(row: Result, who: str) -> str:
+def _sentence(row: Summary, who: str) -> str:
     pairs = count(len(row.times_s), "pair")
     if len(row.processes) > 1:
         pairs += f" in {len(row.processes)} processes"
     interval = row.speedup_interval
     if interval is None:
-        return f"{who}: {pairs} are too few to say; raise --min_pairs."
+        return f"{who}: too few pairs ({pairs}); raise --min_pairs."
     if row.inconclusive:
-        return f"{who}: {row.inconclusive} to say, {pairs}."
-    low, high = interval
-    if low <= 1 <= high:
-        return (
-            f"{who}: no difference from the loop that this run can show: {row.speedup:.2f} times"
-            f" ({CONFIDENCE:.0%} interval {low:.2f} to {high:.2f}, {pairs})."
-        )
-    return f"{who}: {_times(row)}, {pairs}."
+        return f"{who}: inconclusive ({row.inconclusive}), {pairs}."
+    different = "" if interval[1] < 1 or interval[0] > 1 else "not significantly different, "
+    return f"{who}: {different}{_speedup(row)}, {pairs}."
 
 
-def _ranks(row: Result, who: str, environment: Environment) -> list[str]:
-    """What a call over ranks consists of, and what it is worth against one rank."""
+def _ranks(row: Summary, who: str, environment: Environment) -> list[str]:
+    """The parts of a call over ranks, and its speedup over one rank."""
+    if row.ranks is None:
+        return []
     shares = {
-        "parallel efficiency": row.parallel_efficiency,
-        "interference": row.interference,
-        "communication": row.communication,
+        "parallel efficiency": row.ranks.parallel_efficiency,
+        "interference": row.ranks.interference,
+        "communication": row.ranks.communication,
     }
     if None in shares.values():
         return []
     parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-    one = row.speedup_over_one_rank
-    beside = "" if one is None else f"; {one:.2f} times as fast as one rank with all models"
-    return [f"{who}, {count(environment.ranks or 1, 'rank')}: {parts} of a call{beside}."]
+    one = row.ranks.speedup_over_one_rank
+    over_one = "" if one is None else f"; {one:.2f}x over one rank with all models"
+    return [f"{who}, {count(environment.ranks or 1, 'rank')}: {parts}{over_one}."]
 
 
-def _two_modes(row: Result, who: str) -> list[str]:
-    """Say so where some processes met another speedup than others, and what tells them apart."""
+def _two_modes(row: Summary, who: str) -> list[str]:
+    """A bimodal speedup: some processes measured another than the others."""
     groups = modes(row.process_speedups)
     if len(groups) < 2:
         return []
-    total = len(row.process_speedups)
-    told = []
+    measured = [one for one in row.measurements if one.speedup is not None]
+    parts = []
     for group in groups:
         speedups = sorted(row.process_speedups[index] for index in group)
         low, high = f"{speedups[0]:.2f}", f"{speedups[-1]:.2f}"
-        found = low if low == high else f"{low} to {high}"
-        faults = median(
-            [number for i in group if (number := row.processes[i].page_faults_per_call) is not None]
-        )
+        found = low if low == high else f"{low}-{high}"
+        known = [number for i in group if (number := measured[i].page_faults_per_call) is not None]
+        faults = median(known)
         counted = "" if faults is None else f" ({faults:,.0f} page faults per call)"
-        told.append(f"{found} in {len(group)} of {total} processes{counted}")
+        parts.append(f"{found} in {len(group)} of {len(measured)} processes{counted}")
     advice = ""
-    if _differ([row.processes[group[0]].page_faults_per_call for group in groups]):
-        advice = " The allocator decides, in each process anew; --allocator retain settles it."
-    return [f"Two modes: {who}: {' and '.join(told)}.{advice}"]
+    if _differ([measured[group[0]].page_faults_per_call for group in groups]):
+        advice = " The allocator behaves differently per process; use --allocator retain."
+    return [f"Bimodal: {who}: {' and '.join(parts)}.{advice}"]
 
 
 def _differ(faults: Sequence[float | None]) -> bool:
@@ -203,8 +195,8 @@ def _differ(faults: Sequence[float | None]) -> bool:
     return len(known) > 1 and max(known) > 2 * min(known) + 1000
 
 
-def _noise(results: Sequence[Result], varying: Collection[str]) -> list[str]:
-    """What was noisy: a line for each kind of noise, that names its rows."""
+def _noise(results: Sequence[Summary], varying: Collection[str]) -> list[str]:
+    """What was noisy: a line for each kind of noise, with its rows."""
     kinds: dict[str, list[str]] = {}
     for row in results:
         found = None if row.case.is_reference else _kind_of_noise(row)
@@ -214,35 +206,30 @@ def _noise(results: Sequence[Result], varying: Collection[str]) -> list[str]:
     return [f"{kind}: {'; '.join(rows)}." for kind, rows in kinds.items()]
 
 
-def _kind_of_noise(row: Result) -> tuple[str, str] | None:
-    """What there is to say of a row's noise, the same for all rows of a kind, and its figure."""
+def _kind_of_noise(row: Summary) -> tuple[str, str] | None:
+    """The kind of a row's noise, the same text for all rows of a kind, and its figure."""
     others = row.others_cpu_share
     if others is not None and others > BUSY:
-        says = "no speedup is claimed" if row.inconclusive else "they slow strategies unequally"
-        what = "Warning: other programs took a part of the CPU meanwhile"
-        return f"{what}, {says}; stop them and run again", f"{others:.0%}"
+        effect = "no speedup is reported" if row.inconclusive else "results may be biased"
+        return f"Warning: other processes used the CPU, {effect}", f"{others:.0%}"
     within, between = row.within_processes, row.between_processes
     if between is not None and within is not None:
         if between <= max(within, NOISY / 2):
             return None
-        figure = f"+-{between:.0%} against +-{within:.0%}"
+        figure = f"within-process CI +-{within:.0%}, between-process spread +-{between:.0%}"
         if row.inconclusive:
-            return "Warning: processes differ too much to claim a speedup; close programs", figure
-        return (
-            "Processes differ by more than their own confidence intervals; the interval shown"
-            " covers both",
-            figure,
-        )
+            return "Warning: processes differ too much to report a speedup", figure
+        return "The interval reflects the spread between processes", figure
     if row.noise is None or row.noise <= NOISY:
         return None
-    what, figure = "Warning: the inter-quartile range of the times is wide", f"{row.noise:.0%}"
+    what, figure = "Warning: noisy times (interquartile range / median)", f"{row.noise:.0%}"
     if row.noise > TOO_NOISY:
-        return f"{what}, above {TOO_NOISY:.0%} of the median: no speedup is claimed", figure
-    return f"{what}; for a narrower one close programs or raise --min_seconds", figure
+        return f"{what}, above {TOO_NOISY:.0%}: no speedup is reported", figure
+    return f"{what}; close other programs or raise --min_seconds", figure
 
 
-def _page_faults(row: Result, where: str, environment: Environment) -> list[str]:
-    """Say so where page faults explain at least half of what a strategy loses to the reference."""
+def _page_faults(row: Summary, where: str, environment: Environment) -> list[str]:
+    """Where page faults explain at least half of what a strategy loses to the reference."""
     ours, theirs = row.page_faults_per_call, row.reference_page_faults_per_call
     times = row.median_s, row.reference_median_s
     cost = environment.page_fault_s
@@ -254,15 +241,15 @@ def _page_faults(row: Result, where: str, environment: Environment) -> list[str]
     if lost <= 0 or faulted < lost / 2:
         return []
     return [
-        f"Page faults explain this loss of {row.case.strategy}{where}: {ours:,.0f} per call against"
-        f" {theirs:,.0f} of the loop, at {cost * 1e6:.1f} us each over {environment.threads}"
-        f" threads, are about {min(1, faulted / lost):.0%} of the {lost * 1e3:.0f} ms lost."
-        " The allocator gives memory back at every call; --allocator retain keeps it."
+        f"Page faults cause about {min(1, faulted / lost):.0%} of the {lost * 1e3:.0f} ms that"
+        f" {row.case.strategy}{where} loses to the loop: {ours:,.0f} per call ({theirs:,.0f} in the"
+        f" loop) at {cost * 1e6:.1f} us over {count(environment.threads, 'thread')}."
+        " --allocator retain avoids them."
     ]
 
 
-def _cold_start(rows: Sequence[Result], environment: Environment) -> list[str]:
-    """What start-up cost, and what first calls alone would have said of the speedup."""
+def _cold_start(rows: Sequence[Summary], environment: Environment) -> list[str]:
+    """The cost of the first calls, and the speedup that these alone would have suggested."""
     loop = next((row for row in rows if row.case.is_reference and row.first_call_s), None)
     vmap = next((row for row in rows if row.case.strategy == "vmap" and row.speedup), None)
     if loop is None or vmap is None or not loop.median_s:
@@ -272,10 +259,8 @@ def _cold_start(rows: Sequence[Result], environment: Environment) -> list[str]:
     took = f"{environment.first_forward_s:.3f} s"
     if loop.case.batch_size == 1:  # as the very first forward
         steady = loop.median_s / loop.case.num_models
-        took += f", {environment.first_forward_s / steady:.1f} times a steady one"
+        took += f", {environment.first_forward_s / steady:.1f}x a steady one"
     return [
-        f"Cold starts: the very first forward of this process took {took}."
-        f" The first calls after it (loop {loop.first_call_s:.3f} s, vmap"
-        f" {vmap.first_call_s:.3f} s) would have said"
-        f" {loop.first_call_s / vmap.first_call_s:.2f} times."
+        f"Cold start: the first forward took {took}; by first calls alone vmap would be"
+        f" {loop.first_call_s / vmap.first_call_s:.2f}x, not {vmap.speedup:.2f}x."
     ]

@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Collection, Sequence
 from textwrap import fill
 
-from ensemble.bench.records import Case, Result
+from ensemble.bench.case import Case
 from ensemble.bench.report.sweep import cells
+from ensemble.bench.summary import Summary
 from ensemble.formatting import count
 
 COLUMNS = 100  # of what is printed where there is no terminal
@@ -73,7 +74,7 @@ def title_of(cases: Sequence[Case]) -> str:
     return ", ".join([inputs, *parts])
 
 
-def time_lines(results: Sequence[Result]) -> list[str]:
+def time_lines(results: Sequence[Summary]) -> list[str]:
     """The two lines that users of the original know, for each cell: medians in seconds.
 
     Both come from the pairs of the row `vmap`, so that they belong together. A dtype other than

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ensemble import strategies
+from ensemble.bench import result_file
+from ensemble.bench.case import Case
 from ensemble.bench.config import Config
-from ensemble.bench.load import batch_plans, measure, runs
+from ensemble.bench.load import batch_plans, runs
 from ensemble.bench.load.batching import (
     ALONE,
     TOGETHER,
@@ -18,16 +20,17 @@ from ensemble.bench.load.batching import (
     Way,
 )
 from ensemble.bench.load.engine import Engine
+from ensemble.bench.load.measure import measure_under_load
 from ensemble.bench.load.request_queue import Request
-from ensemble.bench.records import Case, Result, Run
-from ensemble.bench.report import exports
-from ensemble.bench.setup import Cell, make_cell
+from ensemble.bench.report import curves
+from ensemble.bench.setup import Setup, local_setup
+from ensemble.bench.summary import Run, Summary
 from ensemble.strategies import Strategy
 from ensemble.strategies.build_result import Built
-from tests.made import CASE, CONFIG, ENVIRONMENT
+from tests.made import CASE, CONFIG, ENVIRONMENT, row_of, with_options
 from tests.tiny import tiny_models
 
-CONFIG_UNDER_LOAD = replace(
+CONFIG_UNDER_LOAD = with_options(
     CONFIG,
     scenario="server",
     target_qps=300.0,
@@ -49,15 +52,21 @@ def case(strategy: str, inputs: str = "shared") -> Case:
     return replace(CASE, strategy=strategy, num_models=3, image_size=8, inputs=inputs)
 
 
-def cell(asked: Case) -> Cell:
+def prepared(asked: Case) -> Setup:
     images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    made = make_cell([asked], tiny_models(3), lambda px: images, CONFIG_UNDER_LOAD)
-    assert isinstance(made, Cell)
-    return made
+    return local_setup([asked], tiny_models(3), lambda px: images)
 
 
-def measured(asked: Case, config: Config = CONFIG_UNDER_LOAD) -> Result:
-    return measure.measure(asked, cell(asked), config, progress=lambda *_: None)
+def measured(asked: Case, config: Config = CONFIG_UNDER_LOAD) -> Summary:
+    return measured_in(prepared(asked), asked, config)
+
+
+def measured_in(setup: Setup, asked: Case, config: Config = CONFIG_UNDER_LOAD) -> Summary:
+    assert config.load is not None
+    found = measure_under_load(
+        asked, setup, config.load, config.measure, seed=0, on_stage=lambda *_: None
+    )
+    return row_of(found)
 
 
 def batches(made: Engine, lanes: int) -> list[Batch]:
@@ -87,7 +96,7 @@ def test_every_way_gives_each_request_its_own_answer_and_a_mix_up_is_seen(
     strategy: str, inputs: str, expected: set[tuple[str, int]]
 ) -> None:
     asked = case(strategy, inputs)
-    made = batch_plans.build(asked, cell(asked), max_batch=2, progress=lambda *_: None)
+    made = batch_plans.build_engine(asked, prepared(asked), max_batch=2, on_stage=lambda *_: None)
     assert {(way.mode, way.size) for way in made.ways} == expected
     assert made.told_apart()
     assert (made.max_rel_error or 0.0) < 1e-5
@@ -111,41 +120,38 @@ def test_under_loadgen_all_are_answered_rightly_and_the_files_say_so(
 ) -> None:
     pytest.importorskip("mlperf_loadgen")
     found = measured(case(strategy, inputs))
-    run = found.load_run
+    run = curves.shown(found)
     assert found.error is None
     assert run is not None
     assert (run.valid, run.refused, run.failed) == (True, 0, 0)
     assert run.answered == run.requests >= 81
-    assert found.held_qps == 300.0
+    assert curves.held_qps(found) == 300.0
     assert run.p50_s is not None
     assert run.p90_s is not None
     assert run.p99_s is None
     assert 0 < run.p50_s <= run.p90_s < 2
     assert (run.overhead_s or 1.0) < 0.05
     written = Run(ENVIRONMENT, CONFIG_UNDER_LOAD.plain(), (found,))
-    (flat,) = json.loads(exports.to_json(written))["results"]
+    (flat,) = json.loads(result_file.to_json(written))["results"]
     for name in ("scenario", "held_qps", "p50_s", "requests", "refused", "wasted_share", "valid"):
         assert name in flat
     assert (flat["held_qps"], flat["answered"], flat["p99_s"]) == (300.0, run.answered, None)
-    for there, back in (
-        (exports.to_json, exports.from_json),
-        (exports.to_csv, exports.from_csv),
-        (exports.to_markdown, exports.from_markdown),
-    ):
-        assert back(there(written)).results == (found,)
+    assert result_file.from_json(result_file.to_json(written)).results == (found,)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_at_far_more_than_is_held_requests_are_refused_and_the_accepted_do_not_wait_long() -> None:
     pytest.importorskip("mlperf_loadgen")
-    config = replace(CONFIG_UNDER_LOAD, target_qps=20_000.0, latency_bound_ms=20.0, min_seconds=3)
+    config = with_options(
+        CONFIG_UNDER_LOAD, target_qps=20_000.0, latency_bound_ms=20.0, min_seconds=3
+    )
     found = measured(case("loop"), config)
-    run = found.load_run
+    run = curves.shown(found)
     assert run is not None
     assert not run.valid
     assert run.refused > 0
     assert run.answered + run.refused == run.requests
-    assert found.held_qps is None
+    assert curves.held_qps(found) is None
     assert (run.most_waiting or 9999) < run.requests / 4
     assert (run.longest_s or 9.0) < 2.0  # a full queue, on a busy machine
     assert run.memory_growth_bytes is not None
@@ -175,10 +181,8 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
     asked = case("breaks")
     images = torch.randn(16, 3, 8, 8)
     calls = []
-    made = make_cell([asked], tiny_models(3), lambda px: images, CONFIG_UNDER_LOAD)
-    assert isinstance(made, Cell)
-    found = measure.measure(asked, made, CONFIG_UNDER_LOAD, progress=lambda *_: None)
-    run = found.load_run
+    found = measured_in(local_setup([asked], tiny_models(3), lambda px: images), asked)
+    run = curves.shown(found)
     assert found.status == "failed"
     assert run is not None
     assert run.failed > 0
@@ -188,7 +192,7 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_bound_below_one_call_is_said_and_nothing_is_played() -> None:
-    config = replace(CONFIG_UNDER_LOAD, target_qps=None, latency_bound_ms=1e-3)
+    config = with_options(CONFIG_UNDER_LOAD, target_qps=None, latency_bound_ms=1e-3)
     found = measured(case("loop"), config)
     assert found.status == "failed"
     assert "expected a bound of at least one call" in str(found.error)

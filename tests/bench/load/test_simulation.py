@@ -1,10 +1,9 @@
 """Queue and batcher on a counted clock, against queueing theory; the search for a rate."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
+from ensemble.bench.config import LoadOptions
 from ensemble.bench.load import runs, search, simulation
 from ensemble.bench.load.batching import ALONE, Way
 from ensemble.bench.load.queueing_check import expected_wait_s, ideal_wait_s
@@ -12,7 +11,6 @@ from ensemble.bench.load.request_queue import Waiting
 from ensemble.bench.load.sample_library import library, shares
 from ensemble.bench.load.simulation import Traffic
 from ensemble.statistics import queries_needed
-from tests.made import CONFIG
 
 CALL_S = 0.005
 ONE = [Way(ALONE, 1, CALL_S)]
@@ -102,10 +100,10 @@ def test_tenants_are_asked_for_by_zipf_and_every_image_is_there() -> None:
 
 def test_what_a_search_takes_is_said_before_it_begins() -> None:
     """By the requests that a 99th percentile of which two may be late needs."""
-    asked = replace(CONFIG, latency_percentile=99.0, min_seconds=2.0)
+    asked = LoadOptions(scenario="server")
     requests = queries_needed(0.99, search.LATE)
-    line = search.announcement(asked)
-    assert f"{requests} requests, and of 2 s at least" in line
-    assert f"in {8 * requests / 10 / 60:.0f} minutes" in line
+    line = search.announcement(asked, 2.0)
+    assert f"at least {requests} requests and 2 s" in line
+    assert f"about {8 * requests / 10 / 60:.0f} minutes at 10 requests per second" in line
     assert f"--latency_percentile 90 ({queries_needed(0.9, search.LATE)} requests)" in line
-    assert "in 80 minutes" in search.announcement(replace(asked, min_seconds=600.0))
+    assert "about 80 minutes" in search.announcement(asked, 600.0)

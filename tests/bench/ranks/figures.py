@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ensemble.bench.executors.ranks import simulation
 from ensemble.bench.executors.ranks.cost_model import Constants, call
-from ensemble.bench.records import Result, Run
+from ensemble.bench.measurement import RankTimes
 from ensemble.bench.report import exports
+from ensemble.bench.summary import Run, Summary
 from tests import results
 
 DATA = results.DATA / "distributed"
@@ -32,15 +33,16 @@ def measured(name: str) -> list[str]:
     ]
 
 
-def _line(row: Result, ranks: int) -> str:
-    case = row.case
+def _line(row: Summary, ranks: int) -> str:
+    case, times = row.case, row.ranks or RankTimes()
+    over_one = times.speedup_over_one_rank
     at = call(constants(), models=case.num_models, ranks=ranks, px=case.image_size)
     cells = [
         f"{case.num_models}",
         f"`{case.strategy}`",
         f"{1e3 * (row.median_s or 0):.0f}",
-        *map(_percent, (row.parallel_efficiency, row.interference, row.communication)),
-        "" if row.speedup_over_one_rank is None else f"{row.speedup_over_one_rank:.2f}",
+        *map(_percent, (times.parallel_efficiency, times.interference, times.communication)),
+        "" if over_one is None else f"{over_one:.2f}",
         f"{1e3 * at.whole_s:.0f}" if case.is_reference else "",
     ]
     return f"| {' | '.join(cells)} |"

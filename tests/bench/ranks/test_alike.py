@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ensemble.bench.executors.ranks import environment_check, runner
+from ensemble.bench.executors.ranks import backend, environment_check
 from ensemble.bench.executors.ranks.environment_check import Facts
 from ensemble.bench.executors.ranks.outcomes import Outcome
+from ensemble.bench.measurement import Note
 from ensemble.errors import InputError
-from tests.made import CONFIG
+from tests.made import CONFIG, with_options
 from tests.tiny import tiny_models
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ def facts(host: str, **changes: object) -> Facts:
 
 def test_ranks_that_are_alike_pass_whatever_their_host_and_what_rank_0_alone_writes() -> None:
     (model,) = tiny_models(1)
-    other = replace(CONFIG, export_json="a.json", image_path="elsewhere.jpg", verbose=True)
+    other = with_options(CONFIG, export_json="a.json", image_path="elsewhere.jpg", verbose=True)
     second = Facts("host-b", 2, shared=environment_check.shared(other, CPU, "a.pth", model))
     environment_check.check([facts("host-a"), second])
 
@@ -64,13 +65,12 @@ def test_what_is_wrong_on_one_rank_names_it_and_what_is_wrong_on_all_names_none(
 
 
 def test_a_note_that_not_all_ranks_have_says_whose_it_is() -> None:
-    outcomes = [
-        Outcome(notes=("folded", "picked loop (tried: loop 51 ms)")),
-        Outcome(notes=("folded", "picked loop (tried: loop 52 ms)")),
-        Outcome(notes=("folded", "picked loop (tried: loop 52 ms)")),
-    ]
-    assert runner._notes(outcomes) == (
+    def of_rank(call_ms: int) -> Outcome:
+        return Outcome(notes=(Note("folded"), Note("picked loop", f"loop {call_ms} ms")))
+
+    found = backend._notes([of_rank(51), of_rank(52), of_rank(52)])
+    assert tuple(map(str, found)) == (
         "folded",
-        "rank 0: picked loop (tried: loop 51 ms)",
-        "ranks 1, 2: picked loop (tried: loop 52 ms)",
+        "rank 0: picked loop (loop 51 ms)",
+        "ranks 1, 2: picked loop (loop 52 ms)",
     )

@@ -1,7 +1,6 @@
 """What moves in a call, on NCCL's side: devices, shapes and dtypes under fake tensors."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from ensemble.bench.executors.ranks.exchange import Exchange
 from ensemble.bench.executors.ranks.group import Group
 from ensemble.bench.executors.ranks.sharding import blocks
 from ensemble.errors import InputError
-from tests.made import CONFIG
+from tests.made import CONFIG, with_options
 
 RANKS, MODELS = 4, 6  # 2, 2, 1, 1
 
@@ -60,7 +59,7 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(
             torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda")
         )
-        found = placement.find(replace(CONFIG, device=name), local_rank=3, local_ranks=4)
+        found = placement.find(with_options(CONFIG, device=name).run, local_rank=3, local_ranks=4)
         assert (found.device, found.cores) == ("cuda:3", None)
     with pytest.raises(InputError, match=r"expected cuda under torchrun: .* found cuda:1"):
-        placement.find(replace(CONFIG, device="cuda:1"), local_rank=0, local_ranks=4)
+        placement.find(with_options(CONFIG, device="cuda:1").run, local_rank=0, local_ranks=4)

@@ -17,14 +17,14 @@ def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def test_rows_are_measured_in_the_ranks_whatever_the_default_of_processes(rank: str) -> None:
     assert (launch.rank(), launch.ranks()) == (int(rank), 2)
-    assert cli.parse([]).processes == 0
+    assert cli.parse([]).measure.processes == 0
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--processes", "3"], "rows are measured in its ranks themselves"),
-        (["--scenario", "server"], "requests are served by one process"),
+        (["--processes", "3"], "rows are measured in its ranks"),
+        (["--scenario", "server"], "one process serves the requests"),
     ],
 )
 def test_what_torchrun_rules_out_is_refused_with_its_reason(
@@ -40,7 +40,7 @@ def test_only_the_first_rank_checks_the_files_to_write(rank: str) -> None:
         with pytest.raises(InputError, match="expected a folder at no/such/folder"):
             cli.parse(argv)
     else:
-        assert cli.parse(argv).export_json == argv[1]
+        assert cli.parse(argv).report.export_json == argv[1]
 
 
 def test_a_plain_start_is_rank_0_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

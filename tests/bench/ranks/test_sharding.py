@@ -1,7 +1,5 @@
 """Which models a rank holds, by values, for any number of models and ranks; cores likewise."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +10,7 @@ from ensemble.bench.executors.ranks.sharding import blocks, windows
 from ensemble.errors import InputError
 from ensemble.machine import cores
 from ensemble.machine.cores import Cores
-from tests.made import CONFIG
+from tests.made import CONFIG, with_options
 
 
 def test_five_models_over_two_ranks_are_three_and_two() -> None:
@@ -63,5 +61,7 @@ def test_the_threads_of_a_rank_are_its_part_of_a_quota_of_cpu_time(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(placement, "_available_cores", lambda: tuple(range(8)))
     monkeypatch.setattr(cores, "find", lambda: Cores(8, 8, quota))
-    found = placement.find(replace(CONFIG, device="cpu", threads=None), local_rank=1, local_ranks=2)
+    found = placement.find(
+        with_options(CONFIG, device="cpu", threads=None).run, local_rank=1, local_ranks=2
+    )
     assert (found.threads, found.cores) == (threads, (4, 5, 6, 7))

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import ensemble
-from ensemble.bench.records import Run
 from ensemble.bench.report import exports
+from ensemble.bench.summary import Run
 from ensemble.models.images import augmented, read_image
 from tests.checkpoints import trained
 
@@ -145,7 +145,7 @@ def every_row_agrees(ranks: Ranks) -> None:
 
 
 def a_run_that_was_stopped_is_resumed_and_says_where_it_was_made(ranks: Ranks) -> None:
-    assert "than asked: vmap, 5 models" in ranks.said("first", 0)[2]
+    assert "than requested: vmap, 5 models" in ranks.said("first", 0)[2]
     assert ranks.said("rest", 0)[0] == 0
     run = ranks.run("shared")
     assert [row.case.strategy for row in run.results] == ["loop", "vmap"]
@@ -159,15 +159,16 @@ def a_call_is_told_apart_into_the_slowest_shard_communication_and_interference(
     ranks: Ranks,
 ) -> None:
     for row in ranks.run("shared").results:
-        (process,) = row.processes
-        rounds = process.whole_s, process.forward_s, process.alone_s, process.one_rank_s
+        times = row.ranks
+        assert times is not None
+        rounds = times.whole_s, times.forward_s, times.alone_s, times.one_rank_s
         assert [len(times) for times in rounds] == [5] * 4
-        parts = row.parallel_efficiency, row.interference, row.communication
+        parts = times.parallel_efficiency, times.interference, times.communication
         assert sum(part or 0.0 for part in parts) == pytest.approx(1.0)
-        assert row.speedup_over_one_rank is not None
+        assert times.speedup_over_one_rank is not None
     out = ranks.said("rest", 0)[1]
     assert "vmap, 5 models, 2 ranks: parallel efficiency " in out
-    assert "times as fast as one rank with all models" in out
+    assert "x over one rank with all models" in out
 
 
 def the_mean_is_served_and_a_rank_that_breaks_fails_its_row_only(ranks: Ranks) -> None:
@@ -188,8 +189,8 @@ def what_one_rank_cannot_do_is_refused_by_its_name_before_anything_is_timed(rank
 
 
 def what_does_not_apply_is_refused_with_its_reason_and_help_is_said_once(ranks: Ranks) -> None:
-    reason = "rows are measured in its ranks themselves"
-    assert ranks.error("processes") == f"error: --processes: expected none under torchrun: {reason}"
+    message = "cannot be combined with torchrun: rows are measured in its ranks"
+    assert ranks.error("processes") == f"error: --processes: {message}"
     code, out, _ = ranks.said("help", 0)
     assert code == 0
     assert "torchrun --nproc_per_node 2" in " ".join(out.split())
@@ -216,7 +217,7 @@ def an_interrupted_run_keeps_what_is_finished_in_a_whole_file(ranks: Ranks) -> N
 def a_killed_rank_ends_the_run_soon_with_its_name_and_what_is_finished(ranks: Ranks) -> None:
     code, out, err = ranks.said("killed", 0)
     assert code == 1
-    assert ": killed or crashed, it ended without a word (out of memory?): 1 of 3 rows" in err
+    assert ": killed or crashed without reporting an error (out of memory?): 1 of 3 rows" in err
     assert err.splitlines()[-1].startswith("rank 1 on ")
     assert "1 (reference)" in out
     assert [row.case.strategy for row in ranks.run("killed_run").results] == ["loop"]

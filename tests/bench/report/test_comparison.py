@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ensemble.bench import rounds
+from ensemble.bench import schedule
 from ensemble.bench.cli import parse
 from ensemble.bench.config import Config
-from ensemble.bench.records import Result, Run
 from ensemble.bench.report import comparison
 from ensemble.bench.report.comparison import (
     check_machine,
@@ -17,6 +16,7 @@ from ensemble.bench.report.comparison import (
     ratio_interval,
     render,
 )
+from ensemble.bench.summary import Run, Summary
 from ensemble.errors import InputError
 from ensemble.strategies import STRATEGIES
 from tests.made import (
@@ -25,10 +25,12 @@ from tests.made import (
     LOOP,
     VMAP,
     changed,
+    row_of,
+    with_options,
 )
 
 
-def run(*rows: Result) -> Run:
+def run(*rows: Summary) -> Run:
     return Run(ENVIRONMENT, CONFIG.plain(), rows)
 
 
@@ -107,7 +109,7 @@ def test_other_settings_are_said() -> None:
     old = run(VMAP)
     new = Run(
         replace(ENVIRONMENT, torch="2.15.0", git_commit="abc"),
-        replace(CONFIG, seed=1).plain(),
+        with_options(CONFIG, seed=1).plain(),
         (VMAP,),
     )
     assert differences(new, old) == ["torch: 2.15.0, was 2.14.1", "seed: 1, was 0"]
@@ -115,12 +117,12 @@ def test_other_settings_are_said() -> None:
     assert comparison.differences(old, old) == []
 
 
-def of_processes(*speedups: float) -> Result:
-    processes = tuple(
-        replace(VMAP.processes[0], times_s=(0.1 / speedup,) * 8, reference_times_s=(0.1,) * 8)
+def of_processes(*speedups: float) -> Summary:
+    processes = (
+        replace(VMAP.measurements[0], times_s=(0.1 / speedup,) * 8, reference_times_s=(0.1,) * 8)
         for speedup in speedups
     )
-    return replace(VMAP, processes=processes)
+    return row_of(*processes)
 
 
 def test_rows_of_several_processes_are_compared_by_what_lies_between_these() -> None:
@@ -135,15 +137,15 @@ def test_rows_of_several_processes_are_compared_by_what_lies_between_these() -> 
     assert one.interval == pytest.approx((2.0, 2.0))
 
 
-def drawn(kind: str, generator: np.random.Generator, config: Config) -> Result:
+def drawn(kind: str, generator: np.random.Generator, config: Config) -> Summary:
     """A row of made-up processes, as many as the program would have taken."""
-    size = config.processes
+    size = config.measure.processes
     spread = {"quiet": 0.02, "one mode": 0.05, "two modes": 0.02}[kind]
     slow = generator.random(size) < (0.3 if kind == "two modes" else 0.0)
     speedups = np.exp(spread * generator.standard_normal(size) + 0.35 * slow)
     for count in range(3, size + 1):
         row = of_processes(*speedups[:count])
-        if not rounds.wants_more(row, config):
+        if not schedule.wants_more(row, config.measure):
             break
     return row
 
@@ -207,12 +209,12 @@ def test_a_row_that_claims_nothing_in_one_of_the_runs_is_judged_where_it_is_sure
     ]
     (found,) = compare(run(slow), run(same))
     text = render([found], run(slow), run(same), 5)
-    assert "surely slower, although machine busy" in text
+    assert "surely slower, although CPU busy" in text
     assert "Not judged" not in text
     (found,) = compare(run(same), run(VMAP))
     text = render([found], run(same), run(VMAP), 5)
-    assert "machine busy, not judged" in text
-    assert "Not judged by --fail_above 5: vmap, 4 models, batch 1, 224 px, float32 (machine" in text
+    assert "CPU busy, not judged" in text
+    assert "Not judged by --fail_above 5: vmap, 4 models, batch 1, 224 px, float32 (CPU" in text
 
 
 def test_a_gate_names_what_only_one_of_the_runs_has_timed() -> None:

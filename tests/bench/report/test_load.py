@@ -6,16 +6,12 @@ from typing import Any
 
 import pytest
 
-from ensemble.bench.records import (
-    Load,
-    LoadRun,
-    Process,
-    Result,
-    Run,
-)
+from ensemble.bench.load.record import LoadRun, LoadTest, held_range
+from ensemble.bench.measurement import Measurement
 from ensemble.bench.report import curves, load_picture, load_table
 from ensemble.bench.report.page import is_under_load, page_of
-from tests.made import CASE, CONFIG, ENVIRONMENT
+from ensemble.bench.summary import Run, Summary
+from tests.made import CASE, CONFIG, ENVIRONMENT, row_of, with_options
 
 RUN = LoadRun(
     purpose="confirm",
@@ -53,8 +49,9 @@ def served(strategy: str, *points: tuple[float, float], held: float, inputs: str
         )
         for rate, tail in points
     )
-    process = Process((), (), build_s=1.0, first_call_s=0.5, load=Load("server", 99.0, 0.1, runs))
-    return Result(replace(CASE, strategy=strategy, inputs=inputs), processes=(process,))
+    case = replace(CASE, strategy=strategy, inputs=inputs)
+    test = LoadTest("server", 99.0, 0.1, runs)
+    return row_of(Measurement(case, build_s=1.0, first_call_s=0.5, load=test))
 
 
 LOOP = served("loop", (20.0, 0.010), (60.0, 0.08), (70.0, 0.2), held=60.0, inputs="per_model")
@@ -64,8 +61,7 @@ VMAP = served("vmap", (30.0, 0.030), (90.0, 0.05), (110.0, 0.3), held=90.0, inpu
 def test_the_answer_names_whom_to_serve_with_and_where_that_changes() -> None:
     answer = load_table.render_answer([LOOP, VMAP])
     assert answer.splitlines()[0] == (
-        "To serve tenants of 4 models: vmap holds 90 requests per second with 99 % of them within"
-        " 100 ms; loop 60."
+        "4 models, per-model inputs: vmap sustains 90 requests/s with p99 <= 100 ms; loop 60."
     )
     # loop: 10 + 1.75 (rate - 20) ms; vmap: 30 + (rate - 30) / 3 ms, 5 % sooner from 32.9 on.
     first, second = curves.changes([LOOP, VMAP])
@@ -77,17 +73,17 @@ def test_the_answer_names_whom_to_serve_with_and_where_that_changes() -> None:
 def test_one_strategy_at_every_load_is_said_so() -> None:
     slow = served("vmap", (20.0, 0.05), (50.0, 0.09), held=50.0)
     answer = load_table.render_answer([served("loop", (20.0, 0.01), (60.0, 0.05), held=60.0), slow])
-    assert answer.splitlines()[1] == "At every load loop answers soonest (99 %)."
+    assert answer.splitlines()[1] == "Lowest p99 at every rate: loop."
 
 
 def test_a_row_that_holds_nothing_has_no_rate_and_a_reason() -> None:
     none = served("vmap", (30.0, 0.3), held=0.0)
-    assert none.held_qps is None
-    assert load_table.render_answer([none]).strip().endswith("no strategy gave a valid run.")
+    assert curves.held_qps(none) is None
+    assert load_table.render_answer([none]).strip().endswith("no strategy had a valid run.")
     assert "vmap, 4 models: not valid: late" in load_table.render_remarks([none])
     refused = replace(RUN, refused=7, most_waiting=9)
-    process = Process((), (), load=Load("server", 99.0, 0.1, (replace(refused, valid=True),)))
-    said = load_table.render_remarks([Result(CASE, processes=(process,))])
+    test = LoadTest("server", 99.0, 0.1, (replace(refused, valid=True),))
+    said = load_table.render_remarks([row_of(Measurement(CASE, load=test))])
     assert "7 of 800 requests were refused" in said
 
 
@@ -100,21 +96,20 @@ def test_the_table_has_the_figures_of_the_run_that_is_shown() -> None:
 
 def test_the_row_shows_the_process_in_the_middle() -> None:
     rates = (80.0, 100.0, 90.0)
-    processes = tuple(served("vmap", (rate, 0.05), held=rate).processes[0] for rate in rates)
-    row = Result(CASE, processes=processes)
-    assert (row.held_qps, row.held_range) == (90.0, (80.0, 100.0))
+    row = row_of(*(served("vmap", (rate, 0.05), held=rate).processes[0] for rate in rates))
+    assert (curves.held_qps(row), held_range(row.load_tests)) == (90.0, (80.0, 100.0))
     assert "90 [80, 100]" in load_table.render_table([row])
 
 
 def test_single_stream_and_offline_say_what_was_done() -> None:
     for scenario, said in (
-        ("single_stream", "vmap answers one request after another within 50 ms (90 % of them)."),
-        ("offline", "vmap does 100 requests per second."),
+        ("single_stream", "vmap has the lowest latency, p90 50 ms."),
+        ("offline", "vmap processes 100 requests/s."),
     ):
         run = replace(RUN, purpose="asked", offered_qps=None)
-        process = Process((), (), load=Load(scenario, 90.0, None, (run,)))
-        answer = load_table.render_answer([Result(CASE, processes=(process,))])
-        assert answer.strip() == f"To serve an ensemble of 4 models: {said}"
+        test = LoadTest(scenario, 90.0, None, (run,))
+        answer = load_table.render_answer([row_of(Measurement(CASE, load=test))])
+        assert answer.strip() == f"4 models, shared inputs: {said}"
 
 
 def test_the_picture_has_a_line_a_strategy_and_the_bound() -> None:
@@ -131,11 +126,13 @@ def test_the_picture_has_a_line_a_strategy_and_the_bound() -> None:
     assert {text.get_text() for text in above.texts} == {"loop", "vmap", "bound"}
 
 
-@pytest.mark.parametrize("rows", [[], [Result(CASE, status="failed", error="broke")]])
-def test_a_run_with_nothing_in_it_is_drawn_and_told_too(rows: list[Result], tmp_path: Path) -> None:
-    run = Run(ENVIRONMENT, replace(CONFIG, scenario="server").plain(), tuple(rows))
+@pytest.mark.parametrize("rows", [[], [row_of(Measurement(CASE, "failed", "broke"))]])
+def test_a_run_with_nothing_in_it_is_drawn_and_told_too(
+    rows: list[Summary], tmp_path: Path
+) -> None:
+    run = Run(ENVIRONMENT, with_options(CONFIG, scenario="server").plain(), tuple(rows))
     assert is_under_load(run)
     page = page_of(run, columns=False, sentences=True)
-    assert (page.known, page.answer) == ((), "Nothing was held.\n")
+    assert (page.known, page.answer) == ((), "No valid run.\n")
     load_picture.save(rows, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

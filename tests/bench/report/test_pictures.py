@@ -8,8 +8,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from ensemble.bench.records import Result
 from ensemble.bench.report import pictures
+from ensemble.bench.summary import Summary
 from tests.made import (
     LOOP,
     at,
@@ -105,7 +105,7 @@ def test_a_panel_without_a_speedup_says_why() -> None:
     failed = changed(ROWS[3], strategy="jax", status="failed", error="broke")
     _, below = pictures.draw([LOOPS[0], busy, failed]).axes
     (text,) = (text.get_text().replace("\n", " ") for text in below.texts)
-    assert text == "no speedup: machine busy: vmap; failed: jax"
+    assert text == "no speedup: CPU busy: vmap; failed: jax"
     (alone,) = pictures.draw([LOOPS[0]]).axes[1].texts
     assert "nothing was compared with the loop" in alone.get_text()
     assert not any("no speedup" in text.get_text() for text in pictures.draw(ROWS).axes[1].texts)
@@ -133,7 +133,7 @@ def test_a_heat_map_names_no_winner_where_the_interval_holds_one() -> None:
 
 
 @pytest.mark.parametrize("rows", [[], [LOOP], ROWS[:1], [changed(LOOP, times_s=())]])
-def test_a_run_with_next_to_nothing_is_drawn_too(rows: list[Result], tmp_path: Path) -> None:
+def test_a_run_with_next_to_nothing_is_drawn_too(rows: list[Summary], tmp_path: Path) -> None:
     pictures.save(rows, tmp_path / "p.png", tmp_path / "p_grid.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "p_grid.png").exists()

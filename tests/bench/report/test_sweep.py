@@ -6,7 +6,7 @@ from ensemble.bench.report import sweep
 from ensemble.bench.report.sweep import (
     BreakEven,
     break_even,
-    calls_to_pay_back,
+    break_even_calls,
     extra_memory,
     fastest,
 )
@@ -53,7 +53,7 @@ def test_a_noisy_a_failed_and_a_short_row_are_no_wins() -> None:
     ends_noisy = [at(1, 1.5), at(2, 1.5), changed(noisy, num_models=8)]
     assert break_even(ends_noisy) == BreakEven(LINE, 1, 8, (8,))
     text = render_answer(ends_noisy)
-    assert "faster from 1 model on, the fewest measured (nothing sure can be said of 8)." in text
+    assert ": 1 model, the fewest measured (inconclusive: 8)." in text
     assert fastest([LOOP, noisy, at(4, 0.5)]) == LOOP
 
 
@@ -67,10 +67,10 @@ def test_lines_are_by_strategy_dtype_batch_and_px_in_the_order_of_n() -> None:
 def test_the_build_is_paid_back_by_what_each_call_wins() -> None:
     vmap = changed(VMAP, build_s=5.0, first_call_s=1.0)  # 0.05 s a call against 0.1 s
     loop = changed(LOOP, build_s=0.2, first_call_s=0.3)
-    assert calls_to_pay_back(vmap, loop) == pytest.approx((6.0 - 0.5) / 0.05)
-    assert calls_to_pay_back(changed(vmap, build_s=0.0, first_call_s=0.0), loop) == 0
-    assert calls_to_pay_back(changed(vmap, times_s=(0.2,) * 20), loop) is None
-    assert calls_to_pay_back(changed(vmap, build_s=None), loop) is None
+    assert break_even_calls(vmap, loop) == pytest.approx((6.0 - 0.5) / 0.05)
+    assert break_even_calls(changed(vmap, build_s=0.0, first_call_s=0.0), loop) == 0
+    assert break_even_calls(changed(vmap, times_s=(0.2,) * 20), loop) is None
+    assert break_even_calls(changed(vmap, build_s=None), loop) is None
 
 
 def test_memory_over_the_loop_is_a_difference_and_unknown_where_either_is() -> None:
@@ -83,15 +83,13 @@ def test_the_verdict_of_a_sweep_says_where_each_strategy_starts_to_win() -> None
     loops = [changed(LOOP, num_models=n) for n in (1, 2, 4)]
     never = [changed(row, strategy="jax") for row in curve(0.5, 0.6, 0.7)]
     text = render_answer([*loops, *curve(0.9, 1.2, 1.4), *never])
-    assert "Break-even: vmap, float32, batch 1, 224 px: surely faster from 2 models on.\n" in text
-    assert (
-        "Break-even: jax, float32, batch 1, 224 px: nowhere surely faster up to 4 models," in text
-    )
+    assert "Break-even of vmap (float32, batch 1, 224 px): 2 models.\n" in text
+    assert "Break-even of jax (float32, batch 1, 224 px): none up to 4 models." in text
 
 
 def test_the_verdict_names_what_the_fastest_costs() -> None:
     loop = changed(LOOP, peak_memory_bytes=100_000_000, build_s=0.0, first_call_s=0.1)
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20, build_s=6.08)
     text = render_answer([loop, VMAP, other])
-    assert text.startswith("Fastest with 4 models: folded_vmap, 2.50 times as fast as the loop")
-    assert " Its start is paid back after 100 calls; it held 96 MB more than the loop." in text
+    assert text.startswith("4 models: folded_vmap is 2.50x faster than the loop")
+    assert " and breaks even after 100 calls, with 96 MB more memory; vmap is 2.00x" in text

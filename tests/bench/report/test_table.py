@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.bench.records import Result
+from ensemble.bench.measurement import Roofline
 from ensemble.bench.report import exports
 from ensemble.bench.report.table import (
     WIDTH,
@@ -15,6 +15,7 @@ from ensemble.bench.report.table import (
 )
 from ensemble.bench.report.verdict import render_answer, render_remarks
 from ensemble.bench.report.words import time_lines
+from ensemble.bench.summary import Summary
 from ensemble.strategies import STRATEGIES
 from tests.made import (
     ENVIRONMENT,
@@ -22,67 +23,67 @@ from tests.made import (
     UNAVAILABLE,
     VMAP,
     changed,
+    row_of,
 )
 
 DATA = Path(__file__).parents[1] / "data"
 STORED = sorted([*DATA.glob("*.json"), *DATA.glob("allocator/*.json")])
 
 
-def said(*rows: Result) -> str:
+def said(*rows: Summary) -> str:
     return render_answer(rows) + render_remarks(rows, ENVIRONMENT, verbose=True)
 
 
 def test_the_verdict_names_the_reference_the_direction_and_how_surely() -> None:
-    assert (
-        "Fastest with 4 models: vmap, 2.00 times as fast as the loop (95% interval 2.00 to 2.00)."
-    ) in said(LOOP, VMAP)
+    assert ("4 models: vmap is 2.00x faster than the loop (95% CI 2.00-2.00)") in said(LOOP, VMAP)
 
 
 def test_a_strategy_that_loses_is_called_slower() -> None:
     slow = changed(VMAP, times_s=(0.2,) * 20)
     assert render_answer([LOOP, slow]) == (
-        "Fastest with 4 models: the loop itself; plain vmap 0.50 times as fast as the loop: slower"
-        " (95% interval 0.50 to 0.50).\n"
+        "4 models: the loop is the fastest; vmap is 0.50x (0.50-0.50).\n"
     )
 
 
 def test_an_interval_that_holds_one_claims_no_difference() -> None:
     level = changed(VMAP, times_s=(0.099, 0.101) * 10)
-    assert "no difference from the loop that this run can show: 1.00 times" in said(LOOP, level)
+    assert "not significantly different, 1.00x" in said(LOOP, level)
     faster = changed(VMAP, times_s=(0.096, 0.101) * 10)
-    assert "no strategy is surely faster than the loop; vmap 1.02 times" in said(LOOP, faster)
+    assert "no strategy is significantly faster than the loop; vmap is 1.02x" in said(LOOP, faster)
 
 
 def test_a_spread_above_a_quarter_claims_nothing_and_gives_the_number_and_advice() -> None:
     wild = changed(VMAP, times_s=(0.05, 0.08) * 10)
     text = said(LOOP, wild)
-    assert "inconclusive, because of vmap (too noisy)" in text
-    assert "above 25% of the median: no speedup is claimed: vmap, 4 models (46%)." in text
-    assert "times as fast" not in text
+    assert "inconclusive: vmap (too noisy)" in text
+    assert "above 25%: no speedup is reported: vmap, 4 models (46%)." in text
+    assert "x faster" not in text
 
 
 def test_a_spread_above_a_tenth_is_warned_of() -> None:
     noisy = changed(VMAP, times_s=(0.05, 0.057) * 10)
     text = said(LOOP, noisy)
     assert "raise --min_seconds: vmap, 4 models (13%)." in text
-    assert "times as fast" in text
+    assert "x faster" in text
 
 
 def test_other_programs_that_take_the_cpu_are_warned_of() -> None:
     beside = changed(VMAP, others_cpu_share=0.4)
-    assert "stop them and run again: vmap, 4 models (40%)." in said(LOOP, beside)
+    assert "other processes used the CPU, no speedup is reported: vmap, 4 models (40%)." in said(
+        LOOP, beside
+    )
 
 
 def test_too_few_pairs_claim_nothing() -> None:
     few = changed(VMAP, times_s=(0.05,) * 5, reference_times_s=(0.1,) * 5)
-    assert "5 pairs are too few to say; raise --min_pairs" in said(LOOP, few)
+    assert "too few pairs (5 pairs); raise --min_pairs" in said(LOOP, few)
 
 
 def test_page_faults_that_explain_a_loss_are_named_with_the_way_out() -> None:
     slow = changed(VMAP, times_s=(0.110,) * 20)  # 12,000 faults of 1 us over 2 threads: 6 of 10 ms
     assert (
-        "Page faults explain this loss of vmap: 12,000 per call against 0 of the loop, at 1.0 us"
-        " each over 2 threads, are about 60% of the 10 ms lost."
+        "Page faults cause about 60% of the 10 ms that vmap loses to the loop: 12,000 per call (0"
+        " in the loop) at 1.0 us over 2 threads."
     ) in said(LOOP, slow)
     assert "--allocator retain" in said(LOOP, slow)
 
@@ -90,8 +91,8 @@ def test_page_faults_that_explain_a_loss_are_named_with_the_way_out() -> None:
 def test_page_faults_of_several_cells_say_of_which() -> None:
     slow = changed(VMAP, times_s=(0.110,) * 20)
     remarks = render_remarks([LOOP, slow, changed(slow, num_models=8)], ENVIRONMENT)
-    assert "Page faults explain this loss of vmap with 4 models: 12,000 per call" in remarks
-    assert "Page faults explain this loss of vmap with 8 models: 12,000 per call" in remarks
+    assert "vmap with 4 models loses to the loop: 12,000 per call" in remarks
+    assert "vmap with 8 models loses to the loop: 12,000 per call" in remarks
 
 
 def test_page_faults_that_explain_less_than_half_of_a_loss_are_not_blamed() -> None:
@@ -101,41 +102,38 @@ def test_page_faults_that_explain_less_than_half_of_a_loss_are_not_blamed() -> N
 
 def test_first_calls_are_told_apart_from_the_steady_state() -> None:
     assert (
-        "Cold starts: the very first forward of this process took 0.250 s, 10.0 times a steady one."
-        " The first calls after it (loop 0.300 s, vmap 0.020 s) would have said 15.00 times."
+        "Cold start: the first forward took 0.250 s, 10.0x a steady one; by first calls alone vmap"
+        " would be 15.00x, not 2.00x."
     ) in said(LOOP, VMAP)
 
 
 def test_the_fastest_of_several_is_named() -> None:
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
-    assert "Fastest with 4 models: folded_vmap, 2.50 times" in said(LOOP, VMAP, other)
+    assert "4 models: folded_vmap is 2.50x faster" in said(LOOP, VMAP, other)
     slow = changed(VMAP, times_s=(0.2,) * 20)
     text = said(LOOP, slow, changed(slow, strategy="folded_vmap"))
-    assert "Fastest with 4 models: the loop itself; plain vmap 0.50 times" in text
+    assert "4 models: the loop is the fastest; vmap is 0.50x" in text
 
 
 def test_the_fastest_is_named_for_each_dtype_apart() -> None:
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
     halves = [changed(VMAP, dtype="bfloat16"), changed(other, dtype="bfloat16")]
     text = said(LOOP, VMAP, other, *halves, changed(LOOP, dtype="bfloat16", times_s=(0.5,) * 20))
-    assert "Fastest with 4 models, float32: folded_vmap, 2.50 times" in text
-    assert "Fastest with 4 models, bfloat16: folded_vmap, 2.50 times" in text
+    assert "4 models, float32: folded_vmap is 2.50x faster" in text
+    assert "4 models, bfloat16: folded_vmap is 2.50x faster" in text
 
 
 def test_a_row_with_shorter_calls_beside_a_faster_loop_is_named() -> None:
     drifted = changed(VMAP, strategy="folded_vmap", times_s=(0.03,) * 20)
     text = said(LOOP, VMAP, changed(drifted, reference_times_s=(0.05,) * 20))
-    assert "But folded_vmap had the shorter calls, 30 ms against 50 ms: the loop ran" in text
+    assert "Note: folded_vmap had shorter calls (30 ms, vmap 50 ms), but the loop" in text
     assert "shorter calls" not in said(LOOP, VMAP, changed(VMAP, strategy="folded_vmap"))
 
 
 def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothing() -> None:
     few = changed(VMAP, times_s=(0.11,) * 5, reference_times_s=(0.1,) * 5)
     text = said(LOOP, few, changed(few, strategy="folded_vmap"))
-    assert (
-        "Fastest with 4 models: inconclusive, because of vmap (too few pairs),"
-        " folded_vmap (too few pairs)." in text
-    )
+    assert "4 models: inconclusive: vmap (too few pairs), folded_vmap (too few pairs)." in text
     assert "Page faults" not in text
     assert "too few pairs" in render_table([few])
     assert "1.00" not in render_table([few])
@@ -144,8 +142,8 @@ def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothi
 def test_the_self_check_is_never_the_fastest() -> None:
     floor = changed(VMAP, strategy="self_check", times_s=(0.01,) * 20)
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
-    assert "Fastest with 4 models: folded_vmap, 2.50 times" in said(LOOP, VMAP, floor, other)
-    assert "Fastest with 4 models: vmap, 2.00 times" in said(LOOP, VMAP, floor)
+    assert "4 models: folded_vmap is 2.50x faster" in said(LOOP, VMAP, floor, other)
+    assert "4 models: vmap is 2.00x faster" in said(LOOP, VMAP, floor)
 
 
 def test_time_lines_of_several_numbers_of_models_say_which() -> None:
@@ -198,7 +196,7 @@ def test_the_default_table_fits_ninety_columns() -> None:
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_the_default_table_of_every_stored_run_fits_ninety_columns(path: Path) -> None:
-    rows = [replace(row, notes=()) for row in exports.read(str(path), argument="path").results]
+    rows = [changed(row, notes=()) for row in exports.read(str(path), argument="path").results]
     lines = render_table(rows).splitlines()
     assert len(lines) > 3
     assert max(map(len, lines)) <= WIDTH
@@ -241,7 +239,7 @@ def test_colour_is_for_terminals_alone_and_says_faster_slower_and_failed() -> No
 
 
 def test_the_share_of_the_limit_stands_in_the_table_where_it_was_asked_for() -> None:
-    limited = changed(VMAP, least_s=0.02, bound="compute")
+    limited = replace(VMAP, roofline=Roofline(0.02, "compute"))
     assert render_table([limited]).splitlines()[3].endswith(" 40%")
     assert render_table([limited], verbose=True).splitlines()[3].endswith("compute")
     assert "limit" not in render_table([VMAP])
@@ -271,54 +269,51 @@ def test_a_time_that_was_not_taken_is_said_so() -> None:
     ]
 
 
-def of_processes(*found: tuple[float, float]) -> Result:
+def of_processes(*found: tuple[float, float]) -> Summary:
     """A row whose processes found these speedups with these page faults per call."""
-    processes = tuple(
+    processes = (
         replace(
-            VMAP.processes[0],
+            VMAP.measurements[0],
             times_s=(0.1 / speedup,) * 8,
             reference_times_s=(0.1,) * 8,
             page_faults_per_call=faults,
         )
         for speedup, faults in found
     )
-    return replace(VMAP, processes=processes)
+    return row_of(*processes)
 
 
 def test_two_modes_are_told_with_what_tells_them_apart_and_no_winner_is_named() -> None:
     row = of_processes((0.63, 37e3), (0.74, 37e3), (1.04, 0), (0.70, 37e3), (0.66, 37e3))
     text = said(LOOP, row)
     assert (
-        "Two modes: vmap, 4 models: 0.63 to 0.74 in 4 of 5 processes (37,000 page faults per call)"
-        " and 1.04 in 1 of 5 processes (0 page faults per call). The allocator decides, in each"
-        " process anew; --allocator retain settles it."
+        "Bimodal: vmap, 4 models: 0.63-0.74 in 4 of 5 processes (37,000 page faults per call) and"
+        " 1.04 in 1 of 5 processes (0 page faults per call). The allocator behaves differently per"
+        " process; use --allocator retain."
     ) in text
-    assert ": slower" not in render_answer([LOOP, row])
-    assert "Two modes" not in said(LOOP, of_processes(*[(0.7, 0.0)] * 5))
+    assert "Bimodal" not in said(LOOP, of_processes(*[(0.7, 0.0)] * 5))
 
 
 def test_processes_that_lie_far_apart_name_no_winner_and_no_payback() -> None:
     wild = of_processes((2.8, 0), (2.9, 0), (2.97, 0), (3.0, 0), (20.0, 0))
     assert wild.speedup_interval is not None
     assert wild.speedup_interval[0] > 1
-    assert render_answer([LOOP, wild]) == (
-        "Fastest with 4 models: inconclusive, because of vmap (too noisy).\n"
-    )
-    assert "differ too much to claim a speedup; close programs: vmap, 4" in said(LOOP, wild)
+    assert render_answer([LOOP, wild]) == ("4 models: inconclusive: vmap (too noisy).\n")
+    assert "differ too much to report a speedup: vmap, 4" in said(LOOP, wild)
     best = replace(wild, case=replace(wild.case, strategy="best"))
     answer = render_answer([LOOP, changed(VMAP, times_s=(0.08,) * 20), best])
-    assert "Fastest with 4 models: vmap, 1.25 times as fast as the loop" in answer
-    assert "; best inconclusive (too noisy)." in answer
+    assert "4 models: vmap is 1.25x faster than the loop" in answer
+    assert "; best is inconclusive (too noisy)." in answer
 
 
 def test_what_lies_between_processes_is_told_where_it_is_more_than_within_them() -> None:
     text = said(LOOP, of_processes((1.0, 0), (1.1, 0), (1.2, 0), (1.3, 0), (1.4, 0)))
-    assert "interval shown covers both: vmap, 4 models (+-17% against +-0%)." in text
+    assert "vmap, 4 models (within-process CI +-0%, between-process spread +-17%)." in text
 
 
 def test_what_best_picked_stands_in_its_row_and_in_the_answer() -> None:
     best = changed(VMAP, strategy="best", picked="lowered_vmap")
-    assert "Fastest with 4 models: best (lowered_vmap), 2.00 times as fast" in said(LOOP, best)
+    assert "4 models: best (lowered_vmap) is 2.00x faster" in said(LOOP, best)
     assert "\nbest (lowered_vmap)  4  " in render_table([LOOP, best])
 
 

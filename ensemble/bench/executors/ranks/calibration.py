@@ -39,7 +39,9 @@ def main() -> None:
     """Measure, and let rank 0 say what it found."""
     config = parse([])
     joined = group.join(timeout_s=TIMEOUT_S)
-    place = placement.find(config, local_rank=launch.local_rank(), local_ranks=launch.local_ranks())
+    place = placement.find(
+        config.run, local_rank=launch.local_rank(), local_ranks=launch.local_ranks()
+    )
     placement.pin(place)
     torch.set_num_threads(place.threads)
     found = measure(joined)

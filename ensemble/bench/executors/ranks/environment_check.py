@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ensemble.bench import environment
-from ensemble.bench.config import SHOW, Config
+from ensemble.bench.config import Config
 from ensemble.errors import InputError
 from ensemble.machine import devices, launch
 from ensemble.models import stacking
@@ -36,12 +36,14 @@ class Facts:
 
 def shared(config: Config, device: torch.device, weights: str, model: nn.Module) -> dict[str, Any]:
     """What must be the same on all ranks: versions, device, settings, and a file that all read."""
+    parts = (config.models, config.run, config.measure)
     settings = {
-        option.name: getattr(config, option.name)
-        for option in fields(Config)
-        if option.metadata["group"] != SHOW and option.name not in OF_RANK_0
+        option.name: getattr(part, option.name)
+        for part in parts
+        for option in fields(part)
+        if option.name not in OF_RANK_0
     }
-    own_files = len(config.model_path or ()) > 1 or weights.startswith("random")
+    own_files = len(config.models.model_path or ()) > 1 or weights.startswith("random")
     return {
         "program": environment.git_commit(),
         "python": platform.python_version(),

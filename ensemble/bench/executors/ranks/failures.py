@@ -96,7 +96,7 @@ def _ask(symptom: str) -> tuple[str, Board | None]:
         return symptom if was_terminated() else f"the ranks lost each other: {symptom}", board
     if "imed out" in symptom or "imeout" in symptom:
         return f"{name}: no answer within --timeout_minutes", board
-    return f"{name}: killed or crashed, it ended without a word (out of memory?)", board
+    return f"{name}: killed or crashed without reporting an error (out of memory?)", board
 
 
 def _await_sigterm(reader: int) -> None:

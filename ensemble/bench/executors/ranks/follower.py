@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 def follow(config: Config) -> int:
     """Be a rank until rank 0 has finished; returns the exit code."""
-    if config.list_strategies or config.from_json:
+    if config.report.list_strategies or config.report.from_json:
         return 0  # nothing is run
     try:
         member, _ = begin(config, say=lambda _: None)

@@ -36,7 +36,7 @@ def begin(config: Config, *, say: Callable[[str], None]) -> tuple[Member, tuple[
         Board().join()
     except RuntimeError as error:
         raise RankError(f"no answer from torchrun's store: {first_line(error)}") from error
-    timeout_s = 60 * config.timeout_minutes
+    timeout_s = 60 * config.measure.timeout_minutes
     joined = group.join(timeout_s=timeout_s)
     facts = Facts(host=launch.host(), pid=os.getpid())
     member = None
@@ -54,13 +54,17 @@ def begin(config: Config, *, say: Callable[[str], None]) -> tuple[Member, tuple[
 def _prepared(
     config: Config, joined: Group, facts: Facts, say: Callable[[str], None]
 ) -> tuple[Member, Facts]:
-    blocks(min(config.num_models), joined.ranks)  # or it would be found in the middle of the run
-    place = placement.find(config, local_rank=launch.local_rank(), local_ranks=launch.local_ranks())
+    blocks(
+        min(config.models.num_models), joined.ranks
+    )  # or it would be found in the middle of the run
+    place = placement.find(
+        config.run, local_rank=launch.local_rank(), local_ranks=launch.local_ranks()
+    )
     placement.pin(place)
-    placed = replace(config, threads=place.threads)
+    placed = replace(config, run=replace(config.run, threads=place.threads))
     device = workload.prepare(placed, device=place.device)
     member = Member(placed, joined, device)
-    member.load(max(config.num_models), say=say)
+    member.load(max(config.models.num_models), say=say)
     return member, replace(
         facts,
         place=place.words(),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ensemble.bench import cli
-from ensemble.bench.executors.ranks import failures, follower, leader
+from ensemble.bench.executors.ranks import executor, failures, follower
 from ensemble.errors import InputError, RankError
 from ensemble.machine import launch, signals, streams
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None, run: Callable[..., int]) -> int:
         if launch.rank() > 0:
             return follower.follow(config)
         with streams.written():
-            return run(config, leader.load, leader.measure)
+            return run(config, executor.load, executor.over_ranks)
     except InputError as error:
         failures.tell(cli.in_flags(error))
         return 2

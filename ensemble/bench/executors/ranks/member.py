@@ -15,14 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ensemble.bench.build import Started, start, tidy
+from ensemble.bench.build import BuiltStrategy, build, release_compiled
+from ensemble.bench.case import REFERENCE
 from ensemble.bench.config import Config
 from ensemble.bench.executors.ranks.exchange import Exchange
 from ensemble.bench.executors.ranks.group import Group
 from ensemble.bench.executors.ranks.outcomes import Division, Outcome, failed
 from ensemble.bench.executors.ranks.sharding import blocks
-from ensemble.bench.failures import optional, reason
-from ensemble.bench.records import REFERENCE
+from ensemble.bench.failures import explain, optional
 from ensemble.bench.setup import in_float64
 from ensemble.errors import InputError, UnavailableError
 from ensemble.machine import memory
@@ -38,7 +38,7 @@ class Held:
     """A strategy over this rank's models, and what a call of it moves."""
 
     name: str
-    started: Started
+    started: BuiltStrategy
     exchange: Exchange
     failed: str = ""  # why a call of it has failed here
     forward_s: list[float] | None = None  # what each forward takes, while that is asked
@@ -111,14 +111,14 @@ class Member:
 
     def _begin(self, key: str, name: str, dtype: torch.dtype) -> Outcome:
         self._held.pop(key, None)
-        tidy()
+        release_compiled()
         try:
-            seconds = self.config.tune_seconds
-            started = start(name, self.models, self._example, dtype, tune_seconds=seconds)
+            seconds = self.config.measure.tune_seconds
+            started = build(name, self.models, self._example, dtype, tune_seconds=seconds)
         except UnavailableError as error:
             return Outcome("unavailable", str(error))
         except Exception as error:
-            return Outcome("failed", reason(error, name, self.models, self._example, dtype))
+            return Outcome("failed", explain(error, name, self.models, self._example, dtype))
         picked = started.choice.name if started.choice else name
         self._held[key] = Held(picked, started, self._exchange(dtype))
         return Outcome(
@@ -136,14 +136,14 @@ class Member:
             part = held.exchange.spread(x)
             return held.exchange.served(self._forward(held, part), reduce)
 
-    def exact(self, *, example: Tensor | None = None) -> list[Tensor | str]:
+    def float64_logits(self, *, example: Tensor | None = None) -> list[Tensor | str]:
         """Each rank's logits in float64, or why it has none."""
         x = self._exchange(torch.float32).spread(example)
         logits, notes = optional("error to float64", partial(in_float64, self.models, x.clone()))
         return self.group.collect(notes[0] if logits is None else logits.cpu())
 
     def divide(self, key: str, *, x: Tensor | None = None) -> list[Division]:
-        """Tell apart what a call consists of, on each rank: see `records.Process`."""
+        """Tell apart what a call consists of, on each rank: see `measurement.RankTimes`."""
         held, everything, notes = self._held[key], None, tuple[str, ...]()
         whole, alone, one_rank = list[float](), list[float](), list[float]()
         if x is not None and not held.failed:
@@ -152,7 +152,7 @@ class Member:
         held.forward_s = forwards = list[float]()
         for _ in range(1 + ROUNDS):  # the first is not counted
             held.forward_s = forwards
-            whole.append(self._timed(partial(self.call, key, self.config.reduce, x=x)))
+            whole.append(self._timed(partial(self.call, key, self.config.models.reduce, x=x)))
             held.forward_s = None
             forward = partial(self._forward, held, held.started.example)
             for rank in range(self.group.ranks):
@@ -191,13 +191,13 @@ class Member:
                 logits = held.started.forward(x)
             except Exception as error:
                 example = held.started.example
-                held.failed = reason(error, held.name, self.models, example, example.dtype)
+                held.failed = explain(error, held.name, self.models, example, example.dtype)
         if held.forward_s is not None:
             synchronize(self.device)
             held.forward_s.append(time.perf_counter() - begin)
         return torch.full_like(held.started.logits, torch.nan) if logits is None else logits
 
-    def _on_one_rank(self, held: Held, x: Tensor) -> Started:
+    def _on_one_rank(self, held: Held, x: Tensor) -> BuiltStrategy:
         """The strategy over all N models on this rank alone, where they fit.
 
         Raises:
@@ -210,8 +210,8 @@ class Member:
             raise UnavailableError(message)
         everything = range(self._num_models)
         self._all = self._all or self._read(self._num_models, everything, lambda _: None)[0]
-        alone = start(held.name, self._all, x.float(), x.dtype)
-        return replace(alone, serve=served(alone.forward, self.config.reduce))
+        alone = build(held.name, self._all, x.float(), x.dtype)
+        return replace(alone, serve=served(alone.forward, self.config.models.reduce))
 
     def _exchange(self, dtype: torch.dtype) -> Exchange:
         shards = blocks(self._num_models, self.group.ranks)
@@ -221,11 +221,11 @@ class Member:
         self, num_models: int, block: range, say: Callable[[str], None]
     ) -> tuple[Sequence[nn.Module], str]:
         return sources.load(
-            self.config.model_path,
-            arch=self.config.arch,
+            self.config.models.model_path,
+            arch=self.config.models.arch,
             num_models=num_models,
             device=self.device,
-            seed=self.config.seed,
+            seed=self.config.run.seed,
             say=say,
             block=block,
         )

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ensemble.bench.measurement import Note
 from ensemble.strategies.build_result import Choice
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a step on one rank; `status` as in `records.Result`."""
+    """What came of a step on one rank; `status` as in `Measurement`."""
 
     status: str = "ok"
     error: str = ""
     build_s: float = 0.0
     first_call_s: float = 0.0
     peak_memory_bytes: int | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     choice: Choice | None = None
 
 

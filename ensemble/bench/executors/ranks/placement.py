@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ensemble.bench.config import Config
+from ensemble.bench.config import RunOptions
 from ensemble.bench.executors.ranks.sharding import blocks
 from ensemble.errors import InputError
 from ensemble.formatting import count
@@ -35,22 +35,22 @@ class Place:
         return f"{self.device}, {threads}, {cores}"
 
 
-def find(config: Config, *, local_rank: int, local_ranks: int) -> Place:
+def find(run: RunOptions, *, local_rank: int, local_ranks: int) -> Place:
     """The place of a rank among those of its host.
 
     Raises:
         InputError: a device with an index of its own, which all ranks would share.
     """
-    kind, _, index = config.device.partition(":")
+    kind, _, index = run.device.partition(":")
     if index:
         message = f"expected {kind} under torchrun: a rank takes the device of its local rank"
-        raise InputError(f"{message}, found {config.device}", argument="device")
+        raise InputError(f"{message}, found {run.device}", argument="device")
     if kind == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         kind = accelerator.type if accelerator else "cpu"
     available = _available_cores()
     share = share_of(available, local_rank=local_rank, local_ranks=local_ranks)
-    threads = config.threads or _asked_threads(local_ranks) or _own_threads(share, local_ranks)
+    threads = run.threads or _asked_threads(local_ranks) or _own_threads(share, local_ranks)
     pinned = kind == "cpu" and threads <= len(share) and hasattr(os, "sched_setaffinity")
     device = "cpu" if kind == "cpu" else f"{kind}:{local_rank}"
     return Place(device, threads, share if pinned else None)

@@ -1,0 +1,120 @@
+"""What one process measured of a case: raw values. Statistics: `summary`. Imports no torch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ensemble.bench.case import Case
+from ensemble.bench.load.record import LoadTest
+from ensemble.statistics import median
+
+OK, FAILED, UNAVAILABLE = "ok", "failed", "unavailable"
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark on a measurement. `details`, which differ between processes, are shown once."""
+
+    text: str
+    details: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.details})" if self.details else self.text
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Rounds that attribute the time of a call over ranks, in seconds.
+
+    `whole_s` are whole calls, `forward_s` the slowest rank's forward in each of them, `alone_s` the
+    slowest shard's forward while all other ranks are idle, `one_rank_s` all models on one rank.
+    """
+
+    whole_s: tuple[float, ...] = ()
+    forward_s: tuple[float, ...] = ()
+    alone_s: tuple[float, ...] = ()
+    one_rank_s: tuple[float, ...] = ()
+
+    @property
+    def parallel_efficiency(self) -> float | None:
+        """Slowest shard alone / whole call."""
+        return _ratio(median(self.alone_s), median(self.whole_s))
+
+    @property
+    def interference(self) -> float | None:
+        """Share of a call that the slowest forward loses to concurrent forwards of other ranks."""
+        return _share(median(self.forward_s), median(self.alone_s), median(self.whole_s))
+
+    @property
+    def communication(self) -> float | None:
+        """Share of a call spent in moving input and logits, and in waiting for other ranks."""
+        return _share(median(self.whole_s), median(self.forward_s), median(self.whole_s))
+
+    @property
+    def speedup_over_one_rank(self) -> float | None:
+        """The same strategy with all models on one rank / whole call."""
+        return _ratio(median(self.one_rank_s), median(self.whole_s))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A case measured once, by one process or by the ranks of torchrun. Unknown is None.
+
+    `status` is `ok`, `failed` (it raised, or its outputs disagree) or `unavailable` (it cannot run
+    on this machine); `error` says why where it is not `ok`. `times_s` and `reference_times_s` are
+    pairs, in the order in which they were measured; the reference itself has no pairs.
+    """
+
+    case: Case
+    status: str = OK
+    error: str | None = None
+    times_s: tuple[float, ...] = ()
+    reference_times_s: tuple[float, ...] = ()
+    build_s: float | None = None
+    first_call_s: float | None = None
+    peak_memory_bytes: int | None = None
+    tune_s: float | None = None  # of build_s, to choose a strategy; None where nothing was chosen
+    page_faults_per_call: float | None = None
+    reference_page_faults_per_call: float | None = None
+    others_cpu_share: float | None = None  # share of the CPU that other processes used
+    max_rel_error: float | None = None
+    error_float64: float | None = None  # as max_rel_error, against the models in float64
+    top1: list[list[int]] | None = None
+    top1_agreement: float | None = None
+    notes: tuple[Note, ...] = ()
+    picked: str | None = None  # the strategy that `best` chose
+    load: LoadTest | None = None
+    ranks: RankTimes | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Did the strategy start, so that there is something to summarize?"""
+        return bool(self.times_s) or self.build_s is not None or self.load is not None
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Reference time / strategy time of each pair."""
+        pairs = zip(self.reference_times_s, self.times_s, strict=False)
+        return tuple(reference / time for reference, time in pairs)
+
+    @cached_property
+    def speedup(self) -> float | None:
+        """The median of the ratios."""
+        return median(self.ratios)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The least time that the measured limits of the device allow, and the binding one: compute or
+    memory; or why there is none."""
+
+    least_s: float | None = None
+    bound: str | None = None
+    problem: str | None = None
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _share(more: float | None, less: float | None, whole: float | None) -> float | None:
+    return None if more is None or less is None else _ratio(more - less, whole)
