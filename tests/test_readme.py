@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from ensemble.bench.summary import Summary
 from ensemble.strategies import STRATEGIES
 from tests import load_results, results
 from tests.bench.ranks import figures
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/**/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/**/README.md"))]
 
 
 def test_the_results_page_is_what_the_stored_files_say() -> None:
@@ -33,9 +32,10 @@ def test_a_page_is_short_and_every_file_that_it_links_to_is_there(path: Path) ->
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_every_file_that_the_readme_names_is_there() -> None:
-    named = set(re.findall(r"`((?:ensemble|tests|\.ci)/[\w./]+)`", README))
-    assert named
+def test_every_file_that_a_page_names_is_there() -> None:
+    pages = "".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"`((?:ensemble|tests|\.ci)/[\w./]+)`", pages))
+    assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -43,35 +43,8 @@ def test_every_strategy_is_named_in_the_readme() -> None:
     assert [name for name in STRATEGIES if f"`{name}`" not in README] == []
 
 
-def test_the_figures_of_the_first_screen_are_those_of_a_stored_run() -> None:
-    rows = {row.case.strategy: row for row in results.read("float32_n4").results}
-    for name in ("vmap", "lowered_vmap", "openvino"):
-        assert results.figure(rows[name]) in README
-
-
-def test_the_rates_under_load_are_those_of_stored_runs() -> None:
-    text = " ".join(README.split())
-    for name, fastest, said in (
-        (
-            "ensemble_n4",
-            "lowered_vmap",
-            "holds {} per second by `lowered_vmap`, {} by the loop and {}",
-        ),
-        (
-            "tenants_n4",
-            "lowered_hybrid",
-            "of 4 models {} by `lowered_hybrid`, {} by the loop, {} by",
-        ),
-        ("tenants_n16", "lowered_hybrid", "of 16 models {}, {} and {}"),
-    ):
-        rows = {row.case.strategy: row for row in load_results.runs()[name].results}
-        rates = [held(rows[strategy]) for strategy in (fastest, "loop", "vmap")]
-        assert said.format(*rates) in text
-
-
-def held(row: Summary) -> str:
-    rate = row.load.held_qps if row.load else None
-    return "none" if rate is None else f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
+def test_the_table_of_the_first_screen_is_that_of_stored_runs() -> None:
+    assert results.readme() == README
 
 
 def test_the_figures_of_the_page_on_ranks_are_those_of_stored_runs() -> None:

@@ -225,7 +225,7 @@ PAGE_FAULTS = Column(
 LIMIT = Column("of the\nlimit", lambda row: number(row.roofline_share, ".0%"), always=False)
 COLUMNS = (
     PER_CALL,
-    Column(f"speedup\n[{CONFIDENCE:.0%} interval]", _speedup),
+    Column(f"speedup\n[{CONFIDENCE:.0%} CI]", _speedup),
     Column("\nerror", lambda row: number(row.max_rel_error, ".0e")),
     Column("start\n(s)", lambda row: number(row.start_s, ".2f")),
     MEMORY,

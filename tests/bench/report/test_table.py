@@ -168,7 +168,7 @@ def test_the_table_has_a_row_a_strategy_with_its_units_and_no_cell_cut() -> None
         "shared inputs, batch 1, 224 px, float32; medians; speedup over the float32 loop"
     )
     assert cells(lines[1]) == "per call speedup start memory page"
-    assert cells(lines[2]) == "strategy N ms (IQR) [95% interval] error (s) (MB) faults"
+    assert cells(lines[2]) == "strategy N ms (IQR) [95% CI] error (s) (MB) faults"
     assert cells(lines[3]) == "loop 4 100.0 (0.0) 1 (reference) 0.40"
     assert cells(lines[4]) == "vmap 4 50.00 (0.00) 2.00 [2.00, 2.00] 2e-07 0.12 196 12,000"
     assert len(lines) == 5
