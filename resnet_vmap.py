@@ -1,10 +1,10 @@
-"""Serve N ResNets on one device: a Python loop, or one vmapped forward? Measured, checked, told.
+"""Run N ResNets on one device in a Python loop, or as one vmapped forward: which is faster?
 
 python resnet_vmap.py --num_models 4
 
-The loop, and vmap by functorch's combine_state_for_ensemble, stand in ensemble/strategies/eager.py;
-every other way to run N models has its line in ensemble/strategies/__init__.py. A row of the table
-is measured in ensemble/bench/measure.py, its speedup is computed in ensemble/bench/records.py.
+The loop, and vmap with functorch's combine_state_for_ensemble, are in ensemble/strategies/eager.py;
+all strategies are listed in ensemble/strategies/__init__.py. A row of the table is measured in
+ensemble/bench/measure.py, and its speedup is computed in ensemble/bench/summary.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn what went wrong into an exit code."""
+    """Parse the command line, run, and turn errors into exit codes."""
     streams.prepare()
     try:
         if launch.is_launched():
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
-    """N models and their images on the device. torch is imported here and not before."""
+    """Load N models and their images to the device. Imports torch, which is not imported before."""
     with import_errors(), gc_pause.imported_for_good():
         from ensemble.bench import workload
     return workload.load(config, say=say)
@@ -70,7 +70,7 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
 def run(
     config: Config, load: Callable[..., Workload] = load, executor: Executor | None = None
 ) -> int:
-    """The program, once its command line is known; returns the exit code."""
+    """Run a parsed command line; returns the exit code."""
     if config.report.list_strategies:
         show.list_strategies()
         return 0
@@ -93,8 +93,8 @@ def run(
 
 
 def predict(config: Config, workload: Workload, begun: Run) -> Run:
-    """Print what the models see in the plain image; the run with what its first forward took, the
-    one of the process that its rows began in."""
+    """Print the predictions for the plain image; returns the run with the time of the first
+    forward, of the process that its first rows come from."""
     from ensemble.bench import prediction
 
     print("Running Sample prediction")
@@ -109,7 +109,7 @@ def predict(config: Config, workload: Workload, begun: Run) -> Run:
 def serve(
     config: Config, workload: Workload, begun: Run, files: show.Files, executor: Executor | None
 ) -> Session:
-    """Run all models by each strategy: build, compare with the loop, time beside the loop."""
+    """Measure each strategy: build it, compare it with the loop, time it in pairs with the loop."""
     from ensemble.bench import session
     from ensemble.bench.load import search
 
@@ -124,8 +124,8 @@ def serve(
 
 
 def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -> int:
-    """Show a run, save it, and say by the exit code how it went."""
-    files.finish(done)  # first: nothing that fails while it is shown may cost it
+    """Save and show a run; returns the exit code."""
+    files.finish(done)  # first: an error while it is shown must not lose it
     with streams.written():
         show.show(done, verbose=config.report.verbose)
         gate = show.compare(config, done, baseline)

@@ -1,4 +1,4 @@
-"""What may be said of times: medians, spreads, intervals, and from where on they are noise."""
+"""Medians, spreads and confidence intervals of times, and thresholds of noise."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,13 +9,13 @@ import numpy as np
 CONFIDENCE = 0.95
 LOAD_CONFIDENCE = 0.99  # that a percentile under load is kept: LoadGen's
 RESAMPLES = 10_000
-# Of a 95 % interval for a median from n values, no interval is known below n = 6: not even the
-# whole range of 5 values holds the median that often (1 - 2 / 2**5 < 0.95 < 1 - 2 / 2**6).
+# A 95 % interval of a median needs 6 values: the whole range of 5 values covers the median less
+# often (1 - 2 / 2**5 < 0.95 < 1 - 2 / 2**6).
 MIN_PAIRS_FOR_INTERVAL = 6
-# Thresholds on the inter-quartile range over the median, as in torch.utils.benchmark.
+# Thresholds on the interquartile range over the median, as in torch.utils.benchmark.
 NOISY, TOO_NOISY = 0.10, 0.25
-# Half of an interval over processes, as a share of its middle: above, its ends lie four times apart
-# and more, and to name its middle would say nothing that the next run repeats.
+# Half-width of an interval over processes, as a share of its middle. Above, its ends differ by a
+# factor of four or more, and the next run would not reproduce its middle.
 TOO_WIDE = 0.60
 
 
@@ -24,7 +24,7 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def iqr(values: Sequence[float]) -> float | None:
-    """Inter-quartile range, linear interpolation; unknown for fewer than two values."""
+    """Interquartile range, linear interpolation; unknown for fewer than two values."""
     if len(values) < 2:
         return None
     low, high = np.percentile(values, (25, 75))
@@ -59,8 +59,7 @@ def percentile_interval(
     return float(low), float(high)
 
 
-# Two modes: medians that lie apart by more than this share, and by more than so many times what
-# they spread on either side.
+# A bimodal sample has a gap above this share, and above so many times the spread on either side.
 APART, TIMES_SPREAD = 0.10, 2.0
 
 

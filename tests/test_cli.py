@@ -247,7 +247,7 @@ def test_an_allocator_that_cannot_be_had_is_said_so(
 ) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     message = error_of(capsys, "--allocator", "retain")
-    assert "retain cannot be had here: mallopt is glibc's" in message
+    assert "retain is not available here: mallopt is glibc's" in message
 
 
 def test_a_prefix_that_is_taken_off_a_checkpoint_is_printed(

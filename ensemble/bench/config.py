@@ -304,7 +304,7 @@ def config_of(values: Mapping[str, Any]) -> Config:
 
 
 def default_text(option: Field[Any]) -> str:
-    """What the help says of a default; empty where there is none, or the help explains it."""
+    """The default as the help shows it; empty if there is none, or the help text explains it."""
     value = option.default
     if value is None or value is False or value is MISSING:
         return ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ensemble.bench import availability, roofline, schedule
 from ensemble.bench.case import Case, Task
@@ -16,7 +17,7 @@ from ensemble.bench.executors.in_process import in_process
 from ensemble.bench.measurement import Measurement
 from ensemble.bench.report.progress import Update, show_progress
 from ensemble.bench.report.words import case_name
-from ensemble.bench.summary import Run, Summary, merged
+from ensemble.bench.summary import Run, merged
 from ensemble.bench.workload import Workload
 from ensemble.errors import RankError, exit_code
 
@@ -32,6 +33,49 @@ class Session:
     left: tuple[Case, ...]
     stopped: str  # why it stopped early; empty where it did not
     exit_code: int = 0  # of the session alone: 0 also where its minutes were over
+
+
+class _Rows:
+    """The rows of a run as they grow: which are wanted, and what was measured."""
+
+    def __init__(
+        self, config: Config, run: Run, workload: Workload, save: Callable[[Run], None]
+    ) -> None:
+        self._options, self._workload, self._save = config.measure, workload, save
+        self.run, self.plan = run, config.plan()
+        self.summaries = {row.case: row for row in run.results}
+        self._places = {case: index for index, case in enumerate(self.plan)}
+        dtypes = [case for case in self.missing() if self._options.roofline]
+        self._limits = roofline.limits_of(dtypes, workload.device)
+
+    def missing(self) -> list[Case]:
+        """The cases that were not measured, or by too few processes."""
+        return schedule.missing(self.plan, self.summaries, self._options)
+
+    def task_of(self, case: Case) -> Task | None:
+        """The next task of a case, None where it needs no further process."""
+        summary = self.summaries.get(case)
+        if not schedule.wants_more(summary, self._options):
+            return None
+        return Task(case, len(summary.processes), summary.picked) if summary else Task(case)
+
+    def add(self, measurements: Sequence[Measurement]) -> None:
+        """Merge measurements into their rows, and save the run."""
+        for measurement in measurements:
+            case = measurement.case
+            before = self.summaries.get(case)
+            if case not in self._places or not schedule.wants_more(before, self._options):
+                continue  # the reference, which was measured often enough
+            summary = merged(before, measurement)
+            if self._options.roofline and before is None:
+                found = roofline.of_case(case, self._limits, self._workload)
+                summary = replace(summary, roofline=found)
+            self.summaries[case] = summary
+        # Rows of other cases, of an earlier run, come last.
+        places, last = self._places, len(self._places)
+        ordered = sorted(self.summaries.values(), key=lambda row: places.get(row.case, last))
+        self.run = replace(self.run, results=tuple(ordered))
+        self._save(self.run)
 
 
 def measure_all(
@@ -57,57 +101,29 @@ def measure_all(
         executor: where to measure; by default in fresh processes, or in this one as configured.
         show: is given the number of measurements to come, and gives the progress display.
     """
-    cases, options = config.plan(), config.measure
-    summaries = {row.case: row for row in run.results}
-    missing = schedule.missing(cases, summaries, options)
+    options, rows = config.measure, _Rows(config, run, workload, save)
     if options.resume:
-        say(f"Resuming {options.resume}: {len(missing)} of {len(cases)} rows are missing")
-    limits = roofline.limits_of(missing, workload.device) if options.roofline else None
-
-    def take(measurements: Sequence[Measurement]) -> None:
-        nonlocal run
-        for measurement in measurements:
-            case = measurement.case
-            before = summaries.get(case)
-            if case not in planned or not schedule.wants_more(before, options):
-                continue  # the reference, which was measured often enough
-            summary = merged(before, measurement)
-            if limits is not None and before is None:
-                summary = replace(summary, roofline=roofline.of_case(case, limits, workload))
-            summaries[case] = summary
-        run = replace(run, results=_ordered(summaries.values(), cases))
-        save(run)
-
-    def task_of(case: Case) -> Task | None:
-        summary = summaries.get(case)
-        if not schedule.wants_more(summary, options):
-            return None
-        return Task(case, len(summary.processes), summary.picked) if summary else Task(case)
-
-    planned = set(cases)
-    if unavailable := availability.unavailable(missing, config, workload.device):
-        take(unavailable)  # no process has to start to find that out
-    missing = schedule.missing(cases, summaries, options)
+        say(
+            f"Resuming {options.resume}: {len(rows.missing())} of {len(rows.plan)} rows are missing"
+        )
+    if unavailable := availability.unavailable(rows.missing(), config, workload.device):
+        rows.add(unavailable)  # no process has to start to find that out
+    missing = rows.missing()
     for line in availability.warnings(missing, workload.device):
         say(line)
-    deadline = time.monotonic() + 60 * (options.max_minutes or float("inf"))
     executor = executor or (fresh_processes if options.processes else in_process)
+    deadline = time.monotonic() + 60 * (options.max_minutes or float("inf"))
     stopped, code = "", 0
     try:
         with (
             show(len(missing) * schedule.first_rounds(options)) as update,
             executor(config, workload) as execute,
         ):
-
-            def on_progress(case: Case, stage: str, done: float) -> None:
-                count = len(summaries[case].processes) if case in summaries else 0
-                process = f", process {count + 1}" if options.processes else ""
-                update(f"{case_name(case)}{process}", stage, done)
-
-            for batch in schedule.batches(cases, summaries, config):
-                with closing(execute(batch, task_of, on_progress)) as tasks:
+            on_progress = partial(_report_progress, update, rows, bool(options.processes))
+            for batch in schedule.batches(rows.plan, rows.summaries, config):
+                with closing(execute(batch, rows.task_of, on_progress)) as tasks:
                     for measurements in tasks:
-                        take(measurements)
+                        rows.add(measurements)
                         if time.monotonic() > deadline:
                             stopped = f"{options.max_minutes:g} minutes are over"
                             break
@@ -117,12 +133,15 @@ def measure_all(
         stopped, code = str(error) or INTERRUPTED, exit_code(error)
     except RankError as error:
         stopped, code = str(error), 1
-    left = tuple(schedule.missing(cases, summaries, options))
+    left = tuple(rows.missing())
     # A time budget that ends when nothing is left has stopped nothing.
-    return Session(run, len(cases), left, stopped if code or left else "", code)
+    return Session(rows.run, len(rows.plan), left, stopped if code or left else "", code)
 
 
-def _ordered(rows: Iterable[Summary], order: Sequence[Case]) -> tuple[Summary, ...]:
-    """Rows in the order of the plan; those of other cases, of an earlier run, come last."""
-    places = {case: index for index, case in enumerate(order)}
-    return tuple(sorted(rows, key=lambda row: places.get(row.case, len(places))))
+def _report_progress(
+    update: Update, rows: _Rows, in_processes: bool, case: Case, stage: str, done: float
+) -> None:
+    summary = rows.summaries.get(case)
+    number = len(summary.processes) + 1 if summary else 1
+    process = f", process {number}" if in_processes else ""
+    update(f"{case_name(case)}{process}", stage, done)

@@ -1,4 +1,4 @@
-"""What a run serves: N models and their images on one device."""
+"""N models and their images on one device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ensemble.models import sources, stacking
 from ensemble.models.images import AugmentedImages, check_size, read_image
 from ensemble.models.stacking import stacked_state
 
-# Of a file: what stands around each tensor, and the structure of the models.
+# Overhead of a file per tensor, and of the structure of the models.
 _PER_TENSOR_BYTES, _STRUCTURE_BYTES = 1024, 2**20
 IMAGES_UNDER_LOAD = 16  # different ones that requests may ask for
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Float32 models on the device, as many as the largest N, and the images that they see."""
+    """Float32 models on the device, as many as the largest N, and their images."""
 
     device: torch.device
     models: Sequence[nn.Module]
@@ -44,7 +44,7 @@ class Workload:
         torch.save(content, file)
 
     def shared_bytes(self, image_sizes: Sequence[int]) -> int:
-        """At most so much is what `save_shared` writes."""
+        """An upper bound of the bytes that `save_shared` writes."""
         images = sum(self.images(px).nbytes for px in image_sizes)
         tensors = len(stacking.named_tensors(self.models[0])) + len(image_sizes)
         weights = sum(map(stacking.weight_bytes, self.models))
@@ -59,7 +59,7 @@ class Workload:
         return num_models
 
     def device_name(self, config: Config) -> str:
-        """Where it runs, in words."""
+        """The device and its threads, for the reader."""
         chosen = "the CPU" if self.device.type == "cpu" else f"{self.device}, the accelerator here"
         found = " (auto-detected)" if config.run.device == "auto" else ""
         threads = count(torch.get_num_threads(), "thread")
@@ -76,7 +76,7 @@ class Workload:
 
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
-    """The workload of a configuration; `say` is told what is loaded.
+    """The workload of a configuration; `say` prints what is loaded.
 
     Raises:
         InputError: no such device or setting here, bad files, or more than memory holds.
@@ -93,14 +93,14 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
             seed=config.run.seed,
             say=say,
         )
-    tell_image(config, augmented, say=say)
+    report_image(config, augmented, say=say)
     if config.report.verbose:
         say(str(models[0]))
     return Workload(device, models, weights, augmented)
 
 
 def read_images(config: Config, device: torch.device) -> AugmentedImages:
-    """As many images as the largest case, or a scenario, asks for; the first size made at once.
+    """As many images as the largest case, or a load test, needs; the first size is made at once.
 
     Raises:
         InputError: a bad file, or more than memory holds.
@@ -116,8 +116,8 @@ def read_images(config: Config, device: torch.device) -> AugmentedImages:
     return augmented
 
 
-def tell_image(config: Config, images: AugmentedImages, *, say: Callable[[str], None]) -> None:
-    """Say which image was read, and what became of it."""
+def report_image(config: Config, images: AugmentedImages, *, say: Callable[[str], None]) -> None:
+    """Print the path and the shape of the image."""
     say(f"Loading image from {config.models.image_path}")
     say(f"Converted image to shape {images(config.models.image_size[0])[:1].shape}")
 
@@ -125,8 +125,8 @@ def tell_image(config: Config, images: AugmentedImages, *, say: Callable[[str], 
 def load_shared(path: str, config: Config, *, device: str) -> Workload:
     """The workload that another process wrote by `save_shared`, of the same configuration.
 
-    Its file is mapped: on a CPU the models are pages of the system's cache, read once for all
-    processes, and are there before anything is timed.
+    The file is memory-mapped: on a CPU all processes share its pages, which are resident before
+    anything is timed.
     """
     here = prepare(config, device=device)
     content = torch.load(path, mmap=True, weights_only=False, map_location="cpu")
@@ -138,7 +138,7 @@ def load_shared(path: str, config: Config, *, device: str) -> Workload:
 
 
 def prepare(config: Config, *, device: str) -> torch.device:
-    """Set this process up as the configuration asks; the device called `device`.
+    """Apply the configuration to this process; returns the device called `device`.
 
     Raises:
         InputError: no such device or setting here.
@@ -149,6 +149,6 @@ def prepare(config: Config, *, device: str) -> torch.device:
     )
     refused = memory.retain_freed_memory() if config.run.allocator == "retain" else None
     if refused:
-        raise InputError(f"retain cannot be had here: {refused}", argument="allocator")
+        raise InputError(f"retain is not available here: {refused}", argument="allocator")
     devices.configure(threads=config.run.threads)
     return devices.select_device(device)

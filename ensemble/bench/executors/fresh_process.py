@@ -96,7 +96,7 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
                 logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="resnet_vmap_"))
                 config = replace(config, load=replace(config.load, load_log=logs))
         except (OSError, RuntimeError) as error:  # torch's writer makes the latter of the former
-            with contextlib.suppress(OSError):  # what is left of it is not written either
+            with contextlib.suppress(OSError):  # it cannot be flushed either
                 stack.close()
             raise InputError(
                 f"{size / 1e6:,.0f} MB for the models and images of the workers cannot be written"
@@ -218,7 +218,7 @@ def _read(process: subprocess.Popen[str]) -> queue.SimpleQueue[str]:
 
     def read() -> None:
         assert process.stdout is not None
-        with contextlib.suppress(ValueError):  # closed, because the worker was given up
+        with contextlib.suppress(ValueError):  # closed, because the worker timed out
             for line in process.stdout:
                 lines.put(line)
         lines.put("")

@@ -70,7 +70,7 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     with _explained():
         member, ranks = begin(config, say=say)
         images = workload.read_images(config, member.device)
-        workload.tell_image(config, images, say=say)
+        workload.report_image(config, images, say=say)
         if config.report.verbose:
             say(str(member.models[0]))
         return ShardedWorkload(
