@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # `python -P`, `-I` and PYTHONSAFEPATH leave this folder out
     sys.path[:0] = [folder for folder in [os.path.dirname(__file__)] if folder not in sys.path]
 
-from ensemble.errors import InputError, exit_code, import_errors
+from ensemble.errors import InputError, exit_code, import_errors_as_input_errors
 
 try:
-    with import_errors():
+    with import_errors_as_input_errors():
         from ensemble import gc_pause
         from ensemble.bench import cli
         from ensemble.bench.config import Config
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ensemble.bench.executors.ranks import main as program
 
             return program.main(argv, run)
-        with signals.stop_on_signals(), streams.written():
+        with signals.stop_on_signals(), streams.flush_on_exit():
             return run(cli.parse(argv))
     except InputError as error:
         print(f"error: {cli.in_flags(error)}", file=sys.stderr)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """Load N models and their images to the device. Imports torch, which is not imported before."""
-    with import_errors(), gc_pause.imported_for_good():
+    with import_errors_as_input_errors(), gc_pause.paused_then_frozen():
         from ensemble.bench import workload
     return workload.load(config, say=say)
 
@@ -126,7 +126,7 @@ def serve(
 def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -> int:
     """Save and show a run; returns the exit code."""
     files.finish(done)  # first: an error while it is shown must not lose it
-    with streams.written():
+    with streams.flush_on_exit():
         show.show(done, verbose=config.report.verbose)
         gate = show.compare(config, done, baseline)
     files.check()

@@ -1,4 +1,4 @@
-"""Run N models of one architecture on one device, every sensible way, and know which is fastest.
+"""Run N models of one architecture on one device by the fastest of many strategies.
 
 models = ensemble.load_models(["a.pth", "b.pth"], arch="resnet18", device="cpu")
 forward = ensemble.build("vmap", models, example)  # example: (B, 3, H, W), or (N, B, 3, H, W)
@@ -17,7 +17,7 @@ __all__ = ["STRATEGIES", "InputError", "UnavailableError", "build", "load_models
 
 
 def __getattr__(name: str) -> object:
-    """Import torch only when a name is used that needs it: the command's `--help` does not."""
+    """Import torch lazily, with the first name that requires it: `--help` does not."""
     if name == "load_models":
         from ensemble.models.weights import load_models
 

@@ -1,17 +1,17 @@
-"""What goes wrong outside of this program: the user's input, this machine, another rank."""
+"""Errors caused from outside this program: by the user's input, this machine, or another rank."""
 
 import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class InputError(ValueError):
-    """Bad input: what was expected, and what was found.
+    """Invalid input. The message has the form "expected ..., got ...".
 
-    `argument` names what the caller passed; the command line turns it into the flag of that name.
+    `argument` names the offending argument; the command line prints it as the flag of that name.
     """
 
     def __init__(self, message: str, *, argument: str | None = None) -> None:
@@ -20,19 +20,19 @@ class InputError(ValueError):
 
 
 class UnavailableError(RuntimeError):
-    """A strategy cannot run here: the wrong device, or a package that is not installed."""
+    """A strategy cannot run here: wrong device, missing package, or unsupported model."""
 
 
 class RankError(BaseException):
-    """Another rank of the run has ended, or says nothing: no step can be taken together any more.
+    """Another rank of the run has exited or stopped responding; collectives would hang.
 
-    Like KeyboardInterrupt it ends the run: no `except Exception`, which makes a failure of a row or
-    of a figure out of what it meets, may take it.
+    Derives from BaseException, like KeyboardInterrupt, so that no `except Exception` that records
+    the failure of one measurement swallows it.
     """
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the program to end: the scheduler's SIGTERM, or SIGHUP of its terminal."""
+    """A termination signal arrived: SIGTERM from a scheduler, or SIGHUP from a closed terminal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -40,16 +40,16 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """That of a shell for a process that the signal ended: 130 after Ctrl-C, 143 after SIGTERM."""
+    """The exit code of a shell for a process killed by it: 130 for SIGINT, 143 for SIGTERM."""
     return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
 
 
 @contextmanager
-def import_errors() -> Iterator[None]:
-    """Imports of installed packages: what keeps one from being imported is an InputError.
+def import_errors_as_input_errors() -> Iterator[None]:
+    """Convert failing imports of installed packages to InputError.
 
     Raises:
-        InputError: a package is not installed, or its libraries cannot be loaded into memory.
+        InputError: a package is not installed, or its shared libraries cannot be loaded.
     """
     try:
         yield
@@ -64,6 +64,6 @@ def import_errors() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without colours; its type's name where it is empty."""
-    lines = _COLOUR.sub("", str(error)).strip().splitlines()
+    """The first line of an error's message without ANSI colors; its type name if that is empty."""
+    lines = _ANSI_COLOR.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

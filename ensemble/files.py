@@ -1,4 +1,4 @@
-"""Files: what one to be read can be wrong in, how one is written whole, files without a name."""
+"""File access: validated reads, atomic writes, anonymous temporary files."""
 
 import os
 import re
@@ -13,40 +13,37 @@ _URL = re.compile(r"(\w{2,}):/+(.+)", re.DOTALL)
 
 
 def first_bytes(path: str | os.PathLike[str], *, kind: str, count: int = 64) -> bytes:
-    """The first `count` bytes of the file at `path`, which should be `kind` ("an image file").
+    """The first `count` bytes of the file at `path`; `kind` ("an image file") is for messages.
 
     Raises:
-        InputError: nothing there, not a file, empty, or not readable.
+        InputError: it does not exist, is not a regular file, is empty, or is not readable.
     """
     path = Path(path)
     try:
         if not path.exists():
-            if url := _URL.match(str(path)):  # a path has lost one of its slashes
-                message = f"{url[1]}://{url[2]}: expected the path of {kind}, found a URL"
-                raise InputError(f"{message}: download the file first")
-            raise InputError(f"{path}: expected {kind}, found nothing there")
+            if url := _URL.match(str(path)):  # Path collapses the double slash
+                message = f"{url[1]}://{url[2]}: expected the path of {kind}, got a URL"
+                raise InputError(f"{message}; download the file first")
+            raise InputError(f"{path}: expected {kind}, but no such file exists")
         if not path.is_file():
-            raise InputError(f"{path}: expected {kind}, found a directory or a device")
+            raise InputError(f"{path}: expected {kind}, got a directory or a device")
         with path.open("rb") as file:
             head = file.read(count)
-    except OSError as error:  # no permission, a name that is too long, a failing disk
+    except OSError as error:  # missing permission, file name too long, I/O error
         reason = error.strerror or error
-        raise InputError(
-            f"{path}: expected {kind}, found one that cannot be read: {reason}"
-        ) from error
+        raise InputError(f"{path}: expected {kind}, but it cannot be read: {reason}") from error
     if not head:
-        raise InputError(
-            f"{path}: expected {kind}, found an empty file (a download or a copy that failed?)"
-        )
+        raise InputError(f"{path}: expected {kind}, got an empty file (failed download or copy?)")
     return head
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by a file of `content`: at any moment the old or the new is there whole.
+    """Replace `path` with `content` by renaming a temporary file: readers see the old file or the
+    new one, never a partial one.
 
-    A symbolic link stays, and the file that it points to is replaced; a file keeps its mode.
+    Symbolic links are followed, and the file mode is preserved.
     """
-    # Bytes of a file's name that are no UTF-8 are surrogates in a text: escaped.
+    # File names that are not UTF-8 decode to surrogates, which cannot be encoded: escape them.
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     path = Path(os.path.realpath(path))
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
@@ -61,14 +58,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def nameless(size: int = 0, *, free_memory: float = inf) -> BinaryIO:
-    """A new file with room for `size` bytes and no name: however a process ends, nothing is left.
+def anonymous_file(size: int = 0, *, free_memory: float = inf) -> BinaryIO:
+    """An unlinked file with `size` bytes reserved; the kernel frees it when the process exits.
 
-    It lies in the temporary folder, or in memory where there is no such folder or no room in it,
-    if no more than half of `free_memory` is needed.
+    It is created in the temporary directory. If that is missing or full, it is a memfd instead,
+    provided that `size` is at most half of `free_memory` (bytes).
 
     Raises:
-        OSError: nor is there room in memory, or the system has no such files.
+        OSError: memory does not suffice either, or the platform has no memfd.
     """
     try:
         return _reserved(tempfile.TemporaryFile(), size)
@@ -79,7 +76,7 @@ def nameless(size: int = 0, *, free_memory: float = inf) -> BinaryIO:
 
 
 def _reserved(file: BinaryIO, size: int) -> BinaryIO:
-    """The file, once its disk has promised `size` bytes; it is closed where that fails."""
+    """Reserve `size` bytes of disk space for `file`; close it if that fails."""
     try:
         if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
@@ -90,16 +87,16 @@ def _reserved(file: BinaryIO, size: int) -> BinaryIO:
     return file
 
 
-def temporary_folder() -> str:
-    """Where temporary files go, in words."""
+def temporary_directory() -> str:
+    """The temporary directory, for messages."""
     try:
         return tempfile.gettempdir()
     except OSError:
-        return "none can be written to"
+        return "none is writable"
 
 
 def reason(error: BaseException) -> str:
-    """Why the system refused: its own words where they are at the root of an error."""
+    """The `strerror` of the OSError that caused `error`, else the first line of its message."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

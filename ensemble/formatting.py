@@ -1,4 +1,4 @@
-"""Counts and times as text, each written one way everywhere."""
+"""Counts and durations as text, formatted the same way everywhere."""
 
 
 def count(number: int, noun: str) -> str:
@@ -7,6 +7,6 @@ def count(number: int, noun: str) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """`18.1 ms`, `1,912 ms`: three digits or more."""
+    """`18.1 ms`, `1,912 ms`: at least three significant digits."""
     value = 1e3 * seconds
     return f"{value:,.0f} ms" if value >= 999.5 else f"{value:.3g} ms"

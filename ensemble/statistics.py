@@ -1,4 +1,4 @@
-"""Medians, spreads and confidence intervals of times, and thresholds of noise."""
+"""Statistics of run times: medians, spreads, confidence intervals and noise thresholds."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,15 +7,15 @@ from math import comb
 import numpy as np
 
 CONFIDENCE = 0.95
-LOAD_CONFIDENCE = 0.99  # that a percentile under load is kept: LoadGen's
+LOAD_CONFIDENCE = 0.99  # that the latency percentile is met, as in LoadGen
 RESAMPLES = 10_000
-# A 95 % interval of a median needs 6 values: the whole range of 5 values covers the median less
-# often (1 - 2 / 2**5 < 0.95 < 1 - 2 / 2**6).
+# Below n = 6 values there is no distribution-free 95 % interval of the median: even the full range
+# of 5 values covers it too rarely (1 - 2 / 2**5 < 0.95 < 1 - 2 / 2**6).
 MIN_PAIRS_FOR_INTERVAL = 6
-# Thresholds on the interquartile range over the median, as in torch.utils.benchmark.
+# Thresholds on the inter-quartile range relative to the median, as in torch.utils.benchmark.
 NOISY, TOO_NOISY = 0.10, 0.25
-# Half-width of an interval over processes, as a share of its middle. Above, its ends differ by a
-# factor of four or more, and the next run would not reproduce its middle.
+# Maximum half-width of the between-process interval relative to its center. Above it the bounds
+# differ by a factor of four or more, and a point estimate would not be reproducible.
 TOO_WIDE = 0.60
 
 
@@ -24,7 +24,7 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def iqr(values: Sequence[float]) -> float | None:
-    """Interquartile range, linear interpolation; unknown for fewer than two values."""
+    """Inter-quartile range with linear interpolation; None for fewer than two values."""
     if len(values) < 2:
         return None
     low, high = np.percentile(values, (25, 75))
@@ -32,11 +32,11 @@ def iqr(values: Sequence[float]) -> float | None:
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The `CONFIDENCE` percentile bootstrap interval of the median; None for fewer values than
+    """Percentile bootstrap interval of the median at level `CONFIDENCE`; None for fewer values than
     `MIN_PAIRS_FOR_INTERVAL`.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Values are
-    resampled with a fixed seed, so that one result file always gives one interval.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. The seed is
+    fixed, so that a result file always yields the same interval.
     """
     if len(values) < MIN_PAIRS_FOR_INTERVAL:
         return None
@@ -44,7 +44,7 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def resampled_medians(values: Sequence[float], generator: np.random.Generator) -> np.ndarray:
-    """The medians of `RESAMPLES` samples with replacement, each as large as `values`."""
+    """Medians `(RESAMPLES,)` of samples with replacement, each of the size of `values`."""
     picks = generator.integers(len(values), size=(RESAMPLES, len(values)))
     medians: np.ndarray = np.median(np.asarray(values)[picks], axis=1)
     return medians
@@ -53,50 +53,52 @@ def resampled_medians(values: Sequence[float], generator: np.random.Generator) -
 def percentile_interval(
     resampled: np.ndarray, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The middle `confidence` of resampled statistics."""
+    """The central interval that contains a `confidence` fraction of resampled statistics."""
     tail = 50 * (1 - confidence)
     low, high = np.percentile(resampled, (tail, 100 - tail))
     return float(low), float(high)
 
 
-# A bimodal sample has a gap above this share, and above so many times the spread on either side.
-APART, TIMES_SPREAD = 0.10, 2.0
+# Medians are bimodal if the gap between the modes exceeds this fraction and this multiple of the
+# spread within a mode.
+MODE_GAP, MODE_GAP_TO_SPREAD = 0.10, 2.0
 
 
-def interval_of_processes(
+def between_process_interval(
     medians: Sequence[float], confidence: float = CONFIDENCE
 ) -> tuple[float, float] | None:
-    """The `confidence` interval of what a further process would say, in the middle of many.
+    """Confidence interval of the central speedup over processes; None for fewer than two.
 
-    One value above 0 for each process, the median of its pairs: this is the level at which runs
-    differ, and what varies within a process is in it. The wider of two, on the logarithms:
-    Student's interval of the mean (Kalibera and Jones, Rigorous Benchmarking in Reasonable Time,
-    ISMM 2013, section 6), right where processes scatter evenly; and the range of all processes,
-    which holds the median of any distribution in 1 - 2 / 2**n of runs, also of one with two modes,
-    where Student's does not. None for fewer than two.
+    Each value, positive, is the median of one process's pairs. The process is the level at which
+    runs differ, and the within-process variance is contained in it. Computed on logarithms, as the
+    wider of two intervals: Student's t interval of the mean (Kalibera and Jones, Rigorous
+    Benchmarking in Reasonable Time, ISMM 2013, section 6), exact for normally distributed
+    processes; and the range over all processes, which covers the median of any distribution, also
+    of a bimodal one, with probability 1 - 2 / 2**n.
     """
     if len(medians) < 2:
         return None
-    from scipy.special import stdtrit  # here, for it takes a tenth of a second to import
+    from scipy.special import stdtrit  # lazily: the import takes 0.1 s
 
     logs = np.log(medians)
-    quantile = stdtrit(len(logs) - 1, (1 + confidence) / 2)  # of Student's distribution
+    quantile = stdtrit(len(logs) - 1, (1 + confidence) / 2)  # of Student's t distribution
     half = float(quantile * logs.std(ddof=1)) / len(logs) ** 0.5
-    middle = float(logs.mean())
-    low, high = min(middle - half, float(logs.min())), max(middle + half, float(logs.max()))
+    center = float(logs.mean())
+    low, high = min(center - half, float(logs.min())), max(center + half, float(logs.max()))
     return float(np.exp(low)), float(np.exp(high))
 
 
 def half_width(interval: tuple[float, float]) -> float:
-    """Half of an interval, as a share of its middle."""
+    """Half of the width of an interval, relative to its center."""
     return (interval[1] - interval[0]) / (interval[1] + interval[0])
 
 
 def modes(medians: Sequence[float]) -> list[list[int]]:
-    """The indices of the processes of each mode, the larger group first: one group, or two.
+    """The process indices of each mode, the larger mode first: one list, or two if bimodal.
 
-    Two where the largest gap between neighbours is above `APART` and above `TIMES_SPREAD` times
-    what the values on either side of it spread. At least three processes can show that.
+    Bimodal: the largest gap between neighboring medians exceeds `MODE_GAP` and
+    `MODE_GAP_TO_SPREAD` times the spread of the values on either side of it. Needs at least three
+    processes.
     """
     order = sorted(range(len(medians)), key=medians.__getitem__)
     if len(order) < 3:
@@ -105,17 +107,19 @@ def modes(medians: Sequence[float]) -> list[list[int]]:
     gaps = [after - before for before, after in pairwise(logs)]
     at = max(range(len(gaps)), key=gaps.__getitem__) + 1
     spread = max(logs[at - 1] - logs[0], logs[-1] - logs[at])
-    if gaps[at - 1] <= max(float(np.log1p(APART)), TIMES_SPREAD * spread):
+    if gaps[at - 1] <= max(float(np.log1p(MODE_GAP)), MODE_GAP_TO_SPREAD * spread):
         return [order]
     return sorted([order[:at], order[at:]], key=len, reverse=True)
 
 
 def queries_needed(share: float, late: int) -> int:
-    """The fewest requests of which `late` may miss a bound that a `share` of them is to keep.
+    """LoadGen's minimum query count: the fewest queries of which `late` may exceed the latency
+    bound that a fraction `share` of them must meet.
 
-    With fewer, a system that misses it would pass by luck in more than 1 % of runs: the chance of
-    at most `late` misses, each of chance 1 - share. 459 for a 99th percentile with none late, 64
-    for a 90th with one: LoadGen's rule of early stopping (MLPerf Inference rules, appendix).
+    With fewer queries, a system that violates the bound would pass by chance in more than 1 % of
+    runs: the probability of at most `late` overlatency queries, each of probability 1 - share. 459
+    for the 99th percentile with none late, 64 for the 90th with one. Source: the early stopping
+    criterion in the appendix of the MLPerf Inference rules.
     """
     number = late + 1
     while _at_most(late, number, 1 - share) > 1 - LOAD_CONFIDENCE:
@@ -126,5 +130,5 @@ def queries_needed(share: float, late: int) -> int:
 
 
 def _at_most(most: int, number: int, chance: float) -> float:
-    """The chance of at most `most` successes in `number` draws."""
+    """The binomial probability of at most `most` successes in `number` trials."""
     return sum(comb(number, k) * chance**k * (1 - chance) ** (number - k) for k in range(most + 1))

@@ -82,8 +82,8 @@ def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     from ensemble.strategies import autotune
 
     monkeypatch.setattr(timing, "SETTLE_S", 0.0)
-    monkeypatch.setattr(autotune, "SHORT_S", 0.0)
-    monkeypatch.setattr(autotune, "LONG_S", 0.0)
+    monkeypatch.setattr(autotune, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(autotune, "MAX_SECONDS", 0.0)
     monkeypatch.setattr(autotune, "release", lambda: None)
 
 

@@ -216,10 +216,10 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--num_model", "3"], "unrecognized arguments: --num_model 3; did you mean --num_models?"),
         (["--num", "3"], "unrecognized arguments: --num 3"),
-        (["--device", "tpu"], "--device: expected a device that is available here (cpu"),
-        (["--arch", "resnet19"], "found 'resnet19'"),
-        (["--image_path", "no/such.jpg"], "no/such.jpg: expected an image file, found nothing"),
-        (["--model_path", "no/such.pth"], "no/such.pth: expected a checkpoint file, found nothing"),
+        (["--device", "tpu"], "--device: expected an available device (cpu"),
+        (["--arch", "resnet19"], "got 'resnet19'"),
+        (["--image_path", "no/such.jpg"], "no/such.jpg: expected an image file, but no such"),
+        (["--model_path", "no/such.pth"], "no/such.pth: expected a checkpoint file, but no"),
         (["--export_json", "no/such/run.json"], "--export_json: expected a folder at no/such"),
         (["--export_json", "."], "--export_json: expected a file at ., found a directory"),
     ],
@@ -238,8 +238,8 @@ def test_bad_usage_is_one_line_and_exit_code_2(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(capsys, "--image_path", KITTEN, "--device", "cuda")
-    assert "--device: expected a device that is available here (cpu" in message
-    assert "found 'cuda'" in message
+    assert "--device: expected an available device (cpu" in message
+    assert "got 'cuda'" in message
 
 
 def test_an_allocator_that_cannot_be_had_is_said_so(
@@ -247,7 +247,7 @@ def test_an_allocator_that_cannot_be_had_is_said_so(
 ) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     message = error_of(capsys, "--allocator", "retain")
-    assert "retain is not available here: mallopt is glibc's" in message
+    assert "retain is not available here: mallopt requires glibc" in message
 
 
 def test_a_prefix_that_is_taken_off_a_checkpoint_is_printed(
@@ -260,7 +260,7 @@ def test_a_prefix_that_is_taken_off_a_checkpoint_is_printed(
     resnet_vmap.load(config, say=print)
     assert capsys.readouterr().out.startswith(
         f"Loading resnet model from {path}\n"
-        f"{path}: all 122 names begin with 'model.': loaded without it\n"
+        f"{path}: stripped the prefix 'model.' from all 122 keys\n"
     )
 
 
@@ -272,7 +272,7 @@ def test_a_bad_checkpoint_leaves_the_output_of_an_earlier_run_alone(
     content = earlier.read_bytes()
     bad.write_text("<!DOCTYPE html>")
     argv = ["--image_path", KITTEN, "--model_path", str(bad), "--export_json", str(earlier)]
-    assert "found an HTML page" in error_of(capsys, *argv)
+    assert "got an HTML page" in error_of(capsys, *argv)
     assert earlier.read_bytes() == content
 
 
@@ -431,7 +431,7 @@ def test_a_picture_needs_no_backend_of_matplotlib(tmp_path: Path) -> None:
 def test_more_threads_than_cores_are_warned_of(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cores, "find", lambda: Cores(4, 2, None))
+    monkeypatch.setattr(cores, "detect", lambda: Cores(4, 2, None))
     parse(["--threads", "2"])
     assert capsys.readouterr().err == ""
     parse(["--threads", "99"])

@@ -792,7 +792,7 @@ def _check_refused(forward: Any, how: str, example: Tensor) -> None:
         assert len(message.splitlines()) == 1, f"x ({how}) is refused by: {message}"
         assert "expected" in message, f"x ({how}) is refused by: {message}"
         if not (isinstance(bad, Tensor) and bad.requires_grad):
-            assert "found" in message, f"x ({how}) is refused by: {message}"
+            assert "got" in message, f"x ({how}) is refused by: {message}"
         return
     except Exception as error:
         kind = type(error).__name__
@@ -1001,7 +1001,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the long profile")
     options = parser.parse_args(argv)
     faulthandler.enable()
-    timing.SETTLE_S, autotune.SHORT_S, autotune.LONG_S = 0.0, 0.0, 0.0
+    timing.SETTLE_S, autotune.MIN_SECONDS, autotune.MAX_SECONDS = 0.0, 0.0, 0.0
     vars(autotune)["release"] = lambda: None
     counts: Counter[str] = Counter()
     has_failed = False

@@ -5,9 +5,9 @@ import pytest
 
 from ensemble.bench.cli import parse
 from ensemble.statistics import (
+    between_process_interval,
     bootstrap_interval,
     half_width,
-    interval_of_processes,
     iqr,
     median,
     modes,
@@ -49,15 +49,15 @@ def test_the_interval_covers_the_true_median_of_skewed_noise_as_often_as_it_says
 
 def test_the_interval_of_processes_is_students_where_that_is_the_wider() -> None:
     # Mean of the logarithms 0, deviation 0.1; t for 2 degrees of freedom 4.303: e ** 0.2484.
-    low, high = interval_of_processes([float(np.exp(log)) for log in (-0.1, 0.0, 0.1)]) or (0, 0)
+    low, high = between_process_interval([float(np.exp(log)) for log in (-0.1, 0.0, 0.1)]) or (0, 0)
     assert (low, high) == pytest.approx((np.exp(-0.24843), np.exp(0.24843)), rel=1e-4)
-    assert interval_of_processes([1.5]) is None
-    assert interval_of_processes([2.0, 2.0, 2.0]) == pytest.approx((2.0, 2.0))
+    assert between_process_interval([1.5]) is None
+    assert between_process_interval([2.0, 2.0, 2.0]) == pytest.approx((2.0, 2.0))
 
 
 def test_the_interval_of_processes_holds_all_of_them() -> None:
     speedups = [0.7, 0.71, 0.69, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 1.04]
-    low, high = interval_of_processes(speedups) or (0, 0)
+    low, high = between_process_interval(speedups) or (0, 0)
     assert low <= 0.69
     assert high >= 1.04
 
@@ -105,7 +105,7 @@ def share_covered(kind: str, *, processes: int, precision: float, runs: int = 20
     for _ in range(runs):
         drawn = np.exp(draw(kind, processes, generator))
         for count in range(3, processes + 1):
-            low, high = interval_of_processes(drawn[:count].tolist()) or (0, 0)
+            low, high = between_process_interval(drawn[:count].tolist()) or (0, 0)
             if 100 * half_width((low, high)) <= precision:
                 break
         covered += low <= truth <= high

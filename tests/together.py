@@ -15,7 +15,7 @@ from ensemble.machine.timing import interleaved
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
 from ensemble.strategies.agreement import TOLERANCES, check
-from ensemble.strategies.build_result import Built, Choice
+from ensemble.strategies.build_result import BuildResult, Choice
 
 Times = Mapping[str, Sequence[float]]
 
@@ -48,16 +48,16 @@ def timed(
         for _ in range(num_models)
     ]
     x = torch.randn(1, 3, px, px)
-    reference = strategies.make("loop", models, x).forward(x)
+    reference = strategies.build_unverified("loop", models, x).forward(x)
     if dtype != x.dtype:
         models, x = stacking.cast(models, dtype), x.to(dtype)
-    rows: dict[str, Built] = {}
+    rows: dict[str, BuildResult] = {}
     out: dict[str, str] = {}
     for name in names:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of vmap without a rule, of compilers
-                built = strategies.make(name, models, x)
+                built = strategies.build_unverified(name, models, x)
                 logits = built.forward(x)
             problem = check(logits, reference, tolerance=TOLERANCES[x.dtype]).problem
         except Exception as error:

@@ -12,7 +12,7 @@ from ensemble.bench.measurement import UNAVAILABLE, Measurement
 from ensemble.machine import dtypes
 from ensemble.strategies import STRATEGIES, peers
 
-CUDA = "CUDA"  # as `Strategy.needs` has it
+CUDA = "CUDA"  # as `Strategy.requires` has it
 
 
 def unavailable(cases: Sequence[Case], config: Config, device: torch.device) -> list[Measurement]:
@@ -43,8 +43,8 @@ def warnings(cases: Sequence[Case], device: torch.device) -> list[str]:
 
 def _why_not(case: Case, device: torch.device) -> str:
     strategy = STRATEGIES.get(case.strategy)
-    if strategy is not None and strategy.needs == CUDA and device.type != "cuda":
-        return f"CUDA graphs need a CUDA device, this is {device}"
+    if strategy is not None and strategy.requires == CUDA and device.type != "cuda":
+        return f"CUDA graphs require a CUDA device, got {device}"
     return peers.why_not(case.strategy, getattr(torch, case.dtype), device)
 
 

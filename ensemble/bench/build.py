@@ -23,7 +23,7 @@ from ensemble.models import stacking
 from ensemble.strategies import TUNE_SECONDS
 
 if TYPE_CHECKING:
-    from ensemble.strategies.build_result import Built, Choice, Forward
+    from ensemble.strategies.build_result import BuildResult, Choice, ForwardFn
 
 
 def _is_ready() -> None:
@@ -38,8 +38,8 @@ class BuiltStrategy:
     before each call, untimed: the barrier of ranks.
     """
 
-    forward: Forward
-    serve: Forward
+    forward: ForwardFn
+    serve: ForwardFn
     example: Tensor
     logits: Tensor
     build_s: float
@@ -76,7 +76,9 @@ def build(
     own_example = example.to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compilers, about their own tracing
-        built = strategies.make(name, own_models, own_example, tune_seconds=tune_seconds)
+        built = strategies.build_unverified(
+            name, own_models, own_example, tune_seconds=tune_seconds
+        )
         synchronize(device)
         ready = time.perf_counter()
         logits = built.forward(own_example)
@@ -112,7 +114,7 @@ def prepare(name: str, device: torch.device) -> None:
         kernels.load()
 
 
-def _call_again(forward: Forward, example: Tensor) -> Sequence[warnings.WarningMessage]:
+def _call_again(forward: ForwardFn, example: Tensor) -> Sequence[warnings.WarningMessage]:
     """The warnings of a second call, which must not recompile: timed calls would do the same."""
     with warnings.catch_warnings(record=True) as caught, _no_recompilation():
         warnings.simplefilter("always")
@@ -137,9 +139,9 @@ def _no_recompilation() -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _notes(built: Built, caught: Sequence[warnings.WarningMessage]) -> tuple[Note, ...]:
+def _notes(built: BuildResult, caught: Sequence[warnings.WarningMessage]) -> tuple[Note, ...]:
     """The choice, the strategy's note, and operators that vmap has no batching rule for."""
     texts = dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)
-    notes = (built.choice.note if built.choice else "", built.note, built.later())
+    notes = (built.choice.note if built.choice else "", built.note, built.deferred_note())
     missing = (text for text in texts if "batching rule" in text)
     return tuple(map(Note, filter(None, (*notes, *missing))))

@@ -183,10 +183,10 @@ def _check_not_empty(options: dict[str, Any]) -> None:
 
 def warn_of_threads(run: RunOptions) -> None:
     """Warn on stderr of more threads than cores: they wait for each other."""
-    found = cores.find()
-    if run.threads and found.whole and run.threads > found.whole:
+    found = cores.detect()
+    if run.threads and found.max_threads and run.threads > found.max_threads:
         print(
-            f"Warning: --threads {run.threads} is more than the cores here ({found.words()});"
+            f"Warning: --threads {run.threads} is more than the cores here ({found.describe()});"
             " oversubscribed threads slow some strategies more than others",
             file=sys.stderr,
         )

@@ -55,7 +55,7 @@ def describe(
 
     from ensemble.machine import devices, memory
 
-    found = cores.find()
+    found = cores.detect()
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         argv=tuple(sys.argv),

@@ -21,7 +21,7 @@ from ensemble.machine import other_processes
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import Sample, interleaved
 from ensemble.statistics import median
-from ensemble.strategies.agreement import TOLERANCES, check, check_served
+from ensemble.strategies.agreement import TOLERANCES, check, check_reduced
 
 # Cores that a forward on an accelerator keeps busy: kernel launches, and the driver.
 LAUNCHING = 2
@@ -115,7 +115,7 @@ def _checked(found: Measurement, built: BuiltStrategy, setup: Setup, reduce: str
 
 def _problem_served(built: BuiltStrategy, setup: Setup, reduce: str) -> str | None:
     """What is wrong with the result of a call: logits, or the mean of their probabilities."""
-    return check_served(
+    return check_reduced(
         built.call(),
         setup.reference.logits,
         reduce=reduce,

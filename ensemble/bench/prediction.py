@@ -11,7 +11,7 @@ from ensemble.bench.config import ModelOptions
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError, first_line
 from ensemble.machine.devices import synchronize
-from ensemble.machine.memory import refused_in_words
+from ensemble.machine.memory import out_of_memory_as_input_error
 from ensemble.machine.timing import time_call
 from ensemble.models import images
 
@@ -30,7 +30,7 @@ def predict(
     image = workload.images(px)[:1]
     with torch.inference_mode():
         try:
-            with refused_in_words("the first forward", argument="num_models"):
+            with out_of_memory_as_input_error("the first forward", argument="num_models"):
                 first = time_call(
                     lambda: workload.models[0](image), synchronize=lambda: synchronize(image.device)
                 )

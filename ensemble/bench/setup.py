@@ -15,7 +15,7 @@ from ensemble.bench.failures import explain, optional
 from ensemble.bench.measurement import Note, RankTimes
 from ensemble.strategies import STRATEGIES, TUNE_SECONDS, eager
 from ensemble.strategies.agreement import TOLERANCES, check
-from ensemble.strategies.reduction import served
+from ensemble.strategies.reduction import with_reduction
 
 WEAK = Note("the check is weak: with these weights the logits hardly depend on the image")
 
@@ -74,7 +74,7 @@ def local_setup(
         cases: cases of one cell.
         models: float32 models, at least N of them.
         images_of: px -> `(count, 3, px, px)` float32 on the device of the models.
-        reduce: see `strategies.reduction.served`.
+        reduce: see `strategies.reduction.with_reduction`.
         tune_seconds: autotuning budget of `best`.
         is_first: see `make_setup`.
 
@@ -88,7 +88,7 @@ def local_setup(
 
     def begin(name: str, dtype: torch.dtype) -> BuiltStrategy:
         built = build(name, chosen, example, dtype, tune_seconds=tune_seconds)
-        return replace(built, serve=served(built.forward, reduce))
+        return replace(built, serve=with_reduction(built.forward, reduce))
 
     backend = Backend(
         build=begin,
@@ -123,7 +123,7 @@ def make_setup(
         why = backend.explain(error, REFERENCE, torch.float32)
         raise SetupError(f"the reference failed: {why}") from error
     float64_logits = None
-    if is_first and any(map(saves_multiplications, cases)):
+    if is_first and any(map(uses_fast_algorithms, cases)):
         float64_logits, problem = optional("error to float64", backend.float64_logits)
         notes += tuple(map(Note, problem))
     return Setup(backend, models, images, example, reference, float64_logits, notes)
@@ -137,9 +137,9 @@ def make_example(images: Tensor, case: Case) -> Tensor:
     return all_models.reshape(case.num_models, case.batch_size, *images.shape[1:])
 
 
-def saves_multiplications(case: Case) -> bool:
+def uses_fast_algorithms(case: Case) -> bool:
     """Does the strategy multiply less than the loop (Winograd, Strassen) and round otherwise?"""
-    return case.strategy in STRATEGIES and STRATEGIES[case.strategy].saves_multiplications
+    return case.strategy in STRATEGIES and STRATEGIES[case.strategy].uses_fast_algorithms
 
 
 def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from ensemble.bench.measurement import OK, Measurement, Note, RankTimes, Rooflin
 from ensemble.statistics import (
     TOO_NOISY,
     TOO_WIDE,
+    between_process_interval,
     bootstrap_interval,
     half_width,
-    interval_of_processes,
     iqr,
     median,
 )
@@ -176,7 +176,7 @@ class Summary:
             return None
         if len(self.process_speedups) == 1:
             return bootstrap_interval(next(one.ratios for one in self.measurements if one.ratios))
-        return interval_of_processes(self.process_speedups)
+        return between_process_interval(self.process_speedups)
 
     @cached_property
     def process_speedups(self) -> tuple[float, ...]:

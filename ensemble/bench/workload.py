@@ -63,7 +63,7 @@ class Workload:
         chosen = "the CPU" if self.device.type == "cpu" else f"{self.device}, the accelerator here"
         found = " (auto-detected)" if config.run.device == "auto" else ""
         threads = count(torch.get_num_threads(), "thread")
-        return f"{chosen}{found}, {threads} on {cores.find().words()}"
+        return f"{chosen}{found}, {threads} on {cores.detect().describe()}"
 
     def describe(self, config: Config, *, first_forward_s: float) -> Environment:
         """The environment of the measurements that are about to be taken."""
@@ -84,7 +84,7 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     device = prepare(config, device=config.run.device)
     augmented = read_images(config, device)
     count = max(config.models.num_models)
-    with memory.refused_in_words(f"{count} models are loaded", argument="num_models"):
+    with memory.out_of_memory_as_input_error(f"{count} models are loaded", argument="num_models"):
         models, weights = sources.load(
             config.models.model_path,
             arch=config.models.arch,

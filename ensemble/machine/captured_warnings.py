@@ -1,7 +1,7 @@
-"""Warnings caught or silenced without leaving filters behind.
+"""Capture or silence warnings, safely across threads.
 
-`warnings.catch_warnings` puts back the filters of the whole process as it found them: two threads
-within it at once leave one's filters for good.
+`warnings.catch_warnings` saves and restores the filters of the whole process: if two threads are
+inside it at once, the filters of one of them stay in place.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Literal
 
 from ensemble.machine.per_process import PerProcess
 
-_ONE_AT_A_TIME = PerProcess(threading.RLock)
+_LOCK = PerProcess(threading.RLock)
 
 
 @contextmanager
-def caught(action: Literal["always", "ignore"]) -> Iterator[list[warnings.WarningMessage]]:
-    """The warnings within, none of which is printed; one thread at a time."""
-    with _ONE_AT_A_TIME(), warnings.catch_warnings(record=True) as messages:
+def capture(action: Literal["always", "ignore"]) -> Iterator[list[warnings.WarningMessage]]:
+    """Collect the warnings within instead of printing them; one thread at a time."""
+    with _LOCK(), warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter(action)
         yield messages

@@ -1,4 +1,4 @@
-"""How many cores this process may use. No torch: the command line asks before that is imported."""
+"""The CPU cores this process may use. Imports no torch: the command line needs it first."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 from ensemble.machine import cgroups
 
-THREADS = "OMP_NUM_THREADS"  # torch reads it when it is imported
+THREADS = "OMP_NUM_THREADS"  # read by torch at import
 
 
 @dataclass(frozen=True)
 class Cores:
-    """What there is, and what limits it; None where a platform does not say.
+    """The number of cores and its limits; None where the platform does not report it.
 
     Attributes:
-        machine: of the machine.
-        affinity: that the scheduler may place this process on (taskset, a cpuset).
-        quota: the CPU time that its control groups allow, in cores (`docker run --cpus 1.5`).
+        machine: cores of the machine.
+        affinity: cores in the CPU affinity mask of this process (taskset, cpuset).
+        quota: CPU quota of its cgroups, in cores (`docker run --cpus 1.5`).
     """
 
     machine: int | None
@@ -28,16 +28,16 @@ class Cores:
 
     @property
     def usable(self) -> float | None:
-        """The least of these."""
+        """The smallest of these limits, in cores."""
         known = (self.machine, self.affinity, self.quota)
         return min((number for number in known if number is not None), default=None)
 
     @property
-    def whole(self) -> int | None:
-        """Threads that can run at the same time: a part of a core counts as one."""
+    def max_threads(self) -> int | None:
+        """Threads that can run simultaneously: `usable` rounded up."""
         return None if self.usable is None else max(1, math.ceil(self.usable))
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """`2 cores`, `1 of 2 cores (CPU affinity)`, `1.5 of 2 cores (CPU quota)`."""
         if self.machine is None:
             return "an unknown number of cores"
@@ -48,42 +48,42 @@ class Cores:
         return f"{self.usable:.3g} of {total} (CPU {limit})"
 
 
-def find() -> Cores:
-    """The cores of this process, now."""
-    affinity = allowed()
-    return Cores(os.cpu_count(), None if affinity is None else len(affinity), _quota())
+def detect() -> Cores:
+    """The current core count and limits of this process."""
+    allowed = affinity()
+    return Cores(os.cpu_count(), None if allowed is None else len(allowed), _quota())
 
 
-def allowed() -> tuple[int, ...] | None:
-    """The numbers of the cores that the scheduler may place this process on."""
+def affinity() -> tuple[int, ...] | None:
+    """The CPU affinity mask of this process as sorted core numbers; None where unsupported."""
     if not hasattr(os, "sched_getaffinity"):
         return None
     return tuple(sorted(os.sched_getaffinity(0)))
 
 
 def default_threads(torch_has: int, cores: Cores, environment: Mapping[str, str]) -> int:
-    """How many threads torch is to use where the user does not say.
+    """The number of torch threads where the user does not set one.
 
-    torch itself knows of `OMP_NUM_THREADS` and the affinity, not of a quota: threads beyond that
-    use it up early in each period, and then all of them stand still.
+    torch respects `OMP_NUM_THREADS` and the affinity mask but not a CPU quota: surplus threads
+    exhaust it early in each scheduling period, and then all threads are throttled.
     """
-    if environment.get(THREADS) or cores.whole is None:
+    if environment.get(THREADS) or cores.max_threads is None:
         return torch_has
-    return min(torch_has, cores.whole)
+    return min(torch_has, cores.max_threads)
 
 
 def _quota() -> float | None:
-    """In cores; the least of all groups that this process is in."""
+    """The smallest CPU quota of the cgroups of this process, in cores."""
     quotas = []
-    for folder, version in cgroups.folders("cpu"):
+    for directory, version in cgroups.directories("cpu"):
         try:
             if version == 2:
-                most, period = (folder / "cpu.max").read_text().split()
+                limit, period = (directory / "cpu.max").read_text().split()
             else:
                 names = "cpu.cfs_quota_us", "cpu.cfs_period_us"
-                most, period = ((folder / name).read_text().strip() for name in names)
-            if most not in ("max", "-1"):
-                quotas.append(int(most) / int(period))
+                limit, period = ((directory / name).read_text().strip() for name in names)
+            if limit not in ("max", "-1"):
+                quotas.append(int(limit) / int(period))
         except (OSError, ValueError, ZeroDivisionError):
             continue
     return min(quotas, default=None)

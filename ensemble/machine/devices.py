@@ -1,4 +1,4 @@
-"""Which device to run on, and how its arithmetic is set."""
+"""Device selection, numeric settings and synchronization."""
 
 import os
 import platform
@@ -11,10 +11,10 @@ from ensemble.machine import cores
 
 
 def select_device(name: str) -> torch.device:
-    """The device called `name`; for `auto` the accelerator if there is one, else the CPU.
+    """The device `name`; `auto` selects the accelerator if there is one, else the CPU.
 
     Raises:
-        InputError: no such device here; the message says what there is.
+        InputError: the device is not available; the message lists those that are.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
@@ -27,7 +27,7 @@ def select_device(name: str) -> torch.device:
         device = None
     if device is None or f"{device.type}:{device.index or 0}" not in [*available, "cpu:0"]:
         raise InputError(
-            f"expected a device that is available here ({', '.join(available)}), found {name!r}",
+            f"expected an available device ({', '.join(available)}), got {name!r}",
             argument="device",
         )
     if device.type != "cpu":
@@ -36,24 +36,23 @@ def select_device(name: str) -> torch.device:
 
 
 def configure(*, threads: int | None) -> None:
-    """Set full float32 precision (no TF32) and the number of CPU threads, by default at most the
-    cores that this process may use."""
+    """Disable TF32 and set the number of CPU threads, by default at most the usable cores."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    has = torch.get_num_threads()
-    wanted = threads or cores.default_threads(has, cores.find(), os.environ)
-    if wanted != has:
-        torch.set_num_threads(wanted)
+    current = torch.get_num_threads()
+    target = threads or cores.default_threads(current, cores.detect(), os.environ)
+    if target != current:
+        torch.set_num_threads(target)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work queued on `device`; the CPU queues none. An unknown device raises."""
+    """Wait for all work queued on `device`; a no-op on the CPU. An unknown device raises."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def device_name(device: torch.device) -> str | None:
-    """What the device is called by its maker."""
+    """The vendor's name of the device; None if unknown."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
         return module.get_device_name(device) if hasattr(module, "get_device_name") else None

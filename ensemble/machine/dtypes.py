@@ -1,17 +1,17 @@
-"""Does a device compute in a dtype, or does torch emulate it?"""
+"""Native and emulated dtypes of a device."""
 
 import time
 
 import torch
 
-SIDE, CHANNELS = 56, 64  # of the convolution that is timed: one of a ResNet-18's first stage
+SIDE, CHANNELS = 56, 64  # of the timed convolution: one of ResNet-18's first stage
 CALLS = 3
 
 
 def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Does the CPU lack instructions for `dtype`, so that torch computes number by number?
+    """Whether the CPU lacks instructions for `dtype`, so that torch converts each element.
 
-    oneDNN, which convolves for torch on a CPU, says so. Its answer respects ONEDNN_MAX_CPU_ISA.
+    Queries oneDNN, torch's convolution backend on the CPU, and thus respects ONEDNN_MAX_CPU_ISA.
     """
     supported = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
@@ -26,11 +26,11 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def slowdown(dtype: torch.dtype) -> float:
-    """How many times as long as in float32 a convolution takes in `dtype`, on the CPU."""
-    return _least_seconds(dtype) / _least_seconds(torch.float32)
+    """The time of a convolution in `dtype` relative to float32, on the CPU."""
+    return _min_seconds(dtype) / _min_seconds(torch.float32)
 
 
-def _least_seconds(dtype: torch.dtype) -> float:
+def _min_seconds(dtype: torch.dtype) -> float:
     x = torch.ones(1, CHANNELS, SIDE, SIDE, dtype=dtype, device="cpu")
     weight = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype, device="cpu")
     times = []

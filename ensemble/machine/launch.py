@@ -1,6 +1,7 @@
-"""How this process was started: by itself, or by torchrun as one rank of several. Imports no torch.
+"""Whether this process is a rank of torchrun, and which. Imports no torch.
 
-torchrun tells its workers by environment variables; see its documentation, "Environment Variables".
+torchrun configures its workers by environment variables; see its documentation, "Environment
+Variables".
 """
 
 import os
@@ -8,40 +9,40 @@ import socket
 
 
 def is_launched() -> bool:
-    """Was this process started by torchrun?"""
+    """Whether torchrun started this process."""
     return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def rank() -> int:
-    """Which of all ranks this is; 0 in a plain start."""
+    """The global rank of this process; 0 without torchrun."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
-def ranks() -> int:
-    """How many ranks there are, on all hosts."""
+def world_size() -> int:
+    """The number of ranks on all hosts; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 def local_rank() -> int:
-    """Which of the ranks of its host this is."""
+    """The rank of this process among those of its host."""
     return int(os.environ["LOCAL_RANK"])
 
 
-def local_ranks() -> int:
-    """How many ranks this host has."""
+def local_world_size() -> int:
+    """The number of ranks on this host."""
     return int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def attempt() -> str:
-    """What tells this start of the ranks from an earlier one: torchrun may start them again."""
+    """A key for this (re)start of the ranks: torchrun may restart them after a failure."""
     return f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
 
 
 def rank_name(number: int, on: str | None) -> str:
-    """`rank 1 on host-b`; of a host that is not known `rank 1`."""
+    """`rank 1 on host-b`; `rank 1` if the host is unknown."""
     return f"rank {number} on {on}" if on else f"rank {number}"
 
 
 def host() -> str:
-    """This machine's name."""
+    """The name of this host."""
     return socket.gethostname()

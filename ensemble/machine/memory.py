@@ -1,6 +1,6 @@
-"""What the operating system and the device say about memory, and the one knob that glibc has.
+"""Memory of the process, the machine and the device; page faults; glibc's allocator settings.
 
-Every reading that a platform does not offer is None, never 0.
+A value that the platform does not report is None, never 0.
 """
 
 import ctypes
@@ -27,25 +27,25 @@ except ImportError:  # Windows
 
 # Parameters of glibc's mallopt, from <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_NEVER = -1  # as a threshold of trimming; any other is an int, so at most 2 GiB
+_NEVER = -1  # trim threshold; other values are ints, at most 2 GiB
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# Files of a control group: limit, use, and what of it is a cache of files.
+# Per cgroup version: the files of the limit and the usage, and the reclaimable page cache.
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-# What the allocators of torch, of the kernel and of C++ say.
+# Out-of-memory messages of the allocators of torch, the kernel and C++.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
-_ASKED = re.compile(r"tried to allocate (\d+) bytes|unable to mmap (\d+) bytes")
+_REQUESTED = re.compile(r"tried to allocate (\d+) bytes|unable to mmap (\d+) bytes")
 
 
 def page_faults() -> int | None:
-    """Minor page faults of this process so far: pages the kernel had to find and clear."""
+    """Minor page faults of this process so far: pages the kernel allocated and zeroed."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else None
 
 
 def page_fault_seconds(pages: int = 8192, repeats: int = 5) -> float | None:
-    """What one page fault costs here, in seconds: filling fresh pages against filling them again.
+    """The cost of a minor page fault in seconds: filling fresh pages minus filling them again.
 
-    The least of `repeats` tries, so that what it explains is rather said too small than too large.
+    The minimum of `repeats` measurements, a lower bound of the time that page faults explain.
     """
     if resource is None:
         return None
@@ -66,31 +66,31 @@ def page_fault_seconds(pages: int = 8192, repeats: int = 5) -> float | None:
 
 
 def retain_freed_memory() -> str | None:
-    """Tell glibc to keep what is freed instead of giving it back to the kernel at every call.
+    """Make glibc keep freed memory instead of returning it to the kernel.
 
-    Blocks of every size come from the heap (no mmap of their own) and the heap is not trimmed, so
-    that a forward that allocates the same buffers again faults no pages in. Source: mallopt(3).
+    Blocks of all sizes are allocated on the heap (M_MMAP_MAX=0), and the heap is never trimmed: a
+    forward that allocates the same buffers again causes no page faults. Source: mallopt(3).
 
     Returns:
-        None where it worked, else the reason why it cannot be had.
+        None on success, else why the setting is unavailable.
     """
     if platform.libc_ver()[0] != "glibc":
-        return "mallopt is glibc's, and this Python does not run on glibc"
+        return "mallopt requires glibc, which this Python does not run on"
     mallopt = ctypes.CDLL(None).mallopt
     if mallopt(_M_MMAP_MAX, 0) == 1 and mallopt(_M_TRIM_THRESHOLD, _NEVER) == 1:
         return None
-    return "glibc's mallopt refused the settings"
+    return "mallopt failed"
 
 
 def touch(tensors: Sequence[torch.Tensor]) -> None:
-    """Read a byte of each page of CPU tensors, so that no later call is the first to do so."""
+    """Prefault CPU tensors: read one byte per page, so that no timed call faults them in."""
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():
             tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].max()
 
 
 def total_bytes() -> int | None:
-    """The machine's memory."""
+    """The physical memory of the machine, in bytes."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -98,7 +98,7 @@ def total_bytes() -> int | None:
 
 
 def release() -> None:
-    """Give back all memory that is free: Python's garbage, the device's cache, the C heap."""
+    """Collect garbage, empty the device's caching allocator, and trim the C heap."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
@@ -114,7 +114,7 @@ def used_bytes(device: torch.device) -> int | None:
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Start a new peak for `peak_bytes`; False where that cannot be done."""
+    """Reset the peak that `peak_bytes` reports; False where that is not supported."""
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         return True
@@ -126,14 +126,14 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most that `used_bytes` has been since `reset_peak`."""
+    """The peak of `used_bytes` since `reset_peak`."""
     if device.type == "cpu":
         return _status_bytes("VmHWM")
     return torch.accelerator.max_memory_allocated(device)
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on `device` without pushing anything out."""
+    """Bytes that can still be allocated on `device` without swapping."""
     if device.type != "cpu":
         return torch.accelerator.get_memory_info(device)[0]
     known = (_machine_bytes(), _process_bytes(), _container_bytes())
@@ -149,41 +149,40 @@ def _machine_bytes() -> int | None:
 
 
 def _process_bytes() -> int | None:
-    """What the limits of this process leave (`ulimit -v`, `ulimit -d`)."""
+    """Bytes available under the resource limits of this process (`ulimit -v`, `ulimit -d`)."""
     if resource is None:
         return None
-    left = []
+    available = []
     for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        most, used = resource.getrlimit(limit)[0], _status_bytes(name)
-        if most != resource.RLIM_INFINITY and used is not None:
-            left.append(max(0, most - used))
-    return min(left, default=None)
+        soft_limit, used = resource.getrlimit(limit)[0], _status_bytes(name)
+        if soft_limit != resource.RLIM_INFINITY and used is not None:
+            available.append(max(0, soft_limit - used))
+    return min(available, default=None)
 
 
 def _container_bytes() -> int | None:
-    """What the control groups of this process leave: a container's limit, or a job's. The cache of
-    files that they hold counts as free."""
-    left = []
-    for folder, version in cgroups.folders("memory"):
-        left += _group_bytes(folder, *(_V2 if version == 2 else _V1))
-    return min(left, default=None)
+    """Bytes available under the cgroup limits of this process, reclaimable page cache included."""
+    available = []
+    for directory, version in cgroups.directories("memory"):
+        available += _group_bytes(directory, *(_V2 if version == 2 else _V1))
+    return min(available, default=None)
 
 
-def _group_bytes(folder: Path, most: str, used: str, cache: str) -> list[int]:
+def _group_bytes(directory: Path, limit_file: str, usage_file: str, cache_key: str) -> list[int]:
     try:
-        limit, now = ((folder / name).read_text().strip() for name in (most, used))
+        limit, usage = ((directory / name).read_text().strip() for name in (limit_file, usage_file))
         statistics = dict(
-            line.split() for line in (folder / "memory.stat").read_text().splitlines()
+            line.split() for line in (directory / "memory.stat").read_text().splitlines()
         )
         if limit == "max":
             return []
-        return [max(0, int(limit) - int(now) + int(statistics.get(cache, 0)))]
+        return [max(0, int(limit) - int(usage) + int(statistics.get(cache_key, 0)))]
     except (OSError, ValueError):
         return []
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Did memory run out, on the device or here?"""
+    """Whether an error means that the device or the host ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -195,10 +194,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def unavailable_on_failure(
     what: str, *, but: tuple[type[Exception], ...] = (UnavailableError,)
 ) -> Iterator[None]:
-    """Turn what fails within, other than `but` and a lack of memory, into an UnavailableError.
+    """Convert exceptions within to UnavailableError, except `but` and out-of-memory errors.
 
     Raises:
-        UnavailableError: `what`, with the type and the first line of the error.
+        UnavailableError: `what` with the type and the first line of the error.
     """
     try:
         yield
@@ -211,11 +210,11 @@ def unavailable_on_failure(
 
 
 @contextmanager
-def refused_in_words(what: str, *, argument: str) -> Iterator[None]:
-    """A lack of memory within, for `what`, is bad input.
+def out_of_memory_as_input_error(what: str, *, argument: str) -> Iterator[None]:
+    """Convert out-of-memory errors within, during `what`, to InputError.
 
     Raises:
-        InputError: with how much was asked for at once, where the allocator says so.
+        InputError: with the size of the failed allocation, if the allocator reports it.
     """
     try:
         yield
@@ -224,11 +223,11 @@ def refused_in_words(what: str, *, argument: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        asked = _ASKED.search(str(error))
-        more = f", {int(asked[1] or asked[2]) / 1e6:,.0f} MB more were asked for" if asked else ""
+        found = _REQUESTED.search(str(error))
+        tried = f", tried to allocate {int(found[1] or found[2]) / 1e6:,.0f} MB" if found else ""
         free = available_bytes(torch.device("cpu"))
-        left = "" if free is None else f", {free / 1e6:,.0f} MB are left"
-        message = f"out of memory: {what}{more}{left}; use fewer models, or raise the limit"
+        available = "" if free is None else f", {free / 1e6:,.0f} MB available"
+        message = f"out of memory: {what}{tried}{available}; use fewer models or raise the limit"
         raise InputError(message, argument=argument) from error
 
 

@@ -1,4 +1,4 @@
-"""How busy the machine is with other programs: timings beside a busy neighbour mislead."""
+"""CPU utilization by other processes: timings on a busy machine are unreliable."""
 
 import os
 import time
@@ -13,21 +13,21 @@ _STAT = Path("/proc/stat")
 
 @dataclass(frozen=True)
 class Reading:
-    """Seconds so far: of the wall clock, of this process on all cores, of all work on all cores."""
+    """Seconds so far: wall clock, CPU time of this program, CPU time of the whole machine."""
 
     wall_s: float
     own_s: float
     all_s: float | None
 
 
-def read(beside: Sequence[int] = ()) -> Reading:
-    """The readings of this moment; what the whole machine did is known on Linux only.
+def read(own_pids: Sequence[int] = ()) -> Reading:
+    """The current reading; the CPU time of the whole machine is reported on Linux only.
 
-    `beside` are processes of this program: theirs is no other program's time.
+    own_pids: further processes of this program, whose CPU time counts as its own.
     """
-    own_s = time.process_time() + sum(map(_seconds_of, beside))
+    own_s = time.process_time() + sum(map(_cpu_seconds, own_pids))
     try:
-        # user nice system idle iowait irq softirq steal: steal is other machines' on this host.
+        # user nice system idle iowait irq softirq steal. steal: taken by other VMs on the host.
         ticks = [int(value) for value in _STAT.read_text().split("\n", 1)[0].split()[1:9]]
         busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
@@ -36,23 +36,24 @@ def read(beside: Sequence[int] = ()) -> Reading:
 
 
 def share_of_others(before: Reading, after: Reading, needed: int | None = None) -> float | None:
-    """The share of the machine's cores that other programs took between two readings, 0 to 1.
+    """The fraction of cores that other processes used between two readings, from 0 to 1.
 
-    needed: where this program keeps so many cores busy at most, the others may have all else, and
-        the share is that of these cores. Without: all that this process may use.
+    needed: the number of cores that this program keeps busy at most. Others may use the remaining
+        cores without harm, and the fraction refers to the needed ones. Default: all usable cores.
     """
-    found, wall = cores.find(), after.wall_s - before.wall_s
+    found, wall = cores.detect(), after.wall_s - before.wall_s
     if before.all_s is None or after.all_s is None or not found.machine or wall <= 0:
         return None
-    needed = min(needed or found.machine, found.whole or found.machine)
+    needed = min(needed or found.machine, found.max_threads or found.machine)
     others = ((after.all_s - before.all_s) - (after.own_s - before.own_s)) / wall
     return min(1.0, max(0.0, (others - (found.machine - needed)) / needed))
 
 
-def _seconds_of(pid: int) -> float:
-    """CPU time of a process so far; 0 where it has ended, or the platform does not tell."""
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far; 0 if it has exited or the platform does not report it."""
     try:
-        # After the name, which may hold spaces: utime and stime are fields 14 and 15, see proc(5).
+        # Fields 14 and 15, utime and stime; counted from the end of the name, which may contain
+        # spaces. See proc(5).
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):

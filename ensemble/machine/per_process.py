@@ -1,4 +1,4 @@
-"""What cannot be inherited by a forked process, thread pools and locks, made anew in each."""
+"""Fork-safe singletons: thread pools and locks, recreated in each forked process."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ T = TypeVar("T")
 
 
 class PerProcess(Generic[T]):
-    """`holder()`: what `make()` gives, made once in this process, at its first use there.
+    """`holder()` returns the value of `make()`, called once per process, on first use.
 
-    A forked process inherits a pool's object and none of its threads, and a lock perhaps locked by
-    a thread that it has not: it forgets both, and its own first use calls `make` again. Threads
-    that use it first at once wait for one of them to make it; what `make` raises reaches the
-    caller, and the next use tries again.
+    A forked process inherits a pool object without its threads, and a lock that a thread which was
+    not inherited may hold. So the value and the lock are reset in the child, and its first use
+    calls `make` again. Threads that race for the first use wait for one of them to call `make`; an
+    exception of `make` propagates to that caller, and the next use retries.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
-        self._made: tuple[T] | None = None
+        self._value: tuple[T] | None = None
         self._lock = threading.Lock()
         _HOLDERS.add(self)
 
     def __call__(self) -> T:
-        made = self._made  # read once: a tuple is put there whole
-        if made is None:
+        value = self._value  # read once; the assignment of a tuple is atomic
+        if value is None:
             with self._lock:
-                made = self._made
-                if made is None:
-                    made = self._made = (self._make(),)
-        return made[0]
+                value = self._value
+                if value is None:
+                    value = self._value = (self._make(),)
+        return value[0]
 
-    def _forget(self) -> None:
-        self._made, self._lock = None, threading.Lock()
+    def _reset(self) -> None:
+        self._value, self._lock = None, threading.Lock()
 
 
 _HOLDERS: WeakSet[PerProcess[Any]] = WeakSet()
 
 
-def _forget_all() -> None:
-    """In a forked process, where the thread that forked is the only one: nobody else looks."""
+def _reset_all() -> None:
+    """Runs in the forked child, whose only thread is the one that forked: no locking needed."""
     for holder in list(_HOLDERS):
-        holder._forget()
+        holder._reset()
 
 
-if hasattr(os, "register_at_fork"):  # elsewhere there is no fork
-    os.register_at_fork(after_in_child=_forget_all)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_reset_all)
 
 
 @cache
-def compute_alone_in_forks() -> None:
-    """From now on torch computes on one thread in a process that is forked from this one.
+def use_one_thread_after_fork() -> None:
+    """Set torch to one thread in every process that is forked from this one.
 
-    GNU OpenMP believes there that it still has the threads of the thread that forked, and waits for
-    them for ever (pytorch/pytorch#17199): so does every larger operation of torch's own. torch does
-    the same in the workers of a DataLoader. Threads that the process starts may ask for more.
+    After a fork GNU OpenMP waits forever for the parent's worker threads, and so does every larger
+    torch operation (pytorch/pytorch#17199). torch does the same in DataLoader workers. Threads
+    that the child starts may set a larger number.
     """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))

@@ -14,12 +14,12 @@ def states(device: torch.device) -> tuple[object, ...]:
     The generators are shared by all threads of the process.
     """
     numpy = np.random.get_state(legacy=False)["state"]
-    return random.getstate(), numpy["key"].tobytes(), numpy["pos"], *of_torch(device)
+    return random.getstate(), numpy["key"].tobytes(), numpy["pos"], *torch_states(device)
 
 
-def of_torch(device: torch.device) -> tuple[object, ...]:
-    """The states of torch's generators alone: vmap draws from them once per model."""
-    own = [torch.random.get_rng_state()]
+def torch_states(device: torch.device) -> tuple[object, ...]:
+    """The states of torch's generators only: vmap draws from them once per model."""
+    states = [torch.random.get_rng_state()]
     if device.type != "cpu" and torch.accelerator.is_available():
-        own.append(torch.get_device_module(device).get_rng_state(device))
-    return tuple(state.numpy().tobytes() for state in own)
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return tuple(state.numpy().tobytes() for state in states)

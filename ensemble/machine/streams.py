@@ -1,5 +1,5 @@
-"""Standard streams that can be written to, whatever a service manager or a shell has made of them.
-Imports no torch."""
+"""Make the standard streams writable when a service manager or a shell has closed them. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ensemble.errors import InputError
 
 
 def prepare() -> None:
-    """Open what is closed, to nowhere, and print letters that a stream's encoding lacks as others.
+    """Open closed standard streams on /dev/null, and escape characters that they cannot encode.
 
-    A closed descriptor is taken at once, or the next file that is opened would have the number of
-    standard output, and get what is printed.
+    Otherwise the next file opened would reuse the descriptor of standard output and receive the
+    program's output.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -33,12 +33,12 @@ def prepare() -> None:
 
 
 @contextmanager
-def written() -> Iterator[None]:
-    """What is printed within has reached standard output at the end.
+def flush_on_exit() -> Iterator[None]:
+    """Flush standard output at the end of the context.
 
     Raises:
-        InputError: it cannot be written to: a full disk, a terminal that is gone.
-        BrokenPipeError: who reads it has read enough.
+        InputError: standard output is not writable: disk full, terminal closed.
+        BrokenPipeError: the reader has closed the pipe.
     """
     try:
         yield
@@ -48,19 +48,19 @@ def written() -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise InputError(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
-        if isinstance(error, FileNotFoundError):  # os.getcwd: of nothing else on the way
-            raise InputError("the working folder is gone") from error
+        if isinstance(error, FileNotFoundError):  # only os.getcwd raises it without a file name
+            raise InputError("the working directory no longer exists") from error
         discard()
-        raise InputError(f"standard output cannot be written: {error.strerror}") from error
+        raise InputError(f"standard output is not writable: {error.strerror}") from error
 
 
 def discard() -> None:
-    """From here on what is printed goes nowhere."""
+    """Redirect standard output to /dev/null."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def leave_terminal() -> None:
-    """Print nowhere where the terminal is gone."""
+def discard_without_terminal() -> None:
+    """Redirect standard output and error to /dev/null if their terminal was closed."""
     for number in (1, 2):
         try:
             os.write(number, b"")

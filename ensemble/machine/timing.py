@@ -1,17 +1,16 @@
-"""Time functions against each other in interleaved rounds. Knows nothing of models.
+"""Time functions against each other in interleaved rounds. Independent of models.
 
-The calls of a round run in an order drawn anew, always the same for the same number of
-functions: a drift of the machine's speed, and whatever being second costs, then fall on all
-alike. Drawn and not alternating, because a period of two locks in with what the allocator and
-the caches repeat: two identical loops, alternated, differed by 2.2 % from process to process
-(deviation of the median ratio of 20 rounds), drawn by 0.9 %.
+Each round calls all functions in a random order from a fixed seed, so that drift of the clock
+frequency and order effects affect all functions equally. Random, not alternating: a period of two
+synchronizes with periodic allocator and cache states. The median ratio of two identical loops over
+20 rounds had a between-process standard deviation of 2.2 % when alternated, 0.9 % when randomized.
 
-Before each timed call the same function runs untimed for at least `SETTLE_S`, so that it meets
-the state that its own kind leaves, as it does when serving: OpenMP's threads spin for some 5 ms
-after the last parallel loop, and slowed a strategy with threads of its own from 46 to 54 ms
-(N=4) when the loop had run just before it. A function that takes `LONG_S` or more rests for
-`SETTLE_S` instead: the threads then sleep, and what the caches lack is little beside its time
-(16 ResNet-18: within 1 % for three strategies, 4 % for the loop, of the time after a call).
+Before each timed call the same function runs untimed for at least `SETTLE_S`, to reach its own
+steady state as in serving: OpenMP worker threads spin for about 5 ms after a parallel loop, which
+slowed a strategy with its own thread pool from 46 to 54 ms (N=4) when the loop had run just before.
+A function that takes `LONG_S` or more is preceded by a sleep of `SETTLE_S` instead: the worker
+threads go to sleep, and the cache misses are negligible relative to its run time (16 ResNet-18:
+within 1 % of the warm time for three strategies, 4 % for the loop).
 """
 
 import random
@@ -24,13 +23,13 @@ from ensemble.machine import memory
 
 Clock = Callable[[], float]
 
-SETTLE_S = 0.01  # twice as long as the threads of libgomp spin here before they sleep
+SETTLE_S = 0.01  # twice the time that libgomp threads spin before they sleep
 LONG_S = 0.2
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call: its seconds, and the page faults that it took (None where not counted)."""
+    """One timed call: its seconds and page faults (None where the platform does not count them)."""
 
     seconds: float
     page_faults: int | None
@@ -45,7 +44,7 @@ def time_call(
 ) -> Sample:
     """Time one call, from an idle device to an idle device.
 
-    Left out: the wait for work queued before, counting page faults, and freeing the result.
+    Excludes waiting for previously queued work, counting page faults, and freeing the result.
     """
     synchronize()
     faults_before = page_faults()
@@ -72,23 +71,22 @@ def interleaved(
     sleep: Callable[[float], None] = time.sleep,
     page_faults: Callable[[], int | None] = memory.page_faults,
 ) -> Iterator[tuple[Sample, ...]]:
-    """Yield rounds; in each, every function is timed once, in a drawn order; see the module.
+    """Yield rounds of samples; each round times every function once, in random order.
 
-    A round's samples stand in the order of `functions`.
-    Every function first runs `warmup` times, untimed. Ends after at least `min_rounds` rounds and
-    `min_seconds` seconds. Before each call of a function its `ready` is called, where there are
-    any, and is not timed.
+    The samples of a round are in the order of `functions`. Every function first runs `warmup`
+    untimed calls. Stops after at least `min_rounds` rounds and `min_seconds` seconds. `ready`, if
+    given, has a callback per function that runs untimed before each of its calls.
     """
     before = ready or [lambda: None for _ in functions]
-    untimed = [partial(_one_after_another, *both) for both in zip(before, functions, strict=True)]
+    untimed = [partial(_call_both, *both) for both in zip(before, functions, strict=True)]
     for call in untimed:
         for _ in range(warmup):
             call()
     timed = partial(time_call, synchronize=synchronize, clock=clock, page_faults=page_faults)
     begin, rounds, last = clock(), 0, dict[int, float]()
-    order, draw = list(range(len(functions))), random.Random(0)
+    order, generator = list(range(len(functions))), random.Random(0)
     while rounds < min_rounds or clock() - begin < min_seconds:
-        draw.shuffle(order)
+        generator.shuffle(order)
         samples = {}
         for index in order:
             if last.get(index, 0.0) >= LONG_S:
@@ -102,16 +100,16 @@ def interleaved(
         rounds += 1
 
 
-def _one_after_another(first: Callable[[], object], second: Callable[[], object]) -> None:
+def _call_both(first: Callable[[], object], second: Callable[[], object]) -> None:
     first()
     second()
 
 
 def _settle(function: Callable[[], object], synchronize: Callable[[], None], clock: Clock) -> None:
-    """Call a function, untimed, until `SETTLE_S` are over."""
-    settled = clock() + SETTLE_S
+    """Call a function untimed for at least `SETTLE_S` seconds."""
+    deadline = clock() + SETTLE_S
     while True:
         function()
         synchronize()
-        if clock() >= settled:
+        if clock() >= deadline:
             return

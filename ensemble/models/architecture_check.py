@@ -1,4 +1,4 @@
-"""Are models alike in what no tensor shows? What runs one model's code for all must know."""
+"""Compare the non-tensor state of models: one model's code may run for all only if it is equal."""
 
 from __future__ import annotations
 
@@ -13,43 +13,42 @@ from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, range, slice)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_OF_EVERY_MODULE = vars(nn.Module()).keys() - set(_HOOKS)
-_LONGEST = 60  # characters of a value in a message
+_MODULE_ATTRIBUTES = vars(nn.Module()).keys() - set(_HOOKS)  # of every module
+_MAX_REPR = 60  # characters
 CLASS = "__class__"
-# Of a class's attributes, those that say where it stands and not what it does.
-_OF_EVERY_CLASS = {
+# Class attributes that do not affect behavior.
+_IGNORED_CLASS_ATTRIBUTES = {
     *("__dict__", "__weakref__", "__doc__", "__module__", "__firstlineno__"),
-    "__slotnames__",  # copy.copy keeps it there
+    "__slotnames__",  # a cache of copy.copy
 }
 
 
-def described(model: nn.Module) -> dict[str, object]:
-    """The class, attributes and hooks of each submodule: equal for models that differ in values
-    alone.
+def fingerprint(model: nn.Module) -> dict[str, object]:
+    """The class, attributes and hooks of each submodule, by qualified name: equal for models that
+    differ only in the values of their tensors.
 
-    Compared by value: numbers, texts, containers, tensors that are no parameters or buffers, code
-    of functions, and other objects by their class and attributes. Parameters, buffers and the tree
-    of submodules are left to the caller.
+    Numbers, strings, containers, unregistered tensors and function code are compared by value,
+    other objects by class and attributes. Parameters, buffers and the module tree are not included.
     """
     registered = {id(part): ("registered", name) for name, part in _registered(model)}
     found = {}
     for path, module in model.named_modules():
-        written = {_written_by(hook) for hook in module._forward_pre_hooks.values()}
-        found[f"{path}.{CLASS}" if path else CLASS] = _described(type(module), registered, {})
-        for name in vars(module).keys() - _OF_EVERY_MODULE - written:
+        recomputed = {_recomputed_by(hook) for hook in module._forward_pre_hooks.values()}
+        found[f"{path}.{CLASS}" if path else CLASS] = _normalized(type(module), registered, {})
+        for name in vars(module).keys() - _MODULE_ATTRIBUTES - recomputed:
             value = vars(module)[name]
             if name in _HOOKS:
-                value = list(value.values())  # their keys count all hooks of the process
-            found[f"{path}.{name}" if path else name] = _described(value, registered, {})
+                value = list(value.values())  # the keys are process-wide counters
+            found[f"{path}.{name}" if path else name] = _normalized(value, registered, {})
     return found
 
 
-def value(model: nn.Module, name: str) -> str:
-    """What `described` names `name`, for a message."""
+def attribute_repr(model: nn.Module, name: str) -> str:
+    """The shortened `repr` of the attribute under a key of `fingerprint`, for messages."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     text = " ".join(repr(vars(module).get(leaf) if leaf != CLASS else type(module)).split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return text if len(text) <= _MAX_REPR else f"{text[: _MAX_REPR - 3]}..."
 
 
 def _registered(root: nn.Module) -> Iterator[tuple[str, object]]:
@@ -58,35 +57,37 @@ def _registered(root: nn.Module) -> Iterator[tuple[str, object]]:
     yield from root.named_buffers()
 
 
-def _written_by(hook: object) -> object:
-    """The tensor that torch's own hooks form of parameters at each call: it is not state.
-
-    `weight_norm`, `spectral_norm`, and `prune`.
-    """
+def _recomputed_by(hook: object) -> object:
+    """The tensor that a hook of torch (`weight_norm`, `spectral_norm`, `prune`) recomputes from
+    parameters in each call: it is not state."""
     return getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
 
 
-def _described(
+def _normalized(
     value: Any, registered: Mapping[int, object], seen: dict[int, tuple[int, object]]
 ) -> object:
-    """Something that is equal for two values where these do the same."""
+    """A representation that compares equal for values with the same behavior."""
     if id(value) in registered:
         return registered[id(value)]
     if value is None or isinstance(value, _PLAIN):
-        return type(value).__name__, repr(value)  # NaN is then equal to itself, and 1 not to True
+        return type(value).__name__, repr(value)  # so that NaN == NaN, and 1 != True
     if id(value) in seen:
         return "seen", seen[id(value)][0]
-    seen[id(value)] = len(seen), value  # kept: its id is then no other's
+    seen[id(value)] = len(seen), value  # kept alive, so that its id is not reused
 
     def of(*parts: object) -> list[object]:
-        return [_described(part, registered, seen) for part in parts]
+        return [_normalized(part, registered, seen) for part in parts]
 
     if isinstance(value, Tensor):
         return "tensor", str(value.dtype), tuple(value.shape), _bytes(value)
     if isinstance(value, type):
         if _is_importable(value):
             return "class", value.__module__, value.__qualname__
-        parts = {name: part for name, part in vars(value).items() if name not in _OF_EVERY_CLASS}
+        parts = {
+            name: part
+            for name, part in vars(value).items()
+            if name not in _IGNORED_CLASS_ATTRIBUTES
+        }
         return ["class", value.__qualname__, *of(*value.__bases__, parts)]
     if isinstance(value, Mapping):
         items = (of(key, item) for key, item in value.items())
@@ -112,7 +113,7 @@ def _described(
 
 
 def _is_importable(kind: type) -> bool:
-    """Is a class the one of its name, and not one of several that a function has made?"""
+    """Whether the qualified name resolves to this class, rather than being local to a function."""
     found: Any = sys.modules.get(kind.__module__)
     for name in kind.__qualname__.split("."):
         found = getattr(found, name, None)
@@ -120,7 +121,7 @@ def _is_importable(kind: type) -> bool:
 
 
 def _attributes(value: object) -> dict[str, object]:
-    """By name, those in slots too."""
+    """The attributes by name, including slots."""
     found = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())
@@ -131,18 +132,18 @@ def _attributes(value: object) -> dict[str, object]:
 
 
 def _of_subclass(value: object) -> list[dict[str, object]]:
-    """The attributes of a container, where it has any."""
+    """The attributes of an instance of a container subclass, if it has any."""
     return [found] if (found := _attributes(value)) else []
 
 
 def _reduced(value: object) -> Iterator[object]:
-    """What `pickle` would write of a value, an array or a decimal number say; of what it cannot
-    write, as a lock, nothing: then only the class is known."""
+    """The parts that `pickle` would write of an array or a Decimal; nothing for objects that it
+    does not support, such as locks, which are compared by class only."""
     try:
         parts = value.__reduce_ex__(4)
     except Exception:
         return
-    for part in [parts] if isinstance(parts, str) else parts:  # a built-in function has a name
+    for part in [parts] if isinstance(parts, str) else parts:  # a str for built-in functions
         yield list(part) if isinstance(part, Iterator) else part
 
 

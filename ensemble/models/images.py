@@ -1,4 +1,4 @@
-"""Image file -> normalised float tensor, as torchvision's ImageClassification preset does it."""
+"""Image file -> normalized float tensor, by torchvision's ImageClassification preset."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from ensemble.machine import memory
 from ensemble.models import file_formats
 from ensemble.models.vision import torchvision
 
-# A sliver of an image becomes huge when its short side is resized, as any does at a huge size.
+# Resizing the shorter side makes an image of extreme aspect ratio huge, as a large size does any.
 _MAX_RESIZED_PIXELS = 100_000_000
 _TO_UPRIGHT: dict[object, Image.Transpose] = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,15 +29,16 @@ _TO_UPRIGHT: dict[object, Image.Transpose] = {  # by EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow logs some errors before it raises them; without a handler they come out on stderr.
+# Pillow logs some errors before raising them; without a handler they are printed to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image at `path` in RGB, upright (its EXIF orientation obeyed), fully decoded.
+    """The image at `path` in RGB, fully decoded, with its EXIF orientation applied.
 
     Raises:
-        InputError: not there, not an image, truncated, or a decompression bomb.
+        InputError: the file does not exist, is not an image, is corrupted, or is a decompression
+            bomb.
     """
     path = Path(path)
     head = files.first_bytes(path, kind="an image file", count=file_formats.HEAD_BYTES)
@@ -46,7 +47,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                if image.format == "EPS":  # Pillow would have Ghostscript run its program
+                if image.format == "EPS":  # Pillow would execute it with Ghostscript
                     raise UnidentifiedImageError("EPS")
                 with _no_stderr() if image.format == "TIFF" else nullcontext():
                     image.load()
@@ -55,32 +56,33 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
                 return _to_rgb(_upright(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         most = Image.MAX_IMAGE_PIXELS
-        message = f"{path}: expected at most {most} pixels, found a decompression bomb ({error})"
+        message = f"{path}: expected at most {most} pixels, got a decompression bomb ({error})"
         raise InputError(message) from error
     except UnidentifiedImageError as error:
         if kind := file_formats.image(head):
-            message = f"{path}: expected a whole image file, found a damaged {kind} file"
+            message = f"{path}: expected a valid image file, got a corrupted {kind} file"
             raise InputError(message) from error
-        other = "another kind of file: convert it to JPEG or PNG"
-        found = file_formats.foreign(head, wanted="image")
-        found = found or ("a text file" if file_formats.is_text(head) else other)
-        raise InputError(f"{path}: expected an image file, found {found}") from error
-    except Exception as error:  # of a damaged file Pillow's many decoders raise any kind
+        unknown = "an unknown format; convert it to JPEG or PNG"
+        found = file_formats.identify(head, wanted="image")
+        found = found or ("a text file" if file_formats.is_text(head) else unknown)
+        raise InputError(f"{path}: expected an image file, got {found}") from error
+    except Exception as error:  # Pillow's decoders raise any type for corrupted files
         reason = first_line(error)
-        message = f"{path}: expected a whole image file, found a damaged one ({reason})"
+        message = f"{path}: expected a valid image file, got a corrupted one ({reason})"
         raise InputError(message) from error
 
 
 def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
-    """An RGB image as the `(3, image_size, image_size)` float32 tensor that the models expect.
+    """An RGB image as the `(3, image_size, image_size)` float32 input of the models.
 
-    Shorter side to round(image_size * 256 / 224), centre crop, ImageNet mean and deviation.
+    Resizes the shorter side to round(image_size * 256 / 224), crops the center, and normalizes by
+    ImageNet's mean and standard deviation.
 
     Raises:
-        InputError: the resized image would be too large: a sliver, or a huge `image_size`.
+        InputError: the resized image would be too large, by its aspect ratio or by `image_size`.
     """
     check_size(image, image_size=image_size)
-    # The partial of the enum is torchvision's public name for its ImageClassification preset.
+    # torchvision has no other public name for its ImageClassification preset.
     preset: Callable[[Image.Image], Tensor] = (
         torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms(
             crop_size=image_size, resize_size=_shorter_side(image_size)
@@ -96,39 +98,39 @@ def check_size(image: Image.Image, *, image_size: int) -> None:
     if shorter * longer > _MAX_RESIZED_PIXELS:
         raise InputError(
             f"expected at most {_MAX_RESIZED_PIXELS:,} pixels after resizing the"
-            f" shorter side to {shorter}, found an image of {image.size[0]} x {image.size[1]}",
+            f" shorter side to {shorter}, got an image of {image.size[0]} x {image.size[1]}",
             argument="image_size",
         )
 
 
 class AugmentedImages:
-    """px -> `(count, 3, px, px)` float32 on a device: see `augmented`. Each size is made once."""
+    """px -> `(count, 3, px, px)` float32 on a device, cached by size; see `augmented`."""
 
     def __init__(self, image: Image.Image, count: int, *, seed: int, device: torch.device) -> None:
         self._image, self._count, self._seed, self._device = image, count, seed, device
-        self._made: dict[int, Tensor] = {}
+        self._cache: dict[int, Tensor] = {}
 
     def __call__(self, px: int) -> Tensor:
-        if px not in self._made:
-            made = augmented(self._image, self._count, image_size=px, seed=self._seed)
-            self._made[px] = made.to(self._device)
-        return self._made[px]
+        if px not in self._cache:
+            images = augmented(self._image, self._count, image_size=px, seed=self._seed)
+            self._cache[px] = images.to(self._device)
+        return self._cache[px]
 
 
 def augmented(image: Image.Image, count: int, *, image_size: int, seed: int) -> Tensor:
-    """`(count, 3, image_size, image_size)`: the plain image, then it, augmented differently.
+    """`(count, 3, image_size, image_size)`: the image itself, then random augmentations of it.
 
-    Image k depends on `seed` and k alone, so a larger batch begins with the smaller one.
+    Image k depends only on `seed` and k, so a smaller batch is a prefix of a larger one.
 
     Raises:
-        InputError: more images than memory holds.
+        InputError: the images do not fit in memory.
     """
     plain = preprocess(image, image_size=image_size)
     needed, free = count * plain.nbytes, memory.available_bytes(torch.device("cpu"))
     if free is not None and needed > free:
         raise InputError(
-            f"{count} images of {image_size} px need {needed / 1e9:.1f} GB,"
-            f" {free / 1e9:.1f} GB are free: at most {free // plain.nbytes} fit",
+            f"{count} images of {image_size} px require {needed / 1e9:.1f} GB,"
+            f" {free / 1e9:.1f} GB available; at most {free // plain.nbytes} fit",
             argument="batch_size",
         )
     augment = torchvision.transforms.Compose(
@@ -148,7 +150,7 @@ def augmented(image: Image.Image, count: int, *, image_size: int, seed: int) -> 
 
 
 def labels(num_classes: int) -> list[str] | None:
-    """ImageNet's class names where there are as many classes, else None."""
+    """ImageNet's class names if `num_classes` is theirs, else None."""
     names = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
     return names if len(names) == num_classes else None
 
@@ -159,36 +161,36 @@ def _shorter_side(image_size: int) -> int:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """libtiff prints there itself what Pillow then raises as an error without a reason."""
+    """Silence libtiff, which prints its errors to file descriptor 2."""
     try:
-        kept = os.dup(2)
-    except OSError:  # it is closed
+        saved = os.dup(2)
+    except OSError:  # closed
         yield
         return
     try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation asks for; one that cannot be read is ignored.
+    """The image with its EXIF orientation applied; an invalid orientation is ignored.
 
-    ImageOps.exif_transpose also writes the other tags again, and fails on any that is damaged.
+    ImageOps.exif_transpose also rewrites the other tags, and fails if any of them is invalid.
     """
     try:
         method = _TO_UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # of damaged EXIF data Pillow raises any kind
+    except Exception:  # Pillow raises any type for invalid EXIF data
         method = None
     return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; RGB conversion would clip it to its lowest byte
+    if image.mode.startswith("I"):  # 16-bit gray, which the conversion to RGB would clip to 8 bits
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.mode == "F":
-        raise ValueError("its pixels are floating, without a range that is known")
+        raise ValueError("floating-point pixels of unknown range")
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""The meta device without `torch._dynamo`, which torch imports for what it does there in Python."""
+"""Operations on the meta device without importing `torch._dynamo`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class ByShape(TorchFunctionMode):
-    """Within, meta tensors are stacked and made alike by their shapes, and no random numbers are
-    drawn for them.
+class MetaWithoutDynamo(TorchFunctionMode):
+    """Compute `stack` and `empty_like` of meta tensors from their shapes, and skip random
+    initialization.
 
-    The results are those of torch, which would import `torch._dynamo` or sympy, in a second.
+    The results are those of torch, whose Python meta kernels import `torch._dynamo` or sympy, which
+    takes a second.
     """
 
     def __torch_function__(

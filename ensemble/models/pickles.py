@@ -1,8 +1,8 @@
-"""Files of torch.save: tensors and plain data, nothing that a pickle asks for is executed.
+"""Read files of torch.save: tensors and plain data only, no code is executed.
 
-Training scripts save more than weights: their options, the history, the best accuracy so far. None
-of it is wanted here, so a type of plain data is not allowed itself: in its place the pickle gets a
-class that takes whatever it is given and keeps nothing. No allowed name leads to code of its own.
+Training scripts save options, history and metrics along with the weights. These are not needed, so
+the allow list maps each type of plain data to a placeholder class that accepts any arguments and
+discards them. No name on the allow list resolves to the code of that type.
 """
 
 import re
@@ -24,90 +24,91 @@ from ensemble.models import plain_data
 
 Allowed = Callable[..., Any] | tuple[Callable[..., Any], str]
 
-_REFUSED = re.compile(r"nsupported (?:global: )?GLOBAL ([\w.]+) w")  # torch.load's words
-_OPERAND = re.compile(r"Unsupported operand (\d+)")
-_LATER_OPERANDS = {66, 67, *range(138, 152)}  # of pickle's protocols 3 to 5; torch reads 2
-_SAVE_WEIGHTS = "save the weights alone, torch.save(model.state_dict(), PATH)"
+_REJECTED = re.compile(r"nsupported (?:global: )?GLOBAL ([\w.]+) w")  # messages of torch.load
+_OPCODE = re.compile(r"Unsupported operand (\d+)")
+_LATER_OPCODES = {66, 67, *range(138, 152)}  # of pickle protocols 3 to 5
+_SAVE_WEIGHTS = "save only the weights, torch.save(model.state_dict(), PATH)"
 
 
-class _Inert:
-    """Stands in for a type of plain data: takes what the pickle gives it and keeps nothing."""
+class _Object:
+    """Placeholder for a data type: accepts any arguments and discards them."""
 
-    def __new__(cls, *args: object) -> "_Inert":
+    def __new__(cls, *args: object) -> "_Object":
         return super().__new__(cls)
 
     def __init__(self, *args: object) -> None:
-        """Whatever it is given, it is dropped."""
+        """Discard the arguments."""
 
     def __setstate__(self, state: object) -> None:
-        """Whatever it is given, it is dropped."""
+        """Discard the state."""
 
 
 class _List:
-    """Stands in for what the pickle appends to: it gets a list."""
+    """Placeholder for a type that the pickle appends to: constructs a list."""
 
     def __new__(cls, *args: object) -> list[object]:  # type: ignore[misc]
         return []
 
 
 class _Dict:
-    """Stands in for a dict with more to it: what the pickle gets and fills is an OrderedDict."""
+    """Placeholder for a dict subclass: constructs an OrderedDict."""
 
     def __new__(cls, *args: object) -> OrderedDict[object, object]:  # type: ignore[misc]
         return OrderedDict()
 
 
-def _stand_in(base: type, name: str) -> Allowed:
-    """What `torch.serialization.safe_globals` takes: a class to use in place of one by its name."""
+def _placeholder(base: type, name: str) -> Allowed:
+    """An entry of `torch.serialization.safe_globals`: a class to use for the global `name`."""
     last = name.rpartition(".")[2]
-    return type(plain_data.CALLED.get(last, last), (base,), {}), name
+    return type(plain_data.DISPLAY_NAMES.get(last, last), (base,), {}), name
 
 
-_ALLOWED = [
-    *(_stand_in(_List, name) for name in plain_data.LISTS),
-    *(_stand_in(_Dict, name) for name in plain_data.DICTS),
-    *(_stand_in(_Inert, name) for name in plain_data.OBJECTS),
+_ALLOW_LIST = [
+    *(_placeholder(_List, name) for name in plain_data.LIST_TYPES),
+    *(_placeholder(_Dict, name) for name in plain_data.DICT_TYPES),
+    *(_placeholder(_Object, name) for name in plain_data.OBJECT_TYPES),
 ]
 
 
 def read(path: Path) -> object:
-    """What torch.save wrote, on the CPU, plain data replaced by stand-ins.
+    """The content of a file of torch.save, on the CPU, with placeholders for plain data.
 
     Raises:
-        InputError: damaged, another format, or a pickle that asks for more than plain data.
+        InputError: the file is corrupted or of another format, or its pickle references globals
+            that are not on the allow list.
     """
     try:
         return _load(path)
     except UnpicklingError as error:
-        found = _refusal(str(error))
-        raise InputError(f"{path}: expected a state dict of tensors, found {found}") from error
-    except Exception as error:  # torch.load raises what its many readers do
-        reason = first_line(error).partition(". ")[0]  # it goes on about what may have happened
+        found = _diagnosis(str(error))
+        raise InputError(f"{path}: expected a state dict of tensors, got {found}") from error
+    except Exception as error:  # the readers in torch.load raise various types
+        reason = first_line(error).partition(". ")[0]  # without torch's advice
         raise InputError(
-            f"{path}: expected a checkpoint, found a truncated or damaged file"
-            f" ({reason}): download or copy it again"
+            f"{path}: expected a checkpoint, got a truncated or corrupted file"
+            f" ({reason}); download or copy it again"
         ) from error
 
 
 def _load(path: Path) -> object:
-    """torch.load, which names one type that it refuses at a time."""
-    allowed, names = [*_ALLOWED], set[str]()
+    """torch.load, retried with each plain data type that it rejects added to the allow list."""
+    allowed, names = [*_ALLOW_LIST], set[str]()
     while True:
         try:
             with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
-                warnings.simplefilter("ignore")  # of archives that are refused a line further on
-                with path.open("rb") as file:  # by its path torch goes by the name's suffix
+                warnings.simplefilter("ignore")  # of torch.load, before it rejects an archive
+                with path.open("rb") as file:  # given a path, torch dispatches on its suffix
                     return torch.load(file, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
-            refused = _REFUSED.search(str(error))
-            if not refused or refused[1] in names or not _is_plain_data(refused[1]):
+            rejected = _REJECTED.search(str(error))
+            if not rejected or rejected[1] in names or not _is_plain_data(rejected[1]):
                 raise
-            names.add(refused[1])
-            allowed.append(_stand_in(_Inert, refused[1]))
+            names.add(rejected[1])
+            allowed.append(_placeholder(_Object, rejected[1]))
 
 
 def _is_plain_data(name: str) -> bool:
-    """Whether a name is, in a module that is loaded anyhow, a class of plain data. Imports none."""
+    """Whether `name` is a data class, enum or the like of an already imported module."""
     module, _, attribute = name.rpartition(".")
     found = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
     if not isinstance(found, type):
@@ -118,19 +119,19 @@ def _is_plain_data(name: str) -> bool:
     return issubclass(found, Enum | Namespace) or is_dataclass(found) or is_named_tuple
 
 
-def _refusal(message: str) -> str:
-    """What an error of torch.load says that a file is, and what to do."""
-    refused = _REFUSED.search(message)
-    if refused or "unrecognized function" in message or "Can only" in message:
-        asked = refused[1] if refused else "a call"
+def _diagnosis(message: str) -> str:
+    """The kind of file, and advice, by the message of torch.load."""
+    rejected = _REJECTED.search(message)
+    if rejected or "unrecognized function" in message or "Can only" in message:
+        reference = rejected[1] if rejected else "a function call"
         return (
-            f"a pickle that asks for {asked} (a whole module, a class of the script that wrote"
-            f" it, or code to run): where it was written, {_SAVE_WEIGHTS}"
+            f"a pickle that references {reference} (a whole module, a class of the training script,"
+            f" or code to execute); in the script that wrote it, {_SAVE_WEIGHTS}"
         )
-    operand = _OPERAND.search(message)
-    if operand and int(operand[1]) in _LATER_OPERANDS:
+    opcode = _OPCODE.search(message)
+    if opcode and int(opcode[1]) in _LATER_OPCODES:
         return (
-            "a pickle of a later protocol than torch.save's own: where it was written, save it"
-            " without pickle_protocol"
+            "a pickle of protocol 3 or later, which torch.load(weights_only=True) does not"
+            " support; save it without pickle_protocol"
         )
-    return "another format, or a damaged file: download or copy it again"
+    return "an unknown format or a corrupted file; download or copy it again"

@@ -1,12 +1,12 @@
-"""The names of types that training scripts save beside weights: data, no code."""
+"""Allow list of the data types that training scripts save along with the weights."""
 
 import numpy
 
-# module -> its types; some are functions by which a type is rebuilt.
+# module -> types, or functions that reconstruct them.
 _TYPES = {
     "argparse": "Namespace",
     "array": "array",
-    # By getattr some enums name a member: its stand-in looks nothing up.
+    # getattr: some enum members are pickled by it; the placeholder does not look anything up.
     "builtins": "Ellipsis NotImplemented bool bytes dict float frozenset getattr int list object"
     " range slice str tuple type",
     "collections": "ChainMap UserDict UserList",
@@ -32,20 +32,20 @@ _TYPES = {
     "numpy.random._pcg64": "PCG64",
     "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
     "numpy.random.bit_generator": "SeedSequence __pyx_unpickle_SeedSequence",
-    # What PyTorch Lightning, Hydra and OpenMMLab keep.
+    # Saved by PyTorch Lightning, Hydra and OpenMMLab.
     "mmengine.logging.history_buffer": "HistoryBuffer",
     "omegaconf.base": "ContainerMetadata Metadata",
     "omegaconf.dictconfig": "DictConfig",
     "omegaconf.listconfig": "ListConfig",
     "omegaconf.nodes": "AnyNode",
 }
-OBJECTS = (
+OBJECT_TYPES = (
     *(f"{module}.{name}" for module, names in _TYPES.items() for name in names.split()),
     *sorted({f"numpy.{scalar.__name__}" for scalar in numpy.sctypeDict.values()}),
     *(f"numpy.dtypes.{name}" for name in numpy.dtypes.__all__),
 )
-LISTS = ("collections.deque",)
-DICTS = (
+LIST_TYPES = ("collections.deque",)
+DICT_TYPES = (
     "collections.defaultdict",
     "easydict.EasyDict",
     "lightning.fabric.utilities.data.AttributeDict",
@@ -53,5 +53,5 @@ DICTS = (
     "pytorch_lightning.utilities.parsing.AttributeDict",
     "yacs.config.CfgNode",
 )
-# How a message calls what a function of these names has made.
-CALLED = {"_reconstruct": "numpy array", "scalar": "numpy number"}
+# Names for messages of the objects that these functions reconstruct.
+DISPLAY_NAMES = {"_reconstruct": "numpy array", "scalar": "numpy number"}

@@ -1,4 +1,4 @@
-"""torchvision's published ImageNet weights: their address, their file name, their download."""
+"""torchvision's published ImageNet weights: URL, file name, download."""
 
 import contextlib
 import re
@@ -19,26 +19,27 @@ from ensemble.models.checkpoints import State
 from ensemble.models.vision import torchvision
 
 DOWNLOAD_TIMEOUT_S = 10.0
-_HASH = re.compile(r"-([0-9a-f]{8,})\.")  # in file names, the beginning of the content's SHA-256
+_HASH = re.compile(r"-([0-9a-f]{8,})\.")  # SHA-256 prefix in a file name
 
 
 def published_url(arch: str) -> str:
-    """The address of torchvision's ImageNet weights for `arch`; it ends in the file's name."""
+    """The URL of torchvision's ImageNet weights for `arch`; it ends in the file name."""
     enum = torchvision.models.get_model_weights(arch)
     return str(getattr(enum, "IMAGENET1K_V1", enum.DEFAULT).url)
 
 
 def published_name(arch: str) -> str:
-    """The file name of torchvision's ImageNet weights for `arch`, `resnet18-f37072fd.pth` say."""
+    """The file name of torchvision's ImageNet weights for `arch`: `resnet18-f37072fd.pth`."""
     return Path(urlparse(published_url(arch)).path).name
 
 
 def download(arch: str) -> State:
-    """torchvision's ImageNet weights for `arch`, from its cache or its server, the hash checked.
+    """torchvision's ImageNet weights for `arch`, from the torch.hub cache or downloaded; downloads
+    are verified by their hash.
 
     Raises:
-        URLError: the server cannot be reached within `DOWNLOAD_TIMEOUT_S`, or does not have it.
-        InputError: what came, or what lies in the cache, is not the file that was expected.
+        URLError: the server does not respond within `DOWNLOAD_TIMEOUT_S`, or lacks the file.
+        InputError: the download has another hash, or the cached file is not a valid checkpoint.
     """
     url, name = published_url(arch), published_name(arch)
     cached = _cache(name)
@@ -47,28 +48,28 @@ def download(arch: str) -> State:
             _fetch(url, cached)
         return checkpoints.read(cached)
     try:
-        folder = tempfile.TemporaryDirectory(prefix="resnet_vmap_")
+        directory = tempfile.TemporaryDirectory(prefix="resnet_vmap_")
     except OSError as error:
-        raise URLError(f"no folder to download to: {reason(error)}") from error
-    with folder as path:
+        raise URLError(f"no directory to download to: {reason(error)}") from error
+    with directory as path:
         _fetch(url, Path(path) / name)
         return checkpoints.read(Path(path) / name)
 
 
 def _cache(name: str) -> Path | None:
-    """Where torch.hub keeps a file of this name; None where it cannot keep any: a home that is a
-    file, is missing or cannot be written, or that nobody knows of."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if str(folder).startswith("~"):  # expanduser found no home
+    """The path of a file in the torch.hub cache; None if the cache is not writable: the home
+    directory is unknown, missing, read-only, or a file."""
+    directory = Path(torch.hub.get_dir()) / "checkpoints"
+    if str(directory).startswith("~"):  # expanduser found no home
         return None
     try:
-        if (folder / name).exists():
-            return folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        if (directory / name).exists():
+            return directory / name
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError:
         return None
-    return folder / name
+    return directory / name
 
 
 def _fetch(url: str, target: Path) -> None:
@@ -81,16 +82,16 @@ def _fetch(url: str, target: Path) -> None:
         raise URLError(getattr(error, "reason", None) or str(error)) from error
     except OSError as error:
         raise InputError(
-            f"{target}: cannot be written: {reason(error)}; set TORCH_HOME to a folder that can,"
-            " or name a file by --model_path"
+            f"{target}: cannot be written: {reason(error)}; set TORCH_HOME to a writable directory,"
+            " or pass a file with --model_path"
         ) from error
-    except RuntimeError as error:  # another hash
+    except RuntimeError as error:  # hash mismatch
         raise InputError(f"{url}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """torch.hub opens its addresses without a timeout of its own, so set the process's default."""
+    """Set the default socket timeout of the process: torch.hub sets none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,8 +1,8 @@
-"""Does a model's code refer to the model itself, in a way that `copy.deepcopy` does not follow?
+"""Detect references from a model's functions to the model, which `copy.deepcopy` does not rebind.
 
-A function is never copied: a hook that is a closure over the model, or that writes into a dict that
-the model reads, goes on with the original's when it is called for a copy. The copy then computes
-with what the original holds, or with what it held at another call. So do weak references.
+Functions are not copied. In a copy of the model, a hook that is a closure over the model, or that
+writes to a dict which the model reads, still accesses the original's state. The same holds for weak
+references.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 from torch import nn
 
-# The last is of nn.LSTM and its like, which look whether their weights are still in one piece.
+# `_flat_weight_refs`: nn.RNNBase checks with it whether its flattened weights are up to date.
 _REGISTERED = ("_modules", "_parameters", "_buffers", "_flat_weight_refs")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType)
 
 
-def to_itself(model: nn.Module) -> str:
-    """The function, or weak reference, of `model` that refers to what a copy would have anew; empty
-    where there is none."""
+def find(model: nn.Module) -> str:
+    """The name of a function or weak reference of `model` that refers to an object which a copy of
+    the model would duplicate; empty if there is none."""
     functions: list[Any] = []
     owned: dict[int, object] = {}
     for module in model.modules():
@@ -33,16 +33,17 @@ def to_itself(model: nn.Module) -> str:
     for module in model.modules():
         for name, value in vars(module).items():
             if name not in _REGISTERED:
-                _own(value, owned, functions)
+                _collect(value, owned, functions)
     for function in functions:
-        if any(id(value) in owned for value in _referred(function, set())):
+        if any(id(value) in owned for value in _referents(function, set())):
             return getattr(function, "__qualname__", type(function).__name__)
     return ""
 
 
-def _own(value: Any, owned: dict[int, object], functions: list[Any]) -> None:
-    """Add what a copy has anew of `value` to `owned`, and what it shares of code to `functions`."""
-    kind = type(value)  # not isinstance, which asks the value: some answer with anything
+def _collect(value: Any, owned: dict[int, object], functions: list[Any]) -> None:
+    """Add the objects in `value` that a deep copy duplicates to `owned`, functions and weak
+    references, which it shares, to `functions`."""
+    kind = type(value)  # not isinstance, which proxies may override by `__class__`
     if issubclass(kind, _ATOMS) or id(value) in owned or _is_of_torch(kind):
         return
     if issubclass(kind, types.FunctionType | weakref.ReferenceType):
@@ -50,16 +51,16 @@ def _own(value: Any, owned: dict[int, object], functions: list[Any]) -> None:
         return
     if issubclass(kind, types.MethodType):
         functions.append(value.__func__)
-        _own(value.__self__, owned, functions)
+        _collect(value.__self__, owned, functions)
         return
-    if not issubclass(kind, tuple | frozenset):  # these are equal wherever they are
+    if not issubclass(kind, tuple | frozenset):  # immutable: sharing them is harmless
         owned[id(value)] = value
     for part in _parts(value):
-        _own(part, owned, functions)
+        _collect(part, owned, functions)
 
 
 def _is_of_torch(kind: type) -> bool:
-    """A graph, a generator, a tensor: nothing of the user's is in it."""
+    """Whether it is a class of torch (graph, generator, tensor) without user objects inside."""
     return kind.__module__.partition(".")[0] == "torch" and not issubclass(kind, nn.Module)
 
 
@@ -72,12 +73,12 @@ def _parts(value: Any) -> Iterator[object]:
         yield from value
     elif issubclass(kind, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
-    with contextlib.suppress(TypeError):  # of objects without a dict
+    with contextlib.suppress(TypeError):  # no __dict__
         yield from list(vars(value).values())
 
 
-def _referred(function: Any, seen: set[int]) -> Iterator[object]:
-    """What a function or a weak reference refers to, through the functions among it too."""
+def _referents(function: Any, seen: set[int]) -> Iterator[object]:
+    """The objects that a function or weak reference refers to, also through nested functions."""
     if id(function) in seen:
         return
     seen.add(id(function))
@@ -96,7 +97,7 @@ def _referred(function: Any, seen: set[int]) -> Iterator[object]:
             yield from _parts(value)
     for value in cells:
         if issubclass(type(value), types.FunctionType | weakref.ReferenceType):
-            yield from _referred(value, seen)
+            yield from _referents(value, seen)
 
 
 def _is_filled(cell: types.CellType) -> bool:

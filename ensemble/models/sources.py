@@ -1,4 +1,4 @@
-"""Where the models of a run come from: files, torchvision's published weights, or chance."""
+"""Load the models of a run: from files, torchvision's published weights, or random."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def load(
     say: Callable[[str], None],
     block: range | None = None,
 ) -> tuple[list[nn.Module], str]:
-    """N eval-mode float32 models in one stack, and where their weights come from in a few words.
+    """N eval-mode float32 models in one stack, and a short description of their source.
 
-    Of a `block`, a part of `range(num_models)`, only those models: no other file is read.
+    Without `paths`: the published file from the working directory, else its download, else random
+    weights, which `say` reports.
 
-    Without files: the published file where it lies in the working folder, else its download, else
-    random weights, which `say` is told of.
+    block: the part of `range(num_models)` to load; only its files are read. Default: all.
 
     Raises:
-        InputError: no such architecture, or files that are not usable.
+        InputError: unknown architecture, or invalid files.
     """
     weights.check_arch(arch)
     block = range(num_models) if block is None else block
@@ -53,7 +53,7 @@ def _published(
     num_models: int,
     say: Callable[[str], None],
 ) -> tuple[list[nn.Module], str]:
-    """The download, for all models alike; where there is none, random weights."""
+    """The downloaded weights for all models; if the download fails, random weights."""
     url = pretrained.published_url(arch)
     say(f"Loading resnet model from {url}")
     try:
@@ -61,8 +61,8 @@ def _published(
     except URLError as error:
         seeds = f"{seed} to {seed + num_models - 1}" if num_models > 1 else str(seed)
         say(
-            f"No {pretrained.published_name(arch)} here and no download ({error.reason}): using"
-            f" random weights, seeds {seeds}"
+            f"No {pretrained.published_name(arch)} in the working directory, and the download"
+            f" failed ({error.reason}): using random weights, seeds {seeds}"
         )
         say("The predicted class is meaningless, the timings are not")
         drawn = weights.random_models(len(block), arch=arch, device=device, seed=seed + block.start)

@@ -1,8 +1,8 @@
-"""N models -> one stacked state; where the models' own tensors are slices of it, held once.
+"""N models -> one stacked state, without copying where the models' tensors are slices of a stack.
 
 `functorch.combine_state_for_ensemble` and `torch.func.stack_module_state` both copy: for 16
-ResNet-18 they peak at 3.0 and 2.0 times the models' weights. `allocate` makes models that
-are slices from the start, and `stacked_state` hands their common memory out as it is.
+ResNet-18 their peak memory is 3.0 and 2.0 times the weights. `allocate` creates models whose
+tensors are slices of a stack, and `stacked_state` returns that stack.
 """
 
 import copy
@@ -17,13 +17,13 @@ from ensemble.models import architecture_check, self_references
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of `model` by its qualified name, detached (memory shared)."""
+    """Every parameter and buffer of `model` by qualified name, detached (aliases its memory)."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a tensor of `model` -> the name that `named_tensors` has it under."""
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a tensor of `model`, also of tied ones -> its name in `named_tensors`."""
     first = {
         id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())
     }
@@ -35,19 +35,20 @@ def first_names(model: nn.Module) -> dict[str, str]:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose tensors are on the meta device: its structure for no memory.
+    """A copy of `model` whose parameters and buffers are on the meta device: it has no memory.
 
-    Tensors that are plain attributes are constants, and keep their values. What cannot be copied,
-    a lock or a generator of random numbers, is shared.
+    Tensors in plain attributes are constants and keep their values. Attributes that cannot be
+    copied, such as locks and random generators, are shared.
 
     Raises:
-        UnavailableError: something deeper in the model cannot be copied.
+        UnavailableError: the model cannot be copied: it is a TorchScript module, one of its
+            functions refers to it, or a nested object does not support deepcopy.
     """
     memo: dict[int, object] = {}
     if isinstance(model, torch.jit.ScriptModule):
         raise UnavailableError("this model cannot be copied: it is a TorchScript module")
-    if function := self_references.to_itself(model):
-        raise UnavailableError(f"this model cannot be copied: {function} in it refers to the model")
+    if function := self_references.find(model):
+        raise UnavailableError(f"this model cannot be copied: {function} refers to the model")
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor):
@@ -56,7 +57,8 @@ def skeleton(model: nn.Module) -> nn.Module:
                 memo[id(value)] = value
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.layout != torch.strided:
-            raise UnavailableError(f"this model cannot be copied: a tensor has {tensor.layout}")
+            layout = tensor.layout
+            raise UnavailableError(f"this model cannot be copied: a tensor has layout {layout}")
         meta = tensor.detach().to("meta")  # empty_like imports sympy here
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
@@ -67,13 +69,14 @@ def skeleton(model: nn.Module) -> nn.Module:
         raise UnavailableError(f"this model cannot be copied: {reason}") from error
     own = {id(module) for module in model.modules()}
     shared = [type(module).__name__ for module in copied.modules() if id(module) in own]
-    if shared:  # by a __deepcopy__ of its own: to write into it would be to write into the model
-        raise UnavailableError(f"this model cannot be copied: its {shared[0]} gives itself")
+    if shared:  # a custom __deepcopy__: writing to the copy would modify the model
+        message = f"__deepcopy__ of {shared[0]} returns the original"
+        raise UnavailableError(f"this model cannot be copied: {message}")
     return copied
 
 
 def _is_copied(value: object) -> bool:
-    """Can `copy.deepcopy` copy an attribute of a module? Of modules and tensors it must."""
+    """Whether `copy.deepcopy` supports a module attribute; modules and tensors must be copied."""
     if value is None or isinstance(value, bool | int | float | str | nn.Module):
         return True
     if isinstance(value, dict) and any(isinstance(v, Tensor | nn.Module) for v in value.values()):
@@ -88,19 +91,19 @@ def _is_copied(value: object) -> bool:
 def allocate(
     template: nn.Module, num_models: int, *, device: torch.device, dtype: torch.dtype | None = None
 ) -> list[nn.Module]:
-    """N eval-mode models shaped like `template`, their tensors uninitialised slices of one stack.
+    """N eval-mode models like `template`, whose tensors are uninitialized slices of one stack.
 
-    Each floating tensor takes `dtype` where one is given. No model needs a gradient.
+    dtype: of floating-point tensors; default: the template's. No parameter requires grad.
     """
     models = [skeleton(template).eval() for _ in range(num_models)]
     parts: list[dict[str, Tensor]] = [{} for _ in models]
     for name, tensor in named_tensors(template).items():
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         stacked = torch.empty_strided(
             (num_models, *tensor.shape),
-            (tensor.numel(), *tensor.stride()),  # the template's memory format, channels-last say
+            (tensor.numel(), *tensor.stride()),  # preserves the memory format
             device=device,
-            dtype=wanted,
+            dtype=target,
         )
         for tensors, part in zip(parts, stacked, strict=True):
             tensors[name] = part
@@ -110,7 +113,7 @@ def allocate(
 
 
 def from_stack(template: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Module]:
-    """N eval-mode models shaped like `template`: slices of the stacks in `state`."""
+    """N eval-mode models like `template`, whose tensors are slices of the stacks in `state`."""
     count = len(next(iter(state.values())))
     models = [skeleton(template).eval() for _ in range(count)]
     for index, model in enumerate(models):
@@ -119,12 +122,12 @@ def from_stack(template: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Modu
 
 
 def cast(models: Sequence[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
-    """Copies of `models` in another floating dtype, stacked like those of `allocate`.
+    """Copies of `models` in another floating-point dtype, stacked like those of `allocate`.
 
     Raises:
-        ValueError: models that `check_alike` refuses.
+        ValueError: see `check_same_architecture`.
     """
-    check_alike(models)
+    check_same_architecture(models)
     sources = [named_tensors(model) for model in models]
     device = next(iter(sources[0].values())).device
     copies = allocate(models[0], len(models), device=device, dtype=dtype)
@@ -137,32 +140,31 @@ def cast(models: Sequence[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
 def stacked_state(models: Sequence[nn.Module]) -> dict[str, Tensor]:
     """The tensors of N models by name, each `(N, *shape)`.
 
-    What the models hold is never changed. Tensors that already are consecutive slices of one stack,
-    those of `allocate` and every run of them, are handed out as they lie, for no memory; others
-    are copied into one.
+    The models are not modified. Tensors that are consecutive slices of one stack, as created by
+    `allocate`, are returned as a view of it; others are copied.
 
     Raises:
-        ValueError: models that `check_alike` refuses.
+        ValueError: see `check_same_architecture`.
     """
-    check_alike(models)
+    check_same_architecture(models)
     sources = [named_tensors(model) for model in models]
     with torch.inference_mode(False), torch.no_grad():
         state = {}
         for name in sources[0]:
             tensors = [tensors[name] for tensors in sources]
-            stacked = _as_one(tensors)
+            stacked = _existing_stack(tensors)
             state[name] = torch.stack(tensors) if stacked is None else stacked
         return state
 
 
 def stateless(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    """`f(tensors by name, x) -> model(x)` with those tensors in place of the model's own."""
+    """`f(tensors by name, x) -> model(x)` with those tensors as parameters and buffers."""
     structure = skeleton(model)
     return lambda state, x: functional_call(structure, state, (x,))
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` with tensors of its own: calls of it leave no trace in the model."""
+    """A deep copy of `model` in eval mode: calling it does not mutate the model."""
     structure = skeleton(model).eval()
     with torch.inference_mode(False), torch.no_grad():
         copies = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
@@ -176,82 +178,88 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def is_in_train_mode(model: nn.Module) -> bool:
-    """Is a part of `model`? What torch.export made has kept its mode, and no `eval` of its own."""
+    """Whether any submodule is in train mode; false for modules of torch.export, whose mode is
+    fixed."""
     if "eval" in vars(model):
         return False
     return any(getattr(module, "training", False) for module in model.modules())
 
 
-def check_alike(models: Sequence[nn.Module]) -> None:
-    """Can the code of model 0 run with the tensors of each of `models`?
+def check_same_architecture(models: Sequence[nn.Module]) -> None:
+    """Check that the code of model 0 can run with the tensors of each of `models`.
 
     Raises:
-        ValueError: no models; models of different classes, tensors, dtypes, devices, modes, or
-            attributes, as far as `likeness.described` sees them.
+        ValueError: no models; or models that differ in class, names, shapes, dtypes or devices of
+            tensors, training mode, or other attributes (see `architecture_check.fingerprint`).
     """
     if not models:
-        raise ValueError("expected at least one model, found none")
-    first, tensors, names = models[0], named_tensors(models[0]), first_names(models[0])
-    plain: dict[str, object] = {}
+        raise ValueError("expected at least one model, got none")
+    first, tensors, names = models[0], named_tensors(models[0]), canonical_names(models[0])
+    reference: dict[str, object] = {}
     for index, model in enumerate(models):
         where = f"model {index}"
         if type(model) is not type(first):
             expected, found = type(first).__name__, type(model).__name__
-            found = f"another class {found}" if found == expected else f"a {found}"
-            raise ValueError(f"{where}: expected a {expected} like model 0, found {found}")
+            found = f"another class {found}" if found == expected else found
+            raise ValueError(f"{where}: expected {expected} like model 0, got {found}")
         if is_in_train_mode(model):
-            raise ValueError(f"{where}: expected eval mode, found train mode; call model.eval()")
-        state, tied = named_tensors(model), first_names(model)
+            raise ValueError(f"{where}: expected eval mode, got train mode; call model.eval()")
+        state, tied = named_tensors(model), canonical_names(model)
         differing = sorted(state.keys() ^ tensors.keys()) or sorted(
             name for name, _ in names.items() ^ tied.items()
         )
         if differing:
             raise ValueError(
-                f"{where}: expected the tensors of model 0, they differ in {differing[0]}"
+                f"{where}: expected the tensors of model 0, but they differ in {differing[0]}"
             )
         for name, tensor in state.items():
             expected, found = _signature(tensors[name]), _signature(tensor)
             if expected != found:
-                raise ValueError(f"{where}: expected {name} to be {expected}, found {found}")
-        if repr(model) != repr(first):  # strides, activations: what the tensors do not show
-            raise ValueError(f"{where}: expected the structure of model 0, found another")
-        attributes = architecture_check.described(model)
-        plain = attributes if model is first else plain
-        unlike = [key for key in plain | attributes if plain.get(key) != attributes.get(key)]
-        if unlike:
-            expected, found = (architecture_check.value(one, unlike[0]) for one in (first, model))
-            found = "another of that name" if found == expected else found
-            raise ValueError(f"{where}: expected {unlike[0]} to be {expected}, found {found}")
+                raise ValueError(f"{where}: expected {name} to be {expected}, got {found}")
+        if repr(model) != repr(first):  # hyperparameters: strides, activations
+            raise ValueError(f"{where}: expected a module structure (repr) like model 0")
+        attributes = architecture_check.fingerprint(model)
+        reference = attributes if model is first else reference
+        differing = [
+            key for key in reference | attributes if reference.get(key) != attributes.get(key)
+        ]
+        if differing:
+            key = differing[0]
+            expected, found = (
+                architecture_check.attribute_repr(one, key) for one in (first, model)
+            )
+            found = "a different one with the same repr" if found == expected else found
+            raise ValueError(f"{where}: expected {key} to be {expected}, got {found}")
 
 
 def _signature(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
-def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The stack that `tensors` are consecutive slices of, or None where they are not."""
+def _existing_stack(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The stack that `tensors` are consecutive slices of; None if they are not."""
     first, step = tensors[0], tensors[0].numel()
     try:
         stacked = first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
-        together = all(
+        is_stack = all(
             tensor.is_set_to(part) for tensor, part in zip(tensors, stacked, strict=True)
         )
-    except RuntimeError:  # the storage ends before the stack would, or the tensors are fake
+    except RuntimeError:  # the storage is too small, or the tensors are fake
         return None
-    return stacked if together else None
+    return stacked if is_stack else None
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put each tensor in the place of the parameter or buffer of that name, and of its others."""
-    every = first_names(model)
-    made: dict[str, Tensor] = {}
-    for name, first in every.items():
-        if first not in tensors:
+    """Replace the parameters and buffers of these names, keeping tied tensors tied."""
+    replacements: dict[str, Tensor] = {}
+    for name, canonical in canonical_names(model).items():
+        if canonical not in tensors:
             continue
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if first not in made:
-            is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
-            tensor = tensors[first]
-            made[first] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-        setattr(module, leaf, made[first])
+        if canonical not in replacements:
+            tensor = tensors[canonical]
+            if isinstance(getattr(module, leaf), nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            replacements[canonical] = tensor
+        setattr(module, leaf, replacements[canonical])

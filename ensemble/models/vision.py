@@ -1,8 +1,8 @@
 """torchvision, imported without `torch._dynamo`.
 
-torchvision 0.29's `ops/roi_align.py` imports `torch._dynamo.utils` for one function, which no
-classification model calls. That import takes 1.2 s of a process's 3.6 s, and a run starts a process
-for each of its measurements. Every module here imports torchvision by this one.
+torchvision 0.29's `ops/roi_align.py` imports `torch._dynamo.utils` for a function that no
+classification model calls. The import takes 1.2 of the 3.6 s that a process takes to start, and a
+run starts a process per measurement. All modules import torchvision from here.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-ASKED_FOR = "torch._dynamo.utils"
+_DYNAMO_UTILS = "torch._dynamo.utils"
 
 
 @contextmanager
-def _put_off() -> Iterator[None]:
-    """`ASKED_FOR` is a module that imports the real one once its function is called."""
-    if ASKED_FOR in sys.modules:
+def _lazy_dynamo() -> Iterator[None]:
+    """Replace `torch._dynamo.utils` by a stub that imports the real module when called."""
+    if _DYNAMO_UTILS in sys.modules:
         yield
         return
 
     def is_compile_supported(device_type: str) -> bool:
-        return bool(import_module(ASKED_FOR).is_compile_supported(device_type))
+        return bool(import_module(_DYNAMO_UTILS).is_compile_supported(device_type))
 
-    placeholder = ModuleType(ASKED_FOR)
+    placeholder = ModuleType(_DYNAMO_UTILS)
     vars(placeholder)["is_compile_supported"] = is_compile_supported
-    sys.modules[ASKED_FOR] = placeholder
+    sys.modules[_DYNAMO_UTILS] = placeholder
     try:
         yield
     finally:
-        if sys.modules.get(ASKED_FOR) is placeholder:
-            del sys.modules[ASKED_FOR]
+        if sys.modules.get(_DYNAMO_UTILS) is placeholder:
+            del sys.modules[_DYNAMO_UTILS]
 
 
 try:
-    with _put_off():
+    with _lazy_dynamo():
         import torchvision
-except ImportError:  # a torchvision that asks for more of it
+except ImportError:  # a torchvision that imports other names from it
     import torchvision
 
 __all__ = ["torchvision"]

@@ -1,4 +1,4 @@
-"""Checkpoint files -> eval-mode models, straight into one stack. Every error names its file."""
+"""Load checkpoint files into eval-mode models that share one stack. Errors name the file."""
 
 import difflib
 import logging
@@ -15,10 +15,10 @@ from ensemble.errors import InputError
 from ensemble.machine import memory
 from ensemble.models import checkpoints, stacking
 from ensemble.models.checkpoints import State
-from ensemble.models.meta import ByShape
+from ensemble.models.meta import MetaWithoutDynamo
 from ensemble.models.vision import torchvision
 
-_COUNTER = ".num_batches_tracked"  # absent before torch 0.4.1, of no use to a forward
+_COUNTER = ".num_batches_tracked"  # absent before torch 0.4.1, and unused in eval mode
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +37,28 @@ def load_models(
     num_models: int | None = None,
     say: Callable[[str], None] = log.info,
 ) -> list[nn.Module]:
-    """Eval-mode float32 models from checkpoint files, all slices of one stack on `device`.
+    """Eval-mode float32 models from checkpoint files, as slices of one stack on `device`.
 
-    One file gives `num_models` independent copies (one where it is not given), K files give K
-    models. The number of classes is taken from the last layer. A prefix that all names of a file
-    share is taken off (see `without_prefix`), and `say` is told of it in one line.
+    One file yields `num_models` independent copies (default: 1), K files yield K models. The number
+    of classes is inferred from the last layer. A prefix that wraps all names of the model is
+    stripped (see `strip_prefix`) and reported by one call of `say`.
+
+    Returns:
+        models: each maps images `(B, 3, H, W)` to logits `(B, classes)`.
 
     Raises:
-        InputError: a file that is not a usable checkpoint of `arch`, or K files for another N.
+        InputError: a file is not a valid checkpoint of `arch`, its weights are not finite, or the
+            number of files is neither 1 nor `num_models`.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     wanted = len(paths) if num_models is None else num_models
     if wanted < 1 or not paths or len(paths) not in (1, wanted):
         found = f"{formatting.count(len(paths), 'file')} for {formatting.count(wanted, 'model')}"
-        message = f"expected one file, or one for each model, found {found}"
+        message = f"expected one file or one file per model, got {found}"
         raise InputError(message, argument="paths")
     expected = stacking.named_tensors(build_skeleton(arch, None))
     states = (
-        (str(path), _told(checkpoints.read(path), expected, source=str(path), say=say))
+        (str(path), _unwrapped(checkpoints.read(path), expected, source=str(path), say=say))
         for path in paths
     )
     copies = wanted if len(paths) == 1 else 1
@@ -64,7 +68,7 @@ def load_models(
 def models_from_state(
     state: State, *, arch: str, source: str, num_models: int, device: torch.device
 ) -> list[nn.Module]:
-    """N independent models that each hold a copy of `state`, which came from `source`."""
+    """N independent models with copies of `state`; `source` names its origin in errors."""
     states = [(source, state)]
     return _from_states(states, arch=arch, count=num_models, copies=num_models, device=device)
 
@@ -72,7 +76,7 @@ def models_from_state(
 def random_models(
     num_models: int, *, arch: str, device: torch.device, seed: int
 ) -> list[nn.Module]:
-    """N models with torchvision's own initialisation, model n drawn with seed `seed + n`."""
+    """N models with torchvision's random initialization; model n uses seed `seed + n`."""
     models = _allocate(build_skeleton(arch, None), num_models, device)
     for index, model in enumerate(models):
         with torch.random.fork_rng(devices=[]):
@@ -82,66 +86,65 @@ def random_models(
     return models
 
 
-def without_prefix(state: State, expected: Collection[str]) -> tuple[State, str]:
-    """A state under the names that `expected` has most of, and the prefix that was taken off.
+def strip_prefix(state: State, expected: Collection[str]) -> tuple[State, str]:
+    """A state without the prefix that its names share, and that prefix (may be empty).
 
-    Training wraps a model and its names: `module.` (DataParallel, AveragedModel), `_orig_mod.`
-    (torch.compile), `model.` (Lightning), `backbone.`, several of them one after another. The
-    prefix is the beginning that leaves the most names of `expected`: where none fits better than
-    the names as they are, none.
+    Training code wraps models, and thereby their names: `module.` (DataParallel, AveragedModel),
+    `_orig_mod.` (torch.compile), `model.` (Lightning), `backbone.`, possibly nested. The prefix is
+    the one whose removal matches the most names of `expected`; ties go to the shortest.
 
-    Beside a whole model under a prefix there may be tensors that are no part of it: the counter of
-    an AveragedModel, the weights of a loss. They are left out, unless a name of `expected` ends
-    theirs: what could be a weight of a second model is never dropped.
+    If a complete model is found under the prefix, other tensors are dropped: the counter of an
+    AveragedModel, the weights of a loss. Tensors whose name ends in a name of `expected` are kept,
+    as they may belong to a second model.
     """
-    hits = Counter({"": 0})
+    matches = Counter({"": 0})
     for name in state:
-        hits.update(prefix for prefix in _beginnings(name) if name[len(prefix) :] in expected)
-    prefix = max(hits, key=lambda prefix: hits[prefix])  # the first of those with as many
-    inside = {name[len(prefix) :]: state[name] for name in state if name.startswith(prefix)}
+        matches.update(prefix for prefix in _prefixes(name) if name[len(prefix) :] in expected)
+    prefix = max(matches, key=lambda prefix: matches[prefix])  # the first of the best
+    stripped = {name[len(prefix) :]: state[name] for name in state if name.startswith(prefix)}
     outside = [name for name in state if not name.startswith(prefix)]
-    whole = all(name in inside or name.endswith(_COUNTER) for name in expected)
-    others = [
+    is_complete = all(name in stripped or name.endswith(_COUNTER) for name in expected)
+    kept = [
         name
         for name in outside
-        if not whole or any(name[len(begin) :] in expected for begin in _beginnings(name))
+        if not is_complete or any(name[len(begin) :] in expected for begin in _prefixes(name))
     ]
-    beside = {
-        f"{name} (beside {prefix}{name})" if name in inside else name: state[name]
-        for name in others
+    others = {
+        f"{name} (as well as {prefix}{name})" if name in stripped else name: state[name]
+        for name in kept
     }
-    return inside | beside, prefix
+    return stripped | others, prefix
 
 
-def _beginnings(name: str) -> Iterator[str]:
-    """The prefixes that a name may have, none first: of `a.b.c` those are ``, `a.`, `a.b.`."""
+def _prefixes(name: str) -> Iterator[str]:
+    """The module prefixes of a name, the empty one first: of `a.b.c` those are ``, `a.`, `a.b.`."""
     parts = name.split(".")
     return (".".join([*parts[:count], ""]) for count in range(len(parts)))
 
 
 def check_arch(arch: str) -> None:
-    """Raise InputError unless torchvision has a classification architecture of that name."""
+    """Raise InputError unless `arch` is a classification architecture of torchvision."""
     known = architectures()
     if arch not in known:
         close = difflib.get_close_matches(arch, known, n=3) or ["resnet18", "resnet50"]
         raise InputError(
             f"expected one of torchvision's {len(known)} classification architectures"
-            f" ({', '.join(close)}, ...), found {arch!r}",
+            f" ({', '.join(close)}, ...), got {arch!r}",
             argument="arch",
         )
 
 
 def build_skeleton(arch: str, classes: int | None) -> nn.Module:
-    """`arch` in eval mode on the meta device: names and shapes, no memory.
+    """`arch` in eval mode on the meta device: names and shapes without memory.
 
     Raises:
-        InputError: no such architecture in torchvision.
+        InputError: torchvision has no such classification architecture.
     """
     check_arch(arch)
     try:
-        with torch.device("meta"), ByShape():
+        with torch.device("meta"), MetaWithoutDynamo():
             return _construct(arch, classes)
-    except NotImplementedError:  # RegNet computes its widths from the values of tensors
+    except NotImplementedError:  # RegNet computes its widths from tensor values
         with torch.random.fork_rng(devices=[]):
             return stacking.skeleton(_construct(arch, classes))
 
@@ -151,39 +154,41 @@ def num_classes(state: Mapping[str, Tensor], *, arch: str, source: str) -> int:
     last = [*dict(build_skeleton(arch, None).named_parameters())][-1]
     if last in state and state[last].dim() and not len(state[last]):
         shape = tuple(state[last].shape)
-        raise InputError(f"{source}: expected at least one class, found {last} of shape {shape}")
+        raise InputError(f"{source}: expected at least one class, got {last} of shape {shape}")
     if last not in state or state[last].dim() == 0:
-        found = f"{len(state)} tensors, the first {next(iter(state), 'none')}"
-        raise InputError(f"{source}: expected a {arch} with {last}, found {found}")
+        found = f"{formatting.count(len(state), 'tensor')} starting with {next(iter(state), '')}"
+        raise InputError(f"{source}: expected a state dict of {arch} with {last}, got {found}")
     return state[last].shape[0]
 
 
 def check_state(
     state: State, template: nn.Module, *, arch: str, source: str, first_source: str | None
 ) -> None:
-    """Raise InputError unless `state` has the names, shapes and kinds of dtype of `template`."""
+    """Raise InputError unless `state` has the names, shapes and dtype categories of `template`."""
     expected = stacking.named_tensors(template)
     like = f" like {first_source}" if first_source else ""
     missing = [name for name in expected if name not in state and not name.endswith(_COUNTER)]
     unexpected = [name for name in state if name not in expected]
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
+            keys = "keys" if len(names) > 1 else "key"
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{source}: expected a {arch}{like}, found {names[0]}{more} {kind}")
+            message = f"expected a state dict of {arch}{like}, got {kind} {keys} {names[0]}{more}"
+            raise InputError(f"{source}: {message}")
     for name, tensor in state.items():
-        want, have = tuple(expected[name].shape), tuple(tensor.shape)
-        if want != have:
-            raise InputError(f"{source}: expected {name} of shape {want}{like}, found {have}")
+        shape, found = tuple(expected[name].shape), tuple(tensor.shape)
+        if shape != found:
+            raise InputError(f"{source}: expected {name} of shape {shape}{like}, got {found}")
         floating = expected[name].is_floating_point()
         if floating != tensor.is_floating_point() and not name.endswith(_COUNTER):
-            kind = "floating" if floating else "whole numbers"
-            raise InputError(f"{source}: expected {name} to be {kind}, found {tensor.dtype}")
+            kind = "a floating-point" if floating else "an integer"
+            raise InputError(f"{source}: expected {name} of {kind} dtype, got {tensor.dtype}")
 
 
 def _from_states(
     states: Iterable[tuple[str, State]], *, arch: str, count: int, copies: int, device: torch.device
 ) -> list[nn.Module]:
-    """`count` models in one stack, `copies` of each state; one state at a time is in memory."""
+    """`count` models in one stack, `copies` of each state; holds one state at a time in memory."""
     models: list[nn.Module] = []
     first_source = None
     for index, (source, state) in enumerate(states):
@@ -201,28 +206,29 @@ def _from_states(
 def _check_finite(state: State, source: str) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise InputError(f"{source}: expected finite weights, found NaN or infinity in {name}")
+            raise InputError(f"{source}: expected finite weights, got NaN or infinity in {name}")
 
 
-def _told(
+def _unwrapped(
     state: State, expected: Collection[str], *, source: str, say: Callable[[str], None]
 ) -> State:
-    found, prefix = without_prefix(state, expected)
-    inside = sum(name.startswith(prefix) for name in state)
-    if inside == len(state) and prefix:
-        say(f"{source}: all {inside} names begin with {prefix!r}: loaded without it")
+    """`strip_prefix`, with a line for the user."""
+    stripped, prefix = strip_prefix(state, expected)
+    count = sum(name.startswith(prefix) for name in state)
+    if count == len(state) and prefix:
+        say(f"{source}: stripped the prefix {prefix!r} from all {count} keys")
     elif prefix:
-        left = [name for name in state if not name.startswith(prefix) and name not in found]
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        without = f", and without {left[0]}{more}" if left else ""
-        say(f"{source}: {inside} names begin with {prefix!r}: loaded without it{without}")
-    return found
+        dropped = [name for name in state if not name.startswith(prefix) and name not in stripped]
+        more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
+        ignored = f"; ignored {dropped[0]}{more}" if dropped else ""
+        say(f"{source}: stripped the prefix {prefix!r} from {count} keys{ignored}")
+    return stripped
 
 
 def _construct(arch: str, classes: int | None) -> nn.Module:
     options = {} if classes is None else {"num_classes": classes}
     with warnings.catch_warnings():
-        # GoogLeNet and Inception announce a change of their default initialisation.
+        # GoogLeNet and Inception warn of a future change of their default initialization.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torchvision")
         model: nn.Module = torchvision.models.get_model(arch, weights=None, **options)
     return model.eval().requires_grad_(False)
@@ -232,8 +238,8 @@ def _allocate(template: nn.Module, num_models: int, device: torch.device) -> lis
     each, free = stacking.weight_bytes(template), memory.available_bytes(device)
     if free is not None and each * num_models > free:
         raise InputError(
-            f"the weights of {formatting.count(num_models, 'model')} need"
-            f" {each * num_models / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}:"
+            f"the weights of {formatting.count(num_models, 'model')} require"
+            f" {each * num_models / 1e9:.1f} GB, {free / 1e9:.1f} GB available on {device};"
             f" at most {free // each} fit",
             argument="num_models",
         )

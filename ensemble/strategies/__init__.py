@@ -1,10 +1,11 @@
 """The registry: strategy name -> builder. Imports no torch, so that `--help` can list it.
 
-A builder is a plain function `(models, example) -> Built(forward, note)`. `example` is
+A builder is a function `(models, example) -> BuildResult(forward, note)`. `example` is
 `(B, 3, H, W)` for shared inputs or `(N, B, 3, H, W)` for per-model inputs, on the models' device
-and in their dtype, and `forward(x)` gives logits `(N, B, classes)` for any x like the example, or
-the outputs of each model (`PerModel`); it does not write to x. `make` adds what all strategies
-share. A builder that cannot work here raises `ensemble.errors.UnavailableError` with the reason.
+and in their dtype. `forward(x)` returns logits `(N, B, classes)` for any x like the example, or the
+outputs of each model (`PerModel`), and does not write to x. `build_unverified` adds the checks and
+the contract that all strategies share. A builder that does not support this machine or these models
+raises `ensemble.errors.UnavailableError`.
 """
 
 from __future__ import annotations
@@ -21,32 +22,32 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ensemble.strategies.build_result import Builder, Built
+    from ensemble.strategies.build_result import Builder, BuildResult
     from ensemble.strategies.forward import Forward
 
 LOOP, BEST = "loop", "best"
-TUNE_SECONDS = 60.0  # a strategy that chooses among others begins none after so long
+TUNE_SECONDS = 60.0  # autotuning budget: no further candidate is built after it
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Where a builder lives; what it does, needs, and takes to start, in a few words."""
+    """An entry of the registry: where the builder is, and a summary for `--list_strategies`."""
 
     module: str
     function: str
     summary: str
-    needs: str = ""
-    start: str = "at once"
-    saves_multiplications: bool = False  # Winograd, Strassen: it is compared with float64 too
-    has_kernels: bool = False  # of its own, which are compiled once per installation
-    tunes: bool = False  # at build, for as long as it is told
-    one_by_one: bool = False  # one model after another: under load, only those that are asked for
+    requires: str = ""  # devices and packages
+    build_time: str = "none"
+    uses_fast_algorithms: bool = False  # Winograd, Strassen: also compared with float64
+    has_kernels: bool = False  # of this package, compiled once per installation
+    autotunes: bool = False  # at build, within `tune_seconds`
+    sequential: bool = False  # one model at a time: under load, only the requested models run
 
     def builder(self, *, tune_seconds: float = TUNE_SECONDS) -> Builder:
-        builder: Callable[..., Built] = getattr(
+        builder: Callable[..., BuildResult] = getattr(
             import_module(f"{__name__}.{self.module}"), self.function
         )
-        return partial(builder, tune_seconds=tune_seconds) if self.tunes else builder
+        return partial(builder, tune_seconds=tune_seconds) if self.autotunes else builder
 
 
 _COMPILES = "up to 1 min"
@@ -56,67 +57,67 @@ _PEERS = "CPU, peers"  # requirements-peers.txt
 
 @dataclass(frozen=True)
 class Hybrid:
-    """Two strategies for tenants under load: of a few models, and of all of them together."""
+    """Two strategies for tenants under load: for few models per batch, and for all of them."""
 
-    alone: str
-    together: str
+    few: str
+    many: str
     summary: str
-    needs: str = "--scenario"
-    start: str = "as both"
+    requires: str = "--scenario"
+    build_time: str = "of both"
 
 
-# A name says how: [cudagraph_][compiled_|prepacked_|folded_|lowered_]loop, vmap or concurrent.
+# Names: [cudagraph_][compiled_|prepacked_|folded_|lowered_]loop, vmap or concurrent.
 STRATEGIES = {
     "loop": Strategy(
-        "eager", "loop", "one eager forward per model: the reference", one_by_one=True
+        "eager", "loop", "one eager forward per model; the reference", sequential=True
     ),
-    "vmap": Strategy("eager", "vmap", "functorch: one eager forward over the stacked state"),
+    "vmap": Strategy("eager", "vmap", "functorch: one eager forward over the stacked weights"),
     "chunked_vmap": Strategy(
-        "chunked", "vmap", "vmap over some models at a time: the fastest chunk_size", tunes=True
+        "chunked", "vmap", "vmap over chunks of models; autotuned chunk_size", autotunes=True
     ),
     "folded_loop": Strategy(
-        "folded", "loop", "loop, batch norm folded, channels-last", one_by_one=True
+        "folded", "loop", "loop with batch norm folded, channels-last", sequential=True
     ),
-    "folded_vmap": Strategy("folded", "vmap", "vmap, batch norm folded, channels-last"),
+    "folded_vmap": Strategy("folded", "vmap", "vmap with batch norm folded, channels-last"),
     "compiled_loop": Strategy(
         "compiled",
         "loop",
         "folded_loop through torch.compile",
-        start=_COMPILES,
-        one_by_one=True,
+        build_time=_COMPILES,
+        sequential=True,
     ),
     "compiled_vmap": Strategy(
-        "compiled", "vmap", "folded_vmap through torch.compile, one graph", start=_COMPILES
+        "compiled", "vmap", "folded_vmap through torch.compile, one graph", build_time=_COMPILES
     ),
     "prepacked_loop": Strategy(
         "prepacked",
         "loop",
-        "folded_loop, weights in oneDNN's order, relu and sum fused",
+        "folded_loop with prepacked oneDNN weights, relu and sum fused",
         "CPU",
-        one_by_one=True,
+        sequential=True,
     ),
     "prepacked_concurrent": Strategy(
-        "prepacked", "concurrent", "the same, one model per core", "CPU"
+        "prepacked", "concurrent", "prepacked_loop, one model per core", "CPU"
     ),
     "lowered_vmap": Strategy(
         "lowered",
         "vmap",
-        "vmap by operators with kernels of their own for N models",
+        "vmap over convolutions with numba kernels for N models",
         "CPU, numba",
-        "seconds; once 15 s",
-        saves_multiplications=True,
+        "seconds; 15 s once",
+        uses_fast_algorithms=True,
         has_kernels=True,
     ),
-    "concurrent": Strategy("concurrent", "eager", "folded models, one per core or stream"),
+    "concurrent": Strategy("concurrent", "eager", "folded models, one per core or CUDA stream"),
     "compiled_concurrent": Strategy(
-        "concurrent", "compiled", "the same through torch.compile", start=_COMPILES
+        "concurrent", "compiled", "concurrent through torch.compile", build_time=_COMPILES
     ),
     "cudagraph_loop": Strategy(
-        "cudagraph", "loop", "folded_loop as one CUDA graph", "CUDA", one_by_one=True
+        "cudagraph", "loop", "folded_loop as one CUDA graph", "CUDA", sequential=True
     ),
     "cudagraph_vmap": Strategy("cudagraph", "vmap", "folded_vmap as one CUDA graph", "CUDA"),
     "cudagraph_concurrent": Strategy(
-        "cudagraph", "eager_concurrent", "concurrent: streams as branches of one graph", "CUDA"
+        "cudagraph", "eager_concurrent", "concurrent streams as branches of one CUDA graph", "CUDA"
     ),
     "cudagraph_compiled_loop": Strategy(
         "cudagraph",
@@ -124,56 +125,60 @@ STRATEGIES = {
         "compiled_loop as one CUDA graph",
         "CUDA",
         _COMPILES,
-        one_by_one=True,
+        sequential=True,
     ),
     "cudagraph_compiled_vmap": Strategy(
         "cudagraph", "compiled_vmap", "compiled_vmap as one CUDA graph", "CUDA", _COMPILES
     ),
     "cudagraph_compiled_concurrent": Strategy(
-        "cudagraph", "compiled_concurrent", "the streams, compiled", "CUDA", _COMPILES
+        "cudagraph",
+        "compiled_concurrent",
+        "compiled_concurrent as one CUDA graph",
+        "CUDA",
+        _COMPILES,
     ),
     "cudagraph_compiled_im2col_vmap": Strategy(
         "cudagraph",
         "compiled_im2col_vmap",
-        "vmap, convolutions as batched matrix products (im2col)",
+        "vmap, convolutions as batched matmul (im2col), one CUDA graph",
         "CUDA",
         _COMPILES,
     ),
     "openvino": Strategy(
         "peers",
         "openvino",
-        "OpenVINO, the fastest of its settings",
+        "OpenVINO in its fastest setting",
         _PEERS,
         _CONVERTS,
-        one_by_one=True,
+        sequential=True,
     ),
     "onnxruntime": Strategy(
         "peers",
         "onnxruntime",
-        "ONNX Runtime, the fastest of its settings",
+        "ONNX Runtime in its fastest setting",
         _PEERS,
         _CONVERTS,
-        one_by_one=True,
+        sequential=True,
     ),
     "jax": Strategy(
-        "peers", "jax", "JAX, jit, the faster of loop and vmap; ResNets", _PEERS, _COMPILES
+        "peers", "jax", "JAX jit, the faster of loop and vmap; ResNets only", _PEERS, _COMPILES
     ),
     BEST: Strategy(
         "best",
         "fastest",
-        "the fastest of those above that are quick to build here, found by trying them",
-        start="seconds; on CUDA 1 min or more",
-        saves_multiplications=True,
+        "autotuned: the fastest of a short list for this kind of device",
+        build_time="seconds; on CUDA 1 min or more",
+        uses_fast_algorithms=True,
         has_kernels=True,
-        tunes=True,
+        autotunes=True,
     ),
 }
 
-# Beside the strategies where tenants are served under load.
+# Additional choices under load with per-model inputs.
 HYBRIDS = {
-    "hybrid": Hybrid("loop", "vmap", "loop over few waiting models, vmap over many"),
+    "hybrid": Hybrid("loop", "vmap", "loop for few queued models, vmap for many"),
     "lowered_hybrid": Hybrid(
-        "lowered_vmap", "lowered_vmap", "the same by kernels for one model and for N"
+        "lowered_vmap", "lowered_vmap", "lowered_vmap for one model and for N"
     ),
 }
 
@@ -185,41 +190,42 @@ def build(
     *,
     tune_seconds: float = TUNE_SECONDS,
 ) -> Forward:
-    """Build a strategy: a `strategies.forward.Forward`, whose contract is the same for all.
+    """Build a strategy: returns a `strategies.forward.Forward`; all share its contract.
 
-    Its answer for the example, or for noise where that is blank, is compared with the models'.
+    Its output for the example (or for noise, if the example is constant) is compared with that of
+    the models.
 
-    What the models hold is never changed, and any number of ensembles may be built of the same
-    models, in any order and from several threads. `loop` reads the models' own tensors, and so do
-    `vmap` and `chunked_vmap` where these are slices of one stack, as those of `load_models` and
-    every run of them are: that takes no memory, and a weight that is later changed in place is
-    seen. Of models that lie apart they hold a copy, and every other strategy holds its own form of
-    the weights: changes are not seen, and the models may be freed. `best` does as what it picked.
+    Models are never modified, and any number of ensembles may be built from the same models, in any
+    order and from several threads. `loop` reads the models' own tensors. So do `vmap` and
+    `chunked_vmap` if these are consecutive slices of one stack, as returned by `load_models`: that
+    needs no extra memory, and later in-place updates of the weights are visible. Otherwise they
+    copy the weights. All other strategies hold transformed weights: updates are not visible, and
+    the models may be freed. `best` behaves like the strategy it selects.
 
-    A process that is forked afterwards may call the forward, and build others; torch's own threads
-    do not live there, so it computes on one (`lowered_vmap` and the concurrent ones on as many as
-    here).
+    A process forked afterwards may call the forward and build others. torch's thread pool does not
+    survive a fork, so it computes on one thread there (`lowered_vmap` and the concurrent strategies
+    use as many as in the parent).
 
     Args:
-        name: a key of `STRATEGIES`; `best` tries those that could win here and keeps the fastest.
+        name: a key of `STRATEGIES`; `best` autotunes over the likely candidates.
         models: N eval-mode models of one class, on one device, in one dtype, each called with one
             tensor.
-        example: `(B, channels, H, W)`, seen by all models, or `(N, B, channels, H, W)`, one batch
-            for each.
-        tune_seconds: after so long a strategy that chooses among others begins no further one.
+        example: `(B, channels, H, W)`, shared by all models, or `(N, B, channels, H, W)`, one batch
+            per model.
+        tune_seconds: the autotuning budget: no further candidate is built after it.
 
     Returns:
-        forward: x like `example` -> logits `(N, B, classes)`, or whatever single tensor each model
-            gives: `(N, *its shape)`.
+        forward: x like `example` -> logits `(N, B, classes)`, or the stacked outputs `(N, *shape)`
+            of models that return another single tensor.
 
     Raises:
-        ValueError: an unknown name; models or an example that cannot be used, and why; models that
-            give no single tensor, or that differ in more than the values of their tensors (only
-            `loop` and `prepacked_...` take them).
-        UnavailableError: the strategy cannot run here, or not these models: it gives another result
-            than they, or they remember or count their calls, compute gradients, or cannot be copied
-            (a hook or function in them refers to the model). `loop` runs all of these but those
-            with gradients; `best` is then the loop.
+        ValueError: an unknown name; unusable models or example; models that do not return a single
+            tensor, or that differ in more than the values of their tensors (supported by `loop` and
+            `prepacked_...` only).
+        UnavailableError: the strategy does not support this machine or these models: its output
+            disagrees with theirs, they are stateful, compute gradients, or cannot be copied (a hook
+            or function refers to the model). `loop` supports all of these except gradients, and
+            `best` then selects it.
     """
     from ensemble.machine.memory import unavailable_on_failure
     from ensemble.strategies import arguments, verification
@@ -227,45 +233,45 @@ def build(
     from ensemble.strategies.verification import Behavior
 
     if name not in STRATEGIES:
-        raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
-    models, example = arguments.checked(models, example)
+        raise ValueError(f"expected a strategy of {', '.join(STRATEGIES)}, got {name!r}")
+    models, example = arguments.validated(models, example)
     behavior = verification.behavior(models[0], example)
-    if behavior is Behavior.GRADED:
+    if behavior is Behavior.USES_AUTOGRAD:
         raise UnavailableError(
-            "these models compute gradients in their forward, and a built one runs without them"
+            "these models compute gradients in their forward, which runs under inference_mode"
         )
     if behavior is Behavior.STATEFUL and name != LOOP:
         if name != BEST:
-            raise UnavailableError(f"{name} cannot run models that remember or count their calls")
+            raise UnavailableError(f"{name} does not support stateful models")
         name = LOOP
     failed = f"{name} cannot run these models"
     with unavailable_on_failure(failed, but=(ValueError, UnavailableError)):
-        forward = make(name, models, example, tune_seconds=tune_seconds).forward
+        forward = build_unverified(name, models, example, tune_seconds=tune_seconds).forward
         assert isinstance(forward, Forward)
-        if behavior is Behavior.PLAIN and name not in (LOOP, BEST):
+        if behavior is Behavior.PURE and name not in (LOOP, BEST):
             verification.check(forward, models, example)
     return forward
 
 
-def make(
+def build_unverified(
     name: str,
     models: Sequence[nn.Module],
     example: Tensor,
     *,
     tune_seconds: float = TUNE_SECONDS,
-) -> Built:
-    """`build`, with the strategy's note on how it was built, and what it chose."""
+) -> BuildResult:
+    """`build` without comparing the output with the models', and with the builder's notes."""
     import torch
 
-    from ensemble.machine.per_process import compute_alone_in_forks
+    from ensemble.machine.per_process import use_one_thread_after_fork
     from ensemble.strategies import arguments, forward
 
     if name not in STRATEGIES:
-        raise ValueError(f"expected a strategy out of {', '.join(STRATEGIES)}, found {name!r}")
-    models, example = arguments.checked(models, example)
-    compute_alone_in_forks()
+        raise ValueError(f"expected a strategy of {', '.join(STRATEGIES)}, got {name!r}")
+    models, example = arguments.validated(models, example)
+    use_one_thread_after_fork()
     builder = STRATEGIES[name].builder(tune_seconds=tune_seconds)
-    with forward.settings(example.device), torch.device(example.device):
+    with forward.execution_context(example.device), torch.device(example.device):
         try:
             built = builder(models, example)
         except Exception:

@@ -1,4 +1,4 @@
-"""Do a strategy's logits agree with the reference's? Asked before anything is timed."""
+"""Check a strategy's logits against the reference's, before anything is timed."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensemble.strategies.reduction import reduced
+from ensemble.strategies.reduction import reduce_logits
 
-# Largest max_rel_error that counts as the same computation, by the strategy's dtype.
+# Maximum max_rel_error of the same computation, by the strategy's dtype.
 TOLERANCES = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
     torch.bfloat16: 3e-2,
     torch.float16: 3e-2,
 }
-# What rounding may do to a logit whatever the image: so many units in the last place of the model's
-# largest logit, in float32 1.5e-5 of it. Images whose logits were made to cancel were off by 2.4e-6
-# at most, in ResNet-152 by Winograd's kernels.
+# Rounding error allowed in any logit, in units in the last place of the model's largest logit:
+# 1.5e-5 of it in float32. Images constructed so that their logits cancel had errors of up to 2.4e-6
+# (ResNet-152, Winograd kernels).
 ROUNDING = 2**7
 
 
 @dataclass(frozen=True)
 class Check:
-    """How a strategy's logits compare with the reference's; `problem` is None where they agree."""
+    """The comparison of a strategy's logits with the reference's; without `problem` they agree."""
 
     max_rel_error: float | None
     top1: list[list[int]] | None
@@ -35,23 +35,22 @@ class Check:
 def check(
     logits: Tensor, reference: Tensor, *, tolerance: float, nan_agrees: bool = False
 ) -> Check:
-    """Compare logits with the reference's, both `(N, B, classes)`, model by model by index.
+    """Compare logits with the reference's, both `(N, B, classes)`, per model.
 
-    Outputs of other shapes, `(N, B, ...)`, count as if all that belongs to an image were classes.
-    Integers and booleans must be equal. An infinity agrees with the same one (a masked class), a
-    NaN with a NaN where `nan_agrees`; otherwise a NaN of the reference's own is the problem.
+    Outputs of other shapes, `(N, B, ...)`, are flattened to `(N, B, classes)`. Integers and
+    booleans must be equal. Infinities agree with infinities of the same sign (masked classes), NaN
+    with NaN if `nan_agrees`; otherwise a NaN in the reference is reported as the problem.
 
-    max_rel_error is the largest over the models of max abs(logits - reference) / max abs(reference)
-    of that model; above `tolerance` the model disagrees. An image whose own logits are small is
-    held to `tolerance` of its own largest logit, which is stricter, down to `ROUNDING` of the
-    model's: where large terms cancel, small logits keep rounding errors of the model's size, and
-    in 16 bits these are larger than any stricter limit. A class that is not the reference's own
-    counts as a disagreement, unless the reference holds the two classes for equal to within that
-    same limit.
+    max_rel_error is the maximum over the models of max abs(logits - reference) / max abs(reference)
+    of that model; above `tolerance` the model disagrees. An image with small logits is compared
+    with `tolerance` times its own largest logit, which is stricter, but not below `ROUNDING` of the
+    model's: where large terms cancel, small logits carry rounding errors of the model's magnitude,
+    and in 16 bits these exceed any stricter limit. A different top-1 class is a disagreement,
+    unless the reference's logits of the two classes are equal to within the same limit.
     """
     if logits.shape != reference.shape:
         expected, found = tuple(reference.shape), tuple(logits.shape)
-        return Check(None, None, None, f"expected logits of shape {expected}, found {found}")
+        return Check(None, None, None, f"expected logits of shape {expected}, got {found}")
     if not reference.numel():
         return Check(0.0, None, None, None)
     if not (logits.is_floating_point() or logits.is_complex()):
@@ -59,24 +58,24 @@ def check(
     rounding = ROUNDING * torch.finfo(logits.dtype).eps
     logits, reference = _by_images(logits), _by_images(reference)
     if reference.isnan().any() and not nan_agrees:
-        return Check(None, None, None, "the reference's own logits are not finite: bad weights?")
+        return Check(None, None, None, "the reference's logits are not finite; invalid weights?")
     top1, of_reference = logits.argmax(-1), reference.argmax(-1)
-    alike = (logits == reference) | (logits.isnan() & reference.isnan())
-    is_special = ~reference.isfinite() & alike
+    equal = (logits == reference) | (logits.isnan() & reference.isnan())
+    is_special = ~reference.isfinite() & equal
     logits, reference = (t.masked_fill(is_special, 0) for t in (logits, reference))
     if not reference.isfinite().all():
-        return Check(None, None, None, "outputs disagree: not finite in other places")
+        return Check(None, None, None, "outputs disagree: different elements are not finite")
     of_images = reference.abs().amax(2)
-    # All logits 0: only 0 agrees.
+    # If all logits are 0, only 0 agrees.
     of_models = of_images.amax(1, keepdim=True).clamp_min(torch.finfo(reference.dtype).tiny)
     limits = (tolerance * of_images).maximum(min(tolerance, rounding) * of_models)
     errors = (logits - reference).abs().amax(2)
     relative = (errors / of_models).amax(1)
     agrees = bool((errors <= limits).all())
     problem = (
-        _other_class(logits, reference, limits)
+        _class_mismatch(logits, reference, limits)
         if agrees
-        else _excess(relative, errors / of_models, limits / of_models, tolerance)
+        else _largest_error(relative, errors / of_models, limits / of_models, tolerance)
     )
     return Check(
         max_rel_error=None if relative.isnan().any() else float(relative.max()),
@@ -87,56 +86,57 @@ def check(
 
 
 def _check_equal(found: Tensor, expected: Tensor) -> Check:
-    """Of numbers that are not rounded: class indices, masks."""
+    """Compare integers and booleans: class indices, masks."""
     found, expected = found.cpu(), expected.cpu()
     different = (found != expected).flatten(1).sum(1) if found.dim() > 1 else found != expected
     if not different.any():
         return Check(0.0, None, 1.0, None)
     model = int(different.argmax())
     count = f"{int(different[model])} of {found[model].numel()} values"
-    return Check(None, None, None, f"outputs disagree: model {model} in {count}")
+    return Check(None, None, None, f"outputs disagree: model {model} differs in {count}")
 
 
 def _by_images(outputs: Tensor) -> Tensor:
-    """`(N, B, ...)` in float64 on the CPU, as `(N, B, all that belongs to an image)`."""
+    """`(N, B, ...)` in float64 on the CPU, flattened to `(N, B, classes)`."""
     outputs = torch.view_as_real(outputs) if outputs.is_complex() else outputs
     lead = (*outputs.shape, 1)[:2]
     return outputs.cpu().double().reshape(*lead, -1)
 
 
 def informative(example: Tensor) -> Tensor:
-    """The example, or noise where it is the same everywhere: a blank one shows no error."""
+    """The example, or noise if the example is constant, which would hide errors."""
     if not example.is_floating_point() or type(example) is not Tensor:
         return example
     if example.numel() > 1 and example.double().std() > 0:
         return example
-    generator = torch.Generator(example.device).manual_seed(0)  # leaves the caller's alone
+    generator = torch.Generator(example.device).manual_seed(0)  # not the global generator
     options: Any = {"dtype": example.dtype, "device": example.device}
     return torch.randn(example.shape, generator=generator, **options)
 
 
-def check_served(served: Tensor, reference: Tensor, *, reduce: str, tolerance: float) -> Check:
-    """Compare what a call serves with what is to be made of the reference's logits.
+def check_reduced(served: Tensor, reference: Tensor, *, reduce: str, tolerance: float) -> Check:
+    """Compare the reduced output of a strategy with the reduced logits of the reference.
 
     Args:
-        served: logits `(N, B, classes)`, or their mean `(B, classes)`, see `strategies.reducing`.
+        served: logits `(N, B, classes)`, or mean probabilities `(B, classes)`, see
+            `strategies.reduction`.
         reference: the reference's logits `(N, B, classes)`.
-        tolerance: for logits. Where each is off by d at most, a probability is off by
-            expm1(2 d) of itself at most, and so is a mean of probabilities.
+        tolerance: of logits. If every logit has an absolute error of at most d, probabilities and
+            their means have a relative error of at most expm1(2 d).
     """
     if reduce == "none":
         return check(served, reference, tolerance=tolerance)
-    expected = reduced(reference.double(), reduce)
+    expected = reduce_logits(reference.double(), reduce)
     largest = float(reference.abs().max())
     limit = math.expm1(min(2 * tolerance * largest, 1.0)) if math.isfinite(largest) else tolerance
     found = check(served.unsqueeze(0), expected.unsqueeze(0), tolerance=limit)
-    problem = found.problem and found.problem.replace("model 0", "the mean over the models")
+    problem = found.problem and found.problem.replace("model 0", "the mean over models")
     return replace(found, problem=problem)
 
 
-def _other_class(logits: Tensor, reference: Tensor, limits: Tensor) -> str | None:
-    """The first image whose class the reference holds for less than its own by more than `limits`
-    `(N, B)`."""
+def _class_mismatch(logits: Tensor, reference: Tensor, limits: Tensor) -> str | None:
+    """The first image whose top-1 class differs, by a margin of the reference's logits above
+    `limits` `(N, B)`."""
     found = logits.argmax(-1)
     margins = reference.amax(-1) - reference.gather(-1, found.unsqueeze(-1)).squeeze(-1)
     wrong = (margins > limits).nonzero().tolist()
@@ -144,19 +144,20 @@ def _other_class(logits: Tensor, reference: Tensor, limits: Tensor) -> str | Non
         return None
     model, image = wrong[0]
     expected = reference[model, image].argmax()
-    classes = f"{found[model, image]} where the reference has {expected}"
+    classes = f"{found[model, image]}, the reference {expected},"
     return f"model {model} predicts class {classes} for image {image}"
 
 
-def _excess(models: Tensor, images: Tensor, limits: Tensor, tolerance: float) -> str:
-    """Which model is off, or where none is as a whole, which image of it.
+def _largest_error(models: Tensor, images: Tensor, limits: Tensor, tolerance: float) -> str:
+    """The model with the largest error; if no model exceeds the tolerance, the image that exceeds
+    its own limit most.
 
-    Errors `(N,)` and `(N, B)` and limits `(N, B)`, all in parts of the model's largest logit.
+    Errors `(N,)` and `(N, B)` and limits `(N, B)`, all relative to the model's largest logit.
     """
     model = int(models.nan_to_num(torch.inf).argmax())
     if not models[model] <= tolerance:
-        off = f"{models[model]:.1e} of its largest logit"
-        return f"model {model} is off by {off}, limit {tolerance:.0e}"
+        error = f"{models[model]:.1e} of its largest logit"
+        return f"model {model} has an error of {error}, tolerance {tolerance:.0e}"
     model, image = divmod(int((images / limits).argmax()), images.shape[1])
-    off = f"{images[model, image]:.1e} of its largest logit for image {image}, whose own are small"
-    return f"model {model} is off by {off}, limit {limits[model, image]:.0e}"
+    error = f"{images[model, image]:.1e} of its largest logit for image {image} with small logits"
+    return f"model {model} has an error of {error}, tolerance {limits[model, image]:.0e}"

@@ -1,4 +1,4 @@
-"""What `build` is given, checked before anything is built: a ValueError names the argument."""
+"""Validation of the arguments of `build`, before anything is built."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
 from ensemble.strategies.forward import (
     check_dense,
+    check_no_parametrization_cache,
     is_traced,
-    plain,
-    refuse_cached_parametrizations,
+    to_plain_tensor,
 )
 
 
-def checked(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]:
-    """The models as a tuple, and a copy of the example, which no model can change for the caller.
+def validated(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]:
+    """The models as a tuple, and a copy of the example that models cannot modify for the caller.
 
     Raises:
-        ValueError, UnavailableError: see `strategies.build`.
+        ValueError, UnavailableError: see `strategies.build`; a ValueError names the argument.
     """
-    refuse_cached_parametrizations()
+    check_no_parametrization_cache()
     every = _models(models)
     if not isinstance(example, Tensor):
-        raise ValueError(f"example: expected a tensor, found a {type(example).__name__}")
+        raise ValueError(f"example: expected a tensor, got {type(example).__name__}")
     if type(example) is Tensor or type(example) is not type(_first_tensor(every)):
-        example = plain(example, argument="example")
+        example = to_plain_tensor(example, argument="example")
     if is_traced(is_plain=type(example) is Tensor):
         raise UnavailableError(
-            "models cannot be built within a mode that traces operators or fakes tensors"
+            "ensemble.build cannot be called under a dispatch mode that traces operators or fakes"
+            " tensors"
         )
     _check_shape(example, len(every))
     for index, model in enumerate(every):
@@ -46,20 +47,20 @@ def checked(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]:
 
 def _models(models: Any) -> tuple[nn.Module, ...]:
     if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
-        raise ValueError(f"models: expected a list of models, found one {type(models).__name__}")
+        raise ValueError(f"models: expected a list of modules, got one {type(models).__name__}")
     if isinstance(models, str | bytes | os.PathLike) or not isinstance(models, Iterable):
-        models = [models]  # refused below, for what it is
+        models = [models]  # rejected below by its type
     every = tuple(models)
     if not every:
-        raise ValueError("models: expected at least one model, found none")
+        raise ValueError("models: expected at least one model, got none")
     for index, model in enumerate(every):
         if isinstance(model, str | bytes | os.PathLike):
             raise ValueError(
-                f"models: expected modules, found {model!r}; ensemble.load_models reads files"
+                f"models: expected modules, got {model!r}; use ensemble.load_models to read files"
             )
         if not isinstance(model, nn.Module):
             found = type(model).__name__
-            raise ValueError(f"models: expected modules, found a {found} as model {index}")
+            raise ValueError(f"models: expected modules, got {found} as model {index}")
     return every
 
 
@@ -75,60 +76,60 @@ def _check_shape(example: Tensor, num_models: int) -> None:
     found = tuple(example.shape)
     if example.dim() != 4 and not (example.dim() == 5 and len(example) == num_models):
         shapes = f"(B, channels, H, W) or ({num_models}, B, channels, H, W)"
-        raise ValueError(f"example: expected shape {shapes}, found {found}")
+        raise ValueError(f"example: expected shape {shapes}, got {found}")
     if not example.numel():
-        raise ValueError(f"example: expected at least one image, found shape {found}")
+        raise ValueError(f"example: expected at least one image, got shape {found}")
 
 
 def _check_model(model: nn.Module, index: int, example: Tensor) -> None:
     for module in model.modules():
         if type(module).__module__.startswith("torch._dynamo"):
             raise ValueError(
-                f"models: expected modules, found model {index} compiled by torch.compile; pass"
-                " the module that was compiled (its _orig_mod)"
+                f"models: expected uncompiled modules, but model {index} was returned by"
+                " torch.compile; pass the original module (its _orig_mod)"
             )
     tensors = _tensors(model)
     if any(map(is_lazy, tensors)):
         raise ValueError(
-            f"models: expected initialized parameters, found lazy ones in model {index}; call it"
+            f"models: expected initialized parameters, but model {index} has lazy ones; call it"
             " once first"
         )
     weight = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if weight is not None and (weight.device, weight.dtype) != (example.device, example.dtype):
         expected = f"{weight.dtype} on {weight.device}, like model {index}"
-        raise ValueError(f"example: expected {expected}, found {example.dtype} on {example.device}")
+        raise ValueError(f"example: expected {expected}, got {example.dtype} on {example.device}")
     if stacking.is_in_train_mode(model):
         raise ValueError(
-            f"models: expected eval mode, found model {index} in train mode; call model.eval()"
+            f"models: expected eval mode, but model {index} is in train mode; call model.eval()"
         )
     _check_signature(model, index)
 
 
 def _check_signature(model: nn.Module, index: int) -> None:
-    """Can it be called with one tensor?"""
+    """Raise ValueError unless the model can be called with one tensor."""
     if getattr(type(model), "forward", None) is nn.Module.forward and "forward" not in vars(model):
-        raise ValueError(f"models: expected modules with a forward, found none in model {index}")
+        raise ValueError(f"models: expected modules with a forward, but model {index} has none")
     if type(model).__call__ is not nn.Module.__call__ or isinstance(model, torch.jit.ScriptModule):
         return
     try:
         signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # of code that is not Python's
+    except (TypeError, ValueError):  # not implemented in Python
         return
     try:
         signature.bind(None)
     except TypeError as error:
         raise ValueError(
-            f"models: expected models that are called with one tensor, found"
-            f" forward{signature} in model {index}: {error}"
+            f"models: expected a forward that takes one tensor, got forward{signature} in model"
+            f" {index}: {error}"
         ) from error
 
 
 def check_runs(model: nn.Module, example: Tensor) -> None:
-    """Can a model by itself run the example?
+    """Check that a model runs the example.
 
     Raises:
-        ValueError: it cannot, with what it raises.
-        Exception: memory has run out.
+        ValueError: it does not; the message contains the model's error.
+        Exception: out of memory.
     """
     try:
         copy = stacking.private_copy(model)
@@ -140,13 +141,13 @@ def check_runs(model: nn.Module, example: Tensor) -> None:
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"example: model 0 cannot run it: {reason}") from error
+        raise ValueError(f"example: model 0 fails with it: {reason}") from error
     check_dense(output)
 
 
 def weight_dtype(models: Sequence[nn.Module], example: Tensor) -> torch.dtype:
-    """The dtype that models compute in; the example's where they hold no floating tensor, float32
-    where that is of integers."""
+    """The dtype of the models' floating-point tensors; without any, the example's dtype, or float32
+    for an integer example."""
     for model in models:
         for tensor in stacking.named_tensors(model).values():
             if tensor.is_floating_point():

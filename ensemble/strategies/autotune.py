@@ -1,8 +1,11 @@
-"""Which of several ways to the same logits is the fastest here? Each against the fastest so far.
+"""The autotuner of strategies: candidates with the same logits, each timed against the incumbent.
 
-A candidate is built, checked, and timed in turns with the fastest of those before it; the slower of
-the two is released at once. So at most two are held, and each is judged by calls that lie right
-beside those of the one that it must beat, whatever the machine does meanwhile.
+Candidates are built, checked and timed one at a time, in interleaved rounds with the incumbent, the
+fastest so far. The loser is released before the next candidate is built, so at most two are alive,
+and every decision rests on paired ratios that are robust to drift of the machine's speed.
+
+`peer_autotune` tunes the settings of another runtime, whose thread pools disturb each other: it
+times each setting in isolation first.
 """
 
 from __future__ import annotations
@@ -21,135 +24,143 @@ from ensemble.machine import captured_warnings
 from ensemble.machine.devices import synchronize
 from ensemble.machine.memory import available_bytes, release
 from ensemble.machine.timing import Clock, interleaved
-from ensemble.strategies.build_result import Built, Forward
+from ensemble.strategies.build_result import BuildResult, ForwardFn
 
-# A duel lasts so long, and at least so many rounds; while the two are within CLOSE of each other it
-# goes on to LONG_S. It ends after two rounds that both say CLEAR.
-SHORT_S, LONG_S, LEAST = 0.33, 1.0, 3
+# A comparison lasts MIN_SECONDS and MIN_ROUNDS at least, and up to MAX_SECONDS while the median
+# ratio is within CLOSE. It stops after two rounds whose ratios both exceed CLEAR.
+MIN_SECONDS, MAX_SECONDS, MIN_ROUNDS = 0.33, 1.0, 3
 CLOSE, CLEAR = 1.08, 1.3
-MARGIN = 1.04  # who comes later must win by so much: of equals the first one, the loop, stays
+MIN_SPEEDUP = 1.04  # of a candidate to replace the incumbent: ties keep the earlier one
 
 
-class NotTriedError(RuntimeError):
-    """A candidate was not begun."""
+class SkippedError(RuntimeError):
+    """A candidate was not built: the autotuning budget or the memory is exhausted."""
 
 
 @dataclass
-class Contest:
-    """The fastest so far, what became of each that was tried, and the seconds of each build."""
+class AutotuneResult:
+    """The incumbent, and per candidate its seconds per call, its error, and its build seconds."""
 
     name: str = ""
-    built: Built | None = None
+    built: BuildResult | None = None
     times_s: dict[str, float] = field(default_factory=dict)
-    out: dict[str, Exception] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
     build_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def tried(self) -> str:
-        """What was tried, in one line: the milliseconds of a call, and why one is out."""
-        times = [f"{name} {milliseconds(seconds)}" for name, seconds in self.times_s.items()]
-        out = [f"{name}: {first_line(error)}" for name, error in self.out.items()]
-        return "; ".join([", ".join(times), *out] if times else out)
+        """All candidates in one line: milliseconds per call, or the error."""
+        return describe(self.times_s, self.errors)
 
 
-def fastest(
-    candidates: Mapping[str, Callable[[], Built]],
+def describe(times_s: Mapping[str, float], errors: Mapping[str, Exception]) -> str:
+    """`loop 54 ms, vmap 61 ms; concurrent: out of memory`."""
+    times = [f"{name} {milliseconds(seconds)}" for name, seconds in times_s.items()]
+    failed = [f"{name}: {first_line(error)}" for name, error in errors.items()]
+    return "; ".join([", ".join(times), *failed] if times else failed)
+
+
+def select_fastest(
+    candidates: Mapping[str, Callable[[], BuildResult]],
     example: Tensor,
     *,
     check: Callable[[Tensor], None],
     seconds: float,
     bytes_each: int = 0,
     clock: Clock = time.perf_counter,
-) -> Contest:
-    """Try candidates in their order, which is that of equals too.
+) -> AutotuneResult:
+    """Find the fastest candidate; ties go to the earlier one.
 
-    One that raises, or that `check` refuses by raising, is out with its reason.
+    A candidate whose builder or whose `check` raises is rejected, and its error is recorded.
 
     Args:
-        candidates: what each is called, and how it is built.
-        check: raises for wrong logits, of the example.
-        seconds: none is begun after so long, but the first.
-        bytes_each: nor where there is less memory than that: to be killed for it would cost all.
+        candidates: name -> builder.
+        example: the input of all timed calls.
+        check: raises if the logits of the example are wrong.
+        seconds: autotuning budget: no further candidate is built after it, except the first.
+        bytes_each: memory that a candidate may require; it is skipped if less is available, as the
+            out-of-memory killer would end the whole process.
 
     Raises:
-        Exception: what the first one raised, where all raise.
+        Exception: the error of the first candidate, if all of them fail.
     """
-    contest, begin = Contest(), clock()
+    result, begin = AutotuneResult(), clock()
     for name, make in candidates.items():
         try:
-            if contest.built is not None:
-                _check_room(example, clock() - begin, seconds, bytes_each)
-            _challenge(contest, name, make, example, check, clock)
+            if result.built is not None:
+                _check_budget(example, clock() - begin, seconds, bytes_each)
+            _try_candidate(result, name, make, example, check, clock)
         except Exception as error:
-            contest.out[name] = error.with_traceback(None)  # it holds the frames that hold memory
-        if contest.build_s.keys() - {contest.name} or contest.out:
-            release()  # what lost, before the next one is built
-    if contest.built is None:
-        raise next(iter(contest.out.values()))
-    return contest
+            result.errors[name] = error.with_traceback(None)  # its frames would keep tensors alive
+        if result.build_s.keys() - {result.name} or result.errors:
+            release()  # the memory of the loser, before the next candidate is built
+    if result.built is None:
+        raise next(iter(result.errors.values()))
+    return result
 
 
-def _check_room(example: Tensor, passed: float, seconds: float, bytes_each: int) -> None:
-    """Raise NotTriedError where time is over or memory short."""
-    if passed > seconds:
-        raise NotTriedError(f"not tried after {seconds:g} s (--tune_seconds)")
-    room = available_bytes(example.device)
-    if room is not None and room < bytes_each:
-        wanted = f"may take {bytes_each / 1e9:.1f}"
-        raise NotTriedError(f"not tried: {wanted} GB, {room / 1e9:.1f} GB are left")
+def _check_budget(example: Tensor, elapsed: float, seconds: float, bytes_each: int) -> None:
+    """Raise SkippedError if the time budget or the memory is exhausted."""
+    if elapsed > seconds:
+        raise SkippedError(f"skipped: autotuning budget of {seconds:g} s exceeded (--tune_seconds)")
+    available = available_bytes(example.device)
+    if available is not None and available < bytes_each:
+        needed = f"may require {bytes_each / 1e9:.1f} GB"
+        raise SkippedError(f"skipped: {needed}, {available / 1e9:.1f} GB available")
 
 
-def _challenge(
-    contest: Contest,
+def _try_candidate(
+    result: AutotuneResult,
     name: str,
-    make: Callable[[], Built],
+    make: Callable[[], BuildResult],
     example: Tensor,
     check: Callable[[Tensor], None],
     clock: Clock,
 ) -> None:
-    """Build and check one, and let the faster of it and the fastest so far stay."""
+    """Build and check a candidate; it replaces the incumbent in `result` if it is faster."""
     begin = clock()
-    with captured_warnings.caught("ignore"):  # of compilers, about their own tracing
+    with captured_warnings.capture("ignore"):  # of compilers, about their own tracing
         built = make()
         synchronize(example.device)
-        contest.build_s[name] = clock() - begin
+        result.build_s[name] = clock() - begin
         check(built.forward(example))
-        if contest.built is None:
-            contest.name, contest.built = name, built
+        if result.built is None:
+            result.name, result.built = name, built
             return
-        times = _duel(contest.built.forward, built.forward, example, clock)
-    if not contest.times_s:
-        contest.times_s[contest.name] = times[0]
-    contest.times_s[name] = times[1]
-    if times[2] > MARGIN:
-        contest.name, contest.built = name, built
+        incumbent_s, candidate_s, speedup = _compare(
+            result.built.forward, built.forward, example, clock
+        )
+    if not result.times_s:
+        result.times_s[result.name] = incumbent_s
+    result.times_s[name] = candidate_s
+    if speedup > MIN_SPEEDUP:
+        result.name, result.built = name, built
 
 
-def _duel(
-    champion: Forward, challenger: Forward, example: Tensor, clock: Clock
+def _compare(
+    incumbent: ForwardFn, candidate: ForwardFn, example: Tensor, clock: Clock
 ) -> tuple[float, float, float]:
-    """The median seconds of both, and of the rounds' ratios: above 1 the challenger is faster."""
+    """Median seconds of both, and the median speedup of the candidate over the paired calls."""
     rounds: list[tuple[float, float]] = []
     begin = clock()
-    for champions, challengers in interleaved(
-        [partial(champion, example), partial(challenger, example)],
-        warmup=0,  # the untimed calls before each timed one are enough
-        min_rounds=LEAST,
-        min_seconds=LONG_S,
+    for of_incumbent, of_candidate in interleaved(
+        [partial(incumbent, example), partial(candidate, example)],
+        warmup=0,  # `interleaved` makes an untimed call before each timed one
+        min_rounds=MIN_ROUNDS,
+        min_seconds=MAX_SECONDS,
         synchronize=lambda: synchronize(example.device),
         clock=clock,
     ):
-        rounds.append((champions.seconds, challengers.seconds))
+        rounds.append((of_incumbent.seconds, of_candidate.seconds))
         if is_decided([one / another for one, another in rounds], clock() - begin):
             break
     times = [statistics.median(one) for one in zip(*rounds, strict=True)]
     return times[0], times[1], statistics.median(one / another for one, another in rounds)
 
 
-def is_decided(ratios: list[float], passed: float) -> bool:
-    """Is it known which of two is the faster, as far as it matters?"""
+def is_decided(ratios: list[float], elapsed: float) -> bool:
+    """Whether a comparison can stop after these per-round ratios and `elapsed` seconds."""
     if len(ratios) >= 2 and (min(ratios) > CLEAR or max(ratios) < 1 / CLEAR):
         return True
-    middle = statistics.median(ratios)
-    is_close = 1 / CLOSE < middle < CLOSE
-    return len(ratios) >= LEAST and passed >= (LONG_S if is_close else SHORT_S)
+    is_close = 1 / CLOSE < statistics.median(ratios) < CLOSE
+    return len(ratios) >= MIN_ROUNDS and elapsed >= (MAX_SECONDS if is_close else MIN_SECONDS)

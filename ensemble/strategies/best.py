@@ -1,4 +1,4 @@
-"""`best`: the strategy that is the fastest here, found by trying those that could be."""
+"""`best`: autotune over the strategies that are likely to be the fastest on this kind of device."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ensemble.strategies import (
     STRATEGIES,
     agreement,
     autotune,
+    build_unverified,
     eager,
-    make,
 )
 from ensemble.strategies.arguments import weight_dtype
-from ensemble.strategies.build_result import Built, Choice
+from ensemble.strategies.build_result import BuildResult, Choice
 
-# What could win on a kind of device. The loop comes first: it is what all the others must beat.
-# Then the likely winners, so that the others are soon clearly behind; where each takes long to
-# build, what builds quickly, so that time that is over costs least.
+# By kind of device. The loop comes first: it is the baseline. Then the likely winners, so that the
+# comparisons with the others end early; where builds are slow, the quick ones, so that an exhausted
+# budget skips the fewest.
 CANDIDATES = {
     "cpu": (
         "loop",
@@ -42,48 +42,49 @@ CANDIDATES = {
         "cudagraph_compiled_im2col_vmap",
     ),
 }
-ELSEWHERE = ("loop", "folded_loop", "folded_vmap", "concurrent", "vmap")
-# What building one takes at most, in times of the models' weights: `lowered_vmap` of four ResNet-18
+OTHER_DEVICES = ("loop", "folded_loop", "folded_vmap", "concurrent", "vmap")
+# Peak memory of a build relative to the models' weights, at most: `lowered_vmap` of four ResNet-18
 # held 917 MB, their weights 187 MB.
-MOST_WEIGHTS = 5
+PEAK_TO_WEIGHTS = 5
 
 
-def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -> Built:
-    """The fastest candidate, by duels on the example; all others are released.
+def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -> BuildResult:
+    """The fastest candidate for the example; all others are released.
 
-    Each must give the logits of the loop in float32, as a row of the table must.
+    Candidates must agree with the logits of the loop in float32, as in the benchmark.
     """
     begin = time.perf_counter()
     names = candidates(example.device, weight_dtype(models, example))
     x = agreement.informative(example)
-    found = autotune.fastest(
-        {name: partial(make, name, models, example) for name in names},
+    found = autotune.select_fastest(
+        {name: partial(build_unverified, name, models, example) for name in names},
         x,
         check=_checker(models, x),
         seconds=tune_seconds,
-        bytes_each=MOST_WEIGHTS * sum(map(stacking.weight_bytes, models)),
+        bytes_each=PEAK_TO_WEIGHTS * sum(map(stacking.weight_bytes, models)),
     )
     assert found.built is not None
-    took = time.perf_counter() - begin - found.build_s[found.name]
+    tuning_s = time.perf_counter() - begin - found.build_s[found.name]
     note = f"picked {found.name} (tried: {found.tried})"
-    kept = found.built
-    return Built(kept.forward, kept.note, Choice(found.name, note, took), kept.later)
+    built = found.built
+    choice = Choice(found.name, note, tuning_s)
+    return BuildResult(built.forward, built.note, choice, built.deferred_note)
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The names of what is tried on a device, in this order.
+    """The names of the candidates on a device, in order.
 
-    Where the CPU emulates a dtype, all but our own kernels, which compute in float32, convert each
-    number at each step, as the loop does: none is worth its trial.
+    If the CPU emulates the dtype, only the strategies with kernels of this package, which compute
+    in float32, can beat the loop: all others convert every element in every operator.
     """
-    names = CANDIDATES.get(device.type, ELSEWHERE)
+    names = CANDIDATES.get(device.type, OTHER_DEVICES)
     if not is_emulated(dtype, device):
         return names
     return tuple(name for name in names if name == LOOP or STRATEGIES[name].has_kernels)
 
 
 def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]:
-    """Raises for logits that the loop in float32 does not give."""
+    """A function that raises ValueError for logits that disagree with the loop in float32."""
     dtype = weight_dtype(models, x)
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     limit = agreement.TOLERANCES[dtype]
@@ -93,14 +94,14 @@ def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]
 
     def check(logits: Tensor) -> None:
         if logits.dtype != own.dtype:
-            raise ValueError(f"expected logits in {own.dtype}, found {logits.dtype}")
+            raise ValueError(f"expected logits in {own.dtype}, got {logits.dtype}")
         problem = agrees(logits, reference).problem
         if not problem:
             return
         if agrees(eager.logits_in(models, x, at_least_float32), reference).problem:
             raise ValueError(
-                "models: expected the same answer at each call, found models that are random in"
-                " eval mode (dropout that stays on?)"
+                "models: expected deterministic outputs, got models that are random in eval mode"
+                " (active dropout?)"
             )
         raise ValueError(problem)
 

@@ -1,4 +1,4 @@
-"""What a builder gives: how to run the models, notes on how it was built, and what it chose."""
+"""The result of a builder: a forward, notes on how it was built, and the autotuner's choice."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import Tensor, nn
 
 from ensemble.machine.per_process import PerProcess
 
-Forward = Callable[[Tensor], Tensor]  # x like the example -> logits (N, B, classes)
+ForwardFn = Callable[[Tensor], Tensor]  # x like the example -> logits (N, B, classes)
 
 
 @dataclass(frozen=True)
 class PerModel:
-    """The outputs of N models that were called one by one, in order: not stacked yet."""
+    """The outputs of N models that were called separately, in order; not stacked yet."""
 
     outputs: Sequence[object]
 
 
-Run = Callable[[Tensor], Any]  # x like the example -> logits (N, B, classes), or `PerModel`
+RawForward = Callable[[Tensor], Any]  # x like the example -> logits (N, B, classes), or `PerModel`
 
 
 def no_note() -> str:
-    """Nothing to add."""
+    """An empty note."""
     return ""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which strategy was chosen at build out of several, what was tried in one line, and what
-    choosing took beyond the build of the one chosen."""
+    """The strategy that an autotuner chose, a one-line note on all candidates, and the seconds that
+    tuning took in addition to building the chosen one."""
 
     name: str
     note: str
@@ -40,25 +40,26 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Built:
-    """How to run the models, a note on how it was built, empty for none.
+class BuildResult:
+    """A forward for N models, and a note on how it was built (may be empty).
 
-    `forward` gives logits `(N, B, classes)` or the outputs of each model, and may hand out memory
-    of its own: `strategies.make` wraps it in `strategies.forward.Forward`, which checks what comes
-    in and copies what goes out. `later` is what the first call adds to the note.
+    `forward` returns logits `(N, B, classes)` or the outputs of each model, which may alias memory
+    that it reuses: `strategies.build_unverified` wraps it in `strategies.forward.Forward`, which
+    checks the input and copies the output. `deferred_note` returns a further note, known after the
+    first call.
     """
 
-    forward: Run
+    forward: RawForward
     note: str = ""
     choice: Choice | None = None
-    later: Callable[[], str] = no_note
+    deferred_note: Callable[[], str] = no_note
 
 
-Builder = Callable[[Sequence[nn.Module], Tensor], Built]
+Builder = Callable[[Sequence[nn.Module], Tensor], BuildResult]
 
 
-def taking_turns(run: Run) -> Run:
-    """`run`, one call at a time: for what keeps state during a call."""
+def serialized(run: RawForward) -> RawForward:
+    """`run` under a lock, for forwards that are not reentrant."""
     lock = PerProcess(threading.Lock)
 
     def call(x: Tensor) -> Any:

@@ -1,7 +1,7 @@
-"""vmap over some models at a time: `torch.vmap`'s own `chunk_size`, chosen at build by trial.
+"""vmap over chunks of models: like `torch.vmap(chunk_size=...)`, with an autotuned chunk size.
 
-A vmapped activation is N times larger than a model's. Chunks are the remedy that torch has for the
-memory that this takes, and on a CPU for the pages that the allocator gives back at every call.
+A vmapped activation is N times larger than a single model's. Chunking limits the memory, and on a
+CPU also the page faults of buffers that the allocator returns to the kernel after every call.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from functools import partial
 from torch import Tensor, nn
 
 from ensemble.strategies import autotune, eager
-from ensemble.strategies.build_result import Built
+from ensemble.strategies.build_result import BuildResult
 
 
-def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -> Built:
-    """`eager.vmap` in chunks of the size that is fastest on the example: all, half, ... or 1."""
-    found = autotune.fastest(
+def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -> BuildResult:
+    """`eager.vmap` in chunks of the size that is fastest for the example: N, N/2, ..., 1."""
+    found = autotune.select_fastest(
         {str(size): partial(eager.vmap, models, example, size) for size in sizes(len(models))},
         example,
-        check=lambda logits: None,  # the same function, called with fewer models
+        check=lambda logits: None,  # all candidates run the same function
         seconds=tune_seconds,
     )
     assert found.built is not None
     tried = f" (tried: {found.tried})" if found.tried else ""
-    kept = found.built
-    return Built(kept.forward, f"chunk_size: {found.name}{tried}", later=kept.later)
+    note = f"chunk_size: {found.name}{tried}"
+    return BuildResult(found.built.forward, note, deferred_note=found.built.deferred_note)
 
 
 def sizes(num_models: int) -> list[int]:
-    """N, and its halves, rounded up, down to 1."""
+    """N, repeatedly halved and rounded up, down to 1."""
     return [num_models] if num_models == 1 else [num_models, *sizes((num_models + 1) // 2)]

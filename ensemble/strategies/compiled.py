@@ -1,10 +1,11 @@
 """`torch.compile` of the loop and of the vmapped forward.
 
-Nothing may fall back silently: `fullgraph` turns a graph break, and dynamo's recompile limit, into
-an error, and the benchmark lets no call after the first recompile.
+There are no silent fallbacks: with `fullgraph` a graph break or dynamo's recompile limit is an
+error, and the benchmark fails on any recompilation after the first call.
 
-Weights are inputs of the graphs and not frozen into them. Freezing compiles every model anew, 3 to
-4 s each, against 4 s for all of them, and gave 1.25 of the eager loop against 1.22 (N=4, 224 px).
+Weights are graph inputs, not frozen constants. Freezing compiles each model separately, 3 to 4 s
+each instead of 4 s in total, for a speedup of 1.25 instead of 1.22 over the eager loop (N=4,
+224 px).
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from ensemble.errors import UnavailableError, first_line
 from ensemble.models import stacking
 from ensemble.models.stacking import stacked_state
 from ensemble.strategies import eager
-from ensemble.strategies.build_result import Built
+from ensemble.strategies.build_result import BuildResult
 
 
-def loop(models: Sequence[nn.Module], example: Tensor) -> Built:
-    """One compiled forward, called for each folded model with that model's weights."""
+def loop(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+    """One compiled forward, called with the weights of each folded model in turn."""
     return eager.loop(compiled_models(folded(models, example)), example, private=private)
 
 
-def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
-    """The vmapped forward of the folded models as one graph; `torch.compile` is outermost.
+def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+    """`torch.compile(vmap(forward))` of the folded models, as one graph.
 
-    dynamo does not trace functorch's stateless module: `torch.func.functional_call` stands for it.
+    Uses `torch.func.functional_call`, as dynamo does not trace functorch's stateless module.
     """
     copies = folded(models, example)
     mapped = torch.vmap(
@@ -42,14 +43,14 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
         randomness="different",
     )
     compiled, state = as_one_graph(mapped), stacked_state(copies)
-    return Built(lambda x: compiled(state, private(x)))
+    return BuildResult(lambda x: compiled(state, private(x)))
 
 
 def as_one_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` through `torch.compile`, which its first call does.
+    """`torch.compile(function)`, which compiles in the first call.
 
-    What dynamo cannot trace as one graph, and what the compiler cannot do, is said by that call as
-    a refusal: Inductor fails, for one, on some nets with adaptive poolings under vmap.
+    That call raises UnavailableError if dynamo cannot trace a single graph or the backend fails:
+    Inductor fails, for example, on some nets with adaptive pooling under vmap.
     """
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -67,6 +68,6 @@ def as_one_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def compiled_models(models: Sequence[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
-    """Each model as a call of one and the same graph, with that model's weights."""
-    one = as_one_graph(stacking.stateless(models[0]))
-    return [partial(one, stacking.named_tensors(model)) for model in models]
+    """One compiled graph, bound to the weights of each model."""
+    graph = as_one_graph(stacking.stateless(models[0]))
+    return [partial(graph, stacking.named_tensors(model)) for model in models]

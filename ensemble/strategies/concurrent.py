@@ -1,4 +1,4 @@
-"""Several models at once: one a core on the CPU, one a stream on an accelerator."""
+"""Several models at once: one per core on the CPU, one per stream on an accelerator."""
 
 from __future__ import annotations
 
@@ -12,71 +12,72 @@ from torch import Tensor, nn
 
 from ensemble.compiler.graph.batch_norm_folding import channels_last, folded, private
 from ensemble.machine.per_process import PerProcess
-from ensemble.strategies.build_result import Built, PerModel, Run
+from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.compiled import compiled_models
 
-# More streams than this do not help: each kernel of a ResNet wants a good part of the device.
+# More streams do not help: each kernel of a ResNet already occupies a large part of the device.
 MAX_STREAMS = 16
 
 T = TypeVar("T")
-_SETTING = PerProcess(Lock)
+_THREAD_COUNT_LOCK = PerProcess(Lock)
 
-One = Callable[[Tensor], object]  # a model: channels-last images (B, 3, H, W) -> logits
+Model = Callable[[Tensor], object]  # channels-last images (B, 3, H, W) -> logits
 
 
-def eager(models: Sequence[nn.Module], example: Tensor) -> Built:
+def eager(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """Folded models, eager, concurrently."""
-    return side_by_side([_on_a_copy(model) for model in folded(models, example)], example)
+    models_with_copies = [_with_private_input(model) for model in folded(models, example)]
+    return concurrent_forward(models_with_copies, example)
 
 
-def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
+def compiled(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """Folded models through one compiled forward, concurrently."""
     forwards = compiled_models(folded(models, example))
-    return side_by_side([_on_a_copy(forward) for forward in forwards], example)
+    return concurrent_forward([_with_private_input(forward) for forward in forwards], example)
 
 
-def _on_a_copy(model: One) -> One:
-    """A model that may write to its input, which others read at the same time."""
+def _with_private_input(model: Model) -> Model:
+    """`model` called with a copy of x: it may write to its input, which other models share."""
     return lambda x: model(private(x))
 
 
-def shares(num_models: int, cores: int) -> list[tuple[list[int], int]]:
-    """Which models run side by side: (indices of a worker's models, threads of the worker).
+def partition(num_models: int, cores: int) -> list[tuple[list[int], int]]:
+    """Assign models to workers: (indices of the worker's models, threads of the worker).
 
-    One thread a worker while there are models for every core; what is left over by then, and an
-    ensemble smaller than the cores, would leave cores idle and is spread over more threads each.
+    Single-threaded workers, one per core, share the largest multiple of `cores` models. Each
+    remaining model gets a worker of its own, with the cores divided among these.
     """
     whole = num_models // cores * cores
     plan = [(list(range(core, whole, cores)), 1) for core in range(cores) if core < whole]
-    left = num_models - whole
-    return plan + [([whole + index], max(1, cores // left)) for index in range(left)]
+    remaining = num_models - whole
+    return plan + [([whole + index], max(1, cores // remaining)) for index in range(remaining)]
 
 
-def side_by_side(models: Sequence[One], example: Tensor) -> Built:
+def concurrent_forward(models: Sequence[Model], example: Tensor) -> BuildResult:
     """A forward that runs all models on channels-last images, several at once.
 
-    models: none writes to what it is given.
+    models: must not write to their input.
     """
     if example.device.type == "cpu":
-        return Built(_over_cores(models, example))
-    return Built(_over_streams(models, example))
+        return BuildResult(_over_cores(models, example))
+    return BuildResult(_over_streams(models, example))
 
 
-def _over_cores(models: Sequence[One], example: Tensor) -> Run:
+def _over_cores(models: Sequence[Model], example: Tensor) -> RawForward:
     cores, per_model = torch.get_num_threads(), example.dim() == 5
-    plan = shares(len(models), cores)
+    plan = partition(len(models), cores)
     widths = sorted({threads for _, threads in plan})
     pools = PerProcess(lambda: {threads: _pool(cores // threads, threads) for threads in widths})
-    pools()  # now, and not in the first call: threads take long to start
+    pools()  # start the threads at build, not in the first call
 
     def work(indices: list[int], x: Tensor) -> list[object]:
-        with torch.inference_mode():  # a thread starts without its caller's mode
+        with torch.inference_mode():  # thread-local: not inherited from the caller
             return [models[index](x[index] if per_model else x) for index in indices]
 
     def forward(x: Tensor) -> PerModel:
         x = channels_last(x)
         logits: dict[int, object] = {}
-        for threads in widths:  # the leftover models after the whole rounds, not among them
+        for threads in widths:  # the single-threaded workers finish before the remaining models
             parts = [indices for indices, width in plan if width == threads]
             done = pools()[threads].map(lambda indices: work(indices, x), parts)
             for indices, outputs in zip(parts, done, strict=True):
@@ -87,18 +88,19 @@ def _over_cores(models: Sequence[One], example: Tensor) -> Run:
 
 
 def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
-    """Running workers that compute on so many threads each; no other thread's setting changes.
+    """A pool of started workers that run torch on `threads` threads each, without side effects on
+    the thread count of other threads.
 
-    torch keeps a number for each thread, and one that threads to come begin with: setting the
-    first sets the second as well. So that one is put back, and nobody else may start a pool then.
+    torch has a thread count per thread and a default for new threads, and `set_num_threads` sets
+    both. So the default is restored, under a lock.
     """
-    with _SETTING():
-        for_new_threads = _in_new_thread(torch.get_num_threads)
+    with _THREAD_COUNT_LOCK():
+        default = _in_new_thread(torch.get_num_threads)
         started = Barrier(workers)
 
         def start() -> None:
-            started.wait()  # each worker takes one: none is left to start in a call
-            torch.get_num_threads()  # a thread takes what it begins with here, or later: over ours
+            started.wait()  # one task per worker: all threads are started before any call
+            torch.get_num_threads()  # initializes the count lazily; later it would overwrite ours
             torch.set_num_threads(threads)
 
         pool = ThreadPoolExecutor(workers, thread_name_prefix="ensemble")
@@ -110,17 +112,17 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
             pool.shutdown(wait=False)
             raise
         finally:
-            _in_new_thread(lambda: torch.set_num_threads(for_new_threads))
+            _in_new_thread(lambda: torch.set_num_threads(default))
     return pool
 
 
 def _in_new_thread(function: Callable[[], T]) -> T:
-    """What `function` gives in a thread that has no settings of its own yet."""
+    """The result of `function` in a new thread, which has the default settings."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
 
-def _over_streams(models: Sequence[One], example: Tensor) -> Run:
+def _over_streams(models: Sequence[Model], example: Tensor) -> RawForward:
     per_model = example.dim() == 5
     streams = [torch.Stream(example.device) for _ in range(min(len(models), MAX_STREAMS))]
 

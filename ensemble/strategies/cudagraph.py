@@ -1,4 +1,4 @@
-"""CUDA graphs: the kernels of a whole forward launched by one call. CUDA only."""
+"""CUDA graphs: one launch for all kernels of a forward. CUDA only."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from ensemble.strategies import (
 )
 from ensemble.strategies.build_result import (
     Builder,
-    Built,
-    Run,
-    taking_turns,
+    BuildResult,
+    RawForward,
+    serialized,
 )
-from ensemble.strategies.forward import owned
+from ensemble.strategies.forward import stack_outputs
 
-WARMUP_CALLS = 3  # as torch.cuda.make_graphed_callables: lazy initialisation may not be captured
+WARMUP_CALLS = 3  # as in make_graphed_callables: lazy initialization must not be captured
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph with the memory that it reads and writes, and what else that memory belongs to."""
+    """A CUDA graph with its static input and output, and the owner of its other memory."""
 
     graph: torch.cuda.CUDAGraph
     x: Tensor
     logits: Tensor
-    forward: Run  # never called again: it keeps the weights that the graph reads
+    forward: RawForward  # not called again; keeps alive the weights that the graph reads
 
     def __call__(self, x: Tensor) -> Tensor:
         self.x.copy_(x)
         self.graph.replay()
-        return owned(self.logits, len(self.logits))  # before the next call replays into it
+        return stack_outputs(self.logits, len(self.logits))  # before the next call replays into it
 
 
-def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) -> Built:
-    """Capture the forward of `builder`; calls copy x in, replay the graph, and copy logits out.
+def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+    """Capture the forward of `builder`; a call copies x in, replays the graph, copies logits out.
 
     Source: torch's notes on CUDA semantics, "CUDA Graphs".
     """
     if example.device.type != "cuda":
-        raise UnavailableError(f"CUDA graphs need a CUDA device, this is {example.device}")
+        raise UnavailableError(f"CUDA graphs require a CUDA device, got {example.device}")
     built = builder(models, example)
     forward = built.forward
     static_x = example.clone()
@@ -61,9 +61,9 @@ def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) ->
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = forward(static_x)
-        logits = owned(outputs, len(models))
-    run = taking_turns(Captured(graph, static_x, logits, forward))
-    return Built(run, built.note, later=built.later)
+        logits = stack_outputs(outputs, len(models))
+    run = serialized(Captured(graph, static_x, logits, forward))
+    return BuildResult(run, built.note, deferred_note=built.deferred_note)
 
 
 loop = partial(_captured, folded.loop)

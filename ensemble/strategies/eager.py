@@ -1,4 +1,4 @@
-"""The two baselines: a Python loop over the models, and vmap over their stacked state."""
+"""The two baselines: a Python loop over the models, and vmap over their stacked weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
-from ensemble.models.meta import ByShape
-from ensemble.strategies.build_result import Built, PerModel, taking_turns
-from ensemble.strategies.forward import owned
-from ensemble.strategies.vmapped import Mapped
+from ensemble.models.meta import MetaWithoutDynamo
+from ensemble.strategies.build_result import BuildResult, PerModel, serialized
+from ensemble.strategies.forward import stack_outputs
+from ensemble.strategies.vmapped import VmappedForward
 
 try:
     import functorch
-except ImportError:  # a torch that has dropped it
+except ImportError:  # removed in a future torch
     functorch = None
 
 
@@ -27,24 +27,24 @@ def loop(
     example: Tensor,
     *,
     private: Callable[[Tensor], Tensor] = torch.clone,
-) -> Built:
-    """One forward a model, one after another. Naive on purpose: this is the reference.
+) -> BuildResult:
+    """One forward per model, sequentially. Deliberately naive: this is the reference.
 
-    private: copies x, in the memory format that the models are to see.
+    private: copies x, in the memory format that the models receive.
     """
     if example.dim() == 5:
-        return Built(
+        return BuildResult(
             lambda x: PerModel([model(one) for model, one in zip(models, private(x), strict=True)])
         )
-    return Built(SharedInput(models, private))
+    return BuildResult(SharedInput(models, private))
 
 
 class SharedInput:
-    """Calls models with one image, each with the caller's values.
+    """Call all models with the same batch, copy-on-write.
 
-    A model may normalize its input in place, or through numpy. On the CPU each gets a copy, which
-    takes less than 0.2 % of a ResNet; where a copy is a kernel to launch, one serves all models as
-    long as torch's version counter says that none has written to it.
+    A model may modify its input in place, possibly through numpy. On the CPU each model gets a
+    copy, which takes less than 0.2 % of a ResNet. On an accelerator a copy is a kernel launch, so
+    one copy is shared until torch's version counter shows that a model has written to it.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SharedInput:
         outputs, shared, version = list[object](), None, 0
         for model in self._models:
             if shared is None or shared._version != version:
-                with torch.inference_mode(False), torch.no_grad():  # else it has no version
+                with torch.inference_mode(False), torch.no_grad():  # to have a version counter
                     shared = self._private(x)
                 version = shared._version
             outputs.append(model(shared))
@@ -67,23 +67,23 @@ class SharedInput:
 
 @torch.inference_mode()
 def logits_in(models: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The loop's logits of x in another dtype; no more than one model exists in it at a time."""
+    """The loop's logits `(N, B, classes)` of x in another dtype; models are cast one at a time."""
     inputs = x if x.dim() == 5 else [x] * len(models)
     of_images = dtype if x.is_floating_point() else x.dtype
     outputs = [
         _cast(model, dtype)(batch.to(of_images, copy=True))
         for model, batch in zip(models, inputs, strict=True)
     ]
-    return owned(PerModel(outputs), len(models))
+    return stack_outputs(PerModel(outputs), len(models))
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     tensors = stacking.named_tensors(model).values()
-    known = all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point())
-    if not known:
+    has_dtype = all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point())
+    if not has_dtype:
         return stacking.cast([model], dtype)[0]
     try:
-        return stacking.private_copy(model)  # a call may change what a model holds
+        return stacking.private_copy(model)  # a call may mutate the model
     except UnavailableError:
         return model
 
@@ -94,33 +94,38 @@ def vmap(
     chunk_size: int | None = None,
     *,
     private: Callable[[Tensor], Tensor] = torch.clone,
-) -> Built:
-    """One forward of the stateless model, mapped over the stacked parameters and buffers, of all
-    models at once or of so many."""
+) -> BuildResult:
+    """`torch.vmap` of the stateless model over the stacked parameters and buffers.
+
+    chunk_size: models per vmapped call; default: all.
+    """
     state = stacking.stacked_state(models)
     stateless, parameter_names, buffer_names = stateless_model(models)
     parameters = tuple(state[name] for name in parameter_names)
     buffers = tuple(state[name] for name in buffer_names)
-    mapped = Mapped(
+    mapped = VmappedForward(
         stateless,
         len(models),
         per_model=example.dim() == 5,
         private=private,
         chunk_size=chunk_size or len(models),
     )
-    # functorch swaps the state of one module in and out
-    return Built(taking_turns(lambda x: mapped(parameters, buffers, x)), later=mapped.note)
+    # Serialized: the stateless module is called with the state swapped in.
+    return BuildResult(
+        serialized(lambda x: mapped(parameters, buffers, x)), deferred_note=mapped.note
+    )
 
 
 def stateless_model(
     models: Sequence[nn.Module],
 ) -> tuple[Callable[..., Tensor], tuple[str, ...], tuple[str, ...]]:
-    """functorch's stateless form `f(parameters, buffers, x)`, and the names that it goes by.
+    """functorch's stateless function `f(parameters, buffers, x)`, and its parameter and buffer
+    names.
 
-    `combine_state_for_ensemble` copies what it stacks, so it gets skeletons on the meta device: it
-    gives the function for no memory, and `stacked_state` gives the state.
-    Where a future torch has dropped it, or the models hold what it cannot copy (a lock),
-    `torch.func.functional_call` gives the same.
+    `combine_state_for_ensemble` copies the tensors that it stacks, so it is called with skeletons
+    on the meta device, for the function only; `stacked_state` provides the state. The fallback,
+    where a future torch has removed it or cannot deepcopy the models (they hold a lock), is
+    `torch.func.functional_call`.
     """
     skeletons = [stacking.skeleton(model) for model in models]
     stateless = _by_functorch(skeletons)
@@ -138,7 +143,7 @@ def stateless_model(
 
 
 def _by_functorch(skeletons: Sequence[nn.Module]) -> Any:
-    """functorch's stateless module, or None where it cannot be had."""
+    """functorch's stateless module, or None if it is unavailable or fails."""
     if not functorch or not hasattr(functorch, "combine_state_for_ensemble"):
         return None
     with warnings.catch_warnings():
@@ -146,7 +151,7 @@ def _by_functorch(skeletons: Sequence[nn.Module]) -> Any:
             "ignore", message=".*combine_state_for_ensemble", category=FutureWarning
         )
         try:
-            with ByShape():
+            with MetaWithoutDynamo():
                 stateless, _, _ = functorch.combine_state_for_ensemble(skeletons)
         except Exception:
             return None

@@ -1,4 +1,4 @@
-"""What `build` returns: a forward that checks its input first and owns what it returns."""
+"""The callable that `build` returns: it checks its input and returns memory of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ensemble.errors import UnavailableError
-from ensemble.strategies.build_result import PerModel, Run
+from ensemble.strategies.build_result import PerModel, RawForward
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -21,37 +21,36 @@ class Forward:
 
     Every strategy has the same contract.
 
-    - x has the example's shape, dtype and device; its strides are free. It is never written to,
-      even by models that normalize their input in place: each model gets the caller's values.
-    - The result is an ordinary tensor in memory of its own, without a gradient: it may be changed
-      in place and trained on, but nothing flows back to x or to the models.
-    - Models run under `torch.inference_mode`: what their code caches then holds inference tensors,
-      and gradients within a forward cannot be had.
-    - Models run in their own dtype: `torch.autocast` around a build or a call has no effect. What
-      their code forms by `torch.get_default_dtype` may have that of the build.
-    - Calls from several threads are safe where the models' own code is.
-    - It belongs to its process: it cannot be pickled, copied, exported or traced. Build it where
-      it is to run.
+    - x has the example's shape, dtype and device, and any strides. It is never written to, even by
+      models that normalize their input in place: each model sees the caller's values.
+    - The result is an ordinary tensor that owns its memory and does not require grad. It may be
+      modified in place and used for training, but no gradient flows back to x or the models.
+    - Models run under `torch.inference_mode`: tensors cached by their code become inference
+      tensors, and they cannot compute gradients in their forward.
+    - Models run in their own dtype: `torch.autocast` around a build or a call has no effect.
+      Tensors that depend on `torch.get_default_dtype` may have the default of the build.
+    - Calls from several threads are safe if the models' own code is thread-safe.
+    - It is bound to its process: it cannot be pickled, copied, exported or traced.
 
     Raises (on call):
-        ValueError: x is not like the example, or requires a gradient; the models give no single
-            tensor each, or differ in shape or dtype of their outputs.
-        UnavailableError: the strategy cannot run these models, with the reason in one line.
-        Exception: whatever the models themselves raise for this x.
+        ValueError: x is not like the example, or requires grad; the models do not return a single
+            tensor each, or their outputs differ in shape or dtype.
+        UnavailableError: the strategy does not support these models; the message is one line.
+        Exception: any error of the models for this x.
     """
 
-    def __init__(self, run: Run, strategy: str, example: Tensor, num_models: int) -> None:
+    def __init__(self, run: RawForward, strategy: str, example: Tensor, num_models: int) -> None:
         self.run, self.strategy, self.num_models = run, strategy, num_models
         self.shape, self.dtype, self.device = tuple(example.shape), example.dtype, example.device
         self._type = type(example)
-        self.__name__ = f"{strategy}_forward"  # torch.jit asks for one before it calls
+        self.__name__ = f"{strategy}_forward"  # torch.jit requires one
 
     def __call__(self, x: Tensor) -> Tensor:
-        self._refuse_tracing()
-        refuse_cached_parametrizations()
+        self._check_not_traced()
+        check_no_parametrization_cache()
         x = self._checked(x)
-        with settings(self.device):
-            return owned(self.run(x), self.num_models)
+        with execution_context(self.device):
+            return stack_outputs(self.run(x), self.num_models)
 
     def __repr__(self) -> str:
         example = f"{self.shape} in {self.dtype} on {self.device}"
@@ -59,91 +58,91 @@ class Forward:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            "a built forward cannot be pickled or copied: it holds threads and memory of this"
+            "a built forward cannot be pickled or copied, as it holds threads and memory of this"
             " process; send the models and call ensemble.build there"
         )
 
-    def _refuse_tracing(self) -> None:
+    def _check_not_traced(self) -> None:
         traced = is_traced(is_plain=self._type in _PLAIN)
         if torch._C._get_tracing_state() or torch.compiler.is_compiling() or traced:
             raise UnavailableError(
-                f"a built forward ({self.strategy}) cannot be traced, exported or compiled: it"
-                " runs outside of torch's graph; export or compile the models themselves"
+                f"a built forward ({self.strategy}) cannot be traced, exported or compiled; export"
+                " or compile the models instead"
             )
 
     def _checked(self, x: object) -> Tensor:
         """x as a plain tensor.
 
         Raises:
-            ValueError: x is not like the example, or not a tensor to compute with here.
+            ValueError: x is not like the example, or not a dense tensor without grad.
         """
         expected = f"x: expected a tensor of shape {self.shape} in {self.dtype} on {self.device}"
         like = f"like the example that {self.strategy} was built with"
         advice = "build another forward with an example like x"
         if not isinstance(x, Tensor):
-            raise ValueError(f"{expected}, {like}; found a {type(x).__name__}")
+            raise ValueError(f"{expected}, {like}; got {type(x).__name__}")
         if tuple(x.shape) != self.shape or x.dtype != self.dtype or x.device != self.device:
             found = f"shape {tuple(x.shape)} in {x.dtype} on {x.device}"
-            raise ValueError(f"{expected}, {like}; found {found}; {advice}")
-        if type(x) in _PLAIN or type(x) is not self._type:  # else fake, like the example
-            x = plain(x, argument="x")
+            raise ValueError(f"{expected}, {like}; got {found}; {advice}")
+        if type(x) in _PLAIN or type(x) is not self._type:  # else both are fake tensors
+            x = to_plain_tensor(x, argument="x")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                "x: expected a tensor that does not require a gradient, for none flows through a"
-                " built forward; call it under torch.no_grad() or with x.detach()"
+                "x: expected a tensor that does not require grad, as a built forward is not"
+                " differentiable; call it under torch.no_grad() or with x.detach()"
             )
         return x
 
 
 def is_traced(*, is_plain: bool) -> bool:
-    """Are calls within a mode that records what torch's operators do, or replaces it?
+    """Whether a dispatch mode is active that records or replaces torch's operators.
 
-    is_plain: they are of ordinary tensors, which a mode of fake tensors refuses.
+    is_plain: the inputs are ordinary tensors, which FakeTensorMode does not accept.
     """
     keys = torch._C._TorchDispatchModeKey
-    wrong = [keys.PROXY, keys.FUNCTIONAL, *[keys.FAKE] * is_plain]
-    return any(torch._C._get_dispatch_mode(key) is not None for key in wrong)
+    unsupported = [keys.PROXY, keys.FUNCTIONAL, *[keys.FAKE] * is_plain]
+    return any(torch._C._get_dispatch_mode(key) is not None for key in unsupported)
 
 
-def plain(x: Tensor, *, argument: str) -> Tensor:
-    """x as a tensor of torch's own class, of strided memory that holds its values.
+def to_plain_tensor(x: Tensor, *, argument: str) -> Tensor:
+    """x as a `torch.Tensor`, strided and without lazy negation.
 
     Raises:
-        ValueError: a sparse, nested or quantized tensor, one of a class that computes in its own
-            way (a fake tensor, say), or one within a transform of `torch.func`.
+        ValueError: x is sparse, nested or quantized, a subclass with `__torch_dispatch__` (such as
+            a fake tensor), or wrapped by a `torch.func` transform.
     """
     kind = type(x)
-    if kind not in _PLAIN and _is_special(x):
-        raise ValueError(f"{argument}: expected a plain tensor, found a {kind.__name__}")
+    if kind not in _PLAIN and _has_own_dispatch(x):
+        raise ValueError(f"{argument}: expected a plain tensor, got {kind.__name__}")
     x = x if kind in _PLAIN else x.as_subclass(Tensor)
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise ValueError(
-            f"{argument}: expected a plain tensor, found one within a torch.func transform; call"
-            " the models themselves there"
+            f"{argument}: expected a plain tensor, got one wrapped by a torch.func transform; call"
+            " the models directly inside transforms"
         )
     if x.layout != torch.strided or x.is_quantized or x.is_nested:
-        raise ValueError(f"{argument}: expected a dense tensor, found layout {x.layout}")
+        raise ValueError(f"{argument}: expected a dense tensor, got layout {x.layout}")
     if x.is_neg() or x._is_zerotensor():
-        x = x.clone()  # kernels read the memory, not what torch makes of it
+        x = x.clone()  # materialize: kernels read the memory directly
     return x
 
 
-def refuse_cached_parametrizations() -> None:
-    """Its cache knows a weight by its module and name, and several models run one module here.
+def check_no_parametrization_cache() -> None:
+    """The parametrization cache is keyed by module and name, but here N models share a module.
 
     Raises:
-        UnavailableError: the caller is within `torch.nn.utils.parametrize.cached()`.
+        UnavailableError: called inside `torch.nn.utils.parametrize.cached()`.
     """
     if parametrize._cache_enabled:
         raise UnavailableError(
-            "models cannot be built or called together within torch.nn.utils.parametrize.cached():"
-            " its cache would give one model's weights to others"
+            "ensemble.build cannot be combined with torch.nn.utils.parametrize.cached(): its cache"
+            " would return one model's weights for another"
         )
 
 
 @contextlib.contextmanager
-def settings(device: torch.device) -> Iterator[None]:
-    """What models are built and called in, whatever the caller is in: no gradients, no autocast."""
+def execution_context(device: torch.device) -> Iterator[None]:
+    """The context that models are built and called in: inference mode, no autocast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for kind in dict.fromkeys((device.type, "cpu")):
@@ -152,42 +151,40 @@ def settings(device: torch.device) -> Iterator[None]:
         yield
 
 
-def owned(outputs: Any, num_models: int) -> Tensor:
-    """The outputs of N models as one ordinary tensor, in memory that nobody else has.
+def stack_outputs(outputs: Any, num_models: int) -> Tensor:
+    """The outputs of N models as one ordinary tensor `(N, ...)` that owns its memory.
 
     Raises:
-        ValueError: the models give no single tensor each, or differ in its shape or dtype.
+        ValueError: the models do not return a single dense tensor each, or their outputs differ in
+            shape or dtype.
     """
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(outputs, PerModel):
-            return torch.stack(_alike(outputs.outputs)).contiguous()
+            return torch.stack(_same_shape(outputs.outputs)).contiguous()
         check_dense(outputs)
         assert isinstance(outputs, Tensor)
         if outputs.dim() == 0 or len(outputs) != num_models:
             found = tuple(outputs.shape)
-            raise ValueError(f"expected outputs of {num_models} models, found shape {found}")
-        ordinary: Tensor = outputs if _is_special(outputs) else outputs.as_subclass(Tensor)
+            raise ValueError(f"expected outputs of {num_models} models, got shape {found}")
+        ordinary: Tensor = outputs if _has_own_dispatch(outputs) else outputs.as_subclass(Tensor)
         return ordinary.clone(memory_format=torch.contiguous_format)
 
 
-def _is_special(tensor: Tensor) -> bool:
-    """Is it of a class that computes in its own way, as fake tensors are?"""
+def _has_own_dispatch(tensor: Tensor) -> bool:
+    """Whether its class overrides `__torch_dispatch__`, as fake tensors do."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def no_tensor(output: object) -> str:
-    """What is wrong with an output of a model that is not a tensor."""
-    return f"expected one tensor from each model, found {type(output).__name__}"
-
-
 def check_dense(output: object) -> None:
+    """Raise ValueError unless a model's output is a dense tensor."""
     if not isinstance(output, Tensor):
-        raise ValueError(no_tensor(output))
+        raise ValueError(f"expected one tensor from each model, got {type(output).__name__}")
     if output.layout != torch.strided or output.is_quantized or output.is_nested:
-        raise ValueError(f"expected one dense tensor from each model, found {output.layout}")
+        raise ValueError(f"expected one dense tensor from each model, got {output.layout}")
 
 
-def _alike(outputs: Sequence[object]) -> list[Tensor]:
+def _same_shape(outputs: Sequence[object]) -> list[Tensor]:
+    """The outputs as tensors; raises ValueError unless they have one shape and dtype."""
     tensors: list[Tensor] = []
     for index, output in enumerate(outputs):
         check_dense(output)
@@ -196,8 +193,8 @@ def _alike(outputs: Sequence[object]) -> list[Tensor]:
         if (output.shape, output.dtype) != (first.shape, first.dtype):
             expected, found = (f"{tuple(t.shape)} in {t.dtype}" for t in (first, output))
             raise ValueError(
-                f"models: expected outputs of one shape and dtype, found {expected} from model 0"
+                f"models: expected outputs of one shape and dtype, got {expected} from model 0"
                 f" and {found} from model {index}"
             )
-        tensors.append(output if _is_special(output) else output.as_subclass(Tensor))
+        tensors.append(output if _has_own_dispatch(output) else output.as_subclass(Tensor))
     return tensors

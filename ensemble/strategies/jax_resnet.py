@@ -1,8 +1,8 @@
-"""torchvision's ResNet in JAX, with batch norm folded and channels last: the peer `jax`."""
+"""torchvision's ResNet in JAX, channels-last and with batch norm folded: the peer `jax`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
+from ensemble.strategies.peer_autotune import RunModels
 
 State = dict[str, jax.Array]
-Run = Callable[[list[np.ndarray]], list[np.ndarray]]
 
 
-def forwards(models: Sequence[nn.Module], example: Tensor) -> tuple[Run, Run]:
-    """A jitted forward called for each model, and one jitted vmap over the stacked models.
+def forwards(models: Sequence[nn.Module], example: Tensor) -> tuple[RunModels, RunModels]:
+    """A jitted forward called for each model, and a jitted vmap over the stacked models.
 
     Args:
-        models: ResNets without batch norm, as of `batch_norm_folding.folded`.
+        models: ResNets whose batch norm is folded, see `batch_norm_folding.folded`.
         example: `(B, 3, H, W)`, or `(N, B, 3, H, W)` for per-model inputs.
 
     Raises:
-        UnavailableError: not a torchvision ResNet.
+        UnavailableError: the models are not torchvision ResNets.
     """
     first = models[0]
     if not isinstance(first, torchvision.models.ResNet):
-        raise UnavailableError(f"JAX runs the ResNet family here, not {type(first).__name__}")
+        raise UnavailableError(f"jax requires a torchvision ResNet, got {type(first).__name__}")
     dtype = jnp.dtype(str(example.dtype).removeprefix("torch."))
     state = {
         name: _to_jax(tensor, dtype) for name, tensor in stacking.stacked_state(models).items()
@@ -55,7 +55,7 @@ def forwards(models: Sequence[nn.Module], example: Tensor) -> tuple[Run, Run]:
 
 
 def _to_jax(stack: Tensor, dtype: np.dtype) -> jax.Array:
-    """Stacked convolution weights become (N, height, width, in, out)."""
+    """Convert a stacked tensor; convolution weights become `(N, height, width, in, out)`."""
     array = stack.float().numpy()
     return jnp.asarray(array.transpose(0, 3, 4, 2, 1) if array.ndim == 5 else array).astype(dtype)
 

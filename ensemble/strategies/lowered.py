@@ -23,17 +23,17 @@ from ensemble.compiler.runtime import serial_copy
 from ensemble.models import stacking
 from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import Judge
-from ensemble.strategies.build_result import Built
+from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.compiled import as_one_graph
 
 
-def vmap(models: Sequence[nn.Module], example: Tensor) -> Built:
+def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """One vmapped forward over the stacked state, lowered to what depends on the image."""
     lowered, notes = _accurate(models, agreement.informative(example))
     kinds = Counter(operation.kind.label for operation in lowered.operations)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
-    return Built(
+    return BuildResult(
         lambda x: lowered.forward(serial_copy.contiguous(x)),
         "; ".join(filter(None, (note, *notes, looped_note(lowered.looped)))),
     )
@@ -61,15 +61,15 @@ def _accurate(models: Sequence[nn.Module], example: Tensor) -> tuple[Lowered, tu
     return lowered, (*lowered.refused, *notes)
 
 
-def compiled(models: Sequence[nn.Module], example: Tensor) -> Built:
+def compiled(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """The same through `torch.compile`: for where the operators are made of torch's own."""
     forward = as_one_graph(lower_vmap(models, example).forward)
-    return Built(lambda x: forward(x.contiguous()))
+    return BuildResult(lambda x: forward(x.contiguous()))
 
 
 def lower_vmap(models: Sequence[nn.Module], example: Tensor, *, care: Care = Care.LAYER) -> Lowered:
     """The vmapped forward of the models by the operators of `ensemble.compiler`, lowered."""
-    stacking.check_alike(models)
+    stacking.check_same_architecture(models)
     per_model = example.dim() == 5
     graph, names = graph_of(models[0], example[0] if per_model else example)
     join_moves(graph)

@@ -1,4 +1,11 @@
-"""Which setting of another runtime is the fastest here? Tried at build, and that one is kept."""
+"""The autotuner of another runtime's settings: each is timed in isolation, close ones interleaved.
+
+The thread pools of a runtime keep spinning after a call and slow the next one, so settings are
+first built, timed and released one at a time. Only those close to the fastest are then held
+together and timed in interleaved rounds, with a rest before each change of setting.
+
+`autotune` tunes between strategies, which share torch's threads: it compares pairs from the start.
+"""
 
 from __future__ import annotations
 
@@ -15,77 +22,73 @@ from torch import Tensor
 from ensemble.compiler.runtime import serial_copy
 from ensemble.formatting import count
 from ensemble.machine.timing import Clock, interleaved
-from ensemble.strategies.build_result import Built, PerModel, taking_turns
+from ensemble.strategies.autotune import describe
+from ensemble.strategies.build_result import BuildResult, PerModel, serialized
 
 Array = np.ndarray
-Run = Callable[[list[Array]], list[Array]]  # each model's batch -> each model's logits
-Settings = Mapping[
-    str, Callable[[int], Run]
-]  # name -> what makes a run of the first so many models
+RunModels = Callable[[list[Array]], list[Array]]  # each model's batch -> each model's logits
+Settings = Mapping[str, Callable[[int], RunModels]]  # name -> builder for the first K models
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to time: at most `rounds` rounds, and once `limit_s` are over no more than `least`.
+    """How long to time: up to `max_rounds`, but only `min_rounds` once `limit_s` have passed.
 
     A round is an untimed and a timed call of each setting.
     """
 
-    rounds: int
-    least: int
+    max_rounds: int
+    min_rounds: int
     limit_s: float
 
 
-# Each setting by itself, judged by its fastest call: whatever else the machine does only adds.
-SHORT = Effort(rounds=4, least=2, limit_s=1.0)
-CLOSE = 1.1  # those that are at most so much slower than the fastest are tried again,
-LONG = Effort(rounds=20, least=5, limit_s=2.5)  # in turns, judged by their medians.
-# Before each turn in which another had the last one. ONNX Runtime's threads keep a core busy for
-# 40 ms after a call, OpenMP's for 5 ms: that must not fall on whoever comes next.
+# Each setting in isolation, scored by its fastest call: interference only ever adds time.
+SHORT = Effort(max_rounds=4, min_rounds=2, limit_s=1.0)
+CLOSE = 1.1  # settings within this factor of the fastest are timed again,
+LONG = Effort(max_rounds=20, min_rounds=5, limit_s=2.5)  # interleaved, scored by their medians
+# Before a call of another setting than the last. After a call the threads of ONNX Runtime spin for
+# 40 ms, those of OpenMP for 5 ms; they must not slow the next setting.
 REST_S = 0.05
 
 
-def size(num_models: int, cores: int) -> int:
-    """With how many models to try: all, or where they are many, four or five a core.
+def tuning_size(num_models: int, cores: int) -> int:
+    """The number of models to tune with: all, or four to five per core if there are more.
 
-    What is left over when the models are dealt to the cores stays: it decides how long the last
-    core works alone.
+    The remainder modulo the cores is kept: it determines the load imbalance at the end.
     """
     return min(num_models, 4 * cores + num_models % cores)
 
 
-def fastest(
+def select_fastest(
     settings: Settings,
     example: Tensor,
     num_models: int,
     *,
-    trial: int,
+    tuning_models: int,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> Built:
-    """The forward of the setting that is fastest for the first `trial` models.
+) -> BuildResult:
+    """A forward of all models in the setting that is fastest for the first `tuning_models`.
 
-    Each setting is built, timed and released before the next is built. Those that come out close
-    are then held together and timed in interleaved rounds, as the row will be, with a rest between,
-    in which the threads of the others sleep. A setting that raises is left out, with its reason.
+    A setting that raises is rejected, and its error is noted.
 
     Raises:
-        Exception: what the first setting raised, where all raise.
+        Exception: the error of the first setting, if all of them fail.
     """
-    tried = arrays(example, num_models)[:trial]
-    timed = partial(_times, batches=tried, clock=clock, sleep=sleep)
-    seconds, refused = _alone(settings, trial, timed)
-    if not seconds:
-        raise next(iter(refused.values()))
-    least = min(seconds.values())
-    close = {name: settings[name] for name in seconds if seconds[name] <= CLOSE * least}
-    runs: dict[str, Run] = {}
+    batches = arrays(example, num_models)[:tuning_models]
+    timed = partial(_times, batches=batches, clock=clock, sleep=sleep)
+    times_s, errors = _time_in_isolation(settings, tuning_models, timed)
+    if not times_s:
+        raise next(iter(errors.values()))
+    fastest_s = min(times_s.values())
+    close = {name: settings[name] for name in times_s if times_s[name] <= CLOSE * fastest_s}
+    runs: dict[str, RunModels] = {}
     try:
-        runs = _together(close, trial, timed, seconds)
-    except Exception as error:  # two together may need more memory than there is
-        refused["the longer trial"] = error.with_traceback(None)
-    best = min(close, key=seconds.__getitem__)
-    kept = runs.get(best) if trial == num_models else None
+        runs = _time_interleaved(close, tuning_models, timed, times_s)
+    except Exception as error:  # several settings at once may exceed the memory
+        errors["interleaved timing"] = error.with_traceback(None)
+    best = min(close, key=times_s.__getitem__)
+    kept = runs.get(best) if tuning_models == num_models else None
     runs.clear()
     run = kept or settings[best](num_models)
 
@@ -93,60 +96,61 @@ def fastest(
         logits = run(arrays(x, num_models))
         return PerModel([torch.from_numpy(array).to(example.dtype) for array in logits])
 
-    return Built(taking_turns(forward), _note(best, trial, seconds, refused))
+    tried = f"tried with {count(tuning_models, 'model')}: {describe(times_s, errors)}"
+    return BuildResult(serialized(forward), f"setting: {best} ({tried})")
 
 
-def _alone(
-    settings: Settings, trial: int, timed: Callable[..., list[tuple[float, ...]]]
+def _time_in_isolation(
+    settings: Settings, tuning_models: int, timed: Callable[..., list[tuple[float, ...]]]
 ) -> tuple[dict[str, float], dict[str, Exception]]:
-    """Each setting's fastest call, with no other beside it; and what those raised that failed."""
-    seconds: dict[str, float] = {}
-    refused: dict[str, Exception] = {}
+    """The fastest call of each setting, in seconds, and the errors of those that failed."""
+    times_s: dict[str, float] = {}
+    errors: dict[str, Exception] = {}
     for name, make in settings.items():
         try:
-            seconds[name] = min(timed([make(trial)], effort=SHORT)[0])
+            times_s[name] = min(timed([make(tuning_models)], effort=SHORT)[0])
         except Exception as error:
-            refused[name] = error.with_traceback(None)  # it holds the frames that hold the memory
-    return seconds, refused
+            errors[name] = error.with_traceback(None)  # its frames would keep the memory alive
+    return times_s, errors
 
 
-def _together(
+def _time_interleaved(
     close: Settings,
-    trial: int,
+    tuning_models: int,
     timed: Callable[..., list[tuple[float, ...]]],
-    seconds: dict[str, float],
-) -> dict[str, Run]:
-    """The runs of settings that are close, held together; `seconds` gets their medians. Of one
-    alone there is nothing to try."""
+    times_s: dict[str, float],
+) -> dict[str, RunModels]:
+    """Build the close settings, held together, and store their median seconds in `times_s`. Does
+    nothing for a single one."""
     if len(close) == 1:
         return {}
-    runs = {name: make(trial) for name, make in close.items()}
+    runs = {name: make(tuning_models) for name, make in close.items()}
     calls = timed(list(runs.values()), effort=LONG)
-    seconds |= dict(zip(runs, map(statistics.median, calls), strict=True))
+    times_s |= dict(zip(runs, map(statistics.median, calls), strict=True))
     return runs
 
 
 def arrays(x: Tensor, num_models: int) -> list[Array]:
-    """Each model's batch in float32, numpy knowing no bfloat16; shared ones share their memory."""
+    """Each model's batch in float32, as numpy has no bfloat16; shared batches are aliases."""
     x = serial_copy.contiguous(x, torch.float32)
     return [batch.numpy() for batch in x] if x.dim() == 5 else [x.numpy()] * num_models
 
 
 def _times(
-    runs: Sequence[Run],
+    runs: Sequence[RunModels],
     *,
     effort: Effort,
     batches: list[Array],
     clock: Clock,
     sleep: Callable[[float], None],
 ) -> list[tuple[float, ...]]:
-    """The seconds of each timed call of each."""
+    """The seconds of each timed call, per run."""
     begin, last = clock(), runs[0]
     rounds: list[list[float]] = []
 
-    def call(run: Run) -> None:
+    def call(run: RunModels) -> None:
         nonlocal last
-        if run is not last:  # the first call of a turn, which `interleaved` does not time
+        if run is not last:  # before an untimed call of `interleaved`
             sleep(REST_S)
             last = run
         run(batches)
@@ -154,24 +158,12 @@ def _times(
     for samples in interleaved(
         [partial(call, run) for run in runs],
         warmup=1,
-        min_rounds=effort.rounds,
+        min_rounds=effort.max_rounds,
         min_seconds=0.0,
         synchronize=lambda: None,
         clock=clock,
     ):
         rounds.append([sample.seconds for sample in samples])
-        if len(rounds) >= effort.least and clock() - begin >= effort.limit_s:
+        if len(rounds) >= effort.min_rounds and clock() - begin >= effort.limit_s:
             break
     return list(zip(*rounds, strict=True))
-
-
-def _note(
-    best: str, trial: int, seconds: Mapping[str, float], refused: Mapping[str, Exception]
-) -> str:
-    """One line."""
-    tried = ", ".join(f"{name} {call * 1e3:.1f} ms" for name, call in seconds.items())
-    failed = [
-        f"; {name} failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        for name, error in refused.items()
-    ]
-    return f"setting: {best} (tried with {count(trial, 'model')}: {tried}{''.join(failed)})"

@@ -1,4 +1,4 @@
-"""Models with packed and fused convolutions: what compiling gives, without compiling."""
+"""Models with prepacked weights and fused convolutions, as Inductor's, but built without it."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from ensemble.compiler.graph.prepacking import Packed, pack
 from ensemble.machine.memory import unavailable_on_failure
 from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import Judge
-from ensemble.strategies.build_result import Built, PerModel
-from ensemble.strategies.concurrent import side_by_side
-from ensemble.strategies.forward import owned
+from ensemble.strategies.build_result import BuildResult, PerModel
+from ensemble.strategies.concurrent import concurrent_forward
+from ensemble.strategies.forward import stack_outputs
 
 
-def loop(models: Sequence[nn.Module], example: Tensor) -> Built:
-    """One prepacked forward a model, one after another, each on all cores."""
+def loop(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+    """One prepacked forward per model, sequentially, each on all cores."""
     packed, per_model = _packed(models, example), example.dim() == 5
 
     def forward(x: Tensor) -> PerModel:
         x = channels_last(x)
         return PerModel([one(x[i] if per_model else x) for i, one in enumerate(packed)])
 
-    return Built(forward)
+    return BuildResult(forward)
 
 
-def concurrent(models: Sequence[nn.Module], example: Tensor) -> Built:
-    """One prepacked forward a model, one model a core."""
-    return side_by_side(_packed(models, example), example)
+def concurrent(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+    """One prepacked forward per model, one model per core."""
+    return concurrent_forward(_packed(models, example), example)
 
 
 def _packed(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
     example = agreement.informative(example).contiguous()
     packed = pack(models, example[0] if example.dim() == 5 else example)
     x = channels_last(example)
-    with unavailable_on_failure("this model's trace does not run channels-last"):
+    with unavailable_on_failure("the traced model fails on channels-last inputs"):
         found = PerModel([one(x[i] if x.dim() == 5 else x) for i, one in enumerate(packed)])
-    Judge(models, example, closely=False).check(owned(found, len(models)))
+    Judge(models, example, closely=False).check(stack_outputs(found, len(models)))
     return packed

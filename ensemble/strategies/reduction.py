@@ -1,17 +1,17 @@
-"""What an ensemble serves of its logits: all of them, or the mean of the models' probabilities."""
+"""Reductions of an ensemble's logits: none, or the mean of the models' probabilities."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ensemble.strategies.build_result import Forward
+from ensemble.strategies.build_result import ForwardFn
 
 REDUCTIONS = ("none", "mean")
 
 
-def reduced(logits: Tensor, how: str) -> Tensor:
-    """Logits `(N, B, classes)` as they are, or for `mean` probabilities `(B, classes)`.
+def reduce_logits(logits: Tensor, how: str) -> Tensor:
+    """Logits `(N, B, classes)` unchanged for `none`, probabilities `(B, classes)` for `mean`.
 
     Raises:
         ValueError: an unknown reduction.
@@ -22,14 +22,14 @@ def reduced(logits: Tensor, how: str) -> Tensor:
 
 
 def probabilities(logits: Tensor, how: str) -> Tensor:
-    """Probabilities `(N, B, classes)` of logits, of 16 bits in float32: a sum of many rounds."""
+    """Probabilities `(N, B, classes)` of logits; of 16-bit logits in float32, as sums round."""
     if how != "mean":
-        raise ValueError(f"expected a reduction out of {', '.join(REDUCTIONS)}, found {how!r}")
+        raise ValueError(f"expected a reduction of {', '.join(REDUCTIONS)}, got {how!r}")
     return (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
 
 
-def served(forward: Forward, how: str) -> Forward:
-    """The forward of a strategy, with its logits reduced."""
+def with_reduction(forward: ForwardFn, how: str) -> ForwardFn:
+    """The forward of a strategy, followed by the reduction."""
     if how == "none":
         return forward
-    return torch.inference_mode()(lambda x: reduced(forward(x), how))
+    return torch.inference_mode()(lambda x: reduce_logits(forward(x), how))

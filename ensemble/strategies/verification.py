@@ -1,8 +1,8 @@
-"""What `build` makes sure of, beyond what a strategy knows: that it answers as the models do.
+"""Verification of built strategies: their output must agree with the models' own.
 
-A strategy that runs one model's code for all, or a trace of it, is wrong for code that refers to
-one model (a closure over `self`, a patched forward, a frozen script), or that remembers earlier
-calls. Nothing but a comparison shows that.
+A strategy that runs one model's code, or a trace of it, for all models is wrong if that code refers
+to a particular model (a closure over `self`, a patched forward, a frozen script) or is stateful.
+Only a comparison detects that.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
 from ensemble.strategies import agreement, eager
 from ensemble.strategies.arguments import weight_dtype
-from ensemble.strategies.forward import Forward, settings
+from ensemble.strategies.forward import Forward, execution_context
 
 
 class Behavior(Enum):
-    """What the outputs of a model depend on, beside x."""
+    """What the outputs of a model depend on, in addition to x."""
 
-    PLAIN = auto()
-    RANDOM = auto()  # torch's random numbers; those of Python and NumPy are earlier calls'
+    PURE = auto()  # nothing
+    RANDOM = auto()  # torch's generators; draws from Python's and NumPy's count as state
     STATEFUL = auto()  # earlier calls
-    GRADED = auto()  # gradients that are computed within the forward
-    UNKNOWN = auto()  # it cannot be copied, or does not run; fake tensors have no values
+    USES_AUTOGRAD = auto()  # gradients computed within the forward
+    UNKNOWN = auto()  # it cannot be copied, it fails, or the example is a fake tensor
 
 
 def behavior(model: nn.Module, example: Tensor) -> Behavior:
-    """By calls of copies of a model, on the example and on another input like it."""
+    """Classify a model by calling copies of it with the example and a modified example."""
     x = agreement.informative(example)
     x = x[0] if x.dim() == 5 else x
     if type(x) is not Tensor:
         return Behavior.UNKNOWN
     other = x.flip(-1) * 0.75 if x.is_floating_point() else x.flip(-1)
     try:
-        with settings(x.device), captured_warnings.caught("ignore"):
+        with execution_context(x.device), captured_warnings.capture("ignore"):
             one, fresh = stacking.private_copy(model), stacking.private_copy(model)
-            before = randomness.of_torch(x.device)
+            before = randomness.torch_states(x.device)
             first = one(x.clone())
             numbers = _numbers(one)
             later, again = one(other.clone()), one(x.clone())
-            drawn = randomness.of_torch(x.device) != before
+            drawn = randomness.torch_states(x.device) != before
             without_first = fresh(other.clone())
             with torch.inference_mode(False), torch.no_grad():
                 graded = stacking.private_copy(model)(x.clone())
@@ -58,13 +58,13 @@ def behavior(model: nn.Module, example: Tensor) -> Behavior:
     is_same = is_close(again, first) and is_close(without_first, later)
     if is_same and numbers == _numbers(one):
         graded = graded.detach() if isinstance(graded, Tensor) else graded
-        return Behavior.PLAIN if is_close(graded, first) or drawn else Behavior.GRADED
+        return Behavior.PURE if is_close(graded, first) or drawn else Behavior.USES_AUTOGRAD
     return Behavior.RANDOM if drawn else Behavior.STATEFUL
 
 
 def _numbers(model: nn.Module) -> dict[str, object]:
-    """The numbers that a model's modules hold as attributes: one that a call changes counts calls,
-    and what it is good for may come later."""
+    """The numeric attributes of all submodules: a call that changes one, such as a counter, makes
+    the model stateful even if no output shows it yet."""
     return {
         f"{path}.{name}": value
         for path, module in model.named_modules()
@@ -74,23 +74,23 @@ def _numbers(model: nn.Module) -> dict[str, object]:
 
 
 def check(forward: Forward, models: Sequence[nn.Module], example: Tensor) -> None:
-    """Does a forward answer as the models do, for the example?
+    """Compare the output of a forward with that of the models, for the example.
 
     Raises:
-        UnavailableError: it does not.
+        UnavailableError: the outputs differ in dtype or value.
     """
     x = agreement.informative(example)
     found = forward(x)
-    with settings(x.device):
+    with execution_context(x.device):
         expected = eager.logits_in(models, x, weight_dtype(models, x))
     if found.dtype != expected.dtype:
         raise UnavailableError(
-            f"{forward.strategy} gives {found.dtype} where the models give {expected.dtype}: a"
-            " tensor of no dimensions does not promote, one of several models does"
+            f"{forward.strategy} returns {found.dtype}, but the models return {expected.dtype}: a"
+            " 0-dim tensor does not take part in type promotion, its stack does"
         )
     rounded = x.is_floating_point() or found.is_floating_point()
     if not (all(map(is_close, found, expected)) if rounded else torch.equal(found, expected)):
         raise UnavailableError(
-            f"{forward.strategy} gives another result than the models: their code may refer to one"
-            " of them (a closure, a patched forward), or depend on how tensors lie in memory"
+            f"{forward.strategy} disagrees with the models: their code may refer to one of them (a"
+            " closure, a patched forward) or depend on the memory layout of tensors"
         )

@@ -1,4 +1,4 @@
-"""`torch.vmap` of a stateless model over N models, with what it cannot do said in words."""
+"""`torch.vmap` of a stateless model over N models, with errors for what vmap does not support."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ State = tuple[Tensor, ...]
 _NO_RULE = re.compile(r"batching rule for (\S+?)\.( |$)")
 
 
-class Mapped:
-    """`(parameters, buffers, x)`, stacked -> what the N models give, stacked.
+class VmappedForward:
+    """`(parameters, buffers, x)`, stacked -> the outputs of the N models, stacked.
 
     Args:
-        stateless: `(parameters, buffers, x)` of one model.
+        stateless: `(parameters, buffers, x)` -> output of one model.
         num_models: N.
-        per_model: x is `(N, B, C, H, W)`, not one batch for all.
-        private: copies x, which models may write to.
-        chunk_size: how many models at a time.
+        per_model: x is `(N, B, C, H, W)`, not a batch shared by all models.
+        private: copies x, which models may modify.
+        chunk_size: models per vmapped call.
+
+    Raises (on call):
+        ValueError: the models do not return a single dense tensor.
+        UnavailableError: vmap does not support an operation of the models.
     """
 
     def __init__(
@@ -53,12 +57,12 @@ class Mapped:
         self._looped: tuple[str, ...] | None = None  # None: not called yet
 
     def note(self) -> str:
-        """What vmap has no batching rule for, as the first call has shown."""
+        """The operators without a batching rule, known after the first call; may be empty."""
         return looped_note(self._looped or ())
 
     def __call__(self, parameters: State, buffers: State, x: Tensor) -> Any:
         if not parameters and not buffers and not self._per_model:
-            return self._one_by_one(parameters, buffers, x)  # there is nothing to map over
+            return self._call_each(parameters, buffers, x)  # there is no dimension to map over
         try:
             if self._looped is None:
                 return self._call_first(parameters, buffers, x)
@@ -67,24 +71,26 @@ class Mapped:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            if isinstance(error.__context__, KeyboardInterrupt):  # functorch's, on its way out
+            if isinstance(error.__context__, KeyboardInterrupt):  # masked by functorch's cleanup
                 raise error.__context__ from None
-            for output in self._one_by_one(parameters, buffers, x).outputs:  # which may raise
+            for output in self._call_each(parameters, buffers, x).outputs:  # the model's own error
                 check_dense(output)
             raise UnavailableError(why_not_mapped(error)) from error
 
     def _call(self, parameters: State, buffers: State, x: Tensor) -> Any:
         parts: list[Any] = []
         for chunk in self._chunks:
-            own, held = (tuple(t[chunk] for t in part) for part in (parameters, buffers))
+            some_parameters, some_buffers = (
+                tuple(tensor[chunk] for tensor in tensors) for tensors in (parameters, buffers)
+            )
             images = x[chunk] if self._per_model else x
-            parts.append(self._mapped(own, held, self._private(images)))
+            parts.append(self._mapped(some_parameters, some_buffers, self._private(images)))
         if len(parts) == 1 or not all(isinstance(part, Tensor) for part in parts):
             return parts[0]
         return torch.cat(parts)
 
     def _call_first(self, parameters: State, buffers: State, x: Tensor) -> Any:
-        with captured_warnings.caught("always") as caught:
+        with captured_warnings.capture("always") as caught:
             result = self._call(parameters, buffers, x)
         looped = dict[str, None]()
         for warning in caught:
@@ -97,11 +103,11 @@ class Mapped:
         self._looped = tuple(looped)
         return result
 
-    def _one_by_one(self, parameters: State, buffers: State, x: Tensor) -> PerModel:
+    def _call_each(self, parameters: State, buffers: State, x: Tensor) -> PerModel:
         outputs = []
         for index in range(self._num_models):
-            own = tuple(nn.Parameter(t[index], requires_grad=False) for t in parameters)
-            held = tuple(tensor[index] for tensor in buffers)
+            own_parameters = tuple(nn.Parameter(t[index], requires_grad=False) for t in parameters)
+            own_buffers = tuple(tensor[index] for tensor in buffers)
             images = x[index] if self._per_model else x
-            outputs.append(self._stateless(own, held, images.clone()))
+            outputs.append(self._stateless(own_parameters, own_buffers, images.clone()))
         return PerModel(outputs)

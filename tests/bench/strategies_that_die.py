@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ensemble.strategies.build_result import Built
+    from ensemble.strategies.build_result import BuildResult
 
 
-def kill(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
+def kill(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     """As the kernel's out-of-memory killer does."""
     print("about to go", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
-def crash(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
+def crash(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     """A segmentation fault."""
     import ctypes
 
@@ -35,16 +35,16 @@ def crash(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
     raise AssertionError
 
 
-def hang(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
+def hang(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     time.sleep(10_000)
     raise AssertionError
 
 
-def leave(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
+def leave(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     os._exit(3)
 
 
-def hoard(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
+def hoard(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     """Allocate until the process may hold no more, and be killed for it."""
     held = [bytearray(2**26) for _ in range(4)]
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
@@ -58,20 +58,20 @@ def hoard(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
     raise AssertionError
 
 
-def chatter(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
+def chatter(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     """Prints where messages go, as other people's packages do."""
     print("not a message")
     os.write(1, b"nor this\n")
-    return strategies.make("loop", models, example)
+    return strategies.build_unverified("loop", models, example)
 
 
 @dataclass(frozen=True)
 class Made(strategies.Strategy):
     """A strategy of this file."""
 
-    build: Callable[..., Built] | None = None
+    build: Callable[..., BuildResult] | None = None
 
-    def builder(self, *, tune_seconds: float = 0.0) -> Callable[..., Built]:
+    def builder(self, *, tune_seconds: float = 0.0) -> Callable[..., BuildResult]:
         assert self.build is not None
         return self.build
 

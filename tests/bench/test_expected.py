@@ -52,13 +52,13 @@ def test_a_dtype_that_the_cpu_emulates_is_warned_of_and_skipped_unless_named() -
 
 def test_what_the_cpu_computes_in_is_neither_warned_of_nor_skipped() -> None:
     every = config(*STRATEGIES, dtype="float32")
-    assert {name for name in unavailable(every) if STRATEGIES[name].needs != "CUDA"} == set()
+    assert {name for name in unavailable(every) if STRATEGIES[name].requires != "CUDA"} == set()
     assert availability.warnings(every.plan(), CPU) == []
 
 
 def test_rows_that_need_cuda_are_skipped_on_a_cpu_only() -> None:
     asked = config("loop", "cudagraph_loop", dtype="float32")
-    assert unavailable(asked) == {"cudagraph_loop": "CUDA graphs need a CUDA device, this is cpu"}
+    assert unavailable(asked) == {"cudagraph_loop": "CUDA graphs require a CUDA device, got cpu"}
     assert availability.unavailable(asked.plan(), asked, torch.device("cuda")) == []
 
 

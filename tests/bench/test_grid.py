@@ -18,8 +18,8 @@ from ensemble.bench.workload import Workload
 from ensemble.errors import UnavailableError
 from ensemble.models.vision import torchvision
 from ensemble.strategies import STRATEGIES, best
-from ensemble.strategies.build_result import Builder, Built
-from ensemble.strategies.forward import owned
+from ensemble.strategies.build_result import Builder, BuildResult
+from ensemble.strategies.forward import stack_outputs
 from tests.made import CONFIG, ENVIRONMENT, with_options
 from tests.tiny import tiny_models
 
@@ -34,12 +34,12 @@ class Made:
 
     make: Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Tensor]]
     summary: str = "made for a test"
-    saves_multiplications: bool = False
+    uses_fast_algorithms: bool = False
     has_kernels: bool = False
-    needs: str = ""
+    requires: str = ""
 
     def builder(self, *, tune_seconds: float = 0.0) -> Builder:
-        return lambda models, example: Built(self.make(models, example))
+        return lambda models, example: BuildResult(self.make(models, example))
 
 
 def looping(models: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def test_logits_that_go_wrong_in_later_calls_fail_the_row(monkeypatch: pytest.Mo
 
         def forgetful(x: Tensor) -> Tensor:
             calls[0] += 1
-            logits = owned(forward(x), len(models))
+            logits = stack_outputs(forward(x), len(models))
             return logits if calls[0] < 6 else logits * float("nan")
 
         return forgetful
@@ -221,7 +221,7 @@ def test_a_pass_in_float64_that_fails_costs_its_own_figure_only(
     error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(setup, "in_float64", failing(error))
-    apart = Made(lambda models, _: lambda x: looping(models, x), saves_multiplications=True)
+    apart = Made(lambda models, _: lambda x: looping(models, x), uses_fast_algorithms=True)
     monkeypatch.setitem(STRATEGIES, "made", apart)
     for row in run(with_options(QUICK, strategies=("loop", "made"))):
         assert (row.status, row.error, row.error_float64) == ("ok", None, None)

@@ -326,7 +326,7 @@ def test_rows_that_need_cuda_are_unavailable_on_a_cpu_and_start_no_process(
         say=lambda _: None,
     )
     assert [(row.status, row.error) for row in done.run.results] == [
-        ("unavailable", "CUDA graphs need a CUDA device, this is cpu")
+        ("unavailable", "CUDA graphs require a CUDA device, got cpu")
     ] * 2
 
 
@@ -509,7 +509,7 @@ def test_a_file_that_no_longer_fits_while_it_is_written_is_said_too(
 ) -> None:
     """torch's writer makes a RuntimeError of its own of what the system said."""
     file = Path("/dev/full").open("wb")  # noqa: SIM115  # closed by what it is given to
-    monkeypatch.setattr("ensemble.files.nameless", lambda *_, **__: file)
+    monkeypatch.setattr("ensemble.files.anonymous_file", lambda *_, **__: file)
     with pytest.raises(InputError, match="No space left on device"), workers.jobs(QUICK, workload):
         pass
 

@@ -32,8 +32,8 @@ from tests.conftest import ROOT
 def test_the_least_of_machine_affinity_and_quota_counts(
     found: Cores, whole: int | None, words: str
 ) -> None:
-    assert found.whole == whole
-    assert found.words() == words
+    assert found.max_threads == whole
+    assert found.describe() == words
 
 
 def write(folder: Path, **files: str) -> None:
@@ -44,28 +44,28 @@ def write(folder: Path, **files: str) -> None:
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr(cgroups, "_OF_THIS_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "_PROC_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
     return tmp_path
 
 
 def test_a_quota_is_the_least_of_a_groups_and_those_above_it(groups: Path) -> None:
     """The forms of the kernel's cgroup-v2.rst: `max 100000`, `150000 100000`."""
-    assert cores.find().quota is None
+    assert cores.detect().quota is None
     write(groups, cgroup="0::/job/step\n", cpu__max="max 100000\n")
-    assert cores.find().quota is None
+    assert cores.detect().quota is None
     write(groups / "job", cpu__max="150000 100000\n")
     write(groups / "job" / "step", cpu__max="800000 100000\n")
-    assert cores.find().quota == 1.5
+    assert cores.detect().quota == 1.5
 
 
 def test_a_quota_of_the_first_version_is_read_too(groups: Path) -> None:
     write(groups, cgroup="3:cpu,cpuacct:/docker/1\n2:memory:/docker/1\n")
     folder = groups / "cpu,cpuacct"  # in a container the root stands for the host's path
     write(folder, cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
-    assert cores.find().quota is None
+    assert cores.detect().quota is None
     write(folder, cpu__cfs_quota_us="50000\n")
-    assert cores.find().quota == 0.5
+    assert cores.detect().quota == 0.5
 
 
 def test_threads_follow_what_the_user_set_then_the_cores() -> None:
@@ -99,7 +99,7 @@ def test_a_process_held_to_one_core_runs_on_one_thread_unless_told(threads: str 
         "import torch\n"
         "from ensemble.machine import cores, devices\n"
         "devices.configure(threads=None)\n"
-        "print(torch.get_num_threads(), cores.find().words())"
+        "print(torch.get_num_threads(), cores.detect().describe())"
     )
     environment = {**os.environ} | ({"OMP_NUM_THREADS": threads} if threads else {})
     if not threads:

@@ -23,7 +23,7 @@ def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
     assert devices.select_device("cuda:1") == torch.device("cuda:1")
     assert chosen == [1]
-    with pytest.raises(ValueError, match=r"\(cpu, cuda:0, cuda:1\), found 'cuda:2'"):
+    with pytest.raises(ValueError, match=r"\(cpu, cuda:0, cuda:1\), got 'cuda:2'"):
         devices.select_device("cuda:2")
 
 

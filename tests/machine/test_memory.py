@@ -62,7 +62,7 @@ def test_what_is_free_is_what_the_least_of_machine_process_and_container_leaves(
     ):
         (group / name).write_text(text)
     (tmp_path / "cgroup").write_text("0::/job/step\n")
-    monkeypatch.setattr(cgroups, "_OF_THIS_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "_PROC_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
     assert memory.available_bytes(CPU) == 2000
     (group / "memory.max").write_text("max\n")
@@ -74,13 +74,16 @@ def test_what_is_free_is_what_the_least_of_machine_process_and_container_leaves(
 
 
 def test_a_lack_of_memory_is_one_line_with_what_was_asked_for() -> None:
-    message = r"num_models: out of memory: here, 9,\d+,\d+ MB more were asked for, .* MB are left"
+    message = r"num_models: out of memory: here, tried to allocate 9,\d+,\d+ MB, .* MB available"
     with (
         pytest.raises(InputError, match=message),
-        memory.refused_in_words("here", argument="num_models"),
+        memory.out_of_memory_as_input_error("here", argument="num_models"),
     ):
         torch.empty(9 * 10**12 // 4 * 4, dtype=torch.uint8).fill_(0)
-    with pytest.raises(KeyError), memory.refused_in_words("here", argument="num_models"):
+    with (
+        pytest.raises(KeyError),
+        memory.out_of_memory_as_input_error("here", argument="num_models"),
+    ):
         raise KeyError("something else")
 
 

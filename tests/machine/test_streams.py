@@ -71,7 +71,7 @@ def test_an_output_on_a_full_disk_is_one_line_and_costs_no_file(
 ) -> None:
     table = tmp_path / "run.csv"
     done = shown(saved, ">/dev/full", "--export_csv", str(table))
-    message = "error: standard output cannot be written: No space left on device\n"
+    message = "error: standard output is not writable: No space left on device\n"
     assert (done.returncode, done.stderr) == (2, message)
     assert len(table.read_text().splitlines()) == 3
 
@@ -110,11 +110,14 @@ def test_names_that_are_no_utf8_reach_every_file_and_the_table(
     ("error", "message"),
     [
         (OSError(36, "File name too long", "run.json"), r"^run\.json: File name too long$"),
-        (FileNotFoundError(2, "No such file or directory"), "^the working folder is gone$"),
+        (
+            FileNotFoundError(2, "No such file or directory"),
+            "^the working directory no longer exists$",
+        ),
     ],
 )
 def test_an_error_of_another_file_is_not_blamed_on_standard_output(
     error: OSError, message: str
 ) -> None:
-    with pytest.raises(InputError, match=message), streams.written():
+    with pytest.raises(InputError, match=message), streams.flush_on_exit():
         raise error

@@ -56,7 +56,7 @@ def test_truncated_safetensors_are_named_so_under_any_name(
 ) -> None:
     save_file(STATE, tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept])
-    message = "expected a safetensors file, found a truncated or damaged file .*: download"
+    message = "expected a safetensors file, got a truncated or corrupted file .*; download"
     assert_refused(tmp_path / name, message)
 
 
@@ -64,7 +64,7 @@ def test_safetensors_of_a_dtype_that_torch_does_not_know_are_refused(tmp_path: P
     header = json.dumps({"a": {"dtype": "F3", "shape": [1], "data_offsets": [0, 4]}}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    assert_refused(path, "expected a safetensors file, found .*damaged")
+    assert_refused(path, "expected a safetensors file, got .*corrupted")
 
 
 # Parts with an index
@@ -97,7 +97,7 @@ def test_one_part_by_itself_is_refused_with_the_name_of_its_index(tmp_path: Path
     index = parts(tmp_path)
     part = tmp_path / "model-00001-of-00002.safetensors"
     assert_refused(
-        part, f"expected a whole checkpoint, found one of its 2 parts.* {re.escape(str(index))}"
+        part, f"expected a complete checkpoint, got one of its 2 shards.* {re.escape(str(index))}"
     )
 
 
@@ -110,14 +110,14 @@ def test_without_an_index_a_number_of_several_is_only_a_name(tmp_path: Path) -> 
 def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
     index, part = parts(tmp_path), tmp_path / "model-00002-of-00002.safetensors"
     part.unlink()
-    with pytest.raises(InputError, match=re.escape(f"{part}: ") + ".*found nothing there"):
+    with pytest.raises(InputError, match=re.escape(f"{part}: ") + ".*no such file exists"):
         checkpoints.read(index)
 
 
 def test_a_tensor_that_is_not_in_its_part_is_named(tmp_path: Path) -> None:
     index, part = parts(tmp_path), tmp_path / "model-00002-of-00002.safetensors"
     save_file({"other": torch.ones(1)}, part)
-    message = re.escape(f"{part}: expected fc.bias, as {index.name} says, found none")
+    message = re.escape(f"{part}: expected a shard with fc.bias, as in {index.name}")
     with pytest.raises(InputError, match=message):
         checkpoints.read(index)
 
@@ -126,14 +126,14 @@ def test_a_tensor_that_is_not_in_its_part_is_named(tmp_path: Path) -> None:
 def test_an_index_names_files_beside_it_only(tmp_path: Path, file: object) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": file}}))
-    assert_refused(path, f"expected the names of files beside it, found {file!r}")
+    assert_refused(path, f"expected names of files in the same directory, got {file!r}")
 
 
 @pytest.mark.parametrize("content", ['{"weight_map": {}}', '{"weight_map": 3}', "{}", '{"a": "b'])
 def test_json_that_is_no_index_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(content)
-    assert_refused(path, "expected a checkpoint file, found a JSON text")
+    assert_refused(path, "expected a checkpoint file, got a JSON document")
 
 
 # Within the file
@@ -142,7 +142,7 @@ def test_json_that_is_no_index_is_refused(tmp_path: Path, content: str) -> None:
 def test_of_several_state_dicts_none_is_guessed(tmp_path: Path) -> None:
     path = tmp_path / "gan.pth"
     torch.save({"epoch": 3, "generator": STATE, "discriminator": STATE}, path)
-    assert_refused(path, r"expected one .* found 2 state dicts \(generator, discriminator\)")
+    assert_refused(path, r"expected one .* got 2 state dicts \(generator, discriminator\)")
 
 
 def test_a_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
@@ -150,13 +150,13 @@ def test_a_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
     content["model"] = content
     path = tmp_path / "cycle.pth"
     torch.save(content, path)
-    assert_refused(path, "expected a state dict of tensors, found a int under 'epoch'")
+    assert_refused(path, "expected a state dict of tensors, got int for key 'epoch'")
 
 
 def test_weights_that_are_numpy_arrays_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "arrays.pth"
     torch.save({name: tensor.numpy() for name, tensor in STATE.items()}, path)
-    assert_refused(path, "expected a state dict of tensors, found a numpy array under 'fc.weight'")
+    assert_refused(path, "expected a state dict of tensors, got numpy array for key 'fc.weight'")
 
 
 class Classifier(nn.Module):
@@ -172,9 +172,9 @@ def test_a_quantised_state_dict_is_refused_by_name(tmp_path: Path) -> None:
     quantised = torch.ao.quantization.quantize_dynamic(Classifier(), {nn.Linear})
     path = tmp_path / "quantised.pth"
     torch.save(quantised.state_dict(), path)
-    assert_refused(path, r"expected .*, found a quantised one \(fc\._packed.*\): save the model's")
+    assert_refused(path, r"expected .*, got a quantized one \(fc\._packed.*\); save the state dict")
     torch.save({"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, path)
-    assert_refused(path, r"expected .*, found a quantised one \(a\)")
+    assert_refused(path, r"expected .*, got a quantized one \(a\)")
 
 
 # Damaged

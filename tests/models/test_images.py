@@ -72,7 +72,7 @@ def test_a_sliver_that_would_fill_the_memory_when_resized_is_refused() -> None:
 
 
 def test_a_size_that_would_fill_the_memory_is_refused_for_any_image() -> None:
-    with pytest.raises(InputError, match=r"shorter side to 114286, found an image of 451 x 300"):
+    with pytest.raises(InputError, match=r"shorter side to 114286, got an image of 451 x 300"):
         images.preprocess(Image.new("RGB", (451, 300)), image_size=100_000)
 
 
@@ -324,7 +324,7 @@ def test_a_damaged_image_ends_the_program_by_one_line(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(f"error: {path}: expected a whole image file")
+    assert done.stderr.startswith(f"error: {path}: expected a valid image file")
 
 
 # What is refused
@@ -337,36 +337,34 @@ def assert_refused(path: Path, message: str) -> None:
 
 
 def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
-    assert_refused(tmp_path / "absent.jpg", "expected an image file, found nothing there")
+    assert_refused(tmp_path / "absent.jpg", "expected an image file, but no such file exists")
 
 
 def test_a_url_is_to_be_downloaded() -> None:
-    message = "https://a.org/x.jpg: expected the path of an image file, found a URL: download"
+    message = "https://a.org/x.jpg: expected the path of an image file, got a URL; download"
     with pytest.raises(InputError, match="^" + re.escape(message)):
         images.read_image("https://a.org/x.jpg")
 
 
 def test_a_folder_is_no_image(tmp_path: Path) -> None:
-    assert_refused(tmp_path, "expected an image file, found a directory")
+    assert_refused(tmp_path, "expected an image file, got a directory")
 
 
 def test_a_name_that_the_file_system_refuses_is_bad_input(tmp_path: Path) -> None:
     path = tmp_path / ("a" * 300)
-    assert_refused(
-        path, "expected an image file, found one that cannot be read: File name too long"
-    )
+    assert_refused(path, "expected an image file, but it cannot be read: File name too long")
 
 
 def test_an_empty_file_is_no_image(tmp_path: Path) -> None:
     path = tmp_path / "empty.jpg"
     path.touch()
-    assert_refused(path, "expected an image file, found an empty file")
+    assert_refused(path, "expected an image file, got an empty file")
 
 
 def test_text_is_no_image(tmp_path: Path) -> None:
     path = tmp_path / "text.jpg"
     path.write_text("not an image\n" * 99)
-    assert_refused(path, "expected an image file, found a text file")
+    assert_refused(path, "expected an image file, got a text file")
 
 
 @pytest.mark.parametrize(
@@ -377,12 +375,12 @@ def test_text_is_no_image(tmp_path: Path) -> None:
             "a Git LFS pointer .*git lfs pull",
         ),
         (b"\n<!DOCTYPE html><html>404</html>", "an HTML page .*download the file itself"),
-        (b'{"error": "not found"}', "a JSON text"),
+        (b'{"error": "not found"}', "a JSON document"),
         (b"<?xml version='1.0'?>\n<svg width='1'></svg>", "an SVG drawing"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC photograph: convert it to JPEG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image; convert it to JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "a PDF or PostScr"),
-        (b"\x93NUMPY\x01\0v\0{'descr': '|u1'", "a numpy array: convert it to JPEG or PNG"),
-        (b"\0\1\2\3" * 9, "another kind of file: convert it to JPEG or PNG"),
+        (b"\x93NUMPY\x01\0v\0{'descr': '|u1'", "a numpy array; convert it to JPEG or PNG"),
+        (b"\0\1\2\3" * 9, "an unknown format; convert it to JPEG or PNG"),
         (b"\x89PNG\r\n\x1a\n" + bytes(99), ""),
     ],
     ids=["lfs", "html", "json", "svg", "heic", "eps", "npy", "unknown", "damaged"],
@@ -392,7 +390,7 @@ def test_what_lies_in_place_of_an_image_is_named(
 ) -> None:
     path = tmp_path / "kitten.jpg"
     path.write_bytes(content)
-    expected = f"an image file, found {found}" if found else "a whole image .* a damaged PNG file"
+    expected = f"an image file, got {found}" if found else "a valid image .* a corrupted PNG file"
     assert_refused(path, f"expected {expected}")
 
 
@@ -400,7 +398,7 @@ def test_what_lies_in_place_of_an_image_is_named(
 def test_an_image_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     path = saved(gradient(), tmp_path / "secret.png")
     path.chmod(0)
-    assert_refused(path, "expected an image file, found one that cannot be read: Permission")
+    assert_refused(path, "expected an image file, but it cannot be read: Permission")
 
 
 def test_an_image_without_pixels_is_refused(
@@ -408,7 +406,7 @@ def test_an_image_without_pixels_is_refused(
 ) -> None:
     path = saved(gradient(), tmp_path / "none.png")
     monkeypatch.setattr(Image, "open", lambda path: Image.new("RGB", (0, 32)))
-    assert_refused(path, r"expected a whole image file, .*0 x 32 pixels")
+    assert_refused(path, r"expected a valid image file, .*0 x 32 pixels")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp"])
@@ -417,7 +415,7 @@ def test_a_truncated_image_is_not_read_half(tmp_path: Path, suffix: str) -> None
     path = saved(Image.fromarray(noise), tmp_path / f"truncated.{suffix}")
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 3 // 4])
-    assert_refused(path, "expected a whole image file, found a damaged one")
+    assert_refused(path, "expected a valid image file, got a corrupted one")
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow with AVIF")
@@ -426,7 +424,7 @@ def test_an_image_whose_decoder_gives_up_is_damaged(tmp_path: Path) -> None:
     content = path.read_bytes()
     start = content.index(b"mdat") + 4
     path.write_bytes(content[:start] + bytes(len(content) - start))
-    assert_refused(path, "expected a whole image file, found a damaged one")
+    assert_refused(path, "expected a valid image file, got a corrupted one")
 
 
 @pytest.mark.parametrize("most", [48 * 32 - 1, 48 * 32 // 2 - 1], ids=["warning", "error"])
@@ -435,12 +433,12 @@ def test_a_decompression_bomb_is_refused_where_pillow_warns_and_where_it_raises(
 ) -> None:
     path = saved(gradient(), tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
-    assert_refused(path, rf"expected at most {most} pixels, found a decompression bomb \(.*1536")
+    assert_refused(path, rf"expected at most {most} pixels, got a decompression bomb \(.*1536")
 
 
 def test_floating_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
     path = saved(Image.new("F", (8, 8), 0.5), tmp_path / "floating.tif")
-    assert_refused(path, "expected a whole image file, .*pixels are floating")
+    assert_refused(path, "expected a valid image file, .*floating-point pixels of unknown range")
 
 
 # Augmented images

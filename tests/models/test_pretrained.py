@@ -129,9 +129,9 @@ def test_an_html_page_instead_of_the_file_is_bad_input_and_leaves_no_file(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>Log in to this network</html>", "found an HTML page"),
-        (checkpoint()[1][:500], "found a truncated or damaged file"),
-        (b"", "found an empty file"),
+        (b"<html>Log in to this network</html>", "got an HTML page"),
+        (checkpoint()[1][:500], "got a truncated or corrupted file"),
+        (b"", "got an empty file"),
     ],
 )
 def test_a_damaged_file_in_the_cache_is_named(

@@ -227,11 +227,11 @@ def with_another_device(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_more_channels, "expected fc.weight to be (5, 8) torch.float32 on cpu, found (6, 8) "),
-        (with_train_mode, "expected eval mode, found train mode"),
-        (with_another_dtype, "expected conv.weight to be (8, 3, 3, 3) torch.float32 on cpu, found"),
-        (with_another_tensor, "expected the tensors of model 0, they differ in extra"),
-        (with_another_device, "torch.float32 on cpu, found (8, 3, 3, 3) torch.float32 on meta"),
+        (with_more_channels, "expected fc.weight to be (5, 8) torch.float32 on cpu, got (6, 8) "),
+        (with_train_mode, "expected eval mode, got train mode"),
+        (with_another_dtype, "expected conv.weight to be (8, 3, 3, 3) torch.float32 on cpu, got"),
+        (with_another_tensor, "expected the tensors of model 0, but they differ in extra"),
+        (with_another_device, "torch.float32 on cpu, got (8, 3, 3, 3) torch.float32 on meta"),
     ],
 )
 def test_a_model_that_does_not_fit_is_named(
@@ -249,12 +249,12 @@ def test_models_of_two_classes_are_refused() -> None:
     class OtherNet(TinyNet):
         pass
 
-    with pytest.raises(ValueError, match="model 1: expected a TinyNet like model 0, found a Other"):
+    with pytest.raises(ValueError, match="model 1: expected TinyNet like model 0, got Other"):
         stacking.stacked_state([TinyNet().eval(), OtherNet().eval()])
 
 
 def test_no_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected at least one model, found none"):
+    with pytest.raises(ValueError, match="expected at least one model, got none"):
         stacking.stacked_state([])
 
 
@@ -327,7 +327,7 @@ def test_models_that_differ_in_what_no_tensor_shows_are_refused() -> None:
     assert isinstance(conv, nn.Conv2d)
     conv.stride = (2, 2)
     with pytest.raises(
-        ValueError, match="model 1: expected the structure of model 0, found another"
+        ValueError, match=r"model 1: expected a module structure \(repr\) like model 0"
     ):
         stacking.stacked_state(models)
 
@@ -346,7 +346,7 @@ def pass_by(module: nn.Module, arguments: object) -> None:
 
 
 CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
-    "scale": ("expected scale to be None, found 2.0", lambda m: setattr(m, "scale", 2.0)),
+    "scale": ("expected scale to be None, got 2.0", lambda m: setattr(m, "scale", 2.0)),
     "of a part": ("expected bn.name to be", lambda m: setattr(m.bn, "name", "a")),
     "a function": ("expected act to be", lambda m: setattr(m, "act", torch.tanh)),
     "a lambda": ("expected act to be", lambda m: setattr(m, "act", lambda x: 2 * x)),
@@ -389,7 +389,7 @@ def test_attributes_that_do_the_same_are_no_difference() -> None:
         vars(model).update(config=types.SimpleNamespace(width=8, model=model), slots=Slots(3))
         vars(model).update(array=numpy.arange(3.0), part=Decimal("0.5"), queue=deque([model.fc]))
         model.get_submodule("bn").register_forward_pre_hook(pass_by)
-    stacking.check_alike(models)
+    stacking.check_same_architecture(models)
 
 
 def test_tensors_tied_in_another_way_are_refused() -> None:
@@ -398,5 +398,7 @@ def test_tensors_tied_in_another_way_are_refused() -> None:
         model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abc"}).eval()
         model["c"].weight = model[source].weight
         models.append(model)
-    with pytest.raises(ValueError, match="model 1: expected the tensors of model 0, they differ"):
+    with pytest.raises(
+        ValueError, match="model 1: expected the tensors of model 0, but they differ"
+    ):
         stacking.stacked_state(models)

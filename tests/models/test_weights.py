@@ -149,7 +149,7 @@ def test_a_prefix_that_all_names_share_is_taken_off_and_said_in_one_line(
     (model,) = weights.load_models([path], arch=SMALL, device="cpu", say=said.append)
     assert_same_state(model, small_state)
     count = len(small_state)
-    assert said == [f"{path}: all {count} names begin with {prefix!r}: loaded without it"]
+    assert said == [f"{path}: stripped the prefix {prefix!r} from all {count} keys"]
 
 
 def test_nothing_is_said_of_names_as_they_should_be(small_state: State, tmp_path: Path) -> None:
@@ -164,18 +164,16 @@ def test_nothing_is_said_of_names_as_they_should_be(small_state: State, tmp_path
 def test_only_what_is_not_the_architectures_own_is_taken_off(arch: str, prefix: str) -> None:
     expected = hollow(arch, classes=10)
     state = {prefix + name: tensor for name, tensor in expected.items()}
-    found, taken = weights.without_prefix(state, expected)
+    found, taken = weights.strip_prefix(state, expected)
     assert (list(found), taken) == (list(expected), prefix)
 
 
 def test_a_part_of_an_architecture_keeps_the_names_that_its_tensors_share() -> None:
     expected = hollow("vgg11", classes=10)
     part = {name: tensor for name, tensor in expected.items() if name.startswith("features.")}
-    assert weights.without_prefix(part, expected) == (part, "")
-    assert (
-        weights.without_prefix({"model." + n: t for n, t in part.items()}, expected)[1] == "model."
-    )
-    assert weights.without_prefix({"fc.bias": torch.ones(1)}, expected)[1] == ""
+    assert weights.strip_prefix(part, expected) == (part, "")
+    assert weights.strip_prefix({"model." + n: t for n, t in part.items()}, expected)[1] == "model."
+    assert weights.strip_prefix({"fc.bias": torch.ones(1)}, expected)[1] == ""
 
 
 def test_a_lightning_checkpoint_loads(small_state: State, tmp_path: Path) -> None:
@@ -217,16 +215,16 @@ def test_what_stands_beside_a_whole_model_under_a_prefix_is_left_out_and_named(
     path, said = saved(more | state, tmp_path / "last.ckpt"), list[str]()
     (model,) = weights.load_models([path], arch=SMALL, device="cpu", say=said.append)
     assert_same_state(model, small_state)
-    begin = f"{path}: {len(state)} names begin with {prefix!r}: loaded without it"
-    assert said == [f"{begin}, and without {left_out}"]
+    begin = f"{path}: stripped the prefix {prefix!r} from {len(state)} keys"
+    assert said == [f"{begin}; ignored {left_out}"]
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"model.criterion.weight": torch.ones(10)}, "found criterion.weight unexpected"),
-        ({"fc.bias": torch.ones(10)}, r"found fc.bias .beside model.fc.bias. unexpected"),
-        ({"head.fc.bias": torch.ones(10)}, "found head.fc.bias unexpected"),
+        ({"model.criterion.weight": torch.ones(10)}, "unexpected key criterion.weight"),
+        ({"fc.bias": torch.ones(10)}, r"unexpected key fc.bias .as well as model.fc.bias."),
+        ({"head.fc.bias": torch.ones(10)}, "unexpected key head.fc.bias"),
     ],
 )
 def test_what_could_be_a_weight_is_not_left_out(
@@ -234,7 +232,8 @@ def test_what_could_be_a_weight_is_not_left_out(
 ) -> None:
     state = {f"model.{name}": tensor for name, tensor in small_state.items()}
     assert_refused(
-        saved({**state, **more}, tmp_path / "last.ckpt"), f"expected a {SMALL}.*{message}"
+        saved({**state, **more}, tmp_path / "last.ckpt"),
+        f"expected a state dict of {SMALL}.*{message}",
     )
 
 
@@ -243,8 +242,8 @@ def test_of_two_models_in_one_file_neither_is_guessed(small_state: State, tmp_pa
     teacher = {f"teacher.{name}": tensor for name, tensor in small_state.items()}
     path = saved(student | teacher, tmp_path / "distilled.pth")
     first = next(iter(small_state))
-    message = f"found teacher.{first} and {len(small_state) - 1} more unexpected"
-    assert_refused(path, f"expected a {SMALL}, {message}")
+    message = f"got unexpected keys teacher.{first} and {len(small_state) - 1} more"
+    assert_refused(path, f"expected a state dict of {SMALL}, {message}")
 
 
 def test_a_part_of_a_model_beside_a_loss_is_refused_by_what_it_lacks(
@@ -253,7 +252,7 @@ def test_a_part_of_a_model_beside_a_loss_is_refused_by_what_it_lacks(
     del small_state["conv1.0.weight"]
     state = {f"model.{name}": tensor for name, tensor in small_state.items()}
     path = saved({**state, "criterion.weight": torch.ones(10)}, tmp_path / "last.ckpt")
-    assert_refused(path, f"expected a {SMALL}, found conv1.0.weight missing")
+    assert_refused(path, f"expected a state dict of {SMALL}, got missing key conv1.0.weight")
 
 
 def test_a_lightning_checkpoint_with_code_in_its_hyperparameters_is_refused(
@@ -261,7 +260,7 @@ def test_a_lightning_checkpoint_with_code_in_its_hyperparameters_is_refused(
 ) -> None:
     content = {"state_dict": small_state, "hyper_parameters": {"hook": Attack(tmp_path / "made")}}
     path = saved(content, tmp_path / "last.ckpt")
-    assert_refused(path, "expected a state dict of tensors, found a pickle that asks for")
+    assert_refused(path, "expected a state dict of tensors, got a pickle that references")
     assert not (tmp_path / "made").exists()
 
 
@@ -279,7 +278,7 @@ def test_a_checkpoint_without_a_class_is_refused(tmp_path: Path) -> None:
     state = trained(SMALL, classes=1, seed=1).state_dict()
     last = list(state)[-1]
     path = saved({**state, last: state[last][:0]}, tmp_path / "none.pth")
-    assert_refused(Path(path), rf"expected at least one class, found {last} of shape \(0,\)")
+    assert_refused(Path(path), rf"expected at least one class, got {last} of shape \(0,\)")
 
 
 @pytest.mark.parametrize("classes", [1, 10, 1000])
@@ -387,7 +386,7 @@ def test_models_from_a_state_are_copies_of_it(small_state: State) -> None:
 
 @pytest.mark.parametrize(("num_models", "models"), [(1, "1 model$"), (3, "3 models$")])
 def test_two_files_for_another_number_of_models_are_refused(num_models: int, models: str) -> None:
-    found = f"expected one file, or one for each model, found 2 files for {models}"
+    found = f"expected one file or one file per model, got 2 files for {models}"
     with pytest.raises(InputError, match=f"paths: {found}"):
         weights.load_models(["a", "b"], arch=SMALL, device="cpu", num_models=num_models)
 
@@ -401,7 +400,7 @@ def test_one_path_by_itself_is_one_file(small_state: State, tmp_path: Path) -> N
 
 
 def test_no_file_at_all_is_refused() -> None:
-    with pytest.raises(InputError, match=r"paths: expected one file.*found 0 files"):
+    with pytest.raises(InputError, match=r"paths: expected one file.*got 0 files"):
         weights.load_models([], arch=SMALL, device="cpu")
 
 
@@ -412,7 +411,7 @@ def test_more_models_than_memory_holds_are_refused_before_they_are_allocated(
     monkeypatch.setattr(memory, "available_bytes", lambda device: 5 * each + 1)
     path = saved(small_state, tmp_path / "one.pth")
     assert len(weights.load_models([path], arch=SMALL, device="cpu", num_models=5)) == 5
-    with pytest.raises(InputError, match=r"the weights of 6 models need .* at most 5 fit"):
+    with pytest.raises(InputError, match=r"the weights of 6 models require .* at most 5 fit"):
         weights.load_models([path], arch=SMALL, device="cpu", num_models=6)
 
 
@@ -443,23 +442,23 @@ def assert_refused(path: Path, message: str, arch: str = SMALL) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    message = "expected a checkpoint file, found nothing there"
+    message = "expected a checkpoint file, but no such file exists"
     assert_refused(tmp_path / "absent.pth", message)
 
 
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    assert_refused(tmp_path, "expected a checkpoint file, found a directory")
+    assert_refused(tmp_path, "expected a checkpoint file, got a directory")
 
 
 def test_a_name_that_the_file_system_refuses_is_bad_input(tmp_path: Path) -> None:
-    assert_refused(tmp_path / ("a" * 300), "expected a checkpoint file, found .* cannot be read")
+    assert_refused(tmp_path / ("a" * 300), "expected a checkpoint file, but it cannot be read")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_an_empty_file_is_no_checkpoint(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"empty{suffix}"
     path.touch()
-    assert_refused(path, "expected a checkpoint file, found an empty file")
+    assert_refused(path, "expected a checkpoint file, got an empty file")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -471,14 +470,14 @@ def test_a_truncated_file_is_no_checkpoint(
     save_file(small_state, path) if suffix == ".safetensors" else torch.save(small_state, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    assert_refused(path, "expected a .*, found a truncated or damaged file")
+    assert_refused(path, "expected a .*, got a truncated or corrupted file")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_an_html_page_is_recognised(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"page{suffix}"
     path.write_text("\n <!DOCTYPE html><html>404</html>")
-    assert_refused(path, "expected a checkpoint file, found an HTML page")
+    assert_refused(path, "expected a checkpoint file, got an HTML page")
 
 
 @pytest.mark.parametrize(
@@ -492,7 +491,7 @@ def test_an_html_page_is_recognised(tmp_path: Path, suffix: str) -> None:
 def test_a_text_is_named_as_one(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.pth"
     path.write_bytes(content)
-    assert_refused(path, "expected a checkpoint file, found a text file")
+    assert_refused(path, "expected a checkpoint file, got a text file")
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -503,7 +502,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(
     path = tmp_path / "attack.pth"
     torch.save({"a": Attack(made)}, path, _use_new_zipfile_serialization=new_format)
     assert_refused(
-        path, r"expected a state dict of tensors, found a pickle that asks for \w+.system"
+        path, r"expected a state dict of tensors, got a pickle that references \w+.system"
     )
     assert not made.exists()
     torch.load(path, weights_only=False)
@@ -512,23 +511,26 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(
 
 def test_a_pickled_module_is_refused(small_model: nn.Module, tmp_path: Path) -> None:
     path = saved(small_model, tmp_path / "module.pth")
-    assert_refused(path, "expected a state dict of tensors, found .*ShuffleNetV2 .a whole module")
+    assert_refused(path, "expected a state dict of tensors, got .*ShuffleNetV2 .a whole module")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(1)], "expected a state dict, found a list"),
-        (torch.ones(1), "expected a state dict, found a Tensor"),
-        ({}, "expected a state dict, found an empty one"),
-        ({"state_dict": {}}, "expected a state dict, found an empty one"),
-        ({"a": torch.ones(1), "b": 1}, "expected a state dict of tensors, found a int under 'b'"),
-        ({1: torch.ones(1)}, "expected a state dict of tensors, found a Tensor under 1"),
-        ({"a": torch.eye(2).to_sparse()}, "expected a to be a dense tensor, found .*sparse_coo"),
-        ({"a": torch.ones(1, device="meta")}, "expected a to be a dense tensor, found .* on meta"),
-        ({"a": torch.ones(1)}, f"expected a {SMALL} with fc.bias, found 1 tensors, the first a"),
-        ({"fc.bias": torch.ones(())}, f"expected a {SMALL} with fc.bias"),
-        ({"fc.bias": torch.ones(0)}, "expected at least one class, found fc.bias"),
+        ([torch.ones(1)], "expected a state dict, got list"),
+        (torch.ones(1), "expected a state dict, got Tensor"),
+        ({}, "expected a state dict, got an empty one"),
+        ({"state_dict": {}}, "expected a state dict, got an empty one"),
+        ({"a": torch.ones(1), "b": 1}, "expected a state dict of tensors, got int for key 'b'"),
+        ({1: torch.ones(1)}, "expected a state dict of tensors, got Tensor for key 1"),
+        ({"a": torch.eye(2).to_sparse()}, "expected a to be a dense tensor, got .*sparse_coo"),
+        ({"a": torch.ones(1, device="meta")}, "expected a to be a dense tensor, got .* on meta"),
+        (
+            {"a": torch.ones(1)},
+            f"expected a state dict of {SMALL} with fc.bias, got 1 tensor starting with a",
+        ),
+        ({"fc.bias": torch.ones(())}, f"expected a state dict of {SMALL} with fc.bias"),
+        ({"fc.bias": torch.ones(0)}, "expected at least one class, got fc.bias"),
     ],
 )
 def test_what_is_no_state_dict_of_the_architecture_is_refused(
@@ -540,35 +542,39 @@ def test_what_is_no_state_dict_of_the_architecture_is_refused(
 @pytest.mark.parametrize(
     ("found", "arch", "message"),
     [
-        ("resnet34", "resnet18", r"found layer1.2.conv1.weight and \d+ more unexpected"),
-        ("resnet50", "resnet18", r"found layer1.0.conv3.weight and \d+ more unexpected"),
-        ("resnet18", "resnet34", r"found layer1.2.conv1.weight and \d+ more missing"),
-        ("resnet18", "vgg11", r"with classifier.6.bias, found 122 tensors, the first conv1.weight"),
+        ("resnet34", "resnet18", r"got unexpected keys layer1.2.conv1.weight and \d+ more"),
+        ("resnet50", "resnet18", r"got unexpected keys layer1.0.conv3.weight and \d+ more"),
+        ("resnet18", "resnet34", r"got missing keys layer1.2.conv1.weight and \d+ more"),
+        (
+            "resnet18",
+            "vgg11",
+            r"with classifier.6.bias, got 122 tensors starting with conv1.weight",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_architecture_is_refused(
     tmp_path: Path, found: str, arch: str, message: str
 ) -> None:
     path = saved(hollow(found, classes=10), tmp_path / f"{found}.pth")
-    assert_refused(path, f"expected a {arch}.* {message}", arch)
+    assert_refused(path, f"expected a state dict of {arch}.* {message}", arch)
 
 
 def test_a_missing_tensor_is_named(small_state: State, tmp_path: Path) -> None:
     del small_state["conv1.0.weight"]
     path = saved(small_state, tmp_path / "missing.pth")
-    assert_refused(path, f"expected a {SMALL}, found conv1.0.weight missing")
+    assert_refused(path, f"expected a state dict of {SMALL}, got missing key conv1.0.weight")
 
 
 def test_an_unexpected_tensor_is_named(small_state: State, tmp_path: Path) -> None:
     small_state["head.weight"] = torch.ones(1)
     path = saved(small_state, tmp_path / "unexpected.pth")
-    assert_refused(path, f"expected a {SMALL}, found head.weight unexpected")
+    assert_refused(path, f"expected a state dict of {SMALL}, got unexpected key head.weight")
 
 
 def test_a_wrong_shape_is_named(small_state: State, tmp_path: Path) -> None:
     small_state["conv1.0.weight"] = torch.ones(24, 1, 3, 3)
     path = saved(small_state, tmp_path / "shape.pth")
-    message = r"expected conv1.0.weight of shape \(24, 3, 3, 3\), found \(24, 1, 3, 3\)"
+    message = r"expected conv1.0.weight of shape \(24, 3, 3, 3\), got \(24, 1, 3, 3\)"
     assert_refused(path, message)
 
 
@@ -578,7 +584,7 @@ def test_weights_that_are_not_floating_are_refused(
 ) -> None:
     small_state["fc.weight"] = small_state["fc.weight"].to(dtype)
     path = saved(small_state, tmp_path / "integers.pth")
-    assert_refused(path, f"expected fc.weight to be floating, found {dtype}")
+    assert_refused(path, f"expected fc.weight of a floating-point dtype, got {dtype}")
 
 
 def test_indices_that_are_floating_are_refused(tmp_path: Path) -> None:
@@ -586,7 +592,7 @@ def test_indices_that_are_floating_are_refused(tmp_path: Path) -> None:
     name = "features.1.0.attn.relative_position_index"
     state[name] = state[name].float()
     path = saved(state, tmp_path / "indices.pth")
-    assert_refused(path, f"expected {name} to be whole numbers, found torch.float32", "swin_t")
+    assert_refused(path, f"expected {name} of an integer dtype, got torch.float32", "swin_t")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
@@ -596,7 +602,7 @@ def test_weights_that_are_not_finite_in_float32_are_refused(
     small_state["fc.weight"] = small_state["fc.weight"].double()
     small_state["fc.weight"][3, 4] = value
     path = saved(small_state, tmp_path / "infinite.pth")
-    assert_refused(path, "expected finite weights, found NaN or infinity in fc.weight")
+    assert_refused(path, "expected finite weights, got NaN or infinity in fc.weight")
 
 
 def test_checkpoints_with_different_classes_are_refused_together_naming_both(
@@ -604,18 +610,18 @@ def test_checkpoints_with_different_classes_are_refused_together_naming_both(
 ) -> None:
     first = saved(hollow(SMALL, classes=10), tmp_path / "ten.pth")
     second = saved(hollow(SMALL, classes=7), tmp_path / "seven.pth")
-    expected = r"seven.pth: expected fc.weight of shape \(10, 1024\) like .*ten.pth, found \(7, "
+    expected = r"seven.pth: expected fc.weight of shape \(10, 1024\) like .*ten.pth, got \(7, "
     with pytest.raises(InputError, match=expected):
         weights.load_models([first, second], arch=SMALL, device="cpu")
 
 
 def test_an_unknown_architecture_is_refused_with_the_closest_names() -> None:
-    with pytest.raises(InputError, match=r"arch: expected .*\(resnet18, .*found 'resnet81'"):
+    with pytest.raises(InputError, match=r"arch: expected .*\(resnet18, .*got 'resnet81'"):
         weights.build_skeleton("resnet81", None)
 
 
 def test_an_architecture_that_is_no_classifier_is_refused() -> None:
-    with pytest.raises(InputError, match=r"arch: expected .* found 'fcn_resnet50'"):
+    with pytest.raises(InputError, match=r"arch: expected .* got 'fcn_resnet50'"):
         weights.check_arch("fcn_resnet50")
 
 

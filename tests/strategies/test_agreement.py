@@ -26,7 +26,7 @@ def test_the_error_is_the_largest_difference_over_the_largest_reference_of_the_m
 def test_an_error_above_the_tolerance_names_the_model_and_the_limit() -> None:
     found = check(changed(1, 0, 2, 4.1), REFERENCE, tolerance=1e-3)
     assert found.problem == (
-        "outputs disagree: model 1 is off by 1.2e-02 of its largest logit, limit 1e-03"
+        "outputs disagree: model 1 has an error of 1.2e-02 of its largest logit, tolerance 1e-03"
     )
 
 
@@ -53,14 +53,13 @@ def test_another_class_disagrees_unless_the_reference_holds_the_two_for_equal() 
     found = check(logits, reference, tolerance=0.9e-2)
     assert found.top1_agreement == 0.0
     assert (
-        found.problem == "outputs disagree: model 0 predicts class 1 where the reference has 0"
-        " for image 0"
+        found.problem == "outputs disagree: model 0 predicts class 1, the reference 0, for image 0"
     )
 
 
 def test_logits_of_another_shape_disagree() -> None:
     found = check(REFERENCE[:1], REFERENCE, tolerance=1e-4)
-    assert found.problem == "expected logits of shape (2, 1, 3), found (1, 1, 3)"
+    assert found.problem == "expected logits of shape (2, 1, 3), got (1, 1, 3)"
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 5, 6)])
@@ -83,7 +82,7 @@ def test_logits_that_are_all_zero_agree_with_zeros_alone() -> None:
 def test_a_reference_that_is_not_finite_is_blamed_itself() -> None:
     broken = changed(0, 0, 0, float("nan"))
     found = check(broken, broken, tolerance=1e-4)
-    assert found.problem == "the reference's own logits are not finite: bad weights?"
+    assert found.problem == "the reference's logits are not finite; invalid weights?"
     assert found.top1_agreement is None
 
 
@@ -160,13 +159,13 @@ def test_a_wrong_class_of_a_model_with_small_logits_beside_large_ones_is_caught(
     logits = torch.tensor([[[1000.0, 0.0]], [[0.9e-3, 1e-3]]])
     found = check(logits, reference, tolerance=3e-2)
     assert found.problem == (
-        "outputs disagree: model 1 is off by 1.0e-01 of its largest logit, limit 3e-02"
+        "outputs disagree: model 1 has an error of 1.0e-01 of its largest logit, tolerance 3e-02"
     )
     reference[1, 0] = torch.tensor([1e-3, 0.94e-3])  # each within 4 %, the two 6 % apart
     logits[1, 0] = torch.tensor([0.969e-3, 0.97e-3])
     found = check(logits, reference, tolerance=4e-2)
     assert found.problem == (
-        "outputs disagree: model 1 predicts class 1 where the reference has 0 for image 0"
+        "outputs disagree: model 1 predicts class 1, the reference 0, for image 0"
     )
 
 
@@ -176,8 +175,8 @@ def test_an_image_with_small_logits_is_held_to_its_own_scale() -> None:
     found = check(logits, reference, tolerance=1e-4)
     assert found.max_rel_error == pytest.approx(9e-5, rel=1e-3)
     assert found.problem == (
-        "outputs disagree: model 0 is off by 4.0e-05 of its largest logit for image 1,"
-        " whose own are small, limit 3e-05"
+        "outputs disagree: model 0 has an error of 4.0e-05 of its largest logit for image 1"
+        " with small logits, tolerance 3e-05"
     )
 
 

@@ -12,7 +12,7 @@ import ensemble
 from ensemble import strategies
 from ensemble.models.vision import torchvision
 from ensemble.strategies import STRATEGIES, Strategy, best
-from ensemble.strategies.build_result import Builder, Built
+from ensemble.strategies.build_result import Builder, BuildResult
 from tests.tiny import TinyNet, independent, tiny_models
 
 PEERS = [name for name, strategy in STRATEGIES.items() if strategy.module == "peers"]
@@ -44,17 +44,17 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def sleeping(seconds: float, off: float = 0.0) -> Builder:
     """The logits of the models, `off` by so much, after so long."""
 
-    def build(models: Sequence[nn.Module], example: Tensor) -> Built:
+    def build(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
         def forward(x: Tensor) -> Tensor:
             time.sleep(seconds)
             return torch.stack([model(x) for model in models]) + off
 
-        return Built(forward, f"sleeps {seconds} s")
+        return BuildResult(forward, f"sleeps {seconds} s")
 
     return build
 
 
-@pytest.mark.parametrize("names", [*best.CANDIDATES.values(), best.ELSEWHERE])
+@pytest.mark.parametrize("names", [*best.CANDIDATES.values(), best.OTHER_DEVICES])
 def test_every_candidate_is_a_strategy_of_ours_and_the_loop_is_the_first(
     names: tuple[str, ...],
 ) -> None:
@@ -76,7 +76,7 @@ def test_the_fastest_is_kept_and_the_note_says_what_was_tried(
     candidates(slow=sleeping(0.05), fast=sleeping(0.01))
     monkeypatch.setitem(best.CANDIDATES, "cpu", ("slow", "fast"))  # a loop of milliseconds wins
     models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
-    built = strategies.make("best", models, x)
+    built = strategies.build_unverified("best", models, x)
     assert built.choice is not None
     assert built.choice.name == "fast"
     assert built.choice.note.startswith("picked fast (tried: slow ")
@@ -87,30 +87,30 @@ def test_the_fastest_is_kept_and_the_note_says_what_was_tried(
 
 def test_where_nothing_is_faster_it_is_the_loop(candidates: Callable[..., None]) -> None:
     candidates(slow=sleeping(0.01))
-    built = strategies.make("best", tiny_models(2), torch.randn(1, 3, 8, 8))
+    built = strategies.build_unverified("best", tiny_models(2), torch.randn(1, 3, 8, 8))
     assert built.choice is not None
     assert built.choice.name == "loop"
 
 
 def test_a_fast_one_that_is_wrong_is_out_with_the_reason(candidates: Callable[..., None]) -> None:
-    def wrong(models: Sequence[nn.Module], example: Tensor) -> Built:
-        return Built(lambda x: torch.zeros(len(models), len(x), 5))
+    def wrong(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+        return BuildResult(lambda x: torch.zeros(len(models), len(x), 5))
 
     candidates(wrong=wrong)
     models = tiny_models(2)
     for x in (torch.randn(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)):
-        built = strategies.make("best", models, x)
+        built = strategies.build_unverified("best", models, x)
         assert built.choice is not None
         assert built.choice.name == "loop"
-        assert "wrong: outputs disagree: model 0 is off by 1.0e+00" in built.choice.note
+        assert "wrong: outputs disagree: model 0 has an error of 1.0e+00" in built.choice.note
 
 
 def test_a_lack_of_memory_costs_the_candidate_alone(candidates: Callable[..., None]) -> None:
-    def greedy(models: Sequence[nn.Module], example: Tensor) -> Built:
+    def greedy(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
         raise torch.OutOfMemoryError("no room for 1 TB")
 
     candidates(greedy=greedy)
-    built = strategies.make("best", tiny_models(2), torch.randn(1, 3, 8, 8))
+    built = strategies.build_unverified("best", tiny_models(2), torch.randn(1, 3, 8, 8))
     assert built.choice is not None
     assert built.choice.note == "picked loop (tried: greedy: no room for 1 TB)"
 
@@ -122,7 +122,7 @@ def test_a_model_that_cannot_be_traced_is_run_by_what_runs_its_code() -> None:
 
     models: list[nn.Module] = [Branching().eval() for _ in range(2)]
     x = torch.randn(1, 3, 8, 8)
-    built = strategies.make("best", models, x)
+    built = strategies.build_unverified("best", models, x)
     assert built.choice is not None
     assert built.choice.name in ("loop", "concurrent", "folded_vmap")
     assert (
@@ -150,7 +150,7 @@ def test_models_that_give_a_map_of_classes_are_checked_and_run() -> None:
         for _ in range(2)
     ]
     x = torch.randn(2, 3, 20, 20)
-    built = strategies.make("best", models, x)
+    built = strategies.build_unverified("best", models, x)
     assert built.choice is not None
     assert "lowered_vmap" in built.choice.note
     assert "disagree" not in built.choice.note
@@ -162,6 +162,6 @@ def test_models_that_give_a_map_of_classes_are_checked_and_run() -> None:
 def test_best_is_what_users_take_home() -> None:
     torch.manual_seed(0)
     models = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(2)]
-    built = strategies.make("best", models, torch.zeros(1, 3, 64, 64))
+    built = strategies.build_unverified("best", models, torch.zeros(1, 3, 64, 64))
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(built.forward(x), independent(models, x), rtol=1e-4, atol=1e-4)

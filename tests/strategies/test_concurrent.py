@@ -14,7 +14,7 @@ import torch
 
 import ensemble
 from ensemble.strategies import concurrent
-from ensemble.strategies.forward import owned
+from ensemble.strategies.forward import stack_outputs
 from tests.marks import some_slow
 from tests.tiny import independent, tiny_models
 
@@ -61,9 +61,9 @@ def test_each_worker_computes_on_the_threads_that_the_plan_gives_it(
     def one(x: torch.Tensor) -> torch.Tensor:
         return torch.tensor(torch.get_num_threads())
 
-    forward = concurrent.side_by_side([one] * num_models, torch.randn(1, 3, 8, 8)).forward
+    forward = concurrent.concurrent_forward([one] * num_models, torch.randn(1, 3, 8, 8)).forward
     for _ in range(2):
-        assert owned(forward(torch.randn(1, 3, 8, 8)), num_models).tolist() == threads
+        assert stack_outputs(forward(torch.randn(1, 3, 8, 8)), num_models).tolist() == threads
 
 
 @pytest.mark.usefixtures("three_threads")

@@ -99,7 +99,7 @@ def test_another_shape_than_the_examples_is_refused_before_anything_runs(
         ValueError, match=r"x: expected a tensor of shape \(2, 3, 8, 8\) in"
     ) as error:
         forward(torch.randn(shape))
-    assert f"found shape {shape} in torch.float32 on cpu; build another forward" in str(error.value)
+    assert f"got shape {shape} in torch.float32 on cpu; build another forward" in str(error.value)
 
 
 @by_every_strategy
@@ -109,9 +109,9 @@ def test_another_shape_than_the_examples_is_refused_before_anything_runs(
         (torch.zeros(2, 3, 8, 8, dtype=torch.float64), "in torch.float64 on cpu"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "in torch.uint8 on cpu"),
         (torch.zeros(2, 3, 8, 8, device="meta"), "in torch.float32 on meta"),
-        (torch.zeros(2, 3, 8, 8).to_sparse(), "found layout torch.sparse_coo"),
-        ([[0.0]], "found a list"),
-        (torch.zeros(2, 3, 8, 8, requires_grad=True), "does not require a gradient"),
+        (torch.zeros(2, 3, 8, 8).to_sparse(), "got layout torch.sparse_coo"),
+        ([[0.0]], "got list"),
+        (torch.zeros(2, 3, 8, 8, requires_grad=True), "does not require grad"),
     ],
     ids=["float64", "uint8", "meta", "sparse", "list", "gradient"],
 )
@@ -241,16 +241,14 @@ def test_models_that_give_no_single_tensor_are_refused_in_words(name: str, kind:
         return made.get(kind)
 
     x = torch.randn(2, 3, 8, 8)
-    with pytest.raises(ValueError, match=f"expected one tensor from each model, found {kind}"):
+    with pytest.raises(ValueError, match=f"expected one tensor from each model, got {kind}"):
         ensemble.build(name, nets(use), x, tune_seconds=1.0)(x)
 
 
 def test_models_that_differ_in_their_classes_are_named() -> None:
     models = [nn.Sequential(nn.Flatten(), nn.Linear(12, n)).eval() for n in (5, 5, 7)]
     x = torch.randn(1, 3, 2, 2)
-    with pytest.raises(
-        ValueError, match=r"found \(1, 5\) in .* model 0 and \(1, 7\) in .* model 2"
-    ):
+    with pytest.raises(ValueError, match=r"got \(1, 5\) in .* model 0 and \(1, 7\) in .* model 2"):
         ensemble.build("loop", models, x)(x)
 
 
@@ -347,17 +345,17 @@ def test_what_the_models_raise_themselves_reaches_the_caller(name: str) -> None:
 def test_a_missing_batching_rule_is_a_note_and_no_warning_to_the_user() -> None:
     models = nets(lambda self, x: functional.adaptive_avg_pool2d(self.conv(x), 1).flatten(1))
     x = torch.randn(2, 3, 8, 8)
-    built = ensemble.strategies.make("folded_vmap", models, x)
+    built = ensemble.strategies.build_unverified("folded_vmap", models, x)
     for _ in range(2):  # warnings are errors in these tests
         torch.testing.assert_close(built.forward(x), independent(models, x), rtol=1e-4, atol=1e-4)
-    assert "no batching rule for aten::as_strided_: a loop over the models" in built.later()
+    assert "no batching rule for aten::as_strided_: a loop over the models" in built.deferred_note()
 
 
 def test_a_resnets_mean_over_pixels_meets_no_missing_batching_rule() -> None:
     models = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)).eval() for _ in range(2)]
-    built = ensemble.strategies.make("folded_vmap", models, torch.randn(2, 3, 8, 8))
+    built = ensemble.strategies.build_unverified("folded_vmap", models, torch.randn(2, 3, 8, 8))
     built.forward(torch.randn(2, 3, 8, 8))
-    assert built.later() == ""
+    assert built.deferred_note() == ""
 
 
 # What it is built and called in
@@ -528,22 +526,22 @@ X = torch.randn(1, 3, 8, 8)
 @pytest.mark.parametrize(
     ("models", "example", "message"),
     [
-        ([], X, "models: expected at least one model, found none"),
-        ("a.pth", X, "models: expected modules, found 'a.pth'; ensemble.load_models reads"),
-        (["a.pth"], X, "models: expected modules, found 'a.pth'; ensemble.load_models reads"),
-        (None, X, "models: expected modules, found a NoneType as model 0"),
-        ([torch.relu], X, "models: expected modules, found a builtin_function_or_method as mod"),
-        ([torch.compile(TinyNet())], X, r"compiled by torch.compile; pass the module that was"),
-        ([nn.Module().eval()], X, "models: expected modules with a forward, found none in mod"),
+        ([], X, "models: expected at least one model, got none"),
+        ("a.pth", X, "models: expected modules, got 'a.pth'; use ensemble.load_models to read"),
+        (["a.pth"], X, "models: expected modules, got 'a.pth'; use ensemble.load_models to read"),
+        (None, X, "models: expected modules, got NoneType as model 0"),
+        ([torch.relu], X, "models: expected modules, got builtin_function_or_method as model"),
+        ([torch.compile(TinyNet())], X, r"was returned by torch.compile; pass the original module"),
+        ([nn.Module().eval()], X, "models: expected modules with a forward, but model 0 has none"),
         (
             [TwoInputs().eval()],
             X,
-            r"called with one tensor, found forward\(x.*, y.*\).* in model 0",
+            r"that takes one tensor, got forward\(x.*, y.*\).* in model 0",
         ),
-        ([nn.LazyConv2d(8, 3).eval()], X, "found lazy ones in model 0; call it once first"),
-        (tiny_models(1), X.numpy(), "example: expected a tensor, found a ndarray"),
-        (tiny_models(1), (X,), "example: expected a tensor, found a tuple"),
-        (tiny_models(1), X.to_sparse(), "example: expected a dense tensor, found layout"),
+        ([nn.LazyConv2d(8, 3).eval()], X, "but model 0 has lazy ones; call it once first"),
+        (tiny_models(1), X.numpy(), "example: expected a tensor, got ndarray"),
+        (tiny_models(1), (X,), "example: expected a tensor, got tuple"),
+        (tiny_models(1), X.to_sparse(), "example: expected a dense tensor, got layout"),
         ([*tiny_models(1), TinyNet().eval().double()], X, "example: expected torch.float64 on cpu"),
     ],
 )
@@ -558,7 +556,7 @@ def test_what_build_cannot_use_is_refused_by_the_arguments_name(
 
 @pytest.mark.parametrize("name", [name for name in QUICK if name not in ("loop", *VMAPS[:2])])
 def test_an_example_that_the_models_cannot_run_is_refused_at_build(name: str) -> None:
-    with pytest.raises(ValueError, match="example: model 0 cannot run it: RuntimeError: Given gr"):
+    with pytest.raises(ValueError, match="example: model 0 fails with it: RuntimeError: Given gr"):
         ensemble.build(name, tiny_models(2), torch.randn(2, 4, 8, 8))
 
 

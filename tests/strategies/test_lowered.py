@@ -87,7 +87,7 @@ def test_a_layer_where_winograd_errs_is_computed_directly_and_named() -> None:
     torch.manual_seed(0)
     models = [Cancelling().eval().requires_grad_(False) for _ in range(2)]
     x = torch.randn(1, 3, 16, 16)
-    built = strategies.make("lowered_vmap", models, x)
+    built = strategies.build_unverified("lowered_vmap", models, x)
     forward, note = built.forward, built.note
     assert note.startswith("kernels: 2 direct, 1 average pooling; second.weight: direct, for Wino")
     expected = torch.stack([model(x) for model in models])
@@ -97,7 +97,7 @@ def test_a_layer_where_winograd_errs_is_computed_directly_and_named() -> None:
 def test_an_image_without_contrast_does_not_hide_that_winograd_errs() -> None:
     torch.manual_seed(0)
     models = [Cancelling().eval().requires_grad_(False)]
-    built = strategies.make("lowered_vmap", models, torch.zeros(1, 3, 16, 16))
+    built = strategies.build_unverified("lowered_vmap", models, torch.zeros(1, 3, 16, 16))
     assert "second.weight: direct" in built.note
 
 
@@ -123,7 +123,7 @@ def test_an_activation_is_done_where_its_input_is_written_unless_others_read_tha
     torch.manual_seed(0)
     models = [Active().eval().requires_grad_(False) for _ in range(2)]
     x = 4 * torch.randn(1, 3, 9, 9)
-    built = strategies.make(
+    built = strategies.build_unverified(
         "lowered_vmap", [copy.deepcopy(m).to(dtype) for m in models], x.to(dtype)
     )
     assert " 1 activation," in built.note
@@ -155,7 +155,7 @@ def test_constants_are_summands_and_inputs_as_they_are_in_the_model(
     torch.manual_seed(0)
     models = [Constants().eval().requires_grad_(False) for _ in range(num_models)]
     x, example = torch.randn(2, images, 3, 8, 8)
-    built = strategies.make("lowered_vmap", models, example)
+    built = strategies.build_unverified("lowered_vmap", models, example)
     assert "direct" in built.note
     assert error(built.forward(x), in_float64(models, x)) < LIMIT
 
@@ -300,7 +300,7 @@ def test_the_cuda_path_is_batched_matrix_products_under_fake_tensors(
         template = torchvision.models.resnet18(num_classes=7).eval()
         models = stacking.allocate(template, 3, device=torch.device("cuda"))
         x = torch.empty((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64))
-        built = strategies.make("lowered_vmap", models, x)
+        built = strategies.build_unverified("lowered_vmap", models, x)
         logits = built.forward(x)
         graph = lowered.lower_vmap(models, x).forward
     assert (logits.device.type, logits.shape) == ("cuda", (3, 2, 7))

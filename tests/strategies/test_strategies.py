@@ -17,8 +17,8 @@ from ensemble.machine import devices
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
 from ensemble.strategies import BEST, STRATEGIES
-from ensemble.strategies.build_result import Built
-from ensemble.strategies.concurrent import shares
+from ensemble.strategies.build_result import BuildResult
+from ensemble.strategies.concurrent import partition
 from tests.checkpoints import lively
 from tests.marks import some_slow
 from tests.tiny import TinyNet, independent, tiny_models
@@ -50,11 +50,11 @@ def resnets(arch: str) -> list[nn.Module]:
     return [lively(arch, seed).requires_grad_(False) for seed in range(2)]
 
 
-def built(name: str, models: Sequence[nn.Module], example: Tensor) -> Built:
+def built(name: str, models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """The strategy, compiled afresh; where it cannot run here the test is skipped, and says why."""
     torch.compiler.reset()
     try:
-        return strategies.make(name, models, example)
+        return strategies.build_unverified(name, models, example)
     except UnavailableError as error:
         pytest.skip(str(error))
 
@@ -163,13 +163,13 @@ def test_a_runtime_that_is_not_installed_says_how_to_install_it(
 
 def test_jax_takes_resnets_only() -> None:
     pytest.importorskip("jax", reason="pip install -r requirements-peers.txt")
-    with pytest.raises(UnavailableError, match="JAX runs the ResNet family here, not TinyNet"):
+    with pytest.raises(UnavailableError, match="jax requires a torchvision ResNet, got TinyNet"):
         ensemble.build("jax", tiny_models(1), torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name.startswith("cudagraph")])
 def test_cuda_graphs_elsewhere_are_unavailable_with_the_reason(name: str) -> None:
-    with pytest.raises(UnavailableError, match="CUDA graphs need a CUDA device, this is cpu"):
+    with pytest.raises(UnavailableError, match="CUDA graphs require a CUDA device, got cpu"):
         ensemble.build(name, tiny_models(1), torch.randn(1, 3, 8, 8))
 
 
@@ -187,7 +187,7 @@ def test_cuda_graphs_elsewhere_are_unavailable_with_the_reason(name: str) -> Non
 def test_models_are_spread_so_that_no_core_waits_for_long(
     num_models: int, cores: int, plan: list[tuple[list[int], int]]
 ) -> None:
-    assert shares(num_models, cores) == plan
+    assert partition(num_models, cores) == plan
 
 
 def test_vmap_runs_on_the_models_own_memory() -> None:
@@ -211,7 +211,7 @@ def test_vmap_without_combine_state_for_ensemble_gives_the_same(
 
 
 def test_an_unknown_strategy_is_named_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"expected a strategy out of loop, vmap.*found 'magic'"):
+    with pytest.raises(ValueError, match=r"expected a strategy of loop, vmap.*got 'magic'"):
         ensemble.build("magic", tiny_models(1), torch.randn(1, 3, 8, 8))
 
 
@@ -219,8 +219,8 @@ def test_an_unknown_strategy_is_named_with_those_there_are() -> None:
     ("example", "message"),
     [
         (torch.zeros(3, 8, 8), r"example: expected shape \(B, channels, H, W\).*\(3, 8, 8\)"),
-        (torch.zeros(3, 1, 3, 8, 8), r"or \(2, B, channels, H, W\), found \(3, 1, 3, 8, 8\)"),
-        (torch.zeros(0, 3, 8, 8), r"expected at least one image, found shape \(0, 3, 8, 8\)"),
+        (torch.zeros(3, 1, 3, 8, 8), r"or \(2, B, channels, H, W\), got \(3, 1, 3, 8, 8\)"),
+        (torch.zeros(0, 3, 8, 8), r"expected at least one image, got shape \(0, 3, 8, 8\)"),
         (torch.zeros(1, 3, 8, 8).half(), "example: expected torch.float32 on cpu, like model 0"),
     ],
 )
@@ -231,7 +231,7 @@ def test_an_example_that_does_not_fit_the_models_is_refused(example: Tensor, mes
 
 def test_one_model_that_is_no_list_is_refused_and_an_iterator_of_models_is_taken() -> None:
     models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
-    with pytest.raises(ValueError, match="expected a list of models, found one TinyNet"):
+    with pytest.raises(ValueError, match="expected a list of modules, got one TinyNet"):
         ensemble.build("vmap", models[0], x)  # type: ignore[arg-type]
     forward = ensemble.build("loop", iter(models), x)  # type: ignore[arg-type]
     torch.testing.assert_close(forward(x), independent(models, x))
@@ -245,14 +245,14 @@ def test_a_model_that_gives_no_single_tensor_is_refused_in_words() -> None:
     x = torch.randn(1, 3, 8, 8)
     models: list[nn.Module] = [Wrapped().eval()]
     for name in ("loop", BEST):
-        with pytest.raises(ValueError, match="expected one tensor from each model, found dict"):
+        with pytest.raises(ValueError, match="expected one tensor from each model, got dict"):
             ensemble.build(name, models, x)(x)
 
 
 def test_models_in_train_mode_are_refused() -> None:
     models = tiny_models(2)
     models[1].train()
-    with pytest.raises(ValueError, match="expected eval mode, found model 1 in train mode"):
+    with pytest.raises(ValueError, match="expected eval mode, but model 1 is in train mode"):
         ensemble.build("vmap", models, torch.zeros(1, 3, 8, 8))
 
 

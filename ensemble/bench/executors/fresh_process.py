@@ -84,7 +84,7 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
         try:
             if sys.platform == "linux":
                 free = memory.available_bytes(torch.device("cpu")) or inf
-                file = stack.enter_context(files.nameless(size, free_memory=free))
+                file = stack.enter_context(files.anonymous_file(size, free_memory=free))
                 path, inherited = f"/proc/self/fd/{file.fileno()}", (file.fileno(),)
             else:
                 folder = tempfile.TemporaryDirectory(prefix="resnet_vmap_")
@@ -100,7 +100,7 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
                 stack.close()
             raise InputError(
                 f"{size / 1e6:,.0f} MB for the models and images of the workers cannot be written"
-                f" to the temporary folder ({files.temporary_folder()}) or to memory:"
+                f" to the temporary folder ({files.temporary_directory()}) or to memory:"
                 f" {files.reason(error)}; set TMPDIR to a folder with room, or use --processes 0"
             ) from error
         yield Job(config, path, inherited, device, timeout_s)
@@ -111,7 +111,7 @@ class Worker:
 
     def __init__(self, job: Job, strategy: str) -> None:
         self._job = job
-        self._errors = files.nameless()  # closed by __exit__
+        self._errors = files.anonymous_file()  # closed by __exit__
         where = str(PACKAGE.parents[1]), str(PACKAGE)
         # In a session of its own: Ctrl-C reaches this process alone, which ends it.
         self._process = subprocess.Popen(

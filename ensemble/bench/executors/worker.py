@@ -17,7 +17,7 @@ from typing import IO, Any
 from ensemble import gc_pause
 from ensemble.bench.case import Case, Task
 from ensemble.bench.config import config_of
-from ensemble.machine.signals import end_with_parent
+from ensemble.machine.signals import die_with_parent
 
 READY = "ready"
 
@@ -26,13 +26,13 @@ def main() -> None:
     """Measure the task on standard input."""
     messages = _own_output()
     parent, *needed = sys.argv[1:]
-    end_with_parent(int(parent))
+    die_with_parent(int(parent))
 
     def send(message: dict[str, Any]) -> None:
         messages.write(json.dumps(message) + "\n")
         messages.flush()
 
-    with gc_pause.imported_for_good():
+    with gc_pause.paused_then_frozen():
         from ensemble.bench import workload
         from ensemble.bench.executors.in_process import measure_task
         from ensemble.bench.measure import measurement_of_reference
@@ -89,7 +89,7 @@ def _import_for(strategy: str, device: str) -> None:
 
     names = {strategy}
     if strategy in HYBRIDS:
-        names = {HYBRIDS[strategy].alone, HYBRIDS[strategy].together}
+        names = {HYBRIDS[strategy].few, HYBRIDS[strategy].many}
     elif strategy == BEST:
         names.update(best.candidates(torch.device(device), torch.float32))
     for name in STRATEGIES.keys() & names:

@@ -50,8 +50,8 @@ def plan(case: Case) -> Plan:
         return Plan(1, alone=case.strategy)
     if case.strategy in HYBRIDS:
         hybrid = HYBRIDS[case.strategy]
-        return Plan(case.num_models, hybrid.alone, hybrid.together)
-    if STRATEGIES[case.strategy].one_by_one:
+        return Plan(case.num_models, hybrid.few, hybrid.many)
+    if STRATEGIES[case.strategy].sequential:
         return Plan(case.num_models, alone=case.strategy)
     return Plan(case.num_models, together=case.strategy)
 

@@ -15,7 +15,7 @@ from ensemble.errors import InputError
 from ensemble.statistics import (
     CONFIDENCE,
     MIN_PAIRS_FOR_INTERVAL,
-    interval_of_processes,
+    between_process_interval,
     modes,
     percentile_interval,
     resampled_medians,
@@ -110,10 +110,10 @@ def ratio_interval_of_processes(
     """The `confidence` interval of the ratio of what many processes of either run would say.
 
     One value for each process. Both are independent: on the logarithms the half widths of their own
-    intervals (`statistics.interval_of_processes`) add as errors do, by squares. None where either
-    has fewer than two processes.
+    intervals (`statistics.between_process_interval`) add as errors do, by squares. None where
+    either has fewer than two processes.
     """
-    intervals = [interval_of_processes(medians, confidence) for medians in (new, old)]
+    intervals = [between_process_interval(medians, confidence) for medians in (new, old)]
     if intervals[0] is None or intervals[1] is None:
         return None
     halves = [np.log(high / low) / 2 for low, high in intervals]  # type: ignore[misc]

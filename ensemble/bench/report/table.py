@@ -95,7 +95,7 @@ def render_strategies(strategies: Mapping[str, Strategy | Hybrid]) -> str:
     table.add_column("needs", no_wrap=True)
     table.add_column("start", max_width=len("up to 1 min"))
     for name, strategy in strategies.items():
-        table.add_row(name, strategy.summary, strategy.needs, strategy.start)
+        table.add_row(name, strategy.summary, strategy.requires, strategy.build_time)
     return "\n".join([*_drawn(table, WIDTH_OF_STRATEGIES), ABOUT_NEEDS]) + "\n"
 
 

@@ -41,9 +41,9 @@ def folded(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:
 
     Raises:
         UnavailableError: their code does not run on images that lie channels-last in memory.
-        ValueError: models that `stacking.check_alike` refuses.
+        ValueError: models that `stacking.check_same_architecture` refuses.
     """
-    stacking.check_alike(models)
+    stacking.check_same_architecture(models)
     x = example[0] if example.dim() == 5 else example
     before = record(stacking.private_copy(models[0]), x.clone())
     pairs = {} if before.reads_values else _foldable(models[0], before)

@@ -65,7 +65,7 @@ def pack(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
     if reason:
         raise UnavailableError(reason)
     try:
-        stacking.check_alike(models)
+        stacking.check_same_architecture(models)
     except ValueError:
         return [_pack([model], example)[0] for model in models]
     return _pack(models, example)

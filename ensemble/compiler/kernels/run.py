@@ -322,6 +322,6 @@ def load() -> None:
     """Have both in this process: compiled, once per installation, or read from the disk."""
     if not run.signatures:
         steps, addresses, state = np.zeros(0, STEP), np.zeros(1, np.int64), new_state(1, 0)
-        with gc_pause.not_collected():
+        with gc_pause.paused():
             run(steps, steps, addresses, addresses, state.ctypes.data, 0, 1, 0)  # of no model
             mark_large(0, 0, 0, 0, 0, np.zeros(0, np.uint8))

@@ -26,7 +26,7 @@ from ensemble.bench.report import curves
 from ensemble.bench.setup import Setup, local_setup
 from ensemble.bench.summary import Run, Summary
 from ensemble.strategies import Strategy
-from ensemble.strategies.build_result import Built
+from ensemble.strategies.build_result import BuildResult
 from tests.made import CASE, CONFIG, ENVIRONMENT, row_of, with_options
 from tests.tiny import tiny_models
 
@@ -166,14 +166,14 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
     pytest.importorskip("mlperf_loadgen")
     calls: list[int] = []
 
-    def breaks(models: Sequence[nn.Module], example: Tensor) -> Built:
+    def breaks(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
         def forward(x: Tensor) -> Tensor:
             calls.append(1)
             if len(calls) > 60:
                 raise RuntimeError("the device is gone")
             return torch.stack([model(x) for model in models])
 
-        return Built(forward)
+        return BuildResult(forward)
 
     monkeypatch.setitem(strategies.STRATEGIES, "breaks", Strategy("eager", "loop", "breaks"))
     monkeypatch.setattr(Strategy, "builder", lambda self, **_: breaks)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ensemble.strategies.build_result import Built
+    from ensemble.strategies.build_result import BuildResult
 
 CALLS = 8  # of a strategy before it breaks: in the middle of its timed ones
 
@@ -42,13 +42,13 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def breaking(how: Callable[[], None], on: Sequence[str] = ("1",)) -> Callable[..., Built]:
+def breaking(how: Callable[[], None], on: Sequence[str] = ("1",)) -> Callable[..., BuildResult]:
     """The loop, until it breaks on some ranks."""
 
-    def builder(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
-        from ensemble.strategies.build_result import Built
+    def builder(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
+        from ensemble.strategies.build_result import BuildResult
 
-        forward_of_loop, calls = strategies.make("loop", models, example).forward, [0]
+        forward_of_loop, calls = strategies.build_unverified("loop", models, example).forward, [0]
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             calls[0] += 1
@@ -56,15 +56,15 @@ def breaking(how: Callable[[], None], on: Sequence[str] = ("1",)) -> Callable[..
                 how()
             return forward_of_loop(x)
 
-        return Built(forward)
+        return BuildResult(forward)
 
     return builder
 
 
-def slow(models: Sequence[nn.Module], example: torch.Tensor) -> Built:
+def slow(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     """Rank 1 says nothing for longer than the run waits."""
     time.sleep(7 * (os.environ["RANK"] == "1"))
-    return strategies.make("loop", models, example)
+    return strategies.build_unverified("loop", models, example)
 
 
 def main(folder: Path) -> int:

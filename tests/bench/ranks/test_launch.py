@@ -16,7 +16,7 @@ def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_rows_are_measured_in_the_ranks_whatever_the_default_of_processes(rank: str) -> None:
-    assert (launch.rank(), launch.ranks()) == (int(rank), 2)
+    assert (launch.rank(), launch.world_size()) == (int(rank), 2)
     assert cli.parse([]).measure.processes == 0
 
 
@@ -46,4 +46,4 @@ def test_only_the_first_rank_checks_the_files_to_write(rank: str) -> None:
 def test_a_plain_start_is_rank_0_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("RANK", "3")  # of something else: torchrun alone counts
-    assert (launch.rank(), launch.ranks()) == (0, 1)
+    assert (launch.rank(), launch.world_size()) == (0, 1)

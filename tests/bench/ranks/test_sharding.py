@@ -60,7 +60,7 @@ def test_the_threads_of_a_rank_are_its_part_of_a_quota_of_cpu_time(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(placement, "_available_cores", lambda: tuple(range(8)))
-    monkeypatch.setattr(cores, "find", lambda: Cores(8, 8, quota))
+    monkeypatch.setattr(cores, "detect", lambda: Cores(8, 8, quota))
     found = placement.find(
         with_options(CONFIG, device="cpu", threads=None).run, local_rank=1, local_ranks=2
     )

@@ -226,7 +226,7 @@ def test_the_table_of_strategies_has_them_all_in_a_hundred_columns_and_cuts_noth
     assert "…" not in text
     words = set(text.split())
     for strategy in STRATEGIES.values():
-        assert words >= set(f"{strategy.summary} {strategy.needs} {strategy.start}".split())
+        assert words >= set(f"{strategy.summary} {strategy.requires} {strategy.build_time}".split())
 
 
 def test_colour_is_for_terminals_alone_and_says_faster_slower_and_failed() -> None:

@@ -40,7 +40,7 @@ def main() -> None:
     config = parse([])
     joined = group.join(timeout_s=TIMEOUT_S)
     place = placement.find(
-        config.run, local_rank=launch.local_rank(), local_ranks=launch.local_ranks()
+        config.run, local_rank=launch.local_rank(), local_ranks=launch.local_world_size()
     )
     placement.pin(place)
     torch.set_num_threads(place.threads)

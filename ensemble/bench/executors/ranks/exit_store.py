@@ -21,7 +21,7 @@ class Board:
     """A connection of its own, used only where a rank joins and where the run ends."""
 
     def __init__(self) -> None:
-        self._rank, self._ranks = launch.rank(), launch.ranks()
+        self._rank, self._ranks = launch.rank(), launch.world_size()
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         wait = timedelta(seconds=CONNECT_S)
         store = TCPStore(address, port, is_master=False, timeout=wait)

@@ -58,7 +58,7 @@ def _prepared(
         min(config.models.num_models), joined.ranks
     )  # or it would be found in the middle of the run
     place = placement.find(
-        config.run, local_rank=launch.local_rank(), local_ranks=launch.local_ranks()
+        config.run, local_rank=launch.local_rank(), local_ranks=launch.local_world_size()
     )
     placement.pin(place)
     placed = replace(config, run=replace(config.run, threads=place.threads))

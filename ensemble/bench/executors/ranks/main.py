@@ -17,14 +17,14 @@ def main(argv: Sequence[str] | None, run: Callable[..., int]) -> int:
 
     What goes wrong is said in one line, by one rank.
     """
-    signals.end_with_parent(os.getppid())  # a SIGKILL of torchrun reaches no rank
+    signals.die_with_parent(os.getppid())  # a SIGKILL of torchrun reaches no rank
     if launch.rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         config = cli.parse(argv)
         if launch.rank() > 0:
             return follower.follow(config)
-        with streams.written():
+        with streams.flush_on_exit():
             return run(config, executor.load, executor.over_ranks)
     except InputError as error:
         failures.tell(cli.in_flags(error))

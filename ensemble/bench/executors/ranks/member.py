@@ -28,7 +28,7 @@ from ensemble.errors import InputError, UnavailableError
 from ensemble.machine import memory
 from ensemble.machine.devices import synchronize
 from ensemble.models import sources
-from ensemble.strategies.reduction import served
+from ensemble.strategies.reduction import with_reduction
 
 ROUNDS = 5  # of telling apart what a call consists of
 
@@ -211,7 +211,7 @@ class Member:
         everything = range(self._num_models)
         self._all = self._all or self._read(self._num_models, everything, lambda _: None)[0]
         alone = build(held.name, self._all, x.float(), x.dtype)
-        return replace(alone, serve=served(alone.forward, self.config.models.reduce))
+        return replace(alone, serve=with_reduction(alone.forward, self.config.models.reduce))
 
     def _exchange(self, dtype: torch.dtype) -> Exchange:
         shards = blocks(self._num_models, self.group.ranks)

@@ -76,12 +76,12 @@ def share_of(cores: tuple[int, ...], *, local_rank: int, local_ranks: int) -> tu
 
 def _own_threads(share: tuple[int, ...], local_ranks: int) -> int:
     """One a core, and no more than the ranks' part of a quota of CPU time."""
-    quota = machine_cores.find().quota
+    quota = machine_cores.detect().quota
     return len(share) if quota is None else min(len(share), max(1, math.ceil(quota / local_ranks)))
 
 
 def _available_cores() -> tuple[int, ...]:
-    return machine_cores.allowed() or tuple(range(os.cpu_count() or 1))
+    return machine_cores.affinity() or tuple(range(os.cpu_count() or 1))
 
 
 def _asked_threads(local_ranks: int) -> int | None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ensemble.strategies import peer_autotune
-from ensemble.strategies.build_result import Built
-from ensemble.strategies.forward import owned
-from ensemble.strategies.peer_autotune import Array, Run
+from ensemble.strategies.build_result import BuildResult
+from ensemble.strategies.forward import stack_outputs
+from ensemble.strategies.peer_autotune import Array, RunModels
 
 EXAMPLE = torch.ones(1, 3, 4, 4)
 
@@ -26,10 +26,10 @@ class Machine:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def setting(self, seconds: float, label: float = 0.0) -> Callable[[int], Run]:
+    def setting(self, seconds: float, label: float = 0.0) -> Callable[[int], RunModels]:
         """A setting whose call takes `seconds`; its logits are `label`, one of each model."""
 
-        def make(count: int) -> Run:
+        def make(count: int) -> RunModels:
             def run(batches: list[Array]) -> list[Array]:
                 assert len(batches) == count
                 self.now += seconds * self.load(self.calls)
@@ -42,21 +42,21 @@ class Machine:
 
     def fastest(
         self,
-        settings: dict[str, Callable[[int], Run]],
+        settings: dict[str, Callable[[int], RunModels]],
         num_models: int = 2,
         tried: int | None = None,
-    ) -> Built:
-        return peer_autotune.fastest(
+    ) -> BuildResult:
+        return peer_autotune.select_fastest(
             settings,
             EXAMPLE,
             num_models,
-            trial=tried or num_models,
+            tuning_models=tried or num_models,
             clock=self.clock,
             sleep=self.sleep,
         )
 
 
-def broken(count: int) -> Run:
+def broken(count: int) -> RunModels:
     raise RuntimeError("no such device\nand more")
 
 
@@ -88,7 +88,7 @@ def test_single_slow_calls_do_not_decide() -> None:
 def test_settings_that_are_far_apart_cost_no_longer_trial() -> None:
     machine = Machine()
     machine.fastest({"fast": machine.setting(0.05), "slow": machine.setting(0.08)})
-    assert machine.calls == 2 * (1 + 2 * peer_autotune.SHORT.rounds)
+    assert machine.calls == 2 * (1 + 2 * peer_autotune.SHORT.max_rounds)
 
 
 @pytest.mark.parametrize("call_s", [1e-4, 0.016, 0.07, 1.0])
@@ -96,9 +96,9 @@ def test_a_trial_takes_seconds_whatever_a_call_takes(call_s: float) -> None:
     machine = Machine()
     machine.fastest({name: machine.setting(call_s) for name in ("a", "b", "c")})
     calls = 3 * (
-        2 * (peer_autotune.SHORT.least + peer_autotune.LONG.least) + 2
+        2 * (peer_autotune.SHORT.min_rounds + peer_autotune.LONG.min_rounds) + 2
     )  # made even where each is long
-    rests = 3 * (1 + peer_autotune.LONG.rounds) * peer_autotune.REST_S
+    rests = 3 * (1 + peer_autotune.LONG.max_rounds) * peer_autotune.REST_S
     limits = 3 * peer_autotune.SHORT.limit_s + peer_autotune.LONG.limit_s
     assert machine.now < limits + rests + calls * call_s
 
@@ -107,13 +107,13 @@ def test_a_setting_that_raises_is_left_out_with_its_reason_and_the_others_are_tr
     machine = Machine()
     found = machine.fastest({"first": broken, "second": machine.setting(0.05, label=7.0)})
     assert found.note == (
-        "setting: second (tried with 2 models: second 50.0 ms; first failed: no such device)"
+        "setting: second (tried with 2 models: second 50 ms; first: no such device)"
     )
-    assert owned(found.forward(EXAMPLE), 2).tolist() == [[[7.0]], [[7.0]]]
+    assert stack_outputs(found.forward(EXAMPLE), 2).tolist() == [[[7.0]], [[7.0]]]
 
 
 def test_a_call_that_raises_leaves_its_setting_out() -> None:
-    def make(count: int) -> Run:
+    def make(count: int) -> RunModels:
         def run(batches: list[Array]) -> list[Array]:
             raise MemoryError
 
@@ -121,11 +121,11 @@ def test_a_call_that_raises_leaves_its_setting_out() -> None:
 
     machine = Machine()
     found = machine.fastest({"first": make, "second": machine.setting(0.05)})
-    assert found.note.endswith("second 50.0 ms; first failed: MemoryError)")
+    assert found.note.endswith("second 50 ms; first: MemoryError)")
 
 
 def test_where_all_settings_raise_the_error_is_the_first_ones() -> None:
-    def other(count: int) -> Run:
+    def other(count: int) -> RunModels:
         raise ValueError("another")
 
     with pytest.raises(RuntimeError, match="no such device"):
@@ -133,10 +133,10 @@ def test_where_all_settings_raise_the_error_is_the_first_ones() -> None:
 
 
 def test_where_two_settings_together_need_too_much_the_short_trial_decides() -> None:
-    machine, alive = Machine(), weakref.WeakSet[Run]()
+    machine, alive = Machine(), weakref.WeakSet[RunModels]()
 
-    def scarce(seconds: float) -> Callable[[int], Run]:
-        def make(count: int) -> Run:
+    def scarce(seconds: float) -> Callable[[int], RunModels]:
+        def make(count: int) -> RunModels:
             if alive:
                 raise MemoryError("no room")
             alive.add(run := machine.setting(seconds)(count))
@@ -146,21 +146,21 @@ def test_where_two_settings_together_need_too_much_the_short_trial_decides() -> 
 
     found = machine.fastest({"slow": scarce(0.0515), "fast": scarce(0.05)})
     assert found.note.startswith("setting: fast (")
-    assert found.note.endswith("; the longer trial failed: no room)")
+    assert found.note.endswith("; interleaved timing: no room)")
 
 
 def test_the_setting_is_built_for_all_models_where_fewer_were_tried() -> None:
     machine = Machine()
     found = machine.fastest({"only": machine.setting(0.05, label=2.0)}, num_models=5, tried=3)
-    assert owned(found.forward(EXAMPLE), 5).shape == (5, 1, 1)
+    assert stack_outputs(found.forward(EXAMPLE), 5).shape == (5, 1, 1)
     assert "tried with 3 models" in found.note
 
 
 def test_what_was_tried_and_lost_is_released() -> None:
-    machine, alive = Machine(), weakref.WeakSet[Run]()
+    machine, alive = Machine(), weakref.WeakSet[RunModels]()
 
-    def noted(seconds: float) -> Callable[[int], Run]:
-        def make(count: int) -> Run:
+    def noted(seconds: float) -> Callable[[int], RunModels]:
+        def make(count: int) -> RunModels:
             alive.add(run := machine.setting(seconds)(count))
             return run
 
@@ -168,7 +168,7 @@ def test_what_was_tried_and_lost_is_released() -> None:
 
     found = machine.fastest({"fast": noted(0.05), "slow": noted(0.051), "slowest": noted(0.09)})
     assert len(alive) == 1
-    assert owned(found.forward(EXAMPLE), 2).shape == (2, 1, 1)
+    assert stack_outputs(found.forward(EXAMPLE), 2).shape == (2, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -177,5 +177,5 @@ def test_what_was_tried_and_lost_is_released() -> None:
 def test_all_models_are_tried_or_some_that_leave_as_many_over(
     num_models: int, cores: int, tried: int
 ) -> None:
-    assert peer_autotune.size(num_models, cores) == tried
+    assert peer_autotune.tuning_size(num_models, cores) == tried
     assert tried == num_models or (num_models - tried) % cores == 0

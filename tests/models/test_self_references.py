@@ -69,7 +69,7 @@ OTHERS: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("name", REFERRING)
 def test_a_function_that_refers_to_its_model_is_found(name: str) -> None:
     model = net(REFERRING[name])
-    assert self_references.to_itself(model)
+    assert self_references.find(model)
     with pytest.raises(UnavailableError, match=r"cannot be copied: .* refers to the model"):
         stacking.private_copy(model)
 
@@ -77,7 +77,7 @@ def test_a_function_that_refers_to_its_model_is_found(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_a_copy_has_anew_refers_to_the_copy(name: str) -> None:
     model = net(OTHERS[name])
-    assert self_references.to_itself(model) == ""
+    assert self_references.find(model) == ""
     stacking.private_copy(model)
 
 
@@ -85,4 +85,4 @@ def test_what_a_copy_has_anew_refers_to_the_copy(name: str) -> None:
 def test_models_of_torchvision_refer_to_nothing(name: str) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None)
-    assert self_references.to_itself(model) == ""
+    assert self_references.find(model) == ""

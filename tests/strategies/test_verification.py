@@ -444,7 +444,7 @@ def test_models_that_remember_calls_are_run_one_after_another_or_refused(
     if name not in ("loop", BEST):
         with (
             unchanged(models),
-            pytest.raises(UnavailableError, match="remember or count their calls"),
+            pytest.raises(UnavailableError, match="does not support stateful models"),
         ):
             ensemble.build(name, models, X)
         return
@@ -468,7 +468,7 @@ def test_random_numbers_that_torch_does_not_draw_are_found_though_no_result_show
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python's", "NumPy's"])
 def test_vmap_does_not_draw_one_such_number_for_all_models(draw: Callable[[], float]) -> None:
     models = made(lambda: Wrapping(lambda y: y + draw()))
-    with pytest.raises(UnavailableError, match="remember or count their calls"):
+    with pytest.raises(UnavailableError, match="does not support stateful models"):
         ensemble.build("vmap", models, X)
 
 
@@ -496,7 +496,9 @@ def test_results_have_the_dtype_of_the_models_own(name: str) -> None:
     for found in served(name, models, X, X):
         assert found.dtype == torch.float32
     if name == "vmap":
-        with pytest.raises(UnavailableError, match=r"gives torch\.float64 where the models give"):
+        with pytest.raises(
+            UnavailableError, match=r"returns torch\.float64, but the models return"
+        ):
             ensemble.build(name, models, X)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ensemble.strategies import autotune, chunked
-from ensemble.strategies.autotune import Contest
-from ensemble.strategies.build_result import Built
+from ensemble.strategies.autotune import AutotuneResult
+from ensemble.strategies.build_result import BuildResult
 
 EXAMPLE = torch.ones(1, 3, 4, 4)
 
@@ -27,10 +27,10 @@ class Machine:
 
     def candidate(
         self, seconds: float, *, build_s: float = 0.0, label: float = 1.0
-    ) -> Callable[[], Built]:
+    ) -> Callable[[], BuildResult]:
         """A candidate whose call takes `seconds` and gives logits that are all `label`."""
 
-        def make() -> Built:
+        def make() -> BuildResult:
             def forward(x: Tensor) -> Tensor:
                 self.now += seconds * self.load(self.calls)
                 self.calls += 1
@@ -39,31 +39,35 @@ class Machine:
             self.now += build_s
             self.alive.add(forward)
             self.most_alive = max(self.most_alive, len(self.alive))
-            return Built(forward)
+            return BuildResult(forward)
 
         return make
 
     def fastest(
-        self, candidates: Mapping[str, Callable[[], Built]], *, seconds: float = 60.0, **more: int
-    ) -> Contest:
+        self,
+        candidates: Mapping[str, Callable[[], BuildResult]],
+        *,
+        seconds: float = 60.0,
+        **more: int,
+    ) -> AutotuneResult:
         def check(logits: Tensor) -> None:
             if not bool((logits == 1).all()):
                 raise ValueError("outputs disagree\nand more")
 
-        return autotune.fastest(
+        return autotune.select_fastest(
             candidates, EXAMPLE, check=check, seconds=seconds, clock=self.clock, **more
         )
 
 
-def broken() -> Built:
+def broken() -> BuildResult:
     raise RuntimeError("no such device\nand more")
 
 
 @pytest.fixture(autouse=True)
 def real_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lengths of duels as they are: other tests shorten them."""
-    monkeypatch.setattr(autotune, "SHORT_S", 0.33)
-    monkeypatch.setattr(autotune, "LONG_S", 1.0)
+    monkeypatch.setattr(autotune, "MIN_SECONDS", 0.33)
+    monkeypatch.setattr(autotune, "MAX_SECONDS", 1.0)
 
 
 @pytest.mark.parametrize("order", [("slow", "fast"), ("fast", "slow")])
@@ -106,7 +110,7 @@ def test_one_that_is_clearly_behind_costs_two_pairs_and_a_close_one_a_second() -
 def test_a_duel_takes_about_a_third_of_a_second(call_s: float) -> None:
     machine = Machine()
     machine.fastest({"a": machine.candidate(call_s), "b": machine.candidate(1.2 * call_s)})
-    assert machine.now < 0.33 + (2 * 2 * autotune.LEAST + 2) * 1.2 * call_s
+    assert machine.now < 0.33 + (2 * 2 * autotune.MIN_ROUNDS + 2) * 1.2 * call_s
 
 
 def test_candidates_that_raise_or_disagree_are_out_with_their_reason() -> None:
@@ -136,16 +140,16 @@ def test_when_time_is_over_no_further_one_is_begun() -> None:
     candidates = {name: machine.candidate(0.05, build_s=5.0) for name in ("a", "b", "c")}
     found = machine.fastest(candidates, seconds=8.0)
     assert list(found.build_s) == ["a", "b"]
-    assert found.tried.endswith("; c: not tried after 8 s (--tune_seconds)")
+    assert found.tried.endswith("; c: skipped: autotuning budget of 8 s exceeded (--tune_seconds)")
 
 
 def test_where_memory_is_short_no_further_one_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "available_bytes", lambda device: 10**9)
     machine = Machine()
     candidates = {name: machine.candidate(0.05) for name in ("a", "b")}
-    assert machine.fastest(candidates, bytes_each=10**9).out == {}
+    assert machine.fastest(candidates, bytes_each=10**9).errors == {}
     found = machine.fastest(candidates, bytes_each=2 * 10**9)
-    assert found.tried == "b: not tried: may take 2.0 GB, 1.0 GB are left"
+    assert found.tried == "b: skipped: may require 2.0 GB, 1.0 GB available"
 
 
 def test_chunks_are_all_models_and_their_halves() -> None:
