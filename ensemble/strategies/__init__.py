@@ -37,7 +37,7 @@ class Strategy:
     function: str
     summary: str
     requires: str = ""  # devices and packages
-    build_time: str = "none"
+    build_time: str = "< 1 s"
     uses_fast_algorithms: bool = False  # Winograd, Strassen: also compared with float64
     has_kernels: bool = False  # of this package, compiled once per installation
     autotunes: bool = False  # at build, within `tune_seconds`

@@ -1,4 +1,4 @@
-"""How many cores a process may use, and how many threads torch then gets."""
+"""The usable cores of a process, and the default number of torch threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
-    ("found", "whole", "words"),
+    ("found", "max_threads", "text"),
     [
         (Cores(8, 8, None), 8, "8 cores"),
         (Cores(1, 1, None), 1, "1 core"),
@@ -29,11 +29,11 @@ from tests.conftest import ROOT
         (Cores(None, None, None), None, "an unknown number of cores"),
     ],
 )
-def test_the_least_of_machine_affinity_and_quota_counts(
-    found: Cores, whole: int | None, words: str
+def test_the_usable_cores_are_the_minimum_of_machine_affinity_and_quota(
+    found: Cores, max_threads: int | None, text: str
 ) -> None:
-    assert found.max_threads == whole
-    assert found.describe() == words
+    assert found.max_threads == max_threads
+    assert found.describe() == text
 
 
 def write(folder: Path, **files: str) -> None:
@@ -49,8 +49,8 @@ def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_quota_is_the_least_of_a_groups_and_those_above_it(groups: Path) -> None:
-    """The forms of the kernel's cgroup-v2.rst: `max 100000`, `150000 100000`."""
+def test_the_quota_is_the_minimum_over_the_cgroup_and_its_ancestors(groups: Path) -> None:
+    """In the formats of the kernel's cgroup-v2.rst: `max 100000`, `150000 100000`."""
     assert cores.detect().quota is None
     write(groups, cgroup="0::/job/step\n", cpu__max="max 100000\n")
     assert cores.detect().quota is None
@@ -59,41 +59,43 @@ def test_a_quota_is_the_least_of_a_groups_and_those_above_it(groups: Path) -> No
     assert cores.detect().quota == 1.5
 
 
-def test_a_quota_of_the_first_version_is_read_too(groups: Path) -> None:
+def test_a_quota_of_cgroup_v1_is_read(groups: Path) -> None:
     write(groups, cgroup="3:cpu,cpuacct:/docker/1\n2:memory:/docker/1\n")
-    folder = groups / "cpu,cpuacct"  # in a container the root stands for the host's path
+    folder = groups / "cpu,cpuacct"  # in a container only the root of the path is mounted
     write(folder, cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
     assert cores.detect().quota is None
     write(folder, cpu__cfs_quota_us="50000\n")
     assert cores.detect().quota == 0.5
 
 
-def test_threads_follow_what_the_user_set_then_the_cores() -> None:
+def test_omp_num_threads_takes_precedence_over_the_core_limits() -> None:
     assert default_threads(8, Cores(8, 8, None), {}) == 8
     assert default_threads(8, Cores(8, 8, 1.5), {}) == 2
-    assert default_threads(4, Cores(8, 8, None), {}) == 4  # torch counts no hyperthreads
+    assert default_threads(4, Cores(8, 8, None), {}) == 4  # torch does not count hyperthreads
     assert default_threads(6, Cores(8, 8, 1.5), {"OMP_NUM_THREADS": "6"}) == 6
     assert default_threads(8, Cores(None, None, None), {}) == 8
 
 
-def test_torch_is_set_to_that_and_the_environment_says_so(groups: Path) -> None:
+def test_configure_sets_torch_threads_and_the_environment_records_them(groups: Path) -> None:
     before = torch.get_num_threads()
     write(groups, cgroup="0::/\n", cpu__max="50000 100000\n")
     try:
         torch.set_num_threads(2)
         devices.configure(threads=None)
         cpu = torch.device("cpu")
-        told = environment.describe(cpu, allocator="system", weights="none", first_forward_s=0.1)
-        assert (told.threads, told.cores, told.usable_cores) == (1, os.cpu_count(), 0.5)
+        recorded = environment.describe(
+            cpu, allocator="system", weights="none", first_forward_s=0.1
+        )
+        assert (recorded.threads, recorded.cores, recorded.usable_cores) == (1, os.cpu_count(), 0.5)
         devices.configure(threads=2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="asks for one core")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
 @pytest.mark.parametrize("threads", [None, "2"])
-def test_a_process_held_to_one_core_runs_on_one_thread_unless_told(threads: str | None) -> None:
+def test_a_process_pinned_to_one_core_uses_one_thread_by_default(threads: str | None) -> None:
     program = (
         "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import torch\n"

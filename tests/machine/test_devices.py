@@ -1,4 +1,4 @@
-"""Which device is chosen, and what is recorded of it."""
+"""Device selection and numeric settings."""
 
 import os
 
@@ -9,13 +9,13 @@ from ensemble.bench import environment
 from ensemble.machine import devices
 
 
-def test_auto_takes_the_accelerator_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_the_accelerator_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
     assert devices.select_device("auto") == cuda
 
 
-def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_device_index_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     chosen: list[int] = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
@@ -27,7 +27,7 @@ def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPa
         devices.select_device("cuda:2")
 
 
-def test_float32_means_float32() -> None:
+def test_tf32_is_disabled() -> None:
     devices.configure(threads=None)
     described = environment.describe(
         torch.device("cpu"), allocator="system", weights="none", first_forward_s=0.1

@@ -1,4 +1,4 @@
-"""Memory, page faults and the allocator, on pages straight from the kernel."""
+"""Memory readings, page faults, and the allocator settings, on real pages."""
 
 import mmap
 import resource
@@ -24,33 +24,33 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_a_page_fault_costs_more_than_nothing_and_less_than_a_millisecond() -> None:
+def test_a_page_fault_takes_between_10_ns_and_1_ms() -> None:
     assert 1e-8 < (memory.page_fault_seconds() or 0) < 1e-3
 
 
 def touch_fresh_pages(count: int) -> None:
-    """Touch pages straight from the kernel: the heap might hold some that were touched before."""
+    """Touch pages that are fresh from the kernel, unlike pages of the heap."""
     with mmap.mmap(-1, count * mmap.PAGESIZE) as fresh:
         for offset in range(0, len(fresh), mmap.PAGESIZE):
             fresh[offset] = 1
 
 
-def test_touching_fresh_pages_is_counted() -> None:
+def test_touching_fresh_pages_counts_as_page_faults() -> None:
     before = memory.page_faults() or 0
     touch_fresh_pages(10_000)
     assert (memory.page_faults() or 0) - before >= 10_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a process's peak")
-def test_the_peak_is_that_since_the_last_reset() -> None:
-    touch_fresh_pages(200_000_000 // mmap.PAGESIZE)  # freed at once
+def test_the_peak_is_measured_since_the_last_reset() -> None:
+    touch_fresh_pages(200_000_000 // mmap.PAGESIZE)  # freed immediately
     assert memory.reset_peak(CPU)
     start = memory.peak_bytes(CPU) or 0
     touch_fresh_pages(100_000_000 // mmap.PAGESIZE)
     assert 95_000_000 < (memory.peak_bytes(CPU) or 0) - start < 110_000_000
 
 
-def test_what_is_free_is_what_the_least_of_machine_process_and_container_leaves(
+def test_available_memory_is_the_minimum_over_machine_process_and_cgroup(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     group = tmp_path / "job"
@@ -73,7 +73,7 @@ def test_what_is_free_is_what_the_least_of_machine_process_and_container_leaves(
     assert (memory.available_bytes(CPU) or 10**9) <= 10**6
 
 
-def test_a_lack_of_memory_is_one_line_with_what_was_asked_for() -> None:
+def test_out_of_memory_is_one_line_with_the_allocation_size() -> None:
     message = r"num_models: out of memory: here, tried to allocate 9,\d+,\d+ MB, .* MB available"
     with (
         pytest.raises(InputError, match=message),
@@ -87,7 +87,7 @@ def test_a_lack_of_memory_is_one_line_with_what_was_asked_for() -> None:
         raise KeyError("something else")
 
 
-def test_what_cannot_be_read_is_unknown_and_not_zero(
+def test_unavailable_readings_are_none_and_not_zero(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
@@ -101,8 +101,8 @@ def test_what_cannot_be_read_is_unknown_and_not_zero(
 
 
 @pytest.mark.slow
-def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: str) -> None:
-    """Issue 2: N models plus their stack cost the weights once, at most 1.05 times."""
+def test_models_and_their_stack_share_one_copy_of_the_weights(checkpoint: str) -> None:
+    """N models plus their stack take at most 1.05 times the memory of the weights."""
     program = (
         "import resource, sys, torch\n"
         "from ensemble.machine import memory\n"
@@ -110,7 +110,7 @@ def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: st
         "from ensemble.strategies import eager\n"
         "cpu = torch.device('cpu')\n"
         "weights.load_models([sys.argv[1]], arch='resnet18', device=cpu)\n"
-        "memory.release()\n"  # what is freed, a state dict, may stay with the allocator
+        "memory.release()\n"  # freed memory may stay with the allocator
         "before = memory.used_bytes(cpu)\n"
         "models = weights.load_models([sys.argv[1]], arch='resnet18', device=cpu, num_models=16)\n"
         "state = stacking.stacked_state(models)\n"
@@ -127,7 +127,7 @@ def test_the_weights_of_many_models_and_their_stack_are_held_once(checkpoint: st
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 @pytest.mark.skipif((memory.available_bytes(CPU) or 0) < 4 * 2**30, reason="needs 4 GiB of memory")
 @pytest.mark.slow
-def test_more_than_two_gibibytes_are_retained_too() -> None:
+def test_blocks_above_two_gibibytes_are_retained() -> None:
     program = (
         "import ctypes\n"
         "from ensemble.machine import memory\n"
@@ -150,7 +150,7 @@ def test_more_than_two_gibibytes_are_retained_too() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-def test_retained_memory_is_not_faulted_in_again() -> None:
+def test_retained_memory_causes_no_further_page_faults() -> None:
     program = (
         "import gc; gc.disable()\n"
         "import sys, torch\n"

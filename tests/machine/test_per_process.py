@@ -1,4 +1,4 @@
-"""What a forked process makes anew."""
+"""Fork-safe singletons."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ NEEDS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def passes_in_a_fork(check: Callable[[], bool]) -> bool:
-    """Whether `check()` is true in a forked process, which is given 20 s."""
+    """Whether `check()` is true in a forked process, within 20 s."""
     child = os.fork()
     if not child:
         threading.Timer(20, os._exit, (1,)).start()
@@ -21,7 +21,7 @@ def passes_in_a_fork(check: Callable[[], bool]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_threads_that_use_it_first_at_once_get_the_one_that_is_made() -> None:
+def test_concurrent_first_uses_share_one_value() -> None:
     made: list[int] = []
     together = threading.Barrier(8)
 
@@ -40,7 +40,7 @@ def test_threads_that_use_it_first_at_once_get_the_one_that_is_made() -> None:
     assert made == [0]
 
 
-def test_what_failed_to_be_made_is_tried_again() -> None:
+def test_a_failed_make_is_retried() -> None:
     answers = iter([0, 1])
 
     def make() -> str:
@@ -54,7 +54,7 @@ def test_what_failed_to_be_made_is_tried_again() -> None:
 
 @NEEDS_FORK
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_forked_process_makes_its_own_pool_and_the_parent_keeps_the_first() -> None:
+def test_a_forked_process_creates_its_own_pool_and_the_parent_keeps_its_own() -> None:
     holder = PerProcess(lambda: ThreadPoolExecutor(1))
     pool = holder()
     assert pool.submit(int, "7").result() == 7
@@ -65,9 +65,7 @@ def test_a_forked_process_makes_its_own_pool_and_the_parent_keeps_the_first() ->
 
 @NEEDS_FORK
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_process_that_is_forked_while_another_thread_makes_it_does_not_wait_for_that_thread() -> (
-    None
-):
+def test_a_fork_during_make_does_not_deadlock_in_the_child() -> None:
     begun, may_end = threading.Event(), threading.Event()
     parent = os.getpid()
 

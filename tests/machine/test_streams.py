@@ -1,4 +1,4 @@
-"""Standard streams as service managers, daemons and shells leave them: nothing is lost by them."""
+"""Standard streams that a service manager, daemon or shell has closed or redirected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def saved(tmp_path: Path) -> Path:
 def shown(
     saved: Path, redirect: str, *more: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The program shows a saved run, started by a shell with its streams redirected."""
+    """Run the program on a saved run, from a shell that redirects its streams."""
     command = [sys.executable, str(PROGRAM), "--from_json", str(saved), *more]
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirect}', "sh", *command],
@@ -52,7 +52,7 @@ def shown(
 
 
 @pytest.mark.parametrize("closed", list(product((False, True), repeat=3)), ids=str)
-def test_files_are_written_whichever_streams_are_closed(
+def test_files_are_written_with_any_standard_streams_closed(
     closed: tuple[bool, ...], saved: Path, tmp_path: Path
 ) -> None:
     redirect = " ".join(
@@ -66,7 +66,7 @@ def test_files_are_written_whichever_streams_are_closed(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_an_output_on_a_full_disk_is_one_line_and_costs_no_file(
+def test_a_full_disk_for_stdout_is_a_one_line_error_and_files_are_still_written(
     saved: Path, tmp_path: Path
 ) -> None:
     table = tmp_path / "run.csv"
@@ -80,10 +80,10 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 @pytest.mark.parametrize("environment", [{}, C_LOCALE], ids=["as here", "C locale"])
-def test_names_that_are_no_utf8_reach_every_file_and_the_table(
+def test_file_names_that_are_not_utf8_work_in_every_output(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Of a model, an image and the files to write: Latin-1 bytes."""
+    """Latin-1 bytes in the names of a model, an image and all output files."""
     config = CONFIG.plain() | {"model_path": ["m\udce9.pth"], "image_path": "k\udce9.jpg"}
     environ = replace(ENVIRONMENT, weights="m\udce9.pth", argv=("a", "m\udce9.pth"))
     run = Run(environ, config, (LOOP, VMAP))
@@ -116,7 +116,7 @@ def test_names_that_are_no_utf8_reach_every_file_and_the_table(
         ),
     ],
 )
-def test_an_error_of_another_file_is_not_blamed_on_standard_output(
+def test_errors_of_other_files_are_not_attributed_to_standard_output(
     error: OSError, message: str
 ) -> None:
     with pytest.raises(InputError, match=message), streams.flush_on_exit():

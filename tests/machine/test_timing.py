@@ -16,7 +16,7 @@ from ensemble.machine.timing import (
 
 
 class FakeClock:
-    """A clock that only moves when something takes time."""
+    """A clock that advances only by `spend`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -36,12 +36,12 @@ def no_faults() -> int:
     return 0
 
 
-def test_the_work_that_a_device_still_does_after_the_call_returns_is_timed() -> None:
+def test_asynchronous_device_work_is_timed() -> None:
     clock, queued = FakeClock(), [0.0]
 
     def launch() -> None:
-        clock.spend(0.25)  # the host's part
-        queued[0] += 2.0  # the device's part, which only a synchronisation waits for
+        clock.spend(0.25)  # on the host
+        queued[0] += 2.0  # on the device, until it is synchronized
 
     def wait() -> None:
         clock.spend(queued[0])
@@ -50,7 +50,7 @@ def test_the_work_that_a_device_still_does_after_the_call_returns_is_timed() -> 
     assert time_call(launch, synchronize=wait, clock=clock).seconds == 2.25
 
 
-def test_the_work_that_was_queued_before_the_call_is_not_timed() -> None:
+def test_previously_queued_work_is_not_timed() -> None:
     clock, queued = FakeClock(), [5.0]
 
     def wait() -> None:
@@ -61,7 +61,7 @@ def test_the_work_that_was_queued_before_the_call_is_not_timed() -> None:
     assert sample.seconds == 1.0
 
 
-def test_page_faults_are_counted_for_the_call_alone() -> None:
+def test_page_faults_are_counted_for_the_call_only() -> None:
     faults = iter([100, 140])
     sample = time_call(
         nothing, synchronize=nothing, clock=FakeClock(), page_faults=lambda: next(faults)
@@ -69,7 +69,7 @@ def test_page_faults_are_counted_for_the_call_alone() -> None:
     assert sample == Sample(0.0, 40)
 
 
-def test_page_faults_that_a_platform_does_not_count_are_unknown() -> None:
+def test_uncounted_page_faults_are_none() -> None:
     sample = time_call(nothing, synchronize=nothing, page_faults=lambda: None)
     assert sample.page_faults is None
 
@@ -114,7 +114,7 @@ def record(
     return "".join(calls), timed
 
 
-def test_each_function_warms_up_apart_and_rounds_come_in_both_orders() -> None:
+def test_each_function_warms_up_separately_and_rounds_run_in_both_orders() -> None:
     calls, timed = record(warmup=2, min_rounds=50, min_seconds=0)
     assert calls[:4] == "aabb"
     rounds = [calls[start : start + 4] for start in range(4, len(calls), 4)]
@@ -123,7 +123,7 @@ def test_each_function_warms_up_apart_and_rounds_come_in_both_orders() -> None:
     assert timed == [(Sample(0.125, 0), Sample(0.0625, 0))] * 50
 
 
-def test_what_another_function_leaves_behind_falls_on_an_untimed_call(
+def test_interference_of_another_function_falls_on_an_untimed_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(timing, "SETTLE_S", SETTLE_S)
@@ -137,7 +137,7 @@ def test_what_another_function_leaves_behind_falls_on_an_untimed_call(
     assert [[round(call.seconds, 6) for call in pair] for pair in rounds] == [[0.005, 0.005]] * 10
 
 
-def test_a_function_that_takes_long_rests_before_its_call_instead_of_being_called_twice() -> None:
+def test_a_slow_function_is_preceded_by_a_sleep_instead_of_an_untimed_call() -> None:
     clock, calls = FakeClock(), list[str]()
     rests: list[float] = []
 
@@ -159,16 +159,16 @@ def test_a_function_that_takes_long_rests_before_its_call_instead_of_being_calle
         )
     )
     assert len(timed) == 10
-    assert rests == [timing.SETTLE_S] * 9  # how long it takes is known from the first call
+    assert rests == [timing.SETTLE_S] * 9  # its time is known after the first call
     assert (calls.count("a"), calls.count("b")) == (11, 20)
 
 
-def test_timing_goes_on_until_both_the_rounds_and_the_seconds_are_reached() -> None:
+def test_timing_continues_until_min_rounds_and_min_seconds() -> None:
     assert len(record(warmup=0, min_rounds=4, min_seconds=0.125)[1]) == 4
-    assert len(record(warmup=0, min_rounds=1, min_seconds=0.875)[1]) == 3  # of 0.375 s
+    assert len(record(warmup=0, min_rounds=1, min_seconds=0.875)[1]) == 3  # of 0.375 s each
 
 
-def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike() -> None:
+def test_a_steady_drift_affects_both_functions_equally() -> None:
     clock, slowness = FakeClock(), [1.0]
 
     def work() -> None:
@@ -181,7 +181,7 @@ def test_a_steady_drift_of_the_machine_falls_on_both_functions_alike() -> None:
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.004)
 
 
-def test_synchronizing_a_device_that_is_not_here_is_an_error() -> None:
+def test_synchronizing_an_unavailable_device_raises() -> None:
     synchronize(torch.device("cpu"))
     with pytest.raises((RuntimeError, ValueError)):
         synchronize(torch.device("meta"))

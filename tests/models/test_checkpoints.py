@@ -1,4 +1,4 @@
-"""Checkpoint files by their content: safetensors under any name, parts with an index, damage."""
+"""Checkpoint files: formats detected by content, shards with an index, corrupted files."""
 
 import json
 import random
@@ -25,7 +25,7 @@ def assert_same(found: State, expected: State = STATE) -> None:
 
 
 def assert_refused(path: Path, message: str) -> None:
-    """The message is one line that begins with the file's name; `message` is a pattern."""
+    """The error is one line: the file name, then the pattern `message`."""
     with pytest.raises(InputError, match="^" + re.escape(f"{path}: ") + message) as caught:
         checkpoints.read(path)
     assert len(str(caught.value).splitlines()) == 1
@@ -42,7 +42,7 @@ def test_safetensors_are_read_under_any_name(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["3a" * 32, "model.safetensors", "model.index.json"])
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
-def test_a_file_of_torch_save_is_read_under_any_name(
+def test_torch_save_files_are_read_under_any_name(
     tmp_path: Path, name: str, new_format: bool
 ) -> None:
     torch.save(STATE, tmp_path / name, _use_new_zipfile_serialization=new_format)
@@ -51,7 +51,7 @@ def test_a_file_of_torch_save_is_read_under_any_name(
 
 @pytest.mark.parametrize("name", ["3a" * 32, "model.safetensors"])
 @pytest.mark.parametrize("kept", [9, 40, -1])
-def test_truncated_safetensors_are_named_so_under_any_name(
+def test_truncated_safetensors_are_reported_under_any_name(
     tmp_path: Path, name: str, kept: int
 ) -> None:
     save_file(STATE, tmp_path / name)
@@ -60,18 +60,18 @@ def test_truncated_safetensors_are_named_so_under_any_name(
     assert_refused(tmp_path / name, message)
 
 
-def test_safetensors_of_a_dtype_that_torch_does_not_know_are_refused(tmp_path: Path) -> None:
+def test_safetensors_of_an_unsupported_dtype_are_rejected(tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F3", "shape": [1], "data_offsets": [0, 4]}}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     assert_refused(path, "expected a safetensors file, got .*corrupted")
 
 
-# Parts with an index
+# Shards with an index
 
 
-def parts(folder: Path, *, suffix: str = ".safetensors") -> Path:
-    """A checkpoint in two parts, as transformers writes it; the path of its index."""
+def write_shards(folder: Path, *, suffix: str = ".safetensors") -> Path:
+    """Write a checkpoint in two shards, as transformers does; returns the path of its index."""
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
     weight_map = {}
     for number, (name, tensor) in enumerate(STATE.items(), 1):
@@ -84,38 +84,38 @@ def parts(folder: Path, *, suffix: str = ".safetensors") -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_parts_are_read_by_their_index(tmp_path: Path, suffix: str) -> None:
-    assert_same(checkpoints.read(parts(tmp_path, suffix=suffix)))
+def test_shards_are_read_through_their_index(tmp_path: Path, suffix: str) -> None:
+    assert_same(checkpoints.read(write_shards(tmp_path, suffix=suffix)))
 
 
-def test_an_index_is_known_by_its_content(tmp_path: Path) -> None:
-    path = parts(tmp_path).rename(tmp_path / ("3a" * 32))
+def test_an_index_is_detected_by_content(tmp_path: Path) -> None:
+    path = write_shards(tmp_path).rename(tmp_path / ("3a" * 32))
     assert_same(checkpoints.read(path))
 
 
-def test_one_part_by_itself_is_refused_with_the_name_of_its_index(tmp_path: Path) -> None:
-    index = parts(tmp_path)
+def test_a_single_shard_is_rejected_and_the_error_names_the_index(tmp_path: Path) -> None:
+    index = write_shards(tmp_path)
     part = tmp_path / "model-00001-of-00002.safetensors"
     assert_refused(
         part, f"expected a complete checkpoint, got one of its 2 shards.* {re.escape(str(index))}"
     )
 
 
-def test_without_an_index_a_number_of_several_is_only_a_name(tmp_path: Path) -> None:
+def test_without_an_index_a_shard_like_name_is_an_ordinary_name(tmp_path: Path) -> None:
     path = tmp_path / "fold-00001-of-00005.safetensors"
     save_file(STATE, path)
     assert_same(checkpoints.read(path))
 
 
-def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
-    index, part = parts(tmp_path), tmp_path / "model-00002-of-00002.safetensors"
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    index, part = write_shards(tmp_path), tmp_path / "model-00002-of-00002.safetensors"
     part.unlink()
     with pytest.raises(InputError, match=re.escape(f"{part}: ") + ".*no such file exists"):
         checkpoints.read(index)
 
 
-def test_a_tensor_that_is_not_in_its_part_is_named(tmp_path: Path) -> None:
-    index, part = parts(tmp_path), tmp_path / "model-00002-of-00002.safetensors"
+def test_a_tensor_missing_from_its_shard_is_named(tmp_path: Path) -> None:
+    index, part = write_shards(tmp_path), tmp_path / "model-00002-of-00002.safetensors"
     save_file({"other": torch.ones(1)}, part)
     message = re.escape(f"{part}: expected a shard with fc.bias, as in {index.name}")
     with pytest.raises(InputError, match=message):
@@ -123,29 +123,29 @@ def test_a_tensor_that_is_not_in_its_part_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["../secret.bin", "/etc/passwd", "", 3, None])
-def test_an_index_names_files_beside_it_only(tmp_path: Path, file: object) -> None:
+def test_an_index_may_only_name_files_in_its_directory(tmp_path: Path, file: object) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": file}}))
     assert_refused(path, f"expected names of files in the same directory, got {file!r}")
 
 
 @pytest.mark.parametrize("content", ['{"weight_map": {}}', '{"weight_map": 3}', "{}", '{"a": "b'])
-def test_json_that_is_no_index_is_refused(tmp_path: Path, content: str) -> None:
+def test_json_that_is_not_an_index_is_rejected(tmp_path: Path, content: str) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(content)
     assert_refused(path, "expected a checkpoint file, got a JSON document")
 
 
-# Within the file
+# Within a file
 
 
-def test_of_several_state_dicts_none_is_guessed(tmp_path: Path) -> None:
+def test_several_state_dicts_are_ambiguous_and_rejected(tmp_path: Path) -> None:
     path = tmp_path / "gan.pth"
     torch.save({"epoch": 3, "generator": STATE, "discriminator": STATE}, path)
     assert_refused(path, r"expected one .* got 2 state dicts \(generator, discriminator\)")
 
 
-def test_a_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
+def test_a_self_referential_file_is_rejected(tmp_path: Path) -> None:
     content: dict[str, object] = {"epoch": 3}
     content["model"] = content
     path = tmp_path / "cycle.pth"
@@ -153,14 +153,14 @@ def test_a_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
     assert_refused(path, "expected a state dict of tensors, got int for key 'epoch'")
 
 
-def test_weights_that_are_numpy_arrays_are_refused_by_name(tmp_path: Path) -> None:
+def test_numpy_weights_are_rejected_with_their_key(tmp_path: Path) -> None:
     path = tmp_path / "arrays.pth"
     torch.save({name: tensor.numpy() for name, tensor in STATE.items()}, path)
     assert_refused(path, "expected a state dict of tensors, got numpy array for key 'fc.weight'")
 
 
 class Classifier(nn.Module):
-    """What can be quantised."""
+    """A model to quantize."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,20 +168,20 @@ class Classifier(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_quantised_state_dict_is_refused_by_name(tmp_path: Path) -> None:
-    quantised = torch.ao.quantization.quantize_dynamic(Classifier(), {nn.Linear})
-    path = tmp_path / "quantised.pth"
-    torch.save(quantised.state_dict(), path)
+def test_a_quantized_state_dict_is_rejected_with_its_key(tmp_path: Path) -> None:
+    quantized = torch.ao.quantization.quantize_dynamic(Classifier(), {nn.Linear})
+    path = tmp_path / "quantized.pth"
+    torch.save(quantized.state_dict(), path)
     assert_refused(path, r"expected .*, got a quantized one \(fc\._packed.*\); save the state dict")
     torch.save({"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, path)
     assert_refused(path, r"expected .*, got a quantized one \(a\)")
 
 
-# Damaged
+# Corrupted
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_damaged_file_is_read_or_is_one_line(tmp_path: Path, kind: str) -> None:
+def test_a_corrupted_file_is_read_or_raises_one_line(tmp_path: Path, kind: str) -> None:
     path, drawn, messages = tmp_path / "checkpoint", random.Random(0), list[str]()
     if kind == "safetensors":
         save_file(STATE, path)
@@ -203,7 +203,7 @@ def test_a_damaged_file_is_read_or_is_one_line(tmp_path: Path, kind: str) -> Non
     assert [m for m in messages if not m.startswith(f"{path}: ") or len(m.splitlines()) > 1] == []
 
 
-def test_a_published_model_is_the_same_from_every_kind_of_file(tmp_path: Path) -> None:
+def test_safetensors_and_torch_save_yield_the_same_state(tmp_path: Path) -> None:
     state = trained(SMALL, classes=10, seed=0).state_dict()
     save_file(state, tmp_path / "blob")
     torch.save(state, tmp_path / "zip")

@@ -1,4 +1,4 @@
-"""Files that lie where a checkpoint should: each is named, with what to do about it."""
+"""Files of other formats in place of a checkpoint: each is identified, with advice."""
 
 import bz2
 import gzip
@@ -53,7 +53,7 @@ def arrays() -> bytes:
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"3a" * 32 + b"\nsize 46827520\n"
-FOREIGN = {
+OTHER_FORMATS = {
     "lfs": (LFS, "a Git LFS pointer instead of the file; run git lfs pull"),
     "html": (b"\n <!DOCTYPE html><html>404</html>", "an HTML page .*; download the file itself"),
     "html-bom": (b"\xef\xbb\xbf<html>", "an HTML page"),
@@ -85,11 +85,11 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin", ""])
-@pytest.mark.parametrize("what", FOREIGN)
-def test_another_file_is_named_whatever_it_is_called(
+@pytest.mark.parametrize("what", OTHER_FORMATS)
+def test_other_formats_are_identified_under_any_name(
     tmp_path: Path, what: str, suffix: str
 ) -> None:
-    content, found = FOREIGN[what]
+    content, found = OTHER_FORMATS[what]
     path = tmp_path / f"checkpoint{suffix}"
     path.write_bytes(content)
     assert_found(path, found)
@@ -103,7 +103,7 @@ def assert_found(path: Path, found: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_archive_is_named(tmp_path: Path) -> None:
+def test_a_torchscript_archive_is_identified(tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
@@ -111,7 +111,7 @@ def test_a_torchscript_archive_is_named(tmp_path: Path) -> None:
     assert_found(path, r"a TorchScript archive; .*torch\.jit\.load")
 
 
-def test_a_torch_export_archive_is_named(tmp_path: Path) -> None:
+def test_a_torch_export_archive_is_identified(tmp_path: Path) -> None:
     content = zipped(**{"model/archive_format": b"pt2", "model/models/model.json": b"{}"})
     (tmp_path / "model.pt2").write_bytes(content)
     assert_found(tmp_path / "model.pt2", r"a torch.export archive \(\.pt2\); .*torch\.export\.load")
@@ -119,13 +119,13 @@ def test_a_torch_export_archive_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_torch_export_archive_of_this_torch_is_named(tmp_path: Path) -> None:
+def test_a_torch_export_archive_of_the_installed_torch_is_identified(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     torch.export.save(torch.export.export(nn.Linear(1, 1), (torch.ones(1),)), path)
     assert_found(path, "a torch.export archive")
 
 
-def test_an_onnx_file_of_onnx_is_named(tmp_path: Path) -> None:
+def test_an_onnx_file_is_identified(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     graph = onnx.helper.make_graph([], "g", [], [])
     path = tmp_path / "model.onnx"
@@ -133,13 +133,15 @@ def test_an_onnx_file_of_onnx_is_named(tmp_path: Path) -> None:
     assert_found(path, "an ONNX or TensorFlow model")
 
 
-def test_an_empty_file_is_named_with_what_may_have_happened(tmp_path: Path) -> None:
+def test_an_empty_file_is_reported_with_a_likely_cause(tmp_path: Path) -> None:
     (tmp_path / "empty.pth").touch()
     assert_found(tmp_path / "empty.pth", r"an empty file \(failed download or copy\?\)")
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_a_truncated_file_of_torch_save_is_to_be_fetched_again(tmp_path: Path, kept: float) -> None:
+def test_a_truncated_torch_save_file_is_reported_with_advice_to_download_again(
+    tmp_path: Path, kept: float
+) -> None:
     path, content = tmp_path / "cut.pth", checkpoint()
     path.write_bytes(content[: int(kept * len(content))])
     message = r"expected a checkpoint, got a truncated or corrupted file .*; download or copy it"
@@ -148,6 +150,6 @@ def test_a_truncated_file_of_torch_save_is_to_be_fetched_again(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("content", [json.dumps({"a": 1}), "{}", "[1, 2]", "{\n"])
-def test_json_is_known_by_its_first_letters(tmp_path: Path, content: str) -> None:
+def test_json_is_identified_by_its_first_bytes(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.pth").write_text(content)
     assert_found(tmp_path / "model.pth", "a JSON document")

@@ -47,7 +47,7 @@ def read(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [64, 224, 720])
-def test_the_tensor_is_that_of_torchvisions_preset(kitten: Path, size: int) -> None:
+def test_preprocess_matches_torchvisions_preset(kitten: Path, size: int) -> None:
     preset = ImageClassification(crop_size=size, resize_size=round(size * 256 / 224))
     with Image.open(kitten) as image:
         expected = preset(image.convert("RGB"))
@@ -56,7 +56,7 @@ def test_the_tensor_is_that_of_torchvisions_preset(kitten: Path, size: int) -> N
     assert torch.equal(found, expected)
 
 
-def test_white_and_black_are_normalised_with_the_statistics_of_imagenet() -> None:
+def test_white_and_black_are_normalized_with_imagenets_statistics() -> None:
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     for colour, value in (("white", 1.0), ("black", 0.0)):
         found = images.preprocess(Image.new("RGB", (40, 30), colour), image_size=16)
@@ -64,32 +64,32 @@ def test_white_and_black_are_normalised_with_the_statistics_of_imagenet() -> Non
         torch.testing.assert_close(found, expected)
 
 
-def test_a_sliver_that_would_fill_the_memory_when_resized_is_refused() -> None:
+def test_an_image_of_extreme_aspect_ratio_is_rejected() -> None:
     sliver = Image.new("RGB", (1, 60_000))
     message = "image_size: expected at most 100,000,000 pixels .* an image of 1 x 60000"
     with pytest.raises(InputError, match=message):
         images.preprocess(sliver, image_size=224)
 
 
-def test_a_size_that_would_fill_the_memory_is_refused_for_any_image() -> None:
+def test_a_huge_image_size_is_rejected() -> None:
     with pytest.raises(InputError, match=r"shorter side to 114286, got an image of 451 x 300"):
         images.preprocess(Image.new("RGB", (451, 300)), image_size=100_000)
 
 
-# Every kind of image
+# Image modes
 
 
 def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:
     upright = gradient()
     exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = 6  # to be turned clockwise by 90 degrees to be upright
-    lying = upright.transpose(Image.Transpose.ROTATE_90)
-    path = saved(lying, tmp_path / "rotated.png", exif=exif)
+    exif[EXIF_ORIENTATION] = 6  # rotate clockwise by 90 degrees
+    rotated = upright.transpose(Image.Transpose.ROTATE_90)
+    path = saved(rotated, tmp_path / "rotated.png", exif=exif)
     assert np.array_equal(read(path), pixels(upright))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P"])
-def test_grey_images_have_three_equal_channels(tmp_path: Path, mode: str) -> None:
+def test_gray_images_have_three_equal_channels(tmp_path: Path, mode: str) -> None:
     grey = gradient().convert("L")
     if mode == "1":
         grey = grey.point(lambda value: 255 * (value > 100))
@@ -99,14 +99,14 @@ def test_grey_images_have_three_equal_channels(tmp_path: Path, mode: str) -> Non
     assert np.array_equal(read(path), np.stack([np.asarray(grey)] * 3, axis=2))
 
 
-def test_an_alpha_channel_is_dropped_and_the_colours_stay(tmp_path: Path) -> None:
+def test_an_alpha_channel_is_dropped_and_colors_are_kept(tmp_path: Path) -> None:
     image = gradient()
     image.putalpha(image.getchannel("R"))
     path = saved(image, tmp_path / "alpha.png")
     assert np.array_equal(read(path), pixels(gradient()))
 
 
-def test_a_cmyk_image_has_the_colours_of_its_inks(tmp_path: Path) -> None:
+def test_a_cmyk_image_is_converted_to_rgb(tmp_path: Path) -> None:
     cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
     found = read(saved(cyan, tmp_path / "cmyk.tif"))
     assert np.array_equal(
@@ -115,7 +115,7 @@ def test_a_cmyk_image_has_the_colours_of_its_inks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128, 255])])
-def test_a_palette_image_has_the_colours_of_its_palette(
+def test_a_palette_image_has_the_colors_of_its_palette(
     tmp_path: Path, transparency: int | bytes | None
 ) -> None:
     palette = [255, 0, 0, 0, 255, 0, 1, 2, 3]
@@ -129,7 +129,7 @@ def test_a_palette_image_has_the_colours_of_its_palette(
     assert np.array_equal(read(path), expected)
 
 
-def test_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path) -> None:
+def test_16_bit_gray_is_scaled_to_8_bit_gray(tmp_path: Path) -> None:
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     path = saved(Image.fromarray(grey.astype(np.uint16) * 257), tmp_path / "deep.png")
     with Image.open(path) as image:
@@ -137,7 +137,7 @@ def test_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path) -> None:
     assert np.array_equal(read(path), np.stack([grey] * 3, axis=2))
 
 
-def test_big_endian_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path) -> None:
+def test_big_endian_16_bit_gray_is_scaled_to_8_bit_gray(tmp_path: Path) -> None:
     grey = np.arange(256, dtype=np.uint8)
     content = (grey.astype(">u2") * np.uint16(257)).astype(">u2").tobytes()
     tags = [(256, 16), (257, 16), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16)]
@@ -152,7 +152,7 @@ def test_big_endian_16_bit_grey_is_scaled_to_the_same_8_bit_grey(tmp_path: Path)
 
 
 @pytest.mark.skipif(not features.check("webp"), reason="needs a Pillow with WebP")
-def test_a_lossless_webp_has_its_pixels(tmp_path: Path) -> None:
+def test_a_lossless_webp_is_decoded_exactly(tmp_path: Path) -> None:
     path = saved(gradient(), tmp_path / "image.webp", lossless=True)
     assert np.array_equal(read(path), pixels(gradient()))
 
@@ -163,7 +163,7 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
     assert np.array_equal(read(path), pixels(first))
 
 
-# Damaged EXIF data
+# Invalid EXIF data
 
 X_RESOLUTION, GPS, PHOTOGRAPH = 0x011A, 0x8825, 0x8769
 ASCII, SHORT, LONG, UNDEFINED, SIGNED_RATIONAL = 2, 3, 4, 7, 10
@@ -171,8 +171,8 @@ TURN = (EXIF_ORIENTATION, SHORT, 1, struct.pack("<HH", 6, 0))
 
 
 def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
-    """EXIF data of (tag, type, count, the four bytes of the value or its offset)."""
-    end = 10 + 12 * len(entries) + 4  # the value -1/0 stands there
+    """EXIF data from (tag, type, count, four bytes: the value or its offset)."""
+    end = 10 + 12 * len(entries) + 4  # of the value -1/0
     directory = b"".join(
         struct.pack("<HHI", tag, kind, count) + (value or struct.pack("<I", end))
         for tag, kind, count, value in sorted(entries)
@@ -195,16 +195,16 @@ def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
     ],
     ids=["-1/0", "bytes", "text", "nowhere", "type", "gps", "photograph"],
 )
-def test_damaged_exif_data_does_not_hide_the_orientation(
+def test_invalid_exif_tags_do_not_hide_the_orientation(
     tmp_path: Path, suffix: str, damaged: tuple[int, int, int, bytes]
 ) -> None:
     plain = np.array(gradient())
     options = {"lossless": True} if suffix == "webp" else {"quality": 100, "subsampling": 0}
-    lying = Image.fromarray(plain).transpose(Image.Transpose.ROTATE_90)
-    path = saved(lying, tmp_path / f"damaged.{suffix}", exif=exif(TURN, damaged), **options)
+    rotated = Image.fromarray(plain).transpose(Image.Transpose.ROTATE_90)
+    path = saved(rotated, tmp_path / f"damaged.{suffix}", exif=exif(TURN, damaged), **options)
     found = read(path)
     assert found.shape == plain.shape
-    assert abs(found.astype(int) - plain).mean() < 3  # JPEG is lossy; the other way up it is 60
+    assert abs(found.astype(int) - plain).mean() < 3  # JPEG is lossy; 60 if rotated wrongly
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_damaged_exif_data_does_not_hide_the_orientation(
         (EXIF_ORIENTATION, 99, 1, b"\6\0\0\0"),
     ],
 )
-def test_an_orientation_that_cannot_be_read_is_ignored(
+def test_an_invalid_orientation_is_ignored(
     tmp_path: Path, orientation: tuple[int, int, int, bytes]
 ) -> None:
     path = saved(gradient(), tmp_path / "damaged.png", exif=exif(orientation))
@@ -229,24 +229,24 @@ def test_an_orientation_that_cannot_be_read_is_ignored(
 @pytest.mark.parametrize(
     "content", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"\xff" * 40]
 )
-def test_exif_data_that_is_none_is_ignored(tmp_path: Path, content: bytes) -> None:
+def test_invalid_exif_data_is_ignored(tmp_path: Path, content: bytes) -> None:
     path = saved(gradient(), tmp_path / "damaged.png", exif=content)
     assert np.array_equal(read(path), pixels(gradient()))
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
-def test_a_tiff_is_turned_once(tmp_path: Path, compression: str) -> None:
-    lying = gradient().transpose(Image.Transpose.ROTATE_90)
+def test_a_tiff_is_rotated_once(tmp_path: Path, compression: str) -> None:
+    rotated = gradient().transpose(Image.Transpose.ROTATE_90)
     options = {"compression": compression, "tiffinfo": {EXIF_ORIENTATION: 6}}
-    path = saved(lying, tmp_path / "turned.tif", **options)
+    path = saved(rotated, tmp_path / "turned.tif", **options)
     assert np.array_equal(read(path), pixels(gradient()))
 
 
-# Damaged files of every kind
+# Corrupted files
 
 
 def samples() -> Iterator[tuple[str, bytes]]:
-    """A small image in many formats."""
+    """(format, content) of a small image in many formats."""
     image, other = gradient(), gradient().rotate(90)
     data = Image.Exif()
     data[EXIF_ORIENTATION], data[X_RESOLUTION] = 6, 72.5
@@ -273,7 +273,7 @@ def samples() -> Iterator[tuple[str, bytes]]:
 
 
 def mutated(content: bytes, drawn: random.Random) -> bytes:
-    """Some bytes changed, left out or put in, most of them near the beginning."""
+    """Some bytes changed, deleted or inserted, mostly near the beginning."""
     changed = bytearray(content)
     for _ in range(drawn.choice([1, 1, 2, 4, 16])):
         place = drawn.randrange(4, len(changed) if drawn.random() < 0.3 else 200)
@@ -291,7 +291,7 @@ def mutated(content: bytes, drawn: random.Random) -> bytes:
     return bytes(changed[: drawn.randrange(40, len(changed))] if drawn.random() < 0.1 else changed)
 
 
-def test_a_damaged_file_is_read_or_is_one_line(
+def test_a_corrupted_image_is_read_or_raises_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     drawn, read_whole, refused = random.Random(0), 0, 0
@@ -308,10 +308,10 @@ def test_a_damaged_file_is_read_or_is_one_line(
                 assert len(message.splitlines()) == 1
                 refused += 1
     assert min(read_whole, refused) > 100
-    assert capfd.readouterr() == ("", "")  # libtiff prints errors of its own
+    assert capfd.readouterr() == ("", "")  # libtiff would print its errors
 
 
-def test_a_damaged_image_ends_the_program_by_one_line(tmp_path: Path) -> None:
+def test_a_corrupted_image_ends_the_program_with_a_one_line_error(tmp_path: Path) -> None:
     path = saved(gradient(), tmp_path / "cut.tif", compression="tiff_lzw")
     content = bytearray(path.read_bytes())
     content[8:200] = bytes(192)
@@ -327,41 +327,41 @@ def test_a_damaged_image_ends_the_program_by_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: {path}: expected a valid image file")
 
 
-# What is refused
+# Errors
 
 
 def assert_refused(path: Path, message: str) -> None:
-    """The message begins with the file's name, and `message` is a pattern for what follows."""
+    """The error is the file name, then the pattern `message`."""
     with pytest.raises(InputError, match="^" + re.escape(f"{path}: ") + message):
         images.read_image(path)
 
 
-def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
     assert_refused(tmp_path / "absent.jpg", "expected an image file, but no such file exists")
 
 
-def test_a_url_is_to_be_downloaded() -> None:
+def test_a_url_is_rejected_with_advice_to_download_it() -> None:
     message = "https://a.org/x.jpg: expected the path of an image file, got a URL; download"
     with pytest.raises(InputError, match="^" + re.escape(message)):
         images.read_image("https://a.org/x.jpg")
 
 
-def test_a_folder_is_no_image(tmp_path: Path) -> None:
+def test_a_directory_is_not_an_image(tmp_path: Path) -> None:
     assert_refused(tmp_path, "expected an image file, got a directory")
 
 
-def test_a_name_that_the_file_system_refuses_is_bad_input(tmp_path: Path) -> None:
+def test_a_file_name_that_is_too_long_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / ("a" * 300)
     assert_refused(path, "expected an image file, but it cannot be read: File name too long")
 
 
-def test_an_empty_file_is_no_image(tmp_path: Path) -> None:
+def test_an_empty_file_is_not_an_image(tmp_path: Path) -> None:
     path = tmp_path / "empty.jpg"
     path.touch()
     assert_refused(path, "expected an image file, got an empty file")
 
 
-def test_text_is_no_image(tmp_path: Path) -> None:
+def test_text_is_not_an_image(tmp_path: Path) -> None:
     path = tmp_path / "text.jpg"
     path.write_text("not an image\n" * 99)
     assert_refused(path, "expected an image file, got a text file")
@@ -385,7 +385,7 @@ def test_text_is_no_image(tmp_path: Path) -> None:
     ],
     ids=["lfs", "html", "json", "svg", "heic", "eps", "npy", "unknown", "damaged"],
 )
-def test_what_lies_in_place_of_an_image_is_named(
+def test_other_formats_in_place_of_an_image_are_identified(
     tmp_path: Path, content: bytes, found: str
 ) -> None:
     path = tmp_path / "kitten.jpg"
@@ -395,13 +395,13 @@ def test_what_lies_in_place_of_an_image_is_named(
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read any file")
-def test_an_image_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     path = saved(gradient(), tmp_path / "secret.png")
     path.chmod(0)
     assert_refused(path, "expected an image file, but it cannot be read: Permission")
 
 
-def test_an_image_without_pixels_is_refused(
+def test_an_image_without_pixels_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(gradient(), tmp_path / "none.png")
@@ -410,7 +410,7 @@ def test_an_image_without_pixels_is_refused(
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp"])
-def test_a_truncated_image_is_not_read_half(tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_image_is_not_decoded_partially(tmp_path: Path, suffix: str) -> None:
     noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()
     path = saved(Image.fromarray(noise), tmp_path / f"truncated.{suffix}")
     content = path.read_bytes()
@@ -419,7 +419,7 @@ def test_a_truncated_image_is_not_read_half(tmp_path: Path, suffix: str) -> None
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow with AVIF")
-def test_an_image_whose_decoder_gives_up_is_damaged(tmp_path: Path) -> None:
+def test_an_image_whose_decoder_fails_is_corrupted(tmp_path: Path) -> None:
     path = saved(gradient(), tmp_path / "damaged.avif")
     content = path.read_bytes()
     start = content.index(b"mdat") + 4
@@ -428,7 +428,7 @@ def test_an_image_whose_decoder_gives_up_is_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("most", [48 * 32 - 1, 48 * 32 // 2 - 1], ids=["warning", "error"])
-def test_a_decompression_bomb_is_refused_where_pillow_warns_and_where_it_raises(
+def test_a_decompression_bomb_is_rejected_whether_pillow_warns_or_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     path = saved(gradient(), tmp_path / "bomb.png")
@@ -436,7 +436,7 @@ def test_a_decompression_bomb_is_refused_where_pillow_warns_and_where_it_raises(
     assert_refused(path, rf"expected at most {most} pixels, got a decompression bomb \(.*1536")
 
 
-def test_floating_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
+def test_floating_point_pixels_of_unknown_range_are_rejected(tmp_path: Path) -> None:
     path = saved(Image.new("F", (8, 8), 0.5), tmp_path / "floating.tif")
     assert_refused(path, "expected a valid image file, .*floating-point pixels of unknown range")
 
@@ -449,26 +449,26 @@ def image(kitten: Path) -> Image.Image:
     return images.read_image(kitten)
 
 
-def test_the_first_view_is_the_plain_image_and_all_views_differ(image: Image.Image) -> None:
+def test_the_first_image_is_unaugmented_and_all_images_differ(image: Image.Image) -> None:
     batch = images.augmented(image, 4, image_size=32, seed=0)
     assert torch.equal(batch[0], images.preprocess(image, image_size=32))
     apart = [(batch[i] - batch[j]).abs().mean() for i in range(4) for j in range(i)]
     assert min(apart) > 0.05
 
 
-def test_a_larger_batch_begins_with_the_smaller_one(image: Image.Image) -> None:
+def test_a_smaller_batch_is_a_prefix_of_a_larger_one(image: Image.Image) -> None:
     small = images.augmented(image, 2, image_size=32, seed=3)
     assert torch.equal(images.augmented(image, 4, image_size=32, seed=3)[:2], small)
 
 
-def test_another_seed_gives_other_views_of_the_same_plain_image(image: Image.Image) -> None:
+def test_another_seed_gives_other_augmentations(image: Image.Image) -> None:
     batch = images.augmented(image, 2, image_size=32, seed=0)
     other = images.augmented(image, 2, image_size=32, seed=100)
     assert torch.equal(batch[0], other[0])
     assert not torch.allclose(batch[1], other[1])
 
 
-def test_views_leave_the_global_random_state_alone(
+def test_augmentation_leaves_the_global_random_state_unchanged(
     image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeded: list[int] = []
@@ -479,7 +479,7 @@ def test_views_leave_the_global_random_state_alone(
     assert seeded == []
 
 
-def test_more_views_than_memory_holds_are_refused_before_they_are_made(
+def test_more_images_than_memory_holds_are_rejected_before_allocation(
     image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = 3 * 32 * 32 * 4
@@ -489,7 +489,7 @@ def test_more_views_than_memory_holds_are_refused_before_they_are_made(
         images.augmented(image, 3, image_size=32, seed=0)
 
 
-def test_views_of_a_panorama_take_no_more_pixels_than_the_model_sees(
+def test_augmentations_of_a_panorama_are_cropped_before_resizing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes: list[tuple[int, int]] = []
@@ -507,12 +507,12 @@ def test_views_of_a_panorama_take_no_more_pixels_than_the_model_sees(
 # Labels
 
 
-def test_class_281_of_1000_is_the_tabby() -> None:
+def test_class_281_of_1000_is_tabby() -> None:
     names = images.labels(1000)
     assert names is not None
     assert (len(names), names[0], names[281]) == (1000, "tench", "tabby")
 
 
 @pytest.mark.parametrize("classes", [10, 999, 1001])
-def test_other_numbers_of_classes_have_no_names(classes: int) -> None:
+def test_other_numbers_of_classes_have_no_labels(classes: int) -> None:
     assert images.labels(classes) is None

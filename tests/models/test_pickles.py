@@ -1,4 +1,4 @@
-"""What torch.save wrote beside weights: plain data is passed over, anything else is refused."""
+"""Pickles of torch.save: plain data along with the weights is allowed, other globals are not."""
 
 import argparse
 import array
@@ -37,37 +37,37 @@ from ensemble.models import pickles
 
 
 class Mode(enum.Enum):
-    """An enum of the user's, whose module is loaded."""
+    """A user-defined enum of an imported module."""
 
     FAST = "fast"
 
 
 class Parts(enum.Flag):
-    """A flag of the user's."""
+    """A user-defined flag."""
 
     HEAD = 1
     BODY = 2
 
 
 class Options(argparse.Namespace):
-    """Options of the user's."""
+    """A user-defined namespace."""
 
 
 class Score(NamedTuple):
-    """A named tuple of the user's."""
+    """A user-defined named tuple."""
 
     top1: float
 
 
 @dataclass
 class Settings:
-    """A dataclass of the user's."""
+    """A user-defined dataclass."""
 
     lr: float
 
 
 class Listed(list[int]):
-    """A class of the user's that is none of these."""
+    """A user-defined class that is none of these."""
 
 
 PLAIN: dict[str, object] = {
@@ -134,7 +134,9 @@ PLAIN: dict[str, object] = {
 
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("what", PLAIN)
-def test_plain_data_does_not_hide_the_weights(tmp_path: Path, what: str, new_format: bool) -> None:
+def test_plain_data_does_not_prevent_loading_the_weights(
+    tmp_path: Path, what: str, new_format: bool
+) -> None:
     content = {"before": [PLAIN[what]], "weights": {"a": torch.arange(3.0)}, "after": PLAIN[what]}
     path = tmp_path / "checkpoint.pth"
     torch.save(content, path, _use_new_zipfile_serialization=new_format)
@@ -144,8 +146,8 @@ def test_plain_data_does_not_hide_the_weights(tmp_path: Path, what: str, new_for
     assert torch.equal(found["weights"]["a"], torch.arange(3.0))
 
 
-def test_no_object_of_plain_data_is_built(tmp_path: Path) -> None:
-    """A dtype whose state a file sets lets an array of objects point anywhere."""
+def test_plain_data_objects_are_not_constructed(tmp_path: Path) -> None:
+    """An attacker-controlled dtype state could make an object array point anywhere."""
     path = tmp_path / "checkpoint.pth"
     torch.save({"a": np.array([{}], dtype=object), "b": pathlib.Path("a")}, path)
     found = pickles.read(path)
@@ -156,17 +158,17 @@ def test_no_object_of_plain_data_is_built(tmp_path: Path) -> None:
 
 
 class Calls:
-    """Its pickle asks for a call."""
+    """Its pickle contains a function call."""
 
     def __init__(self, function: object, *arguments: object) -> None:
-        self.asked = function, arguments
+        self.call = function, arguments
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return self.asked
+        return self.call
 
 
 def marker() -> None:
-    """What must not be called."""
+    """Must not be called."""
     raise AssertionError("code of the file was run")
 
 
@@ -187,7 +189,7 @@ def marker() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_anything_else_is_refused_by_its_name(tmp_path: Path, value: object, name: str) -> None:
+def test_other_globals_are_rejected_by_name(tmp_path: Path, value: object, name: str) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save({"state_dict": {"a": torch.ones(1)}, "more": value}, path)
     message = re.escape(f"{path}: ") + rf".*a pickle that references (\w+\.)?{re.escape(name)} .*"
@@ -212,7 +214,7 @@ def test_a_class_that_cannot_be_imported_is_named(
 
 
 def pickled(*operations: bytes) -> bytes:
-    """A file of torch.save from before torch 1.6 whose content is these operations."""
+    """A legacy torch.save file (before torch 1.6) with these pickle operations."""
     buffer = io.BytesIO()
     torch.save({}, buffer, _use_new_zipfile_serialization=False)
     whole = buffer.getvalue()
@@ -224,7 +226,7 @@ def pickled(*operations: bytes) -> bytes:
 @pytest.mark.parametrize(
     "operations",
     [
-        # getattr(Namespace, "__init__").__globals__ and what one would call of it
+        # the first step to getattr(Namespace, "__init__").__globals__
         (b"cbuiltins\ngetattr\n", b"cargparse\nNamespace\nX\x08\0\0\0__init__\x86R", b")R"),
         (b"cbuiltins\ngetattr\n", b"cposix\nsystem\n", b"X\x04\0\0\0call\x86R"),
         (b"cargparse\nNamespace\n", b")R", b")R"),
@@ -232,7 +234,7 @@ def pickled(*operations: bytes) -> bytes:
     ],
     ids=["getattr", "posix", "instance", "class"],
 )
-def test_stand_ins_lead_to_nothing_that_can_be_called(
+def test_placeholders_do_not_lead_to_callables(
     tmp_path: Path, operations: tuple[bytes, ...]
 ) -> None:
     path = tmp_path / "checkpoint.pth"
@@ -242,7 +244,7 @@ def test_stand_ins_lead_to_nothing_that_can_be_called(
         pickles.read(path)
 
 
-def test_types_that_a_script_has_allowed_itself_stay_allowed(tmp_path: Path) -> None:
+def test_safe_globals_of_the_caller_are_preserved(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save({"args": argparse.Namespace(lr=0.1)}, path)
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -252,7 +254,7 @@ def test_types_that_a_script_has_allowed_itself_stay_allowed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_a_later_protocol_is_named(tmp_path: Path, protocol: int) -> None:
+def test_a_later_pickle_protocol_is_reported(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save({"a": torch.ones(1), "b": b"bytes"}, path, pickle_protocol=protocol)
     with pytest.raises(InputError, match=r"protocol 3 or later.*save it without pickle_protocol"):

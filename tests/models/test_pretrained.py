@@ -1,4 +1,4 @@
-"""Published weights: their address, download and hash, from a local server."""
+"""Published weights: URL, download and hash, from a local server."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ Serve = Callable[..., str]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path) -> Iterator[Path]:
-    """An empty torch hub cache: the folder that downloads come to lie in."""
+    """An empty torch.hub cache: the directory of downloads."""
     before = torch.hub._hub_dir
     torch.hub.set_dir(tmp_path / "hub")
     yield tmp_path / "hub" / "checkpoints"
@@ -31,7 +31,7 @@ def cache(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Serve a body at an address of this machine and make it the published one."""
+    """Serve a body at a local URL and make it the published one."""
     servers: list[HTTPServer] = []
 
     def start(body: bytes, *, digits: str | None = None, status: int = 200) -> str:
@@ -60,7 +60,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """A bare listening socket at the published address; what it says is up to the test."""
+    """A bare listening socket at the published URL; the test defines its response."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/net-01234567.pth"
         monkeypatch.setattr(pretrained, "published_url", lambda arch: url)
@@ -79,7 +79,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_published_file_of_resnet18_has_its_known_name_and_address() -> None:
+def test_the_published_file_of_resnet18_has_its_known_name_and_url() -> None:
     assert pretrained.published_name("resnet18") == "resnet18-f37072fd.pth"
     expected = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
     assert pretrained.published_url("resnet18") == expected
@@ -91,7 +91,7 @@ def test_every_architecture_has_a_published_file_with_a_hash_in_its_name() -> No
     assert [arch for arch, name in names.items() if not re.fullmatch(pattern, name)] == []
 
 
-def test_a_download_gives_the_state_dict_and_is_kept(serve: Serve, cache: Path) -> None:
+def test_a_download_returns_the_state_dict_and_is_cached(serve: Serve, cache: Path) -> None:
     state, body = checkpoint()
     url = serve(body)
     assert_same(pretrained.download("resnet18"), state)
@@ -107,9 +107,7 @@ def test_a_file_in_the_cache_is_not_downloaded_again(serve: Serve, cache: Path) 
     assert_same(pretrained.download("resnet18"), state)
 
 
-def test_a_download_with_another_hash_is_bad_input_and_leaves_no_file(
-    serve: Serve, cache: Path
-) -> None:
+def test_a_hash_mismatch_is_rejected_and_leaves_no_file(serve: Serve, cache: Path) -> None:
     url = serve(checkpoint()[1], digits="00000000")
     message = re.escape(f'{url}: invalid hash value (expected "00000000", got')
     with pytest.raises(InputError, match=message):
@@ -117,7 +115,7 @@ def test_a_download_with_another_hash_is_bad_input_and_leaves_no_file(
     assert list(cache.iterdir()) == []
 
 
-def test_an_html_page_instead_of_the_file_is_bad_input_and_leaves_no_file(
+def test_an_html_page_instead_of_the_file_is_rejected_and_leaves_no_file(
     serve: Serve, cache: Path
 ) -> None:
     url = serve(b"<html>Log in to this network</html>", digits="f37072fd")
@@ -134,7 +132,7 @@ def test_an_html_page_instead_of_the_file_is_bad_input_and_leaves_no_file(
         (b"", "got an empty file"),
     ],
 )
-def test_a_damaged_file_in_the_cache_is_named(
+def test_a_corrupted_file_in_the_cache_is_named(
     serve: Serve, cache: Path, content: bytes, message: str
 ) -> None:
     url = serve(checkpoint()[1])
@@ -145,14 +143,14 @@ def test_a_damaged_file_in_the_cache_is_named(
         pretrained.download("resnet18")
 
 
-def test_a_server_without_the_file_cannot_be_reached(serve: Serve, cache: Path) -> None:
+def test_a_missing_file_on_the_server_is_a_url_error(serve: Serve, cache: Path) -> None:
     serve(b"not here", status=404)
     with pytest.raises(URLError, match="Not Found"):
         pretrained.download("resnet18")
     assert list(cache.iterdir()) == []
 
 
-def test_a_port_that_nobody_listens_on_cannot_be_reached(listener: socket.socket) -> None:
+def test_a_refused_connection_is_a_url_error(listener: socket.socket) -> None:
     listener.close()
     with pytest.raises(URLError, match="Connection refused"):
         pretrained.download("resnet18")
@@ -167,7 +165,7 @@ def test_a_server_that_never_answers_times_out(
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
-def test_a_server_that_does_not_speak_http_cannot_be_reached(
+def test_a_server_that_does_not_speak_http_is_a_url_error(
     listener: socket.socket, answer: bytes
 ) -> None:
     def respond() -> None:
@@ -184,7 +182,7 @@ def test_a_server_that_does_not_speak_http_cannot_be_reached(
 
 
 @pytest.mark.parametrize("home", ["a file", "missing", "unknown", "too long"])
-def test_without_a_cache_that_can_be_written_the_download_is_not_kept(
+def test_without_a_writable_cache_the_download_is_temporary(
     home: str, serve: Serve, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, body = checkpoint()
@@ -199,11 +197,11 @@ def test_without_a_cache_that_can_be_written_the_download_is_not_kept(
     assert_same(pretrained.download("resnet18"), state)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "scratch"]
     serve(b"gone", digits=url.rpartition("-")[2].partition(".")[0], status=404)
-    with pytest.raises(URLError, match="Not Found"):  # random weights, in a run
+    with pytest.raises(URLError, match="Not Found"):  # a run then uses random weights
         pretrained.download("resnet18")
 
 
-def test_a_cache_on_a_full_disk_names_what_helps(
+def test_a_full_disk_is_reported_with_advice(
     serve: Serve, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -215,7 +213,7 @@ def test_a_cache_on_a_full_disk_names_what_helps(
         pretrained.download("resnet18")
 
 
-def test_the_timeout_of_other_sockets_is_as_it_was_after_a_download(serve: Serve) -> None:
+def test_the_default_socket_timeout_is_restored_after_a_download(serve: Serve) -> None:
     before = socket.getdefaulttimeout()
     serve(checkpoint()[1])
     pretrained.download("resnet18")

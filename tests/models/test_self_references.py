@@ -1,4 +1,4 @@
-"""Models whose code refers to themselves: a copy of such a model is none."""
+"""Detection of models whose functions refer to them, which deepcopy does not support."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_a_function_that_refers_to_its_model_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_a_copy_has_anew_refers_to_the_copy(name: str) -> None:
+def test_references_that_deepcopy_rebinds_are_accepted(name: str) -> None:
     model = net(OTHERS[name])
     assert self_references.find(model) == ""
     stacking.private_copy(model)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "mnasnet0_5", "swin_t", "maxvit_t"])
-def test_models_of_torchvision_refer_to_nothing(name: str) -> None:
+def test_torchvision_models_have_no_self_references(name: str) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None)
     assert self_references.find(model) == ""

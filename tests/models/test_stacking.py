@@ -1,4 +1,4 @@
-"""N models as one stack: values, memory, and what does not match."""
+"""N models as one stack: values, aliasing, and mismatches."""
 
 import copy
 import re
@@ -33,7 +33,7 @@ def values(models: list[nn.Module]) -> list[State]:
 
 
 def assert_values(state: State, expected: list[State]) -> None:
-    """Row n of every stacked tensor is the tensor of model n."""
+    """Slice n of every stacked tensor equals the tensor of model n."""
     assert state.keys() == expected[0].keys()
     for name, tensor in state.items():
         assert torch.equal(tensor, torch.stack([tensors[name] for tensors in expected])), name
@@ -44,25 +44,25 @@ def addresses(state: State) -> dict[str, int]:
 
 
 def allocated(count: int) -> list[nn.Module]:
-    """Models of `allocate`, with different values."""
+    """Models of `allocate` with different values."""
     models = stacking.allocate(TinyNet(), count, device=CPU)
     for model, source in zip(models, tiny_models(count), strict=True):
         model.load_state_dict(source.state_dict())
     return models
 
 
-# Models that are slices from the start
+# Allocated models
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_stack_of_allocated_models_is_their_own_memory(count: int) -> None:
+def test_the_stack_of_allocated_models_aliases_their_memory(count: int) -> None:
     models = allocated(count)
     state = stacking.stacked_state(models)
     assert addresses(state) == addresses(models[0].state_dict())
     assert_values(state, values(models))
 
 
-def test_the_stack_of_the_first_models_is_a_part_of_the_stack_of_all() -> None:
+def test_the_stack_of_the_first_models_is_a_prefix_of_the_full_stack() -> None:
     models = allocated(4)
     expected = values(models)
     state = stacking.stacked_state(models[:2])
@@ -80,7 +80,7 @@ def test_allocated_models_do_not_overlap_and_predict_what_their_sources_predict(
         assert torch.equal(model(x), source(x))
 
 
-def test_allocated_models_are_in_eval_mode_and_need_no_gradients() -> None:
+def test_allocated_models_are_in_eval_mode_and_do_not_require_grad() -> None:
     template = TinyNet().train()
     (model,) = stacking.allocate(template, 1, device=CPU)
     assert not any(module.training for module in model.modules())
@@ -88,18 +88,18 @@ def test_allocated_models_are_in_eval_mode_and_need_no_gradients() -> None:
     assert template.training
 
 
-def test_allocated_models_take_the_dtype_and_counters_keep_theirs() -> None:
+def test_allocated_models_have_the_given_dtype_and_counters_keep_theirs() -> None:
     (model,) = stacking.allocate(TinyNet(), 1, device=CPU, dtype=torch.bfloat16)
     counters = {"bn.num_batches_tracked"}
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.int64 if name in counters else torch.bfloat16), name
 
 
-# Models constructed one by one
+# Separately created models
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_foreign_models_are_copied_into_one_stack_and_left_as_they_are(
+def test_separately_created_models_are_copied_into_one_stack_and_unchanged(
     memory_format: torch.memory_format,
 ) -> None:
     models = [model.to(memory_format=memory_format) for model in tiny_models(3)]
@@ -113,7 +113,7 @@ def test_foreign_models_are_copied_into_one_stack_and_left_as_they_are(
         assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
 
 
-def test_a_single_foreign_model_is_its_own_stack() -> None:
+def test_a_single_model_is_stacked_without_copying() -> None:
     models = tiny_models(1)
     before, expected = addresses(models[0].state_dict()), values(models)
     state = stacking.stacked_state(models)
@@ -143,7 +143,7 @@ def test_models_of_two_stacks_are_copied_into_one() -> None:
 
 
 class Odd(nn.Module):
-    """Tensors whose memory is not what their shape says: tied, empty, expanded, of 0 dimensions."""
+    """Tied, empty, expanded, strided and 0-dim tensors."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Odd(nn.Module):
         self.requires_grad_(False).eval()
 
 
-def test_tensors_of_unusual_memory_are_stacked_by_value() -> None:
+def test_tensors_of_unusual_layouts_are_stacked_by_value() -> None:
     models: list[nn.Module] = [Odd(seed) for seed in range(3)]
     expected = [{n: t.clone() for n, t in stacking.named_tensors(m).items()} for m in models]
     assert_values(stacking.stacked_state(models), expected)
@@ -183,7 +183,7 @@ def test_a_tied_tensor_stays_tied_in_allocated_models() -> None:
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
 
 
-def test_models_that_need_gradients_can_be_stacked_and_still_need_them() -> None:
+def test_models_that_require_grad_can_be_stacked_and_still_do() -> None:
     models: list[nn.Module] = [TinyNet().eval() for _ in range(2)]
     expected = values(models)
     state = stacking.stacked_state(models)
@@ -201,7 +201,7 @@ def test_models_can_be_stacked_under_inference_mode_and_used_outside_of_it() -> 
     assert not any(tensor.is_inference() for tensor in state.values())
 
 
-# What is refused
+# Errors
 
 
 def with_more_channels(model: nn.Module) -> None:
@@ -234,9 +234,7 @@ def with_another_device(model: nn.Module) -> None:
         (with_another_device, "torch.float32 on cpu, got (8, 3, 3, 3) torch.float32 on meta"),
     ],
 )
-def test_a_model_that_does_not_fit_is_named(
-    change: Callable[[nn.Module], object], message: str
-) -> None:
+def test_a_mismatching_model_is_named(change: Callable[[nn.Module], object], message: str) -> None:
     models = tiny_models(3)
     change(models[2])
     before = addresses(models[0].state_dict())
@@ -245,7 +243,7 @@ def test_a_model_that_does_not_fit_is_named(
     assert addresses(models[0].state_dict()) == before
 
 
-def test_models_of_two_classes_are_refused() -> None:
+def test_models_of_different_classes_are_rejected() -> None:
     class OtherNet(TinyNet):
         pass
 
@@ -253,7 +251,7 @@ def test_models_of_two_classes_are_refused() -> None:
         stacking.stacked_state([TinyNet().eval(), OtherNet().eval()])
 
 
-def test_no_models_are_refused() -> None:
+def test_an_empty_list_of_models_is_rejected() -> None:
     with pytest.raises(ValueError, match="expected at least one model, got none"):
         stacking.stacked_state([])
 
@@ -276,7 +274,7 @@ def test_cast_models_are_rounded_copies_in_one_stack(dtype: torch.dtype) -> None
     assert_values(stacking.stacked_state(models), expected)
 
 
-def test_a_skeleton_has_no_memory_and_leaves_the_model_as_it_was() -> None:
+def test_a_skeleton_has_no_memory_and_leaves_the_model_unchanged() -> None:
     model = trained(SMALL, classes=10, seed=0).requires_grad_(True)
     before, memory = copy.deepcopy(model.state_dict()), addresses(model.state_dict())
     found = stacking.skeleton(model)
@@ -289,7 +287,7 @@ def test_a_skeleton_has_no_memory_and_leaves_the_model_as_it_was() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_skeleton_keeps_a_buffer_that_is_not_saved() -> None:
+def test_a_skeleton_keeps_non_persistent_buffers() -> None:
     model = TinyNet()
     model.register_buffer("table", torch.ones(3), persistent=False)
     found = stacking.skeleton(model)
@@ -297,12 +295,12 @@ def test_a_skeleton_keeps_a_buffer_that_is_not_saved() -> None:
     assert "table" not in found.state_dict()
 
 
-def test_the_bytes_of_a_model_are_those_of_its_parameters_and_buffers() -> None:
+def test_weight_bytes_counts_parameters_and_buffers() -> None:
     # conv 8 * 3 * 3 * 3, batch norm 4 * 8 and an int64 counter, linear 8 * 5 + 5
     assert stacking.weight_bytes(TinyNet()) == 4 * (216 + 32 + 45) + 8
 
 
-# The device that is not here
+# Fake tensors
 
 
 def test_stacking_on_cuda_works_under_fake_tensors() -> None:
@@ -321,7 +319,7 @@ def test_stacking_on_cuda_works_under_fake_tensors() -> None:
                 assert found.shape == (3, *tensor.shape)
 
 
-def test_models_that_differ_in_what_no_tensor_shows_are_refused() -> None:
+def test_models_that_differ_in_their_repr_are_rejected() -> None:
     models = tiny_models(2)
     conv = models[1].get_submodule("conv")
     assert isinstance(conv, nn.Conv2d)
@@ -333,7 +331,7 @@ def test_models_that_differ_in_what_no_tensor_shows_are_refused() -> None:
 
 
 class Slots:
-    """What has no `__dict__`."""
+    """An object without `__dict__`."""
 
     __slots__ = ("value",)
 
@@ -367,7 +365,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "use",
     [stacking.stacked_state, partial(batch_norm_folding.folded, example=torch.randn(1, 3, 8, 8))],
 )
-def test_a_difference_that_neither_tensors_nor_repr_show_is_refused(
+def test_models_that_differ_in_attributes_or_hooks_are_rejected(
     change: str, use: Callable[[Sequence[nn.Module]], object]
 ) -> None:
     models = tiny_models(2)
@@ -380,7 +378,7 @@ def test_a_difference_that_neither_tensors_nor_repr_show_is_refused(
         use(models)
 
 
-def test_attributes_that_do_the_same_are_no_difference() -> None:
+def test_equivalent_attributes_are_accepted() -> None:
     models = tiny_models(3)
     for model in models:
         model.act = lambda x: x + 1  # type: ignore[assignment]
@@ -392,7 +390,7 @@ def test_attributes_that_do_the_same_are_no_difference() -> None:
     stacking.check_same_architecture(models)
 
 
-def test_tensors_tied_in_another_way_are_refused() -> None:
+def test_differently_tied_tensors_are_rejected() -> None:
     models: list[nn.Module] = []
     for source in ("a", "b"):
         model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abc"}).eval()

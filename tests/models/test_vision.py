@@ -1,5 +1,7 @@
-"""torchvision is imported without torch._dynamo, and a process that runs loop or vmap does without
-it to its end; a torchvision that asks for more of it still gets it."""
+"""torchvision is imported without torch._dynamo, which loop and vmap never import.
+
+A torchvision that imports other names from it still works.
+"""
 
 import os
 import subprocess
@@ -37,7 +39,7 @@ def test_loop_and_vmap_never_import_dynamo() -> None:
 
 
 @pytest.mark.slow
-def test_the_function_that_torchvision_asks_for_is_the_real_one() -> None:
+def test_the_lazily_imported_function_is_the_real_one() -> None:
     code = "from ensemble.models.vision import torchvision as t; import sys; "
     asked = "print(t.ops.roi_align.__module__, 'torch._dynamo' in sys.modules); "
     called = "m = sys.modules['torchvision.ops.roi_align']; print(m.is_compile_supported('cpu'))"
@@ -45,7 +47,7 @@ def test_the_function_that_torchvision_asks_for_is_the_real_one() -> None:
 
 
 @pytest.mark.slow
-def test_a_torchvision_that_asks_for_more_gets_it(tmp_path: Path) -> None:
+def test_a_torchvision_that_imports_other_names_gets_the_real_module(tmp_path: Path) -> None:
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text(

@@ -1,4 +1,4 @@
-"""Checkpoint files as people have them, good and bad."""
+"""Loading checkpoint files of training scripts, valid and invalid."""
 
 import argparse
 import os
@@ -72,7 +72,7 @@ def replicated(state: State) -> State:
 
 
 def averaged(state: State) -> State:
-    """As the state of torch.optim.swa_utils.AveragedModel."""
+    """Like the state of torch.optim.swa_utils.AveragedModel."""
     return {"n_averaged": torch.tensor(12), **replicated(state)}
 
 
@@ -80,11 +80,11 @@ def rng_states() -> State:
     return {"cpu": torch.get_rng_state(), "python": torch.zeros(625, dtype=torch.int64)}
 
 
-# What loads
+# Valid checkpoints
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
-def test_a_checkpoint_of_each_format_gives_the_model_that_was_saved(
+def test_a_checkpoint_of_each_format_restores_the_model(
     small_model: nn.Module, small_state: State, tmp_path: Path, suffix: str
 ) -> None:
     path = tmp_path / f"checkpoint{suffix}"
@@ -141,34 +141,36 @@ PREFIXES = ["backbone.", "net.", "model.", "_orig_mod.", "module.", "model._orig
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_a_prefix_that_all_names_share_is_taken_off_and_said_in_one_line(
+def test_a_common_prefix_is_stripped_and_reported_in_one_line(
     small_state: State, tmp_path: Path, prefix: str
 ) -> None:
     path = saved({prefix + name: t for name, t in small_state.items()}, tmp_path / "wrapped.pth")
-    said: list[str] = []
-    (model,) = weights.load_models([path], arch=SMALL, device="cpu", say=said.append)
+    lines: list[str] = []
+    (model,) = weights.load_models([path], arch=SMALL, device="cpu", say=lines.append)
     assert_same_state(model, small_state)
     count = len(small_state)
-    assert said == [f"{path}: stripped the prefix {prefix!r} from all {count} keys"]
+    assert lines == [f"{path}: stripped the prefix {prefix!r} from all {count} keys"]
 
 
-def test_nothing_is_said_of_names_as_they_should_be(small_state: State, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_nothing_is_reported_without_a_prefix(small_state: State, tmp_path: Path) -> None:
+    lines: list[str] = []
     path = saved(small_state, tmp_path / "plain.pth")
-    weights.load_models([path], arch=SMALL, device="cpu", say=said.append)
-    assert said == []
+    weights.load_models([path], arch=SMALL, device="cpu", say=lines.append)
+    assert lines == []
 
 
 @pytest.mark.parametrize("arch", [SMALL, "resnet18", "densenet121", "squeezenet1_0", "vgg11"])
 @pytest.mark.parametrize("prefix", ["", "features.", "model.features.", "fc.", "layer1."])
-def test_only_what_is_not_the_architectures_own_is_taken_off(arch: str, prefix: str) -> None:
+def test_only_prefixes_that_are_not_part_of_the_architecture_are_stripped(
+    arch: str, prefix: str
+) -> None:
     expected = hollow(arch, classes=10)
     state = {prefix + name: tensor for name, tensor in expected.items()}
     found, taken = weights.strip_prefix(state, expected)
     assert (list(found), taken) == (list(expected), prefix)
 
 
-def test_a_part_of_an_architecture_keeps_the_names_that_its_tensors_share() -> None:
+def test_a_partial_state_keeps_the_prefix_of_its_module() -> None:
     expected = hollow("vgg11", classes=10)
     part = {name: tensor for name, tensor in expected.items() if name.startswith("features.")}
     assert weights.strip_prefix(part, expected) == (part, "")
@@ -208,15 +210,15 @@ def test_a_lightning_checkpoint_loads(small_state: State, tmp_path: Path) -> Non
     ],
     ids=["AveragedModel", "AveragedModel in Lightning", "loss", "loss and metric"],
 )
-def test_what_stands_beside_a_whole_model_under_a_prefix_is_left_out_and_named(
+def test_tensors_outside_a_complete_prefixed_model_are_ignored_and_reported(
     small_state: State, tmp_path: Path, prefix: str, more: State, left_out: str
 ) -> None:
     state = {prefix + name: tensor for name, tensor in small_state.items()}
-    path, said = saved(more | state, tmp_path / "last.ckpt"), list[str]()
-    (model,) = weights.load_models([path], arch=SMALL, device="cpu", say=said.append)
+    path, lines = saved(more | state, tmp_path / "last.ckpt"), list[str]()
+    (model,) = weights.load_models([path], arch=SMALL, device="cpu", say=lines.append)
     assert_same_state(model, small_state)
     begin = f"{path}: stripped the prefix {prefix!r} from {len(state)} keys"
-    assert said == [f"{begin}; ignored {left_out}"]
+    assert lines == [f"{begin}; ignored {left_out}"]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_what_stands_beside_a_whole_model_under_a_prefix_is_left_out_and_named(
         ({"head.fc.bias": torch.ones(10)}, "unexpected key head.fc.bias"),
     ],
 )
-def test_what_could_be_a_weight_is_not_left_out(
+def test_possible_weights_are_not_ignored(
     small_state: State, tmp_path: Path, more: State, message: str
 ) -> None:
     state = {f"model.{name}": tensor for name, tensor in small_state.items()}
@@ -237,7 +239,9 @@ def test_what_could_be_a_weight_is_not_left_out(
     )
 
 
-def test_of_two_models_in_one_file_neither_is_guessed(small_state: State, tmp_path: Path) -> None:
+def test_two_models_in_one_file_are_ambiguous_and_rejected(
+    small_state: State, tmp_path: Path
+) -> None:
     student = {f"student.{name}": tensor for name, tensor in small_state.items()}
     teacher = {f"teacher.{name}": tensor for name, tensor in small_state.items()}
     path = saved(student | teacher, tmp_path / "distilled.pth")
@@ -246,7 +250,7 @@ def test_of_two_models_in_one_file_neither_is_guessed(small_state: State, tmp_pa
     assert_refused(path, f"expected a state dict of {SMALL}, {message}")
 
 
-def test_a_part_of_a_model_beside_a_loss_is_refused_by_what_it_lacks(
+def test_an_incomplete_model_with_a_loss_is_rejected_by_its_missing_key(
     small_state: State, tmp_path: Path
 ) -> None:
     del small_state["conv1.0.weight"]
@@ -255,7 +259,7 @@ def test_a_part_of_a_model_beside_a_loss_is_refused_by_what_it_lacks(
     assert_refused(path, f"expected a state dict of {SMALL}, got missing key conv1.0.weight")
 
 
-def test_a_lightning_checkpoint_with_code_in_its_hyperparameters_is_refused(
+def test_a_lightning_checkpoint_with_code_in_its_hyperparameters_is_rejected(
     small_state: State, tmp_path: Path
 ) -> None:
     content = {"state_dict": small_state, "hyper_parameters": {"hook": Attack(tmp_path / "made")}}
@@ -268,13 +272,13 @@ def test_a_lightning_checkpoint_with_code_in_its_hyperparameters_is_refused(
 def test_weights_stored_in_another_dtype_become_float32_with_their_values(
     small_state: State, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    stored = {name: tensor.to(dtype) for name, tensor in small_state.items()}  # counters as well
+    stored = {name: tensor.to(dtype) for name, tensor in small_state.items()}  # counters included
     model = load_one(saved(stored, tmp_path / "stored.pth"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert_same_state(model, stored)
 
 
-def test_a_checkpoint_without_a_class_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_with_zero_classes_is_rejected(tmp_path: Path) -> None:
     state = trained(SMALL, classes=1, seed=1).state_dict()
     last = list(state)[-1]
     path = saved({**state, last: state[last][:0]}, tmp_path / "none.pth")
@@ -282,7 +286,9 @@ def test_a_checkpoint_without_a_class_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 10, 1000])
-def test_the_number_of_classes_is_that_of_the_checkpoint(tmp_path: Path, classes: int) -> None:
+def test_the_number_of_classes_is_inferred_from_the_checkpoint(
+    tmp_path: Path, classes: int
+) -> None:
     expected = trained(SMALL, classes=classes, seed=1)
     model = load_one(saved(expected.state_dict(), tmp_path / "classes.pth"))
     x = torch.randn(1, 3, 64, 64)
@@ -317,7 +323,7 @@ def test_missing_batch_counters_are_zero(small_state: State, tmp_path: Path) -> 
         ),
     ],
 )
-def test_the_names_of_published_files_become_those_of_todays_architectures(
+def test_legacy_names_in_published_files_are_translated(
     tmp_path: Path, published: str, current: str
 ) -> None:
     arch = "densenet121" if "dense" in published else "vit_b_16"
@@ -326,12 +332,10 @@ def test_the_names_of_published_files_become_those_of_todays_architectures(
     assert checkpoints.read(path).keys() == {current}
 
 
-# How many models
+# Numbers of models
 
 
-def test_one_file_gives_equal_models_with_memory_of_their_own(
-    small_state: State, tmp_path: Path
-) -> None:
+def test_one_file_yields_independent_copies(small_state: State, tmp_path: Path) -> None:
     path = saved(small_state, tmp_path / "one.pth")
     first, second, third = weights.load_models([path], arch=SMALL, device="cpu", num_models=3)
     for tensor in second.state_dict().values():
@@ -341,7 +345,7 @@ def test_one_file_gives_equal_models_with_memory_of_their_own(
     assert all((tensor == 3).all() for tensor in second.state_dict().values())
 
 
-def test_five_files_give_five_models_that_predict_what_torchvisions_predict(
+def test_five_files_yield_five_models_that_match_torchvision(
     five_resnets: dict[Path, nn.Module],
 ) -> None:
     models = weights.load_models(list(five_resnets), arch="resnet18", device="cpu")
@@ -355,7 +359,7 @@ def test_five_files_give_five_models_that_predict_what_torchvisions_predict(
     assert all(not torch.allclose(logits[i], logits[j]) for i in range(5) for j in range(i))
 
 
-def test_a_file_given_twice_gives_two_independent_models(
+def test_a_file_passed_twice_yields_two_independent_models(
     small_state: State, tmp_path: Path
 ) -> None:
     path = saved(small_state, tmp_path / "twice.pth")
@@ -385,13 +389,13 @@ def test_models_from_a_state_are_copies_of_it(small_state: State) -> None:
 
 
 @pytest.mark.parametrize(("num_models", "models"), [(1, "1 model$"), (3, "3 models$")])
-def test_two_files_for_another_number_of_models_are_refused(num_models: int, models: str) -> None:
+def test_two_files_for_another_number_of_models_are_rejected(num_models: int, models: str) -> None:
     found = f"expected one file or one file per model, got 2 files for {models}"
     with pytest.raises(InputError, match=f"paths: {found}"):
         weights.load_models(["a", "b"], arch=SMALL, device="cpu", num_models=num_models)
 
 
-def test_one_path_by_itself_is_one_file(small_state: State, tmp_path: Path) -> None:
+def test_a_single_path_is_accepted_without_a_list(small_state: State, tmp_path: Path) -> None:
     path = tmp_path / "one.pth"
     torch.save(small_state, path)
     (model,) = weights.load_models(path, arch=SMALL, device="cpu")
@@ -399,12 +403,12 @@ def test_one_path_by_itself_is_one_file(small_state: State, tmp_path: Path) -> N
     assert len(weights.load_models(str(path), arch=SMALL, device="cpu", num_models=3)) == 3
 
 
-def test_no_file_at_all_is_refused() -> None:
+def test_an_empty_list_of_files_is_rejected() -> None:
     with pytest.raises(InputError, match=r"paths: expected one file.*got 0 files"):
         weights.load_models([], arch=SMALL, device="cpu")
 
 
-def test_more_models_than_memory_holds_are_refused_before_they_are_allocated(
+def test_more_models_than_memory_holds_are_rejected_before_allocation(
     small_state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = sum(tensor.nbytes for tensor in small_state.values())
@@ -415,18 +419,18 @@ def test_more_models_than_memory_holds_are_refused_before_they_are_allocated(
         weights.load_models([path], arch=SMALL, device="cpu", num_models=6)
 
 
-def test_models_are_loaded_where_free_memory_is_not_known(
+def test_models_load_if_the_available_memory_is_unknown(
     small_state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     assert_same_state(load_one(saved(small_state, tmp_path / "one.pth")), small_state)
 
 
-# What is refused
+# Errors
 
 
 class Attack:
-    """Its pickle asks for a file to be made."""
+    """Its pickle executes a shell command."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -436,26 +440,26 @@ class Attack:
 
 
 def assert_refused(path: Path, message: str, arch: str = SMALL) -> None:
-    """The message begins with the file's name, and `message` is a pattern for what follows."""
+    """The error is the file name, then the pattern `message`."""
     with pytest.raises(InputError, match="^" + re.escape(f"{path}: ") + message):
         load_one(path, arch)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     message = "expected a checkpoint file, but no such file exists"
     assert_refused(tmp_path / "absent.pth", message)
 
 
-def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_directory_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert_refused(tmp_path, "expected a checkpoint file, got a directory")
 
 
-def test_a_name_that_the_file_system_refuses_is_bad_input(tmp_path: Path) -> None:
+def test_a_file_name_that_is_too_long_is_rejected(tmp_path: Path) -> None:
     assert_refused(tmp_path / ("a" * 300), "expected a checkpoint file, but it cannot be read")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_an_empty_file_is_no_checkpoint(tmp_path: Path, suffix: str) -> None:
+def test_an_empty_file_is_not_a_checkpoint(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"empty{suffix}"
     path.touch()
     assert_refused(path, "expected a checkpoint file, got an empty file")
@@ -463,7 +467,7 @@ def test_an_empty_file_is_no_checkpoint(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("kept", [0.01, 0.5, 0.999])
-def test_a_truncated_file_is_no_checkpoint(
+def test_a_truncated_file_is_not_a_checkpoint(
     small_state: State, tmp_path: Path, suffix: str, kept: float
 ) -> None:
     path = tmp_path / f"whole{suffix}"
@@ -474,7 +478,7 @@ def test_a_truncated_file_is_no_checkpoint(
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_an_html_page_is_recognised(tmp_path: Path, suffix: str) -> None:
+def test_an_html_page_is_identified(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"page{suffix}"
     path.write_text("\n <!DOCTYPE html><html>404</html>")
     assert_refused(path, "expected a checkpoint file, got an HTML page")
@@ -488,16 +492,14 @@ def test_an_html_page_is_recognised(tmp_path: Path, suffix: str) -> None:
     ],
     ids=["text-like-a-pickle", "text"],
 )
-def test_a_text_is_named_as_one(tmp_path: Path, content: bytes) -> None:
+def test_a_text_file_is_identified(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.pth"
     path.write_bytes(content)
     assert_refused(path, "expected a checkpoint file, got a text file")
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(
-    tmp_path: Path, new_format: bool
-) -> None:
+def test_a_pickle_with_code_is_rejected_and_not_executed(tmp_path: Path, new_format: bool) -> None:
     made = tmp_path / "made"
     path = tmp_path / "attack.pth"
     torch.save({"a": Attack(made)}, path, _use_new_zipfile_serialization=new_format)
@@ -506,10 +508,10 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(
     )
     assert not made.exists()
     torch.load(path, weights_only=False)
-    assert made.exists(), "the attack would not have worked anyhow"
+    assert made.exists(), "the attack does not work even with weights_only=False"
 
 
-def test_a_pickled_module_is_refused(small_model: nn.Module, tmp_path: Path) -> None:
+def test_a_pickled_module_is_rejected(small_model: nn.Module, tmp_path: Path) -> None:
     path = saved(small_model, tmp_path / "module.pth")
     assert_refused(path, "expected a state dict of tensors, got .*ShuffleNetV2 .a whole module")
 
@@ -533,9 +535,7 @@ def test_a_pickled_module_is_refused(small_model: nn.Module, tmp_path: Path) -> 
         ({"fc.bias": torch.ones(0)}, "expected at least one class, got fc.bias"),
     ],
 )
-def test_what_is_no_state_dict_of_the_architecture_is_refused(
-    tmp_path: Path, content: object, message: str
-) -> None:
+def test_invalid_state_dicts_are_rejected(tmp_path: Path, content: object, message: str) -> None:
     assert_refused(saved(content, tmp_path / "content.pth"), message)
 
 
@@ -552,7 +552,7 @@ def test_what_is_no_state_dict_of_the_architecture_is_refused(
         ),
     ],
 )
-def test_a_checkpoint_of_another_architecture_is_refused(
+def test_a_checkpoint_of_another_architecture_is_rejected(
     tmp_path: Path, found: str, arch: str, message: str
 ) -> None:
     path = saved(hollow(found, classes=10), tmp_path / f"{found}.pth")
@@ -579,7 +579,7 @@ def test_a_wrong_shape_is_named(small_state: State, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
-def test_weights_that_are_not_floating_are_refused(
+def test_weights_that_are_not_floating_point_are_rejected(
     small_state: State, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     small_state["fc.weight"] = small_state["fc.weight"].to(dtype)
@@ -587,7 +587,7 @@ def test_weights_that_are_not_floating_are_refused(
     assert_refused(path, f"expected fc.weight of a floating-point dtype, got {dtype}")
 
 
-def test_indices_that_are_floating_are_refused(tmp_path: Path) -> None:
+def test_floating_point_indices_are_rejected(tmp_path: Path) -> None:
     state = hollow("swin_t", classes=10)
     name = "features.1.0.attn.relative_position_index"
     state[name] = state[name].float()
@@ -596,7 +596,7 @@ def test_indices_that_are_floating_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
-def test_weights_that_are_not_finite_in_float32_are_refused(
+def test_weights_that_are_not_finite_in_float32_are_rejected(
     small_state: State, tmp_path: Path, value: float
 ) -> None:
     small_state["fc.weight"] = small_state["fc.weight"].double()
@@ -605,7 +605,7 @@ def test_weights_that_are_not_finite_in_float32_are_refused(
     assert_refused(path, "expected finite weights, got NaN or infinity in fc.weight")
 
 
-def test_checkpoints_with_different_classes_are_refused_together_naming_both(
+def test_checkpoints_with_different_numbers_of_classes_are_rejected_naming_both(
     tmp_path: Path,
 ) -> None:
     first = saved(hollow(SMALL, classes=10), tmp_path / "ten.pth")
@@ -615,12 +615,12 @@ def test_checkpoints_with_different_classes_are_refused_together_naming_both(
         weights.load_models([first, second], arch=SMALL, device="cpu")
 
 
-def test_an_unknown_architecture_is_refused_with_the_closest_names() -> None:
+def test_an_unknown_architecture_is_rejected_with_the_closest_names() -> None:
     with pytest.raises(InputError, match=r"arch: expected .*\(resnet18, .*got 'resnet81'"):
         weights.build_skeleton("resnet81", None)
 
 
-def test_an_architecture_that_is_no_classifier_is_refused() -> None:
+def test_an_architecture_that_is_not_a_classifier_is_rejected() -> None:
     with pytest.raises(InputError, match=r"arch: expected .* got 'fcn_resnet50'"):
         weights.check_arch("fcn_resnet50")
 
@@ -628,7 +628,7 @@ def test_an_architecture_that_is_no_classifier_is_refused() -> None:
 # Random models
 
 
-def test_random_models_differ_and_are_the_same_for_the_same_seed() -> None:
+def test_random_models_differ_and_are_reproducible_by_seed() -> None:
     models = weights.random_models(2, arch=SMALL, device=CPU, seed=4)
     again = weights.random_models(2, arch=SMALL, device=CPU, seed=4)
     shifted = weights.random_models(1, arch=SMALL, device=CPU, seed=5)
@@ -639,7 +639,7 @@ def test_random_models_differ_and_are_the_same_for_the_same_seed() -> None:
     assert not torch.allclose(models[0](x), models[1](x))
 
 
-def test_random_models_are_torchvisions_own_initialisation() -> None:
+def test_random_models_have_torchvisions_initialization() -> None:
     (model,) = weights.random_models(1, arch="resnet18", device=CPU, seed=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -648,7 +648,7 @@ def test_random_models_are_torchvisions_own_initialisation() -> None:
 
 
 @pytest.mark.parametrize("arch", [SMALL, "regnet_y_400mf"])
-def test_random_models_leave_the_global_random_state_alone(
+def test_random_models_leave_the_global_random_state_unchanged(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeded: list[int] = []
@@ -676,7 +676,7 @@ def test_each_resnet_depth_has_torchvisions_tensors_and_no_memory(arch: str) -> 
 
 
 @pytest.mark.parametrize("arch", OTHER_ARCHITECTURES)
-def test_the_classes_of_every_family_are_found_and_its_own_state_fits(arch: str) -> None:
+def test_the_classes_of_every_family_are_inferred_and_its_own_state_is_accepted(arch: str) -> None:
     state = weights.build_skeleton(arch, 7).state_dict()
     assert weights.num_classes(state, arch=arch, source="a file") == 7
     template = weights.build_skeleton(arch, 7)
@@ -685,7 +685,7 @@ def test_the_classes_of_every_family_are_found_and_its_own_state_fits(arch: str)
 
 
 @pytest.mark.parametrize("arch", ["swin_t", "regnet_y_400mf"])
-def test_a_loaded_model_of_a_family_that_computes_in_its_constructor_predicts_the_same(
+def test_a_family_that_computes_in_its_constructor_loads_exactly(
     arch: str,
 ) -> None:
     expected = trained(arch, classes=10, seed=1)

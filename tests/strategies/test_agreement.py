@@ -1,4 +1,4 @@
-"""What counts as the same logits: planted faults are caught, rounding is not."""
+"""Agreement of logits: planted faults are detected, rounding is accepted."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_logits_that_are_not_finite_disagree(value: float) -> None:
     assert "model 1" in found.problem
 
 
-def test_another_class_disagrees_unless_the_reference_holds_the_two_for_equal() -> None:
+def test_another_class_disagrees_unless_the_reference_logits_are_nearly_equal() -> None:
     reference = torch.tensor([[[10.0, 9.9]]])
     logits = torch.tensor([[[9.95, 9.96]]])
     assert check(logits, reference, tolerance=1.1e-2).problem is None
@@ -63,7 +63,7 @@ def test_logits_of_another_shape_disagree() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 5, 6)])
-def test_outputs_that_are_no_logits_are_compared_image_by_image(shape: tuple[int, ...]) -> None:
+def test_outputs_other_than_logits_are_compared_per_image(shape: tuple[int, ...]) -> None:
     reference = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 1
     assert check(reference.clone(), reference, tolerance=1e-4).problem is None
     wrong = reference.clone()
@@ -73,20 +73,20 @@ def test_outputs_that_are_no_logits_are_compared_image_by_image(shape: tuple[int
     assert "model 1" in found.problem
 
 
-def test_logits_that_are_all_zero_agree_with_zeros_alone() -> None:
+def test_all_zero_logits_agree_only_with_zeros() -> None:
     zeros = torch.zeros(2, 1, 3)
     assert check(zeros, zeros, tolerance=1e-4).problem is None
     assert check(zeros + 1e-9, zeros, tolerance=1e-4).problem is not None
 
 
-def test_a_reference_that_is_not_finite_is_blamed_itself() -> None:
+def test_a_reference_that_is_not_finite_is_reported() -> None:
     broken = changed(0, 0, 0, float("nan"))
     found = check(broken, broken, tolerance=1e-4)
     assert found.problem == "the reference's logits are not finite; invalid weights?"
     assert found.top1_agreement is None
 
 
-# Planted faults. 16 models whose logits span six decades; 4 images, 10 classes.
+# Planted faults: 16 models whose logits span six decades, 4 images, 10 classes.
 
 SCALES = torch.logspace(3, -3, 16).view(16, 1, 1)
 DECADES = torch.randn(16, 4, 10, generator=torch.Generator().manual_seed(0)).double() * SCALES
@@ -96,7 +96,7 @@ TOLERANCES_BY_DTYPE = pytest.mark.parametrize(
 
 
 def planted(model: int, logits: Tensor) -> Tensor:
-    """The logits of all models, with others for one of them."""
+    """The logits of all models, with those of one replaced."""
     found = DECADES.clone()
     found[model] = logits
     return found
@@ -119,7 +119,7 @@ def test_one_model_of_many_that_is_zero_is_caught(
 
 @TOLERANCES_BY_DTYPE
 @pytest.mark.parametrize(("model", "other"), [(15, 14), (1, 0), (14, 15)])
-def test_one_model_that_answers_with_anothers_logits_is_caught(
+def test_a_model_with_the_logits_of_another_is_caught(
     model: int, other: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     assert_caught(planted(model, DECADES[other]), model, dtype, tolerance)
@@ -148,20 +148,18 @@ def test_noise_of_ten_times_the_tolerance_in_the_model_with_the_smallest_logits_
 
 
 @TOLERANCES_BY_DTYPE
-def test_rounding_to_the_dtype_is_no_fault_at_any_scale(
-    dtype: torch.dtype, tolerance: float
-) -> None:
+def test_rounding_to_the_dtype_agrees_at_any_scale(dtype: torch.dtype, tolerance: float) -> None:
     assert check(DECADES.to(dtype), DECADES, tolerance=tolerance).problem is None
 
 
-def test_a_wrong_class_of_a_model_with_small_logits_beside_large_ones_is_caught() -> None:
+def test_a_wrong_class_of_a_model_with_small_logits_is_caught() -> None:
     reference = torch.tensor([[[1000.0, 0.0]], [[1e-3, 0.9e-3]]])
     logits = torch.tensor([[[1000.0, 0.0]], [[0.9e-3, 1e-3]]])
     found = check(logits, reference, tolerance=3e-2)
     assert found.problem == (
         "outputs disagree: model 1 has an error of 1.0e-01 of its largest logit, tolerance 3e-02"
     )
-    reference[1, 0] = torch.tensor([1e-3, 0.94e-3])  # each within 4 %, the two 6 % apart
+    reference[1, 0] = torch.tensor([1e-3, 0.94e-3])  # each within 4 %, 6 % apart
     logits[1, 0] = torch.tensor([0.969e-3, 0.97e-3])
     found = check(logits, reference, tolerance=4e-2)
     assert found.problem == (
@@ -169,9 +167,11 @@ def test_a_wrong_class_of_a_model_with_small_logits_beside_large_ones_is_caught(
     )
 
 
-def test_an_image_with_small_logits_is_held_to_its_own_scale() -> None:
+def test_an_image_with_small_logits_is_compared_at_its_own_scale() -> None:
     reference = torch.tensor([[[100.0, 50.0], [20.0, 30.0]]])
-    logits = reference + torch.tensor([[[0.009, 0.0], [0.0, 0.004]]])  # of 100 both are nothing
+    logits = reference + torch.tensor(
+        [[[0.009, 0.0], [0.0, 0.004]]]
+    )  # both negligible relative to 100
     found = check(logits, reference, tolerance=1e-4)
     assert found.max_rel_error == pytest.approx(9e-5, rel=1e-3)
     assert found.problem == (
@@ -181,21 +181,21 @@ def test_an_image_with_small_logits_is_held_to_its_own_scale() -> None:
 
 
 @pytest.mark.parametrize("small", [0.0, 1e-6, 1e-3])
-def test_rounding_errors_of_an_image_whose_logits_cancel_are_no_fault(small: float) -> None:
+def test_rounding_errors_of_an_image_whose_logits_cancel_agree(small: float) -> None:
     reference = torch.tensor([[[100.0, 50.0], [small, -small]]])
     noise = torch.tensor([[[0.0, 0.0], [5e-4, -5e-4]]])  # 5e-6 of the model's largest logit
     assert check(reference + noise, reference, tolerance=1e-4).problem is None
     assert check(reference + 4 * noise, reference, tolerance=1e-4).problem is not None
 
 
-def test_sixteen_bits_are_held_to_the_scale_of_the_model_alone() -> None:
+def test_sixteen_bit_logits_are_compared_at_the_scale_of_the_model() -> None:
     reference = torch.tensor([[[100.0, 50.0], [2.0, 1.0]]])
     logits = reference + torch.tensor([[[0.0, 0.0], [2.5, 0.0]]])
     assert check(logits.bfloat16(), reference, tolerance=3e-2).problem is None
     assert check(logits.float(), reference, tolerance=3e-2).problem is not None
 
 
-def test_a_model_whose_logits_are_all_zero_agrees_with_zeros_alone_beside_others() -> None:
+def test_a_model_with_all_zero_logits_among_others_agrees_only_with_zeros() -> None:
     reference = DECADES.clone()
     reference[3] = 0.0
     found = reference.clone()

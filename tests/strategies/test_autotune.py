@@ -1,4 +1,4 @@
-"""Which candidate is the fastest, on a fake clock."""
+"""The autotuner of strategies, on a fake clock."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ EXAMPLE = torch.ones(1, 3, 4, 4)
 
 
 class Machine:
-    """A clock that fake candidates move on; its calls take `load` times as long."""
+    """A clock advanced by fake candidates, whose calls are slowed by `load(call)`."""
 
     def __init__(self, load: Callable[[int], float] = lambda call: 1.0) -> None:
         self.now, self.calls, self.load = 0.0, 0, load
@@ -28,7 +28,7 @@ class Machine:
     def candidate(
         self, seconds: float, *, build_s: float = 0.0, label: float = 1.0
     ) -> Callable[[], BuildResult]:
-        """A candidate whose call takes `seconds` and gives logits that are all `label`."""
+        """A candidate whose call takes `seconds` and returns logits that are all `label`."""
 
         def make() -> BuildResult:
             def forward(x: Tensor) -> Tensor:
@@ -64,14 +64,14 @@ def broken() -> BuildResult:
 
 
 @pytest.fixture(autouse=True)
-def real_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lengths of duels as they are: other tests shorten them."""
+def real_durations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real durations of comparisons, which `no_settling` shortens for other tests."""
     monkeypatch.setattr(autotune, "MIN_SECONDS", 0.33)
     monkeypatch.setattr(autotune, "MAX_SECONDS", 1.0)
 
 
 @pytest.mark.parametrize("order", [("slow", "fast"), ("fast", "slow")])
-def test_the_fastest_wins_by_five_percent_whichever_comes_first(order: tuple[str, ...]) -> None:
+def test_five_percent_decide_in_either_order(order: tuple[str, ...]) -> None:
     machine = Machine()
     candidates = {"slow": machine.candidate(0.0525), "fast": machine.candidate(0.05)}
     found = machine.fastest({name: candidates[name] for name in order})
@@ -79,14 +79,14 @@ def test_the_fastest_wins_by_five_percent_whichever_comes_first(order: tuple[str
     assert found.times_s == pytest.approx({"slow": 0.0525, "fast": 0.05})
 
 
-def test_of_equals_the_first_stays() -> None:
+def test_ties_keep_the_first_candidate() -> None:
     machine = Machine()
     found = machine.fastest({name: machine.candidate(0.05) for name in ("a", "b", "c")})
     assert found.name == "a"
     assert found.tried == "a 50 ms, b 50 ms, c 50 ms"
 
 
-def test_a_machine_that_slows_down_meanwhile_hits_both_alike() -> None:
+def test_drift_of_the_machine_does_not_decide() -> None:
     machine = Machine(lambda call: 1.0 + call / 20)
     candidates = {"slow": machine.candidate(0.055), "fast": machine.candidate(0.05)}
     assert machine.fastest(candidates).name == "fast"
@@ -98,22 +98,24 @@ def test_a_single_slow_call_does_not_decide() -> None:
     assert machine.fastest(candidates).name == "fast"
 
 
-def test_one_that_is_clearly_behind_costs_two_pairs_and_a_close_one_a_second() -> None:
+def test_a_clear_loser_takes_two_rounds_and_a_close_one_a_second() -> None:
     clear, close = Machine(), Machine()
     clear.fastest({"fast": clear.candidate(0.05), "slow": clear.candidate(0.08)})
-    assert clear.calls == 2 + 2 * 2 * 2  # a check of each; an untimed and a timed call of each
+    assert (
+        clear.calls == 2 + 2 * 2 * 2
+    )  # one check each; two rounds of an untimed and a timed call each
     close.fastest({"fast": close.candidate(0.01), "slow": close.candidate(0.0101)})
     assert 1.0 < close.now < 1.2
 
 
 @pytest.mark.parametrize("call_s", [1e-3, 0.016, 0.07])
-def test_a_duel_takes_about_a_third_of_a_second(call_s: float) -> None:
+def test_a_comparison_takes_about_a_third_of_a_second(call_s: float) -> None:
     machine = Machine()
     machine.fastest({"a": machine.candidate(call_s), "b": machine.candidate(1.2 * call_s)})
     assert machine.now < 0.33 + (2 * 2 * autotune.MIN_ROUNDS + 2) * 1.2 * call_s
 
 
-def test_candidates_that_raise_or_disagree_are_out_with_their_reason() -> None:
+def test_candidates_that_raise_or_disagree_are_rejected_with_their_error() -> None:
     machine = Machine()
     candidates = {"first": broken, "wrong": machine.candidate(0.01, label=2.0)}
     found = machine.fastest({**candidates, "third": machine.candidate(0.05), "last": broken})
@@ -121,12 +123,12 @@ def test_candidates_that_raise_or_disagree_are_out_with_their_reason() -> None:
     assert found.tried == ("first: no such device; wrong: outputs disagree; last: no such device")
 
 
-def test_where_all_raise_the_error_is_the_first_ones() -> None:
+def test_if_all_candidates_raise_the_first_error_propagates() -> None:
     with pytest.raises(RuntimeError, match="no such device"):
         Machine().fastest({"first": broken, "second": Machine().candidate(0.1, label=0.0)})
 
 
-def test_never_more_than_two_are_held_and_in_the_end_one() -> None:
+def test_at_most_two_candidates_are_alive_and_finally_one() -> None:
     machine = Machine()
     times = (0.05, 0.04, 0.06, 0.03, 0.031)
     found = machine.fastest({str(seconds): machine.candidate(seconds) for seconds in times})
@@ -135,7 +137,7 @@ def test_never_more_than_two_are_held_and_in_the_end_one() -> None:
     assert len(machine.alive) == 1
 
 
-def test_when_time_is_over_no_further_one_is_begun() -> None:
+def test_after_the_autotuning_budget_candidates_are_skipped() -> None:
     machine = Machine()
     candidates = {name: machine.candidate(0.05, build_s=5.0) for name in ("a", "b", "c")}
     found = machine.fastest(candidates, seconds=8.0)
@@ -143,7 +145,7 @@ def test_when_time_is_over_no_further_one_is_begun() -> None:
     assert found.tried.endswith("; c: skipped: autotuning budget of 8 s exceeded (--tune_seconds)")
 
 
-def test_where_memory_is_short_no_further_one_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_too_little_memory_candidates_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "available_bytes", lambda device: 10**9)
     machine = Machine()
     candidates = {name: machine.candidate(0.05) for name in ("a", "b")}
@@ -152,5 +154,5 @@ def test_where_memory_is_short_no_further_one_is_begun(monkeypatch: pytest.Monke
     assert found.tried == "b: skipped: may require 2.0 GB, 1.0 GB available"
 
 
-def test_chunks_are_all_models_and_their_halves() -> None:
+def test_chunk_sizes_are_n_repeatedly_halved() -> None:
     assert [chunked.sizes(count) for count in (1, 2, 6)] == [[1], [2, 1], [6, 3, 2, 1]]

@@ -1,4 +1,4 @@
-"""`best` tries what could win here, and keeps the fastest."""
+"""`best`: selection of the fastest candidate."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ PEERS = [name for name, strategy in STRATEGIES.items() if strategy.module == "pe
 
 
 @dataclass(frozen=True)
-class Made(Strategy):
-    """A strategy of this file."""
+class FakeStrategy(Strategy):
+    """A strategy defined by a test."""
 
     build: Builder | None = None
 
@@ -31,18 +31,18 @@ class Made(Strategy):
 
 @pytest.fixture
 def candidates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts strategies of a test's own into the registry, and makes them the candidates."""
+    """Registers the test's own strategies and makes them the candidates."""
 
     def install(**builders: Builder) -> None:
         for name, build in builders.items():
-            monkeypatch.setitem(STRATEGIES, name, Made("", "", "made for a test", build=build))
+            monkeypatch.setitem(STRATEGIES, name, FakeStrategy("", "", "for a test", build=build))
         monkeypatch.setitem(best.CANDIDATES, "cpu", ("loop", *builders))
 
     return install
 
 
 def sleeping(seconds: float, off: float = 0.0) -> Builder:
-    """The logits of the models, `off` by so much, after so long."""
+    """A builder: the logits of the models plus `off`, after `seconds`."""
 
     def build(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
         def forward(x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def sleeping(seconds: float, off: float = 0.0) -> Builder:
 
 
 @pytest.mark.parametrize("names", [*best.CANDIDATES.values(), best.OTHER_DEVICES])
-def test_every_candidate_is_a_strategy_of_ours_and_the_loop_is_the_first(
+def test_candidates_are_strategies_without_peers_and_start_with_the_loop(
     names: tuple[str, ...],
 ) -> None:
     assert set(names) <= set(STRATEGIES) - {"best", *PEERS}
@@ -64,17 +64,19 @@ def test_every_candidate_is_a_strategy_of_ours_and_the_loop_is_the_first(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_what_is_picked_runs_in_every_dtype(dtype: torch.dtype) -> None:
+def test_best_runs_in_every_dtype(dtype: torch.dtype) -> None:
     models = [model.to(dtype) for model in tiny_models(2)]
     x = torch.randn(1, 3, 8, 8, dtype=dtype)
     assert ensemble.build("best", models, x)(x).dtype == dtype
 
 
-def test_the_fastest_is_kept_and_the_note_says_what_was_tried(
+def test_the_fastest_is_selected_and_the_note_lists_the_candidates(
     candidates: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     candidates(slow=sleeping(0.05), fast=sleeping(0.01))
-    monkeypatch.setitem(best.CANDIDATES, "cpu", ("slow", "fast"))  # a loop of milliseconds wins
+    monkeypatch.setitem(
+        best.CANDIDATES, "cpu", ("slow", "fast")
+    )  # without the loop, which would win
     models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
     built = strategies.build_unverified("best", models, x)
     assert built.choice is not None
@@ -85,14 +87,14 @@ def test_the_fastest_is_kept_and_the_note_says_what_was_tried(
     torch.testing.assert_close(built.forward(x), independent(models, x))
 
 
-def test_where_nothing_is_faster_it_is_the_loop(candidates: Callable[..., None]) -> None:
+def test_if_nothing_is_faster_the_loop_is_selected(candidates: Callable[..., None]) -> None:
     candidates(slow=sleeping(0.01))
     built = strategies.build_unverified("best", tiny_models(2), torch.randn(1, 3, 8, 8))
     assert built.choice is not None
     assert built.choice.name == "loop"
 
 
-def test_a_fast_one_that_is_wrong_is_out_with_the_reason(candidates: Callable[..., None]) -> None:
+def test_a_fast_but_wrong_candidate_is_rejected(candidates: Callable[..., None]) -> None:
     def wrong(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
         return BuildResult(lambda x: torch.zeros(len(models), len(x), 5))
 
@@ -105,7 +107,7 @@ def test_a_fast_one_that_is_wrong_is_out_with_the_reason(candidates: Callable[..
         assert "wrong: outputs disagree: model 0 has an error of 1.0e+00" in built.choice.note
 
 
-def test_a_lack_of_memory_costs_the_candidate_alone(candidates: Callable[..., None]) -> None:
+def test_out_of_memory_only_rejects_the_candidate(candidates: Callable[..., None]) -> None:
     def greedy(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
         raise torch.OutOfMemoryError("no room for 1 TB")
 
@@ -115,7 +117,7 @@ def test_a_lack_of_memory_costs_the_candidate_alone(candidates: Callable[..., No
     assert built.choice.note == "picked loop (tried: greedy: no room for 1 TB)"
 
 
-def test_a_model_that_cannot_be_traced_is_run_by_what_runs_its_code() -> None:
+def test_an_untraceable_model_is_run_by_a_strategy_without_tracing() -> None:
     class Branching(TinyNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if x.sum() > 0 else super().forward(-x)
@@ -132,7 +134,7 @@ def test_a_model_that_cannot_be_traced_is_run_by_what_runs_its_code() -> None:
     torch.testing.assert_close(built.forward(x), independent(models, x))
 
 
-def test_models_that_differ_are_run_by_the_loop_or_one_after_another() -> None:
+def test_models_of_different_architectures_are_supported() -> None:
     models: list[nn.Module] = [
         *tiny_models(1),
         torchvision.models.squeezenet1_1(num_classes=5).eval(),
@@ -143,7 +145,7 @@ def test_models_that_differ_are_run_by_the_loop_or_one_after_another() -> None:
     )
 
 
-def test_models_that_give_a_map_of_classes_are_checked_and_run() -> None:
+def test_segmentation_outputs_are_checked_and_supported() -> None:
     torch.manual_seed(0)
     models: list[nn.Module] = [
         nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 5, 1)).eval()
@@ -159,7 +161,7 @@ def test_models_that_give_a_map_of_classes_are_checked_and_run() -> None:
     torch.testing.assert_close(built.forward(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_best_is_what_users_take_home() -> None:
+def test_best_supports_resnets_built_from_a_blank_example() -> None:
     torch.manual_seed(0)
     models = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(2)]
     built = strategies.build_unverified("best", models, torch.zeros(1, 3, 64, 64))

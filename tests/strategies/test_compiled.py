@@ -1,4 +1,4 @@
-"""What `torch.compile` cannot do is refused, in one line."""
+"""Errors of `torch.compile`."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from ensemble.errors import UnavailableError
 from ensemble.strategies import compiled
 
 
-def test_a_graph_that_the_compiler_fails_on_is_refused_with_its_reason(
+def test_a_backend_failure_is_unavailable_with_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(graph: torch.fx.GraphModule, example: list[Tensor]) -> None:

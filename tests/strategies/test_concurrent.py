@@ -1,4 +1,4 @@
-"""Threads of `concurrent`: what they leave as it was, and what a forked process does without."""
+"""The thread pools of `concurrent`: no side effects on thread counts, and fork safety."""
 
 import os
 import subprocess
@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["concurrent", "prepacked_concurrent"]
 
 
-def settings() -> tuple[int, int]:
-    """The threads of torch here, and in a thread that has just begun."""
+def thread_counts() -> tuple[int, int]:
+    """torch's thread count in this thread, and in a new one."""
     seen: list[int] = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
@@ -42,22 +42,18 @@ def three_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_models", [1, 3, 4])
-def test_build_and_call_leave_the_settings_of_torch_as_they_were(
-    name: str, num_models: int
-) -> None:
+def test_build_and_call_preserve_torchs_thread_counts(name: str, num_models: int) -> None:
     x = torch.randn(1, 3, 8, 8)
-    assert settings() == (3, 3)
+    assert thread_counts() == (3, 3)
     forward = ensemble.build(name, tiny_models(num_models), x)
-    assert settings() == (3, 3)
+    assert thread_counts() == (3, 3)
     forward(x)
-    assert settings() == (3, 3)
+    assert thread_counts() == (3, 3)
 
 
 @pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize(("num_models", "threads"), [(1, [3]), (3, [1] * 3), (4, [1, 1, 1, 3])])
-def test_each_worker_computes_on_the_threads_that_the_plan_gives_it(
-    num_models: int, threads: list[int]
-) -> None:
+def test_each_worker_has_the_planned_number_of_threads(num_models: int, threads: list[int]) -> None:
     def one(x: torch.Tensor) -> torch.Tensor:
         return torch.tensor(torch.get_num_threads())
 
@@ -67,36 +63,36 @@ def test_each_worker_computes_on_the_threads_that_the_plan_gives_it(
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_a_thread_with_a_setting_of_its_own_changes_nothing_for_others() -> None:
+def test_a_thread_with_its_own_thread_count_does_not_affect_others() -> None:
     x = torch.randn(1, 3, 8, 8)
-    begun, may_end, seen = threading.Event(), threading.Event(), []
+    started, may_end, seen = threading.Event(), threading.Event(), []
 
     def set_own() -> None:
-        torch.get_num_threads()  # torch gives a new thread its number now, and not later
+        torch.get_num_threads()  # initializes the count of this thread
         torch.set_num_threads(2)
-        begun.set()
+        started.set()
         may_end.wait()
         ensemble.build("concurrent", tiny_models(4), x)
         seen.append(torch.get_num_threads())
 
     thread = threading.Thread(target=set_own)
     thread.start()
-    begun.wait()
+    started.wait()
     torch.set_num_threads(3)
     may_end.set()
     thread.join()
-    assert (seen, settings()) == ([2], (3, 3))
+    assert (seen, thread_counts()) == ([2], (3, 3))
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_a_build_that_fails_leaves_the_settings_of_torch_as_they_were(
+def test_a_failed_build_preserves_torchs_thread_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Failing(ThreadPoolExecutor):
         submitted = 0
 
         def submit(self, *arguments: Any, **options: Any) -> Any:
-            """As where the system has no more threads."""
+            """Fail as if the system had no more threads."""
             Failing.submitted += self._max_workers > 1
             if Failing.submitted == 2:
                 raise RuntimeError("can't start new thread")
@@ -105,7 +101,7 @@ def test_a_build_that_fails_leaves_the_settings_of_torch_as_they_were(
     monkeypatch.setattr(concurrent, "ThreadPoolExecutor", Failing)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         ensemble.build("concurrent", tiny_models(3), torch.randn(1, 3, 8, 8))
-    assert settings() == (3, 3)
+    assert thread_counts() == (3, 3)
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -130,13 +126,13 @@ def test_calls_from_several_threads_do_not_mix(name: str, num_models: int) -> No
         quick=2,
     ),
 )
-def test_a_process_that_is_forked_after_a_call_can_call_too(name: str, num_models: int) -> None:
+def test_a_forked_process_can_call_the_forward(name: str, num_models: int) -> None:
     program = """
-import gc; gc.disable()  # its imports take a third less
+import gc; gc.disable()  # imports take a third less
 import os, sys, torch, ensemble
 from tests.tiny import tiny_models
 torch.set_num_threads(2)
-x = torch.randn(2, 3, 64, 64)  # enough for OpenMP's threads, which the child does not inherit
+x = torch.randn(2, 3, 64, 64)  # large enough for OpenMP threads, which the child lacks
 forward = ensemble.build(sys.argv[1], tiny_models(int(sys.argv[2])), x)
 expected = forward(x)
 child = os.fork()

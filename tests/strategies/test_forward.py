@@ -1,4 +1,4 @@
-"""A built forward, the same for every strategy: what it takes, refuses and returns."""
+"""The contract of built forwards, for every strategy: inputs, outputs, errors."""
 
 import contextlib
 import copy
@@ -33,7 +33,7 @@ by_every_strategy = pytest.mark.parametrize("name", QUICK)
 
 
 class Net(nn.Module):
-    """`use(self, x)` of the layers of a small net."""
+    """A small net whose forward is `use(self, x)`."""
 
     def __init__(self, use: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
@@ -63,14 +63,14 @@ def nets(use: Callable[[Any, Tensor], Any], count: int = 2) -> list[nn.Module]:
 
 
 def check(name: str, models: list[nn.Module], example: Tensor, *inputs: Tensor) -> None:
-    """Build, and compare with each model called by itself."""
+    """Build, and compare with separate calls of the models."""
     forward = ensemble.build(name, models, example)
     for x in inputs or (example,):
         expected = independent(models, x.clone())
         torch.testing.assert_close(forward(x), expected, rtol=1e-4, atol=1e-4)
 
 
-# What comes in
+# Inputs
 
 NORMALIZED = lambda self, x: self.classify((x - self.mean) / 2)  # noqa: E731
 PATCHES = lambda self, x: self.patches(x.reshape(len(x), -1, 48)).mean(1)  # noqa: E731
@@ -91,7 +91,7 @@ PATCHES = lambda self, x: self.patches(x.reshape(len(x), -1, 48)).mean(1)  # noq
     ],
     ids=str,
 )
-def test_another_shape_than_the_examples_is_refused_before_anything_runs(
+def test_a_shape_unequal_to_the_examples_is_rejected_before_running(
     name: str, use: Callable[[Any, Tensor], Tensor], shape: tuple[int, ...]
 ) -> None:
     forward = ensemble.build(name, nets(use), torch.randn(2, 3, 8, 8))
@@ -115,7 +115,7 @@ def test_another_shape_than_the_examples_is_refused_before_anything_runs(
     ],
     ids=["float64", "uint8", "meta", "sparse", "list", "gradient"],
 )
-def test_an_input_of_another_kind_is_refused_in_words(name: str, x: Any, found: str) -> None:
+def test_an_invalid_input_is_rejected_with_a_clear_error(name: str, x: Any, found: str) -> None:
     forward = ensemble.build(name, tiny_models(2), torch.randn(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"x: expected a .*tensor") as error:
         forward(x)
@@ -124,7 +124,7 @@ def test_an_input_of_another_kind_is_refused_in_words(name: str, x: Any, found: 
 
 
 class Image(Tensor):
-    """A subclass that computes like a tensor, as torchvision's `tv_tensors` do."""
+    """A subclass that behaves like a tensor, as torchvision's `tv_tensors` do."""
 
 
 def strided() -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ def strided() -> dict[str, Tensor]:
 
 @by_every_strategy
 @pytest.mark.parametrize("kind", strided())
-def test_an_input_may_lie_in_memory_in_any_order(name: str, kind: str) -> None:
+def test_an_input_may_have_any_strides(name: str, kind: str) -> None:
     x = strided()[kind]
     before = x.clone()
     check(name, nets(NORMALIZED), torch.randn(2, 3, 8, 8), x)
@@ -160,7 +160,7 @@ def test_an_input_may_lie_in_memory_in_any_order(name: str, kind: str) -> None:
     ids=["always", "by data", "in one branch"],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_every_model_sees_the_callers_values_and_the_caller_keeps_them(
+def test_every_model_sees_the_callers_values_and_the_input_is_unchanged(
     name: str, write: Callable[[Tensor], Tensor], memory_format: torch.memory_format
 ) -> None:
     def use(self: Any, x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_every_model_sees_the_callers_values_and_the_caller_keeps_them(
     assert torch.equal(example, given)
 
 
-# What goes out
+# Outputs
 
 OUTPUTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "logits": lambda self, x: self.classify(x),
@@ -203,7 +203,7 @@ OUTPUTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", [*QUICK, BEST])
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("per_model", [False, True])
-def test_a_result_is_an_ordinary_tensor_that_is_the_callers_alone(
+def test_a_result_is_an_ordinary_tensor_that_owns_its_memory(
     name: str, output: str, per_model: bool
 ) -> None:
     models = nets(OUTPUTS[output])
@@ -229,12 +229,12 @@ def test_a_head_can_be_trained_on_results(name: str) -> None:
 
 
 class Output(dict[str, Tensor]):
-    """A mapping of its own class."""
+    """A dict subclass."""
 
 
 @pytest.mark.parametrize("name", [*QUICK, BEST])
 @pytest.mark.parametrize("kind", ["dict", "Output", "tuple", "list", "NoneType"])
-def test_models_that_give_no_single_tensor_are_refused_in_words(name: str, kind: str) -> None:
+def test_models_that_do_not_return_a_single_tensor_are_rejected(name: str, kind: str) -> None:
     def use(self: Any, x: Tensor) -> Any:
         y = self.classify(x)
         made = {"dict": {"out": y}, "Output": Output(out=y), "tuple": (y, x), "list": [y, y]}
@@ -245,18 +245,18 @@ def test_models_that_give_no_single_tensor_are_refused_in_words(name: str, kind:
         ensemble.build(name, nets(use), x, tune_seconds=1.0)(x)
 
 
-def test_models_that_differ_in_their_classes_are_named() -> None:
+def test_models_with_different_numbers_of_classes_are_named() -> None:
     models = [nn.Sequential(nn.Flatten(), nn.Linear(12, n)).eval() for n in (5, 5, 7)]
     x = torch.randn(1, 3, 2, 2)
     with pytest.raises(ValueError, match=r"got \(1, 5\) in .* model 0 and \(1, 7\) in .* model 2"):
         ensemble.build("loop", models, x)(x)
 
 
-# What vmap and traces cannot do
+# Limitations of vmap and tracing
 
 
 class Swish(torch.autograd.Function):
-    """Of the old form, without `setup_context`."""
+    """Old-style, without `setup_context`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -287,9 +287,7 @@ CANNOT: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
 
 @by_every_strategy
 @pytest.mark.parametrize("what", CANNOT)
-def test_what_a_strategy_cannot_do_is_refused_in_words_and_all_else_is_right(
-    name: str, what: str
-) -> None:
+def test_unsupported_models_are_unavailable_and_others_are_correct(name: str, what: str) -> None:
     use, refusing = CANNOT[what]
     models, x = nets(use, 3), torch.rand(1, 3, 8, 8)
     if name not in refusing:
@@ -298,11 +296,11 @@ def test_what_a_strategy_cannot_do_is_refused_in_words_and_all_else_is_right(
     with pytest.raises(UnavailableError) as error:
         ensemble.build(name, models, x)(x)
     assert "\n" not in str(error.value)
-    assert "vmap: " not in str(error.value)  # torch's own words
+    assert "vmap: " not in str(error.value)  # the raw message of torch
 
 
 @by_every_strategy
-def test_models_that_are_random_are_drawn_anew_or_refused(name: str) -> None:
+def test_random_models_draw_new_numbers_in_each_call_or_are_unavailable(name: str) -> None:
     def use(self: Any, x: Tensor) -> Tensor:
         return self.fc(functional.dropout(self.conv(x).relu().mean((2, 3)), 0.5))
 
@@ -319,14 +317,14 @@ def test_models_that_are_random_are_drawn_anew_or_refused(name: str) -> None:
     assert not torch.equal(one[0, 0], one[0, 1])
 
 
-def test_best_says_of_random_models_what_is_in_its_way() -> None:
+def test_best_reports_that_models_are_random() -> None:
     models = nets(lambda self, x: functional.dropout(self.classify(x), 0.5))
     with pytest.raises(ValueError, match="models that are random in eval mode"):
         ensemble.build(BEST, models, torch.randn(2, 3, 8, 8), tune_seconds=1.0)
 
 
 @by_every_strategy
-def test_what_the_models_raise_themselves_reaches_the_caller(name: str) -> None:
+def test_errors_of_the_models_propagate(name: str) -> None:
     def use(self: Any, x: Tensor) -> Tensor:
         if torch.isnan(x).any():
             raise LookupError("NaN in the image")
@@ -342,25 +340,25 @@ def test_what_the_models_raise_themselves_reaches_the_caller(name: str) -> None:
         forward(x * float("nan"))
 
 
-def test_a_missing_batching_rule_is_a_note_and_no_warning_to_the_user() -> None:
+def test_a_missing_batching_rule_is_a_note_instead_of_a_warning() -> None:
     models = nets(lambda self, x: functional.adaptive_avg_pool2d(self.conv(x), 1).flatten(1))
     x = torch.randn(2, 3, 8, 8)
     built = ensemble.strategies.build_unverified("folded_vmap", models, x)
-    for _ in range(2):  # warnings are errors in these tests
+    for _ in range(2):  # pytest turns warnings into errors
         torch.testing.assert_close(built.forward(x), independent(models, x), rtol=1e-4, atol=1e-4)
     assert "no batching rule for aten::as_strided_: a loop over the models" in built.deferred_note()
 
 
-def test_a_resnets_mean_over_pixels_meets_no_missing_batching_rule() -> None:
+def test_global_average_pooling_needs_no_missing_batching_rule() -> None:
     models = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)).eval() for _ in range(2)]
     built = ensemble.strategies.build_unverified("folded_vmap", models, torch.randn(2, 3, 8, 8))
     built.forward(torch.randn(2, 3, 8, 8))
     assert built.deferred_note() == ""
 
 
-# What it is built and called in
+# Contexts of builds and calls
 
-SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+CONTEXTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "default device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference mode": torch.inference_mode,
@@ -369,16 +367,16 @@ SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = 
 
 
 @pytest.mark.parametrize("name", [*QUICK, BEST])
-@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("around", ["build", "call"])
-def test_what_is_set_around_a_build_or_call_changes_nothing(
-    name: str, surroundings: str, around: str
+def test_contexts_around_a_build_or_call_have_no_effect(
+    name: str, context: str, around: str
 ) -> None:
     models, x, other = tiny_models(2), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     expected = independent(models, other)
-    with SURROUNDINGS[surroundings]() if around == "build" else contextlib.nullcontext():
+    with CONTEXTS[context]() if around == "build" else contextlib.nullcontext():
         forward = ensemble.build(name, models, x, tune_seconds=1.0)
-    with SURROUNDINGS[surroundings]() if around == "call" else contextlib.nullcontext():
+    with CONTEXTS[context]() if around == "call" else contextlib.nullcontext():
         for given in (other, other.transpose(2, 3).contiguous().transpose(2, 3)):
             found = forward(given)
             assert (found.device.type, found.dtype) == ("cpu", torch.float32)
@@ -387,7 +385,7 @@ def test_what_is_set_around_a_build_or_call_changes_nothing(
 
 @by_every_strategy
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_outputs_of_another_dtype_are_put_together_without_autocast(
+def test_outputs_of_another_dtype_are_stacked_without_autocast(
     name: str, dtype: torch.dtype
 ) -> None:
     models, x = nets(lambda self, x: self.classify(x).to(dtype)), torch.randn(2, 3, 8, 8)
@@ -399,7 +397,7 @@ def test_outputs_of_another_dtype_are_put_together_without_autocast(
 
 @pytest.mark.parametrize("name", [name for name in QUICK if name not in ("loop", *VMAPS[:2])])
 @pytest.mark.parametrize("num_models", [1, 2])
-def test_weights_that_change_later_are_not_seen_in_part(name: str, num_models: int) -> None:
+def test_later_weight_updates_are_not_partially_visible(name: str, num_models: int) -> None:
     def use(self: Any, x: Tensor) -> Tensor:
         y = functional.layer_norm(self.conv(x), [8, 8], self.own, self.own)
         return torch.cat([self.fc(y.mean((2, 3))), self.anchors[:2, :3] * 2], 1)
@@ -416,7 +414,7 @@ def test_weights_that_change_later_are_not_seen_in_part(name: str, num_models: i
 
 
 @by_every_strategy
-def test_hooks_of_all_modules_are_heeded(name: str) -> None:
+def test_global_module_hooks_are_applied(name: str) -> None:
     def hook(module: nn.Module, arguments: object, result: Any) -> Any:
         return result * 1.5 if isinstance(module, nn.BatchNorm2d) else None
 
@@ -428,7 +426,7 @@ def test_hooks_of_all_modules_are_heeded(name: str) -> None:
 
 
 @by_every_strategy
-def test_attributes_that_cannot_be_copied_are_no_obstacle(name: str) -> None:
+def test_attributes_that_cannot_be_copied_are_supported(name: str) -> None:
     models = tiny_models(2)
     for model in models:
         vars(model).update(lock=threading.Lock(), rng=torch.Generator(), held=[threading.Lock()])
@@ -460,7 +458,7 @@ def test_a_forward_can_be_called_by_several_threads_at_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(("caller", "builder"), [("loop", "folded_vmap"), ("vmap", "lowered_vmap")])
-def test_calls_go_on_while_another_thread_builds(caller: str, builder: str) -> None:
+def test_calls_are_correct_while_another_thread_builds(caller: str, builder: str) -> None:
     models, others, x = tiny_models(2), tiny_models(2), torch.randn(2, 3, 8, 8)
     forward, expected, wrong = ensemble.build(caller, models, x), independent(models, x), []
 
@@ -480,14 +478,14 @@ def test_calls_go_on_while_another_thread_builds(caller: str, builder: str) -> N
         torch.testing.assert_close(independent(models, x), expected)
         calls += 1
     assert not wrong, wrong[0]
-    assert nn.Module.__call__.__qualname__ == "Module._wrapped_call_impl"  # nothing stays patched
+    assert nn.Module.__call__.__qualname__ == "Module._wrapped_call_impl"  # no patch remains
 
 
-# What it is not
+# Unsupported uses
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_forward_that_is_copied_or_pickled_says_what_to_do(copied: Callable[[Any], Any]) -> None:
+def test_copying_or_pickling_a_forward_raises_with_advice(copied: Callable[[Any], Any]) -> None:
     forward = ensemble.build("loop", tiny_models(2), torch.randn(2, 3, 8, 8))
     with pytest.raises(TypeError, match=r"cannot be pickled or copied.* call ensemble.build there"):
         copied(forward)
@@ -495,7 +493,7 @@ def test_a_forward_that_is_copied_or_pickled_says_what_to_do(copied: Callable[[A
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("name", ["loop", "concurrent", "lowered_vmap"])
-def test_a_forward_that_is_traced_says_that_it_cannot(name: str) -> None:
+def test_tracing_a_forward_raises(name: str) -> None:
     x = torch.randn(2, 3, 8, 8)
     forward = ensemble.build(name, tiny_models(2), x)
     with pytest.raises(UnavailableError, match="cannot be traced, exported or compiled"):
@@ -504,12 +502,12 @@ def test_a_forward_that_is_traced_says_that_it_cannot(name: str) -> None:
         torch.jit.trace(forward, x)
 
 
-def test_a_forward_says_what_it_is() -> None:
+def test_the_repr_of_a_forward_names_strategy_and_example() -> None:
     forward = ensemble.build("loop", tiny_models(2), torch.randn(2, 3, 8, 8))
     assert repr(forward) == ("<loop forward of 2 models, x: (2, 3, 8, 8) in torch.float32 on cpu>")
 
 
-# What `build` is given
+# Arguments of `build`
 
 
 def two_inputs(self: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -545,7 +543,7 @@ X = torch.randn(1, 3, 8, 8)
         ([*tiny_models(1), TinyNet().eval().double()], X, "example: expected torch.float64 on cpu"),
     ],
 )
-def test_what_build_cannot_use_is_refused_by_the_arguments_name(
+def test_invalid_arguments_of_build_are_rejected_by_name(
     models: Any, example: Any, message: str
 ) -> None:
     for name in ("loop", "lowered_vmap"):
@@ -555,19 +553,19 @@ def test_what_build_cannot_use_is_refused_by_the_arguments_name(
 
 
 @pytest.mark.parametrize("name", [name for name in QUICK if name not in ("loop", *VMAPS[:2])])
-def test_an_example_that_the_models_cannot_run_is_refused_at_build(name: str) -> None:
+def test_an_example_that_the_models_fail_with_is_rejected_at_build(name: str) -> None:
     with pytest.raises(ValueError, match="example: model 0 fails with it: RuntimeError: Given gr"):
         ensemble.build(name, tiny_models(2), torch.randn(2, 4, 8, 8))
 
 
 @by_every_strategy
-def test_models_without_tensors_are_an_ensemble_too(name: str) -> None:
+def test_models_without_tensors_are_supported(name: str) -> None:
     check(name, [nn.Sequential(nn.AvgPool2d(2), nn.Flatten()).eval() for _ in range(2)], X)
 
 
 @pytest.mark.parametrize("name", ["lowered_vmap", "prepacked_loop"])
-def test_builds_leave_nothing_behind(name: str) -> None:
-    """torch keeps the source of every graph, and graphs refer to themselves."""
+def test_builds_do_not_leak_graphs_or_sources(name: str) -> None:
+    """torch caches the source of every graph, and graphs contain reference cycles."""
 
     def graphs() -> int:
         return sum(isinstance(each, fx.GraphModule) for each in gc.get_objects())
@@ -581,7 +579,7 @@ def test_builds_leave_nothing_behind(name: str) -> None:
         before = graphs()
         forward = ensemble.build(name, models, x)
         forward(x)
-        gc.collect()  # what the build itself has left
+        gc.collect()  # the cycles of the build
         held = graphs()
         del forward
         assert graphs() == before < held

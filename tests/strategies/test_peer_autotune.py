@@ -1,4 +1,4 @@
-"""Which setting of another runtime is the fastest, on a fake clock."""
+"""The autotuner of another runtime's settings, on a fake clock."""
 
 import weakref
 from collections.abc import Callable
@@ -15,7 +15,7 @@ EXAMPLE = torch.ones(1, 3, 4, 4)
 
 
 class Machine:
-    """A clock that fake settings and sleeps move on; its calls take `load` times as long."""
+    """A clock advanced by fake settings, whose calls are slowed by `load(call)`, and by sleeps."""
 
     def __init__(self, load: Callable[[int], float] = lambda call: 1.0) -> None:
         self.now, self.calls, self.load = 0.0, 0, load
@@ -27,7 +27,7 @@ class Machine:
         self.now += seconds
 
     def setting(self, seconds: float, label: float = 0.0) -> Callable[[int], RunModels]:
-        """A setting whose call takes `seconds`; its logits are `label`, one of each model."""
+        """A setting whose call takes `seconds` and returns the logit `label` per model."""
 
         def make(count: int) -> RunModels:
             def run(batches: list[Array]) -> list[Array]:
@@ -44,13 +44,13 @@ class Machine:
         self,
         settings: dict[str, Callable[[int], RunModels]],
         num_models: int = 2,
-        tried: int | None = None,
+        tuning_models: int | None = None,
     ) -> BuildResult:
         return peer_autotune.select_fastest(
             settings,
             EXAMPLE,
             num_models,
-            tuning_models=tried or num_models,
+            tuning_models=tuning_models or num_models,
             clock=self.clock,
             sleep=self.sleep,
         )
@@ -61,7 +61,7 @@ def broken(count: int) -> RunModels:
 
 
 @pytest.mark.parametrize("order", [("slow", "fast"), ("fast", "slow")])
-def test_the_fastest_setting_wins_by_three_percent_whichever_comes_first(
+def test_three_percent_decide_in_either_order(
     order: tuple[str, ...],
 ) -> None:
     machine = Machine()
@@ -70,8 +70,8 @@ def test_the_fastest_setting_wins_by_three_percent_whichever_comes_first(
     assert found.note.startswith("setting: fast (tried with 2 models: ")
 
 
-def test_a_machine_that_is_busy_during_one_short_trial_does_not_decide() -> None:
-    def load(call: int) -> float:  # the short trial of the first setting is 6 percent too slow
+def test_a_busy_machine_while_timing_one_setting_does_not_decide() -> None:
+    def load(call: int) -> float:  # the first setting is slowed by 6 % at first
         return 1.06 if call < 9 else 1.0
 
     machine = Machine(load)
@@ -85,25 +85,25 @@ def test_single_slow_calls_do_not_decide() -> None:
     assert found.note.startswith("setting: fast (")
 
 
-def test_settings_that_are_far_apart_cost_no_longer_trial() -> None:
+def test_clearly_different_settings_are_not_timed_again() -> None:
     machine = Machine()
     machine.fastest({"fast": machine.setting(0.05), "slow": machine.setting(0.08)})
     assert machine.calls == 2 * (1 + 2 * peer_autotune.SHORT.max_rounds)
 
 
 @pytest.mark.parametrize("call_s", [1e-4, 0.016, 0.07, 1.0])
-def test_a_trial_takes_seconds_whatever_a_call_takes(call_s: float) -> None:
+def test_tuning_takes_seconds_for_any_time_per_call(call_s: float) -> None:
     machine = Machine()
     machine.fastest({name: machine.setting(call_s) for name in ("a", "b", "c")})
     calls = 3 * (
         2 * (peer_autotune.SHORT.min_rounds + peer_autotune.LONG.min_rounds) + 2
-    )  # made even where each is long
+    )  # even if each call is slow
     rests = 3 * (1 + peer_autotune.LONG.max_rounds) * peer_autotune.REST_S
     limits = 3 * peer_autotune.SHORT.limit_s + peer_autotune.LONG.limit_s
     assert machine.now < limits + rests + calls * call_s
 
 
-def test_a_setting_that_raises_is_left_out_with_its_reason_and_the_others_are_tried() -> None:
+def test_a_setting_that_raises_is_rejected_with_its_error() -> None:
     machine = Machine()
     found = machine.fastest({"first": broken, "second": machine.setting(0.05, label=7.0)})
     assert found.note == (
@@ -112,7 +112,7 @@ def test_a_setting_that_raises_is_left_out_with_its_reason_and_the_others_are_tr
     assert stack_outputs(found.forward(EXAMPLE), 2).tolist() == [[[7.0]], [[7.0]]]
 
 
-def test_a_call_that_raises_leaves_its_setting_out() -> None:
+def test_a_setting_whose_call_raises_is_rejected() -> None:
     def make(count: int) -> RunModels:
         def run(batches: list[Array]) -> list[Array]:
             raise MemoryError
@@ -124,7 +124,7 @@ def test_a_call_that_raises_leaves_its_setting_out() -> None:
     assert found.note.endswith("second 50 ms; first: MemoryError)")
 
 
-def test_where_all_settings_raise_the_error_is_the_first_ones() -> None:
+def test_if_all_settings_raise_the_first_error_propagates() -> None:
     def other(count: int) -> RunModels:
         raise ValueError("another")
 
@@ -132,7 +132,7 @@ def test_where_all_settings_raise_the_error_is_the_first_ones() -> None:
         Machine().fastest({"first": broken, "second": other})
 
 
-def test_where_two_settings_together_need_too_much_the_short_trial_decides() -> None:
+def test_if_two_settings_exceed_the_memory_the_isolated_times_decide() -> None:
     machine, alive = Machine(), weakref.WeakSet[RunModels]()
 
     def scarce(seconds: float) -> Callable[[int], RunModels]:
@@ -149,14 +149,16 @@ def test_where_two_settings_together_need_too_much_the_short_trial_decides() -> 
     assert found.note.endswith("; interleaved timing: no room)")
 
 
-def test_the_setting_is_built_for_all_models_where_fewer_were_tried() -> None:
+def test_the_selected_setting_is_built_for_all_models() -> None:
     machine = Machine()
-    found = machine.fastest({"only": machine.setting(0.05, label=2.0)}, num_models=5, tried=3)
+    found = machine.fastest(
+        {"only": machine.setting(0.05, label=2.0)}, num_models=5, tuning_models=3
+    )
     assert stack_outputs(found.forward(EXAMPLE), 5).shape == (5, 1, 1)
     assert "tried with 3 models" in found.note
 
 
-def test_what_was_tried_and_lost_is_released() -> None:
+def test_losing_settings_are_released() -> None:
     machine, alive = Machine(), weakref.WeakSet[RunModels]()
 
     def noted(seconds: float) -> Callable[[int], RunModels]:
@@ -172,10 +174,10 @@ def test_what_was_tried_and_lost_is_released() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_models", "cores", "tried"), [(1, 2, 1), (8, 2, 8), (16, 2, 8), (17, 2, 9), (5, 64, 5)]
+    ("num_models", "cores", "tuned"), [(1, 2, 1), (8, 2, 8), (16, 2, 8), (17, 2, 9), (5, 64, 5)]
 )
-def test_all_models_are_tried_or_some_that_leave_as_many_over(
-    num_models: int, cores: int, tried: int
+def test_tuning_uses_all_models_or_a_subset_with_the_same_remainder(
+    num_models: int, cores: int, tuned: int
 ) -> None:
-    assert peer_autotune.tuning_size(num_models, cores) == tried
-    assert tried == num_models or (num_models - tried) % cores == 0
+    assert peer_autotune.tuning_size(num_models, cores) == tuned
+    assert tuned == num_models or (num_models - tuned) % cores == 0

@@ -1,4 +1,4 @@
-"""Other runtimes get each model's own weights, and are refused where they compute another thing."""
+"""Other runtimes: each model's own weights, and detection of wrong conversions."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.tiny import independent
 
 
 class Shifted(nn.Module):
-    """An exporter may fold `3 * shift` into a constant, which is that of one model."""
+    """An exporter may constant-fold `3 * shift`, with the weights of one model."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -22,9 +22,9 @@ class Shifted(nn.Module):
         return self.fc(torch.add(self.conv(x), self.shift, alpha=3).mean((2, 3)))
 
 
-@pytest.mark.filterwarnings("ignore")  # of other people's packages
+@pytest.mark.filterwarnings("ignore")  # of third-party packages
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_what_is_made_of_weights_alone_is_made_of_each_models_own(name: str) -> None:
+def test_constants_derived_from_weights_are_those_of_each_model(name: str) -> None:
     pytest.importorskip("onnxscript" if name == "onnxruntime" else name)
     models: list[nn.Module] = [Shifted(seed).eval().requires_grad_(False) for seed in range(3)]
     x = torch.randn(1, 3, 8, 8)
@@ -33,7 +33,7 @@ def test_what_is_made_of_weights_alone_is_made_of_each_models_own(name: str) -> 
 
 
 class ConvolvedConstant(nn.Module):
-    """OpenVINO writes the difference over the convolved constant, which the next call reads."""
+    """OpenVINO overwrites the convolved constant by the difference, which the next call reads."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class ConvolvedConstant(nn.Module):
         return self.fc(self.conv(self.place) - x).flatten(1)
 
 
-@pytest.mark.filterwarnings("ignore")  # of other people's packages
+@pytest.mark.filterwarnings("ignore")  # of third-party packages
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_a_runtime_is_right_at_every_call_or_refused(name: str) -> None:
+def test_a_runtime_is_correct_in_every_call_or_unavailable(name: str) -> None:
     pytest.importorskip("onnxscript" if name == "onnxruntime" else name)
     models: list[nn.Module] = [ConvolvedConstant(k).eval().requires_grad_(False) for k in range(3)]
     x = torch.randn(1, 3, 8, 8)

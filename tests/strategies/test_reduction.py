@@ -1,4 +1,4 @@
-"""The mean of probabilities, by values, and how it is checked against the loop's."""
+"""The mean of probabilities, and its comparison with the reference."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_the_mean_is_of_probabilities_over_the_models() -> None:
     )
 
 
-def test_sixteen_bits_are_summed_in_float32_and_an_unknown_reduction_is_refused() -> None:
+def test_sixteen_bit_logits_are_summed_in_float32_and_unknown_reductions_raise() -> None:
     assert reduce_logits(LOGITS.bfloat16(), "mean").dtype == torch.float32
     with pytest.raises(ValueError, match="expected a reduction of none, mean, got 'max'"):
         reduce_logits(LOGITS, "max")

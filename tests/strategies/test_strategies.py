@@ -1,8 +1,11 @@
-"""Every strategy of the registry gives the logits of the models themselves."""
+"""Every strategy of the registry returns the logits of separate calls of the models."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 
 import functorch
 import pytest
@@ -23,10 +26,11 @@ from tests.checkpoints import lively
 from tests.marks import some_slow
 from tests.tiny import TinyNet, independent, tiny_models
 
+ROOT = Path(__file__).parents[2]
 SHAPES = {"shared": (2, 3, 8, 8), "per_model": (3, 2, 3, 8, 8)}
 PEERS = [name for name, strategy in STRATEGIES.items() if strategy.module == "peers"]
-QUIET = pytest.mark.filterwarnings("ignore")  # of other people's packages
-QUIETER_COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own parts
+QUIET = pytest.mark.filterwarnings("ignore")  # of third-party packages
+QUIETER_COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch.compile
 
 
 def takes_seconds(name: str) -> bool:
@@ -34,7 +38,7 @@ def takes_seconds(name: str) -> bool:
 
 
 def from_registry(*, slow: bool) -> list[object]:
-    """Every strategy there is, to test; what compiles or tries settings is not in every test."""
+    """All strategies as test parameters, without those that take seconds unless `slow`."""
     return [
         pytest.param(name, marks=QUIET if name in PEERS else QUIETER_COMPILER)
         if takes_seconds(name)
@@ -46,12 +50,12 @@ def from_registry(*, slow: bool) -> list[object]:
 
 @lru_cache(maxsize=1)
 def resnets(arch: str) -> list[nn.Module]:
-    """Two, which tests read and leave as they are."""
+    """Two models, read-only."""
     return [lively(arch, seed).requires_grad_(False) for seed in range(2)]
 
 
 def built(name: str, models: Sequence[nn.Module], example: Tensor) -> BuildResult:
-    """The strategy, compiled afresh; where it cannot run here the test is skipped, and says why."""
+    """The built strategy, newly compiled; skips the test if it is unavailable here."""
     torch.compiler.reset()
     try:
         return strategies.build_unverified(name, models, example)
@@ -60,14 +64,14 @@ def built(name: str, models: Sequence[nn.Module], example: Tensor) -> BuildResul
 
 
 def largest_error(found: Tensor, expected: Tensor) -> float:
-    """Of any model, relative to its own largest logit."""
+    """The largest error of any model, relative to its largest logit."""
     errors = (found - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))
     return float(errors.max())
 
 
 @pytest.mark.parametrize("name", from_registry(slow=True))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_are_those_of_each_model_by_itself(name: str, shape: str) -> None:
+def test_logits_match_separate_calls_of_the_models(name: str, shape: str) -> None:
     models = tiny_models(3)
     example, x = torch.randn(2, *SHAPES[shape], generator=torch.Generator().manual_seed(1))
     forward = built(name, models, example).forward
@@ -77,7 +81,7 @@ def test_logits_are_those_of_each_model_by_itself(name: str, shape: str) -> None
 
 
 @pytest.mark.parametrize("name", from_registry(slow=False))
-def test_one_model_alone_is_an_ensemble(name: str) -> None:
+def test_a_single_model_is_an_ensemble(name: str) -> None:
     models, x = tiny_models(1), torch.randn(2, 3, 8, 8)
     assert largest_error(built(name, models, x).forward(x), independent(models, x)) < 1e-5
 
@@ -90,9 +94,7 @@ def test_one_model_alone_is_an_ensemble(name: str) -> None:
     ("arch", "per_model"),
     some_slow([("resnet18", True), ("resnet50", False)], quick=1),
 )
-def test_resnets_give_the_logits_of_the_models_themselves(
-    name: str, arch: str, per_model: bool
-) -> None:
+def test_logits_of_resnets_match_separate_calls(name: str, arch: str, per_model: bool) -> None:
     models = resnets(arch)
     x = torch.randn((2, 1, 3, 32, 32) if per_model else (1, 3, 32, 32))
     made = built(name, models, x)
@@ -111,15 +113,13 @@ def test_resnets_give_the_logits_of_the_models_themselves(
         quick=1,
     ),
 )
-def test_every_depth_of_resnet_gives_the_logits_of_the_models_themselves(
-    name: str, arch: str
-) -> None:
+def test_logits_of_every_resnet_depth_match_separate_calls(name: str, arch: str) -> None:
     models, x = resnets(arch), torch.randn(1, 3, 32, 32)
     assert largest_error(ensemble.build(name, models, x)(x), independent(models, x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", from_registry(slow=False))
-def test_nothing_is_recorded_for_a_gradient(name: str) -> None:
+def test_outputs_do_not_require_grad(name: str) -> None:
     models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
     for model in models:
         model.requires_grad_(True)
@@ -127,14 +127,12 @@ def test_nothing_is_recorded_for_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", from_registry(slow=True))
-@pytest.mark.parametrize("apart", [True, False])
-def test_a_later_ensemble_of_the_same_models_leaves_the_first_as_it_was(
-    name: str, apart: bool
-) -> None:
-    if takes_seconds(name) and not apart:
-        pytest.skip("the seconds are spent on models that lie apart")
+@pytest.mark.parametrize("separate", [True, False])
+def test_ensembles_of_the_same_models_are_independent(name: str, separate: bool) -> None:
+    if takes_seconds(name) and not separate:
+        pytest.skip("slow strategies are only tested with separate models")
     models, x = tiny_models(3), torch.randn(2, 3, 8, 8)
-    if not apart:
+    if not separate:
         slices = stacking.allocate(TinyNet(), 3, device=torch.device("cpu"))
         for model, source in zip(slices, models, strict=True):
             model.load_state_dict(source.state_dict())
@@ -149,8 +147,15 @@ def test_a_later_ensemble_of_the_same_models_leaves_the_first_as_it_was(
     assert [{n: t.data_ptr() for n, t in m.state_dict().items()} for m in models] == before
 
 
+def test_prepacked_can_be_the_first_strategy_of_a_process() -> None:
+    """Its operators are registered by its own imports, not by those of another strategy."""
+    command = [sys.executable, "-c", "import ensemble.strategies.prepacked"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", PEERS)
-def test_a_runtime_that_is_not_installed_says_how_to_install_it(
+def test_a_missing_runtime_is_reported_with_install_advice(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(package: str) -> None:
@@ -161,14 +166,14 @@ def test_a_runtime_that_is_not_installed_says_how_to_install_it(
         ensemble.build(name, tiny_models(1), torch.randn(1, 3, 8, 8))
 
 
-def test_jax_takes_resnets_only() -> None:
+def test_jax_supports_resnets_only() -> None:
     pytest.importorskip("jax", reason="pip install -r requirements-peers.txt")
     with pytest.raises(UnavailableError, match="jax requires a torchvision ResNet, got TinyNet"):
         ensemble.build("jax", tiny_models(1), torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name.startswith("cudagraph")])
-def test_cuda_graphs_elsewhere_are_unavailable_with_the_reason(name: str) -> None:
+def test_cuda_graphs_are_unavailable_on_other_devices(name: str) -> None:
     with pytest.raises(UnavailableError, match="CUDA graphs require a CUDA device, got cpu"):
         ensemble.build(name, tiny_models(1), torch.randn(1, 3, 8, 8))
 
@@ -184,13 +189,13 @@ def test_cuda_graphs_elsewhere_are_unavailable_with_the_reason(name: str) -> Non
         (3, 1, [([0, 1, 2], 1)]),
     ],
 )
-def test_models_are_spread_so_that_no_core_waits_for_long(
+def test_models_are_balanced_over_the_cores(
     num_models: int, cores: int, plan: list[tuple[list[int], int]]
 ) -> None:
     assert partition(num_models, cores) == plan
 
 
-def test_vmap_runs_on_the_models_own_memory() -> None:
+def test_vmap_aliases_the_models_memory() -> None:
     models = stacking.allocate(TinyNet(), 2, device=torch.device("cpu"))
     for model, source in zip(models, tiny_models(2), strict=True):
         model.load_state_dict(source.state_dict())
@@ -201,7 +206,7 @@ def test_vmap_runs_on_the_models_own_memory() -> None:
     assert bool((forward(x)[0] < 50).all())
 
 
-def test_vmap_without_combine_state_for_ensemble_gives_the_same(
+def test_vmap_without_combine_state_for_ensemble_is_equivalent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     models, x = tiny_models(3), torch.randn(2, 3, 8, 8)
@@ -210,7 +215,7 @@ def test_vmap_without_combine_state_for_ensemble_gives_the_same(
     torch.testing.assert_close(ensemble.build("vmap", models, x)(x), expected, rtol=0, atol=0)
 
 
-def test_an_unknown_strategy_is_named_with_those_there_are() -> None:
+def test_an_unknown_strategy_is_rejected_with_the_list_of_strategies() -> None:
     with pytest.raises(ValueError, match=r"expected a strategy of loop, vmap.*got 'magic'"):
         ensemble.build("magic", tiny_models(1), torch.randn(1, 3, 8, 8))
 
@@ -224,12 +229,14 @@ def test_an_unknown_strategy_is_named_with_those_there_are() -> None:
         (torch.zeros(1, 3, 8, 8).half(), "example: expected torch.float32 on cpu, like model 0"),
     ],
 )
-def test_an_example_that_does_not_fit_the_models_is_refused(example: Tensor, message: str) -> None:
+def test_an_example_that_does_not_match_the_models_is_rejected(
+    example: Tensor, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         ensemble.build("loop", tiny_models(2), example)
 
 
-def test_one_model_that_is_no_list_is_refused_and_an_iterator_of_models_is_taken() -> None:
+def test_a_single_module_is_rejected_and_an_iterator_is_accepted() -> None:
     models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
     with pytest.raises(ValueError, match="expected a list of modules, got one TinyNet"):
         ensemble.build("vmap", models[0], x)  # type: ignore[arg-type]
@@ -237,7 +244,7 @@ def test_one_model_that_is_no_list_is_refused_and_an_iterator_of_models_is_taken
     torch.testing.assert_close(forward(x), independent(models, x))
 
 
-def test_a_model_that_gives_no_single_tensor_is_refused_in_words() -> None:
+def test_a_model_that_does_not_return_a_single_tensor_is_rejected() -> None:
     class Wrapped(TinyNet):
         def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
             return {"out": super().forward(x)}
@@ -249,14 +256,14 @@ def test_a_model_that_gives_no_single_tensor_is_refused_in_words() -> None:
             ensemble.build(name, models, x)(x)
 
 
-def test_models_in_train_mode_are_refused() -> None:
+def test_models_in_train_mode_are_rejected() -> None:
     models = tiny_models(2)
     models[1].train()
     with pytest.raises(ValueError, match="expected eval mode, but model 1 is in train mode"):
         ensemble.build("vmap", models, torch.zeros(1, 3, 8, 8))
 
 
-@pytest.mark.filterwarnings("ignore:.*batching rule")  # as_strided_, of a channels-last mean
+@pytest.mark.filterwarnings("ignore:.*batching rule")  # as_strided_, in a channels-last mean
 @pytest.mark.parametrize("name", ["loop", "vmap", "folded_loop", "folded_vmap"])
 @pytest.mark.parametrize(
     ("dtype", "per_model"),
@@ -271,7 +278,7 @@ def test_models_in_train_mode_are_refused() -> None:
 def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
     name: str, dtype: torch.dtype, per_model: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
+    # functorch deep-copies modules, and a fake tensor would deep-copy its mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode(), torch.device("cuda"):
         block = torchvision.models.resnet.BasicBlock
@@ -286,7 +293,7 @@ def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
 @pytest.mark.filterwarnings("ignore:.*TensorFloat32")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", list(STRATEGIES))
-def test_the_logits_on_cuda_are_those_of_the_cpu_at_every_call(name: str) -> None:
+def test_the_logits_on_cuda_match_the_cpu_in_every_call(name: str) -> None:
     devices.configure(threads=None)  # no TF32
     torch.manual_seed(0)
     models = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(3)]
@@ -298,6 +305,6 @@ def test_the_logits_on_cuda_are_those_of_the_cpu_at_every_call(name: str) -> Non
         pytest.skip(str(error))
     for _ in range(3):
         torch.testing.assert_close(forward(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
-        with torch.inference_mode():  # whatever was freed is overwritten
+        with torch.inference_mode():  # overwrites freed memory
             torch.full((2**26,), float("nan"), device="cuda")
             _ = [torch.full((2**18,), float("nan"), device="cuda") for _ in range(400)]

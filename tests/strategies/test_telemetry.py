@@ -1,4 +1,4 @@
-"""No other runtime phones home."""
+"""Telemetry of other runtimes is disabled."""
 
 import json
 import os
@@ -12,10 +12,10 @@ import pytest
 import ensemble
 
 ROOT = Path(ensemble.__file__).parent.parent
-PEERS = {"openvino": "openvino", "onnxruntime": "onnxscript", "jax": "jax"}  # row: package
+PEERS = {"openvino": "openvino", "onnxruntime": "onnxscript", "jax": "jax"}  # strategy: package
 
-# A filter of the kernel's, seccomp(2): a process that asks for an internet socket is killed, be it
-# Python that asks or a library, in whichever thread or child.
+# A seccomp(2) filter: the kernel kills a process that opens an internet socket, whether Python or a
+# library does so, in any thread or child.
 FILTER = """
 import ctypes, platform, sys
 
@@ -40,7 +40,7 @@ def forbid_internet_sockets():
     return prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, ctypes.byref(program), 0, 0) == 0
 """
 
-# What Python itself opens and starts is written down, so that a failure has a name.
+# An audit hook records the sockets and processes that Python opens, to explain failures.
 WATCH = """
 import json, os, sys
 seen = []
@@ -63,13 +63,13 @@ models = [torchvision.models.resnet18(num_classes=7).eval() for _ in range(2)]
 x = torch.randn(1, 3, 32, 32)
 for name in sys.argv[1:]:
     ensemble.build(name, models, x)(x)
-time.sleep(2)  # for senders that wait
+time.sleep(2)  # for delayed senders
 """
 REPORT = "print(json.dumps([filtered, seen]))"
 
 
 def run_child(program: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it as on a user's machine: without the variables by which senders know a test from it."""
+    """Run it without the environment variables by which telemetry detects tests."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
@@ -85,7 +85,7 @@ def child(body: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_of_all_peers_reaches_nobody_and_leaves_nothing_in_the_home(tmp_path: Path) -> None:
+def test_peers_open_no_connections_and_leave_no_files_in_the_home(tmp_path: Path) -> None:
     names = [name for name, package in PEERS.items() if installed(package)]
     if not names:
         pytest.skip("pip install -r requirements-peers.txt")
@@ -93,7 +93,7 @@ def test_a_run_of_all_peers_reaches_nobody_and_leaves_nothing_in_the_home(tmp_pa
     assert done.returncode == 0, f"killed for a socket, or failed: {done.stderr[-2000:]}"
     _, seen = json.loads(done.stdout.splitlines()[-1])
     linker = [args for event, args in seen if event == "subprocess.Popen" and "ldconfig" in args]
-    assert len(seen) == len(linker), seen  # ctypes.util.find_library asks the linker
+    assert len(seen) == len(linker), seen  # ctypes.util.find_library runs ldconfig
     assert list(tmp_path.rglob("*deviceid*")) + list(tmp_path.rglob("*_ga_*")) == []
 
 
@@ -104,12 +104,12 @@ def test_a_run_of_all_peers_reaches_nobody_and_leaves_nothing_in_the_home(tmp_pa
         ("pid = os.fork()\nif not pid: os._exit(0)\nos.waitpid(pid, 0)", "os.fork"),
     ],
 )
-def test_the_watch_sees_what_it_is_there_for(tmp_path: Path, body: str, event: str) -> None:
+def test_the_audit_hook_sees_sockets_and_forks(tmp_path: Path, body: str, event: str) -> None:
     done = run_child(child(body), tmp_path)
     assert [name for name, _ in json.loads(done.stdout)[1]] == [event]
 
 
-def test_the_filter_ends_a_process_whose_library_opens_a_socket(tmp_path: Path) -> None:
+def test_the_seccomp_filter_kills_a_process_that_opens_a_socket(tmp_path: Path) -> None:
     probe = run_child(child(""), tmp_path)
     if not json.loads(probe.stdout)[0]:
         pytest.skip("this kernel has no seccomp filter")
@@ -117,8 +117,8 @@ def test_the_filter_ends_a_process_whose_library_opens_a_socket(tmp_path: Path) 
     assert done.returncode < 0
 
 
-def test_openvino_that_was_imported_before_sends_nothing_from_here_on(tmp_path: Path) -> None:
-    """Fakes in the place of the sender and of OpenVINO: the real ones would send."""
+def test_telemetry_of_an_already_imported_openvino_is_disabled(tmp_path: Path) -> None:
+    """With fake modules for the sender and OpenVINO, as the real ones would send."""
     program = """
 import sys, types
 from ensemble.strategies import telemetry

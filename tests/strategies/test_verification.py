@@ -1,4 +1,4 @@
-"""Models whose code refers to one of them, or remembers calls: right, or refused in words."""
+"""Models whose code refers to one of them, or is stateful: correct results or a clear error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Base(nn.Module):
-    """A convolution, and a scale for each of its channels."""
+    """A convolution followed by a scale per channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class WithReference(Base):
 
 
 class Single(nn.Conv2d):
-    """A layer that gives itself instead of a copy."""
+    """A layer whose deep copy is itself."""
 
     def __deepcopy__(self, memo: object) -> Single:
         return self
@@ -112,7 +112,7 @@ def from_a_factory() -> nn.Module:
 
 
 class Gain:
-    """A hook that has a name, as those of torch that form a weight."""
+    """A hook with a `name`, like those of torch that recompute a weight."""
 
     name = "gain"
 
@@ -130,7 +130,7 @@ class WithNamedHook(Base):
 
 
 class Strided(Base):
-    """Right only for images whose channels are the outermost."""
+    """Valid only for channels-first images."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.as_strided((2, 3, 6, 5), (192, 64, 8, 1)))
@@ -163,7 +163,7 @@ class WithCache(Base):
 
 
 class Late(Base):
-    """Makes what it needs at its first call."""
+    """Lazily initialized in the first call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Assigning(Base):
 
 
 class SettingParameter(Base):
-    """Puts another parameter in the place of one for a while."""
+    """Temporarily replaces a parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.conv.weight
@@ -199,14 +199,14 @@ class SettingParameter(Base):
 
 
 class Viewing(Base):
-    """Right only for results that lie in the order of their dimensions."""
+    """Requires contiguous results."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).view(len(x), -1)
 
 
 class KeepingFeatures(Base):
-    """As people take features: a hook that is a closure over the model keeps them."""
+    """Feature extraction by a hook that is a closure over the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class KeepingFeatures(Base):
 
 
 class Experts(Base):
-    """One of two convolutions, by the values of x, and then a norm."""
+    """One of two convolutions, depending on x, followed by batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Experts(Base):
 
 
 class Labels(Base):
-    """Integers, by code that refers to one model."""
+    """Integer outputs, from code that refers to one model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class Labels(Base):
 
 
 def clipping() -> nn.Module:
-    """A class of its own for each model, with a limit that few images reach."""
+    """A separate class per model, with a limit that few images reach."""
     limit = 3.0 + float(torch.rand(()))
 
     class Clip(nn.Module):
@@ -258,14 +258,14 @@ def clipping() -> nn.Module:
 
 
 class Conjugated(Base):
-    """Complex numbers, as a view that torch has not computed yet."""
+    """Complex outputs with a lazy conjugation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.fft.fft(super().forward(x)).conj()
 
 
 class LoudAndQuiet(Base):
-    """Scales that differ by model, read through a patched function."""
+    """A scale per model, in a partial function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class LoudAndQuiet(Base):
 
 
 class Scaled(Base):
-    """Normalizes images of a large mean, where half of the digits are lost."""
+    """Group norm of images with a large mean, which loses half of the digits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ def fresh_cache() -> Iterator[None]:
 
 
 def served(name: str, models: list[Any], example: Tensor, *inputs: Tensor) -> list[Tensor]:
-    """The results of a forward for each input, or none where it is refused in words."""
+    """The results for each input; empty if the strategy rejects the models."""
     try:
         with unchanged(models):
             forward = ensemble.build(name, models, example, **OPTIONS)
@@ -341,7 +341,7 @@ def served(name: str, models: list[Any], example: Tensor, *inputs: Tensor) -> li
 
 @contextlib.contextmanager
 def unchanged(models: list[nn.Module]) -> Iterator[None]:
-    """Models leave this with the tensors and the values that they came with."""
+    """Asserts that the models' tensors and their values are not changed within."""
     before = [{n: (t, t.clone()) for n, t in model.state_dict().items()} for model in models]
     try:
         yield
@@ -354,12 +354,12 @@ def unchanged(models: list[nn.Module]) -> Iterator[None]:
 
 @by_every_strategy
 @pytest.mark.parametrize("kind", KINDS)
-def test_code_that_refers_to_one_model_is_right_or_refused(
+def test_code_that_refers_to_one_model_is_correct_or_unavailable(
     name: str, kind: Callable[[], nn.Module]
 ) -> None:
     models = made(kind)
     inputs = [X, X * 5 + 3, X]
-    expected = [independent(models, x) for x in inputs]  # some change themselves at first
+    expected = [independent(models, x) for x in inputs]  # some change in the first call
     for logits, right in zip(served(name, models, X, *inputs), expected, strict=False):
         for of_model, expected_of_it in zip(logits, right, strict=True):
             largest = float(expected_of_it.abs().max())
@@ -371,13 +371,13 @@ def test_code_that_refers_to_one_model_is_right_or_refused(
 def test_models_that_cached_a_tensor_during_a_build_can_still_be_trained(name: str) -> None:
     models = made(WithCache)
     ensemble.build(name, models, X, **OPTIONS)(X)
-    grid.cache_clear()  # inference tensors of the build: see `Forward`
+    grid.cache_clear()  # inference tensors, cached during the build
     models[0](X).sum().backward()
     assert next(models[0].parameters()).grad is not None
 
 
 class Average(Base):
-    """Remembers, in a buffer."""
+    """State in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -390,7 +390,7 @@ class Average(Base):
 
 
 class Counter(Base):
-    """Remembers, in a number."""
+    """State in an int."""
 
     calls = 0
 
@@ -400,7 +400,7 @@ class Counter(Base):
 
 
 class Recurrent(Base):
-    """Remembers its last result."""
+    """State: the last result."""
 
     last: Tensor | None = None
 
@@ -413,7 +413,7 @@ class Recurrent(Base):
 
 
 class Initialized(Base):
-    """Takes its statistics from the first images that it sees."""
+    """State: statistics of the first images."""
 
     mean: Tensor | None = None
 
@@ -425,7 +425,7 @@ class Initialized(Base):
 
 
 class WarmingUp(Base):
-    """Does something else from its fifth call on."""
+    """Changes its behavior in the fifth call."""
 
     calls = 0
 
@@ -436,7 +436,7 @@ class WarmingUp(Base):
 
 @by_every_strategy
 @pytest.mark.parametrize("kind", [Average, Counter, Recurrent, Initialized, WarmingUp])
-def test_models_that_remember_calls_are_run_one_after_another_or_refused(
+def test_stateful_models_are_run_sequentially_or_unavailable(
     name: str, kind: Callable[[], nn.Module]
 ) -> None:
     models = made(kind)
@@ -457,7 +457,7 @@ def test_models_that_remember_calls_are_run_one_after_another_or_refused(
 
 @pytest.mark.parametrize("name", TRACED)
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python's", "NumPy's"])
-def test_random_numbers_that_torch_does_not_draw_are_found_though_no_result_shows_them(
+def test_draws_of_pythons_and_numpys_generators_are_detected(
     name: str, draw: Callable[[], float]
 ) -> None:
     models = made(lambda: Wrapping(lambda y: (y * 0 + draw()).to(torch.int8)))
@@ -466,21 +466,21 @@ def test_random_numbers_that_torch_does_not_draw_are_found_though_no_result_show
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python's", "NumPy's"])
-def test_vmap_does_not_draw_one_such_number_for_all_models(draw: Callable[[], float]) -> None:
+def test_vmap_does_not_share_one_python_draw_among_models(draw: Callable[[], float]) -> None:
     models = made(lambda: Wrapping(lambda y: y + draw()))
     with pytest.raises(UnavailableError, match="does not support stateful models"):
         ensemble.build("vmap", models, X)
 
 
 @pytest.mark.parametrize("name", ["prepacked_loop", "prepacked_concurrent", "lowered_vmap", "vmap"])
-def test_a_view_of_a_result_needs_no_memory_in_an_order(name: str) -> None:
+def test_a_view_of_a_result_works_for_any_memory_format(name: str) -> None:
     models = made(Viewing)
     found = ensemble.build(name, models, X)(X)
     torch.testing.assert_close(found, independent(models, X), rtol=1e-4, atol=1e-4)
 
 
 class Promoting(Base):
-    """vmap makes a vector of a number of each model, and a vector promotes others."""
+    """vmap stacks a 0-dim tensor to a vector, which takes part in type promotion."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -491,7 +491,7 @@ class Promoting(Base):
 
 
 @by_every_strategy
-def test_results_have_the_dtype_of_the_models_own(name: str) -> None:
+def test_results_have_the_dtype_of_the_models(name: str) -> None:
     models = made(Promoting)
     for found in served(name, models, X, X):
         assert found.dtype == torch.float32
@@ -503,7 +503,7 @@ def test_results_have_the_dtype_of_the_models_own(name: str) -> None:
 
 
 class WithGradients(Base):
-    """Computes a derivative, which is zero where gradients are off."""
+    """Computes a derivative, which is zero without autograd."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.autograd.functional.jvp(super().forward, x, torch.ones_like(x))[1]
@@ -511,14 +511,14 @@ class WithGradients(Base):
 
 @by_every_strategy
 @pytest.mark.filterwarnings("ignore:.*jvp")
-def test_models_that_compute_gradients_are_refused(name: str) -> None:
+def test_models_that_compute_gradients_are_unavailable(name: str) -> None:
     with pytest.raises(UnavailableError, match="compute gradients in their forward"):
         ensemble.build(name, made(WithGradients), X)
 
 
 @by_every_strategy
-def test_an_error_of_a_strategy_is_one_line(name: str) -> None:
-    """This model leaves the mode that a built forward runs in."""
+def test_errors_of_strategies_are_one_line(name: str) -> None:
+    """The model disables inference mode within its forward."""
 
     class Graded(Base):
         def forward(self, x: Tensor) -> Tensor:
@@ -536,7 +536,7 @@ def test_an_error_of_a_strategy_is_one_line(name: str) -> None:
             raise
 
 
-def test_a_build_draws_and_sets_no_random_numbers() -> None:
+def test_a_build_does_not_touch_the_global_random_state() -> None:
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     for name in ("vmap", "lowered_vmap", BEST):
@@ -545,7 +545,7 @@ def test_a_build_draws_and_sets_no_random_numbers() -> None:
 
 
 class Doubling(Base):
-    """Writes into its input, past torch's count of such writes."""
+    """Writes to its input without incrementing the version counter."""
 
     def forward(self, x: Tensor) -> Tensor:
         x.data.mul_(2)
@@ -561,10 +561,10 @@ class Halving(Base):
 
 @by_every_strategy
 @pytest.mark.parametrize("kind", [Doubling, Halving])
-def test_a_write_that_torch_cannot_see_is_not_seen_by_other_models_or_the_caller(
+def test_untracked_input_writes_do_not_reach_other_models_or_the_caller(
     name: str, kind: Callable[[], nn.Module]
 ) -> None:
-    """The first image is all zeros: what is written into it changes nothing."""
+    """The first input is all zeros, which the writes do not change."""
     models, zeros, x = made(kind), torch.zeros_like(X), X.clone()
     expected = torch.stack([model(X.clone()) for model in models]).detach()
     for found in served(name, models, zeros, zeros, x)[1:]:
@@ -573,7 +573,7 @@ def test_a_write_that_torch_cannot_see_is_not_seen_by_other_models_or_the_caller
 
 
 @by_every_strategy
-def test_torchscript_models_are_served_one_by_one_or_refused(name: str) -> None:
+def test_torchscript_models_are_run_sequentially_or_unavailable(name: str) -> None:
     with pytest.warns((FutureWarning, DeprecationWarning)):
         models = [torch.jit.trace(model, X) for model in made(Base)]
     for found in served(name, models, X, X):
@@ -581,15 +581,15 @@ def test_torchscript_models_are_served_one_by_one_or_refused(name: str) -> None:
 
 
 @by_every_strategy
-def test_models_of_torch_export_are_served_one_by_one_or_refused(name: str) -> None:
-    """Such a module has no eval mode: its mode is the one that it was exported in."""
+def test_exported_models_are_run_sequentially_or_unavailable(name: str) -> None:
+    """Such a module has the mode in which it was exported, and no `eval`."""
     models = [torch.export.export(model, (X,)).module() for model in made(Base)]
     for found in served(name, models, X, X):
         torch.testing.assert_close(found, independent(models, X))
 
 
 @by_every_strategy
-def test_a_cache_of_parametrizations_is_refused(name: str) -> None:
+def test_parametrize_cached_is_rejected(name: str) -> None:
     def normed() -> nn.Module:
         model = Base()
         parametrizations.weight_norm(model.conv)
@@ -607,7 +607,7 @@ def test_a_cache_of_parametrizations_is_refused(name: str) -> None:
 
 
 class Wrapping(Base):
-    """Gives what no strategy can put together."""
+    """Returns an output that cannot be stacked."""
 
     def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -618,7 +618,7 @@ class Wrapping(Base):
 
 
 class Named(Tensor):
-    """As a library may subclass it."""
+    """A subclass without behavior."""
 
 
 @by_every_strategy
@@ -642,7 +642,7 @@ WRAPS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*quantiz.*")
 @by_every_strategy
 @pytest.mark.parametrize("wrap", WRAPS)
-def test_outputs_that_are_no_dense_tensor_are_refused(name: str, wrap: str) -> None:
+def test_outputs_that_are_not_dense_tensors_are_rejected(name: str, wrap: str) -> None:
     models = made(lambda: Wrapping(WRAPS[wrap]))
     with pytest.raises(ValueError, match="expected one"):
         ensemble.build(name, models, X, **OPTIONS)(X)

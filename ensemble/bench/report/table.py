@@ -91,9 +91,9 @@ def render_strategies(strategies: Mapping[str, Strategy | Hybrid]) -> str:
     """What each strategy is, needs and costs, by name; long texts go on in the next line."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     table.add_column("strategy", no_wrap=True)
-    table.add_column("what it is")
-    table.add_column("needs", no_wrap=True)
-    table.add_column("start", max_width=len("up to 1 min"))
+    table.add_column("description")
+    table.add_column("requires", no_wrap=True)
+    table.add_column("build", max_width=len("up to 1 min"))
     for name, strategy in strategies.items():
         table.add_row(name, strategy.summary, strategy.requires, strategy.build_time)
     return "\n".join([*_drawn(table, WIDTH_OF_STRATEGIES), ABOUT_NEEDS]) + "\n"

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+import ensemble.compiler.operators.conv  # noqa: F401  # registers torch.ops.ensemble
 from ensemble.compiler.graph.functionalize import (
     is_images,
     node_of,
