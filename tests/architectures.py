@@ -141,8 +141,9 @@ def measure(arch: str, px: int, num_models: int) -> Case:
     """Build every row, compare it with the loop, and time all of them in rounds."""
     found = timed(ROWS, arch, px, num_models, rounds=ROUNDS, seconds=LEAST_S)
     choice = found.choice
+    note = f"picked {choice.name} (tried: {choice.tried})"
     return Case(
-        *(arch, px, num_models, choice.name, choice.note, choice.seconds),
+        *(arch, px, num_models, choice.name, note, choice.seconds),
         *(found.times_s, found.out),
     )
 

@@ -142,6 +142,8 @@ def _no_recompilation() -> contextlib.AbstractContextManager[object]:
 def _notes(built: BuildResult, caught: Sequence[warnings.WarningMessage]) -> tuple[Note, ...]:
     """The choice, the strategy's note, and operators that vmap has no batching rule for."""
     texts = dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught)
-    notes = (built.choice.note if built.choice else "", built.note, built.deferred_note())
-    missing = (text for text in texts if "batching rule" in text)
-    return tuple(map(Note, filter(None, (*notes, *missing))))
+    notes = [Note(built.note, built.details), Note(built.deferred_note())]
+    if built.choice:
+        notes.insert(0, Note(f"picked {built.choice.name}", f"tried: {built.choice.tried}"))
+    notes += [Note(text) for text in texts if "batching rule" in text]
+    return tuple(note for note in notes if note.text)

@@ -127,20 +127,19 @@ def _try_candidate(
         if result.built is None:
             result.name, result.built = name, built
             return
-        incumbent_s, candidate_s, speedup = _compare(
-            result.built.forward, built.forward, example, clock
-        )
+        incumbent_s, speedup = _compare(result.built.forward, built.forward, example, clock)
     if not result.times_s:
         result.times_s[result.name] = incumbent_s
-    result.times_s[name] = candidate_s
+    # Relative to the paired incumbent: times of different comparisons are not comparable.
+    result.times_s[name] = result.times_s[result.name] / speedup
     if speedup > MIN_SPEEDUP:
         result.name, result.built = name, built
 
 
 def _compare(
     incumbent: ForwardFn, candidate: ForwardFn, example: Tensor, clock: Clock
-) -> tuple[float, float, float]:
-    """Median seconds of both, and the median speedup of the candidate over the paired calls."""
+) -> tuple[float, float]:
+    """Median seconds of the incumbent, and the candidate's median speedup over paired calls."""
     rounds: list[tuple[float, float]] = []
     begin = clock()
     for of_incumbent, of_candidate in interleaved(
@@ -154,8 +153,8 @@ def _compare(
         rounds.append((of_incumbent.seconds, of_candidate.seconds))
         if is_decided([one / another for one, another in rounds], clock() - begin):
             break
-    times = [statistics.median(one) for one in zip(*rounds, strict=True)]
-    return times[0], times[1], statistics.median(one / another for one, another in rounds)
+    incumbent_s = statistics.median(one for one, _ in rounds)
+    return incumbent_s, statistics.median(one / another for one, another in rounds)
 
 
 def is_decided(ratios: list[float], elapsed: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -65,10 +66,8 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     )
     assert found.built is not None
     tuning_s = time.perf_counter() - begin - found.build_s[found.name]
-    note = f"picked {found.name} (tried: {found.tried})"
-    built = found.built
-    choice = Choice(found.name, note, tuning_s)
-    return BuildResult(built.forward, built.note, choice, built.deferred_note)
+    choice = Choice(found.name, found.tried, tuning_s)
+    return replace(found.built, choice=choice)
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:

@@ -31,17 +31,18 @@ def no_note() -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """The strategy that an autotuner chose, a one-line note on all candidates, and the seconds that
-    tuning took in addition to building the chosen one."""
+    """The strategy that an autotuner chose, a one-line description of all candidates, and the
+    seconds that tuning took in addition to building the chosen one."""
 
     name: str
-    note: str
+    tried: str
     seconds: float
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A forward for N models, and a note on how it was built (may be empty).
+    """A forward for N models, and a note on how it was built (may be empty), with details that may
+    differ between processes.
 
     `forward` returns logits `(N, B, classes)` or the outputs of each model, which may alias memory
     that it reuses: `strategies.build_unverified` wraps it in `strategies.forward.Forward`, which
@@ -51,6 +52,7 @@ class BuildResult:
 
     forward: RawForward
     note: str = ""
+    details: str = ""
     choice: Choice | None = None
     deferred_note: Callable[[], str] = no_note
 

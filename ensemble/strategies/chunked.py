@@ -7,6 +7,7 @@ CPU also the page faults of buffers that the allocator returns to the kernel aft
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -24,9 +25,8 @@ def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -
         seconds=tune_seconds,
     )
     assert found.built is not None
-    tried = f" (tried: {found.tried})" if found.tried else ""
-    note = f"chunk_size: {found.name}{tried}"
-    return BuildResult(found.built.forward, note, deferred_note=found.built.deferred_note)
+    details = f"tried: {found.tried}" if found.tried else ""
+    return replace(found.built, note=f"chunk_size: {found.name}", details=details)
 
 
 def sizes(num_models: int) -> list[int]:

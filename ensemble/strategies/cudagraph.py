@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -63,7 +63,7 @@ def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) ->
         outputs = forward(static_x)
         logits = stack_outputs(outputs, len(models))
     run = serialized(Captured(graph, static_x, logits, forward))
-    return BuildResult(run, built.note, deferred_note=built.deferred_note)
+    return replace(built, forward=run)
 
 
 loop = partial(_captured, folded.loop)

@@ -97,7 +97,7 @@ def select_fastest(
         return PerModel([torch.from_numpy(array).to(example.dtype) for array in logits])
 
     tried = f"tried with {count(tuning_models, 'model')}: {describe(times_s, errors)}"
-    return BuildResult(serialized(forward), f"setting: {best} ({tried})")
+    return BuildResult(serialized(forward), f"setting: {best}", tried)
 
 
 def _time_in_isolation(

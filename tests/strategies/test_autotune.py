@@ -79,6 +79,14 @@ def test_five_percent_decide_in_either_order(order: tuple[str, ...]) -> None:
     assert found.times_s == pytest.approx({"slow": 0.0525, "fast": 0.05})
 
 
+def test_times_of_candidates_are_comparable_though_the_machine_slows_down() -> None:
+    machine = Machine(lambda call: 1.0 + call / 20)
+    found = machine.fastest({"a": machine.candidate(0.05), "b": machine.candidate(0.02)})
+    second = machine.fastest({"a": machine.candidate(0.05), "b": machine.candidate(0.02)})
+    for each in (found, second):
+        assert each.times_s["a"] / each.times_s["b"] == pytest.approx(2.5, rel=0.1)
+
+
 def test_ties_keep_the_first_candidate() -> None:
     machine = Machine()
     found = machine.fastest({name: machine.candidate(0.05) for name in ("a", "b", "c")})

@@ -81,7 +81,7 @@ def test_the_fastest_is_selected_and_the_note_lists_the_candidates(
     built = strategies.build_unverified("best", models, x)
     assert built.choice is not None
     assert built.choice.name == "fast"
-    assert built.choice.note.startswith("picked fast (tried: slow ")
+    assert built.choice.tried.startswith("slow ")
     assert built.note == "sleeps 0.01 s"
     assert 0.1 < built.choice.seconds < 5
     torch.testing.assert_close(built.forward(x), independent(models, x))
@@ -104,7 +104,7 @@ def test_a_fast_but_wrong_candidate_is_rejected(candidates: Callable[..., None])
         built = strategies.build_unverified("best", models, x)
         assert built.choice is not None
         assert built.choice.name == "loop"
-        assert "wrong: outputs disagree: model 0 has an error of 1.0e+00" in built.choice.note
+        assert "wrong: outputs disagree: model 0 has an error of 1.0e+00" in built.choice.tried
 
 
 def test_out_of_memory_only_rejects_the_candidate(candidates: Callable[..., None]) -> None:
@@ -114,7 +114,7 @@ def test_out_of_memory_only_rejects_the_candidate(candidates: Callable[..., None
     candidates(greedy=greedy)
     built = strategies.build_unverified("best", tiny_models(2), torch.randn(1, 3, 8, 8))
     assert built.choice is not None
-    assert built.choice.note == "picked loop (tried: greedy: no room for 1 TB)"
+    assert built.choice.tried == "greedy: no room for 1 TB"
 
 
 def test_an_untraceable_model_is_run_by_a_strategy_without_tracing() -> None:
@@ -129,7 +129,7 @@ def test_an_untraceable_model_is_run_by_a_strategy_without_tracing() -> None:
     assert built.choice.name in ("loop", "concurrent", "folded_vmap")
     assert (
         "lowered_vmap: torch cannot trace this model: its code asks for values that"
-        in built.choice.note
+        in built.choice.tried
     )
     torch.testing.assert_close(built.forward(x), independent(models, x))
 
@@ -154,8 +154,8 @@ def test_segmentation_outputs_are_checked_and_supported() -> None:
     x = torch.randn(2, 3, 20, 20)
     built = strategies.build_unverified("best", models, x)
     assert built.choice is not None
-    assert "lowered_vmap" in built.choice.note
-    assert "disagree" not in built.choice.note
+    assert "lowered_vmap" in built.choice.tried
+    assert "disagree" not in built.choice.tried
     expected = independent(models, x)
     assert expected.shape == (2, 2, 5, 20, 20)
     torch.testing.assert_close(built.forward(x), expected, rtol=1e-4, atol=1e-4)

@@ -68,7 +68,7 @@ def test_a_markdown_page_shows_table_verdict_machine_and_command() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "found an empty file"),
+        ("", "got an empty file"),
         ("not json", "expected a JSON file"),
         (result_file.to_json(RUN)[:500], "expected a JSON file, found a truncated"),
         ("[]", "expected a result file of schema 1, 2, 3, found None"),
