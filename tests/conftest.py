@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # these have the cores between them; th
 ROOT = Path(__file__).parent.parent
 # Tests that call the kernels, which are compiled once, in half a minute: by a process beside those
 # of the tests, which run the others first.
-LATE = ("ops", "strategies", "passes", "serving", "measure/test_grid", "test_concurrency")
+LATE = ("compiler", "strategies", "bench/load", "bench/test_grid", "test_concurrency")
 COMPILE = "from ensemble.compiler import kernels; kernels.load()"
 compiling: list[subprocess.Popen[bytes]] = []
 
@@ -48,8 +48,10 @@ def pytest_unconfigure() -> None:
 
 def are_compiled() -> bool:
     """Is there a file of compiled kernels that is younger than all that they come from?"""
-    folder = ROOT / "ensemble" / "ops"
-    compiled = [path.stat().st_mtime for path in folder.glob("kernels/__pycache__/run*.nbi")]
+    folder = ROOT / "ensemble" / "compiler"
+    compiled = [
+        path.stat().st_mtime for path in folder.glob("runtime/__pycache__/entry_points.run*.nbi")
+    ]
     sources = [path.stat().st_mtime for path in folder.rglob("*.py")]
     return bool(compiled) and max(compiled) > max(sources)
 

@@ -1,11 +1,11 @@
 """How `lowered_vmap` would run on more cores than there are here: a simulation of its schedule.
 
-`python -m tests.schedule --measure` times, on one core of this machine, the share of every step
-that a thread of a team of each size has, and writes tests/data/schedule/steps.json; without it the
-page of figures is printed from that file. What is simulated is `ensemble.compiler.kernels.run`: how
-models are dealt to cores, which of them are shared, and the barrier after each shared step. What is
-left out: that cores share memory and caches, so the times are those of a machine whose memory is as
-fast for each core as it is here for one.
+`python -m tests.schedule --measure` times, on one core of this machine, the part of every step that
+a worker of a team of each size has, and writes tests/data/schedule/steps.json; without it the page
+of figures is printed from that file. It simulates `ensemble.compiler.runtime.work_stealing`: how
+models are distributed to cores, which of them are shared, and the barrier after each shared step.
+It ignores that cores share memory and caches, so the times are those of a machine whose memory is
+as fast for each core as it is here for one.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def measure(arch: str, px: int) -> Measured:
     import torchvision
     from numba import njit
 
-    from ensemble.compiler.kernels.run import _execute as execute_one
+    from ensemble.compiler.pipeline import compile_vmapped
     from ensemble.compiler.runtime.program import Program
-    from ensemble.strategies import lowered
+    from ensemble.compiler.runtime.work_stealing import execute as execute_one
 
     @njit(nogil=True, error_model="numpy")
     def execute(steps: Any, index: Any, model: Any, arena: Any, scratch: Any, parts: Any) -> None:
@@ -116,13 +116,13 @@ def measure(arch: str, px: int) -> Measured:
     models = [torchvision.models.get_model(arch).eval() for _ in range(MODELS)]
     x = torch.randn(1, 3, px, px)
     with torch.inference_mode():
-        module = lowered.lower_vmap(models, x).forward
+        module = compile_vmapped(models, x, threads=1).forward
         (program,) = (part for part in module.modules() if isinstance(part, Program))
         module(x)
-    steps = program._steps.copy()
+    steps = program._table.copy()
     (value,) = program._inputs
     held = program._bind_input(steps, value, x)
-    results = [torch.empty(MODELS, *step.geometry.out_shape) for step in program._made]
+    results = [torch.empty(MODELS, *step.geometry.out_shape) for step in program._output_steps]
     for number, result in zip(program._outputs, results, strict=True):
         program._bind(steps, number, result, shared=False)
     team_s = {}
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         content: dict[str, Any] = {"made_with": "python -m tests.schedule --measure"}
         content["nets"] = [asdict(net) for net in nets]
         FILE.write_text(json.dumps(content, indent=1) + "\n")
-    from ensemble.compiler.kernels.run import team_size
+    from ensemble.compiler.runtime.work_stealing import team_size
 
     print(page(read(), team_size.py_func))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ensemble.compiler.kernels.run import team_size
+from ensemble.compiler.runtime.work_stealing import team_size
 from tests import schedule
 from tests.schedule import Measured
 

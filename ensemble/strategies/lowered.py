@@ -1,95 +1,69 @@
-"""The vmapped forward with operators of its own, lowered to what depends on the images.
-
-One model is traced and written by the operators of `ensemble.compiler`; `torch.vmap` maps that over
-the stacked state, and their vmap rules choose kernels for N models. Whatever depends on the state
-alone is constant-folded, and the rest runs as programs of kernels where there are such.
-"""
+"""The vmapped forward through our compiler: kernels for N models on the CPU."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ensemble.compiler.graph.aten import graph_of
-from ensemble.compiler.graph.data_movement import join_moves
-from ensemble.compiler.graph.functionalize import looped_note, without_batching_rule
-from ensemble.compiler.graph.operator_selection import with_operators
-from ensemble.compiler.pipeline import Care, Lowered, lower
+from ensemble.compiler.graph.batching_rules import looped_note
+from ensemble.compiler.pipeline import CompiledForward, compile_vmapped
+from ensemble.compiler.planning.kernel_accuracy import ErrorBound
 from ensemble.compiler.runtime import serial_copy
-from ensemble.models import stacking
 from ensemble.strategies import agreement
-from ensemble.strategies.accuracy import Judge
+from ensemble.strategies.accuracy import OutputAccuracy
 from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.compiled import as_one_graph
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
-    """One vmapped forward over the stacked state, lowered to what depends on the image."""
-    lowered, notes = _accurate(models, agreement.informative(example))
-    kinds = Counter(operation.kind.label for operation in lowered.operations)
+    """One forward of all models, with the fastest kernels that keep the outputs accurate."""
+    found, notes = _compile_accurately(models, agreement.informative(example))
+    kinds = Counter(step.kind.label for step in found.steps)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
     return BuildResult(
-        lambda x: lowered.forward(serial_copy.contiguous(x)),
-        "; ".join(filter(None, (note, *notes, looped_note(lowered.looped)))),
+        lambda x: found.forward(serial_copy.contiguous(x)),
+        "; ".join(filter(None, (note, *notes, looped_note(found.looped)))),
     )
-
-
-def _accurate(models: Sequence[nn.Module], example: Tensor) -> tuple[Lowered, tuple[str, ...]]:
-    """The forward with the fastest kernels whose outputs for the example are those of the models,
-    and which were refused.
-
-    Raises:
-        UnavailableError: with no kernels they are.
-    """
-    lowered, notes = lower_vmap(models, example), tuple[str, ...]()
-    is_fast = any(operation.kind.attempts for operation in lowered.operations)
-    judge = Judge(models, example, closely=is_fast)
-    found = lowered.forward(serial_copy.contiguous(example))
-    for care, kept in ((Care.EACH, "fewer"), (Care.EXACT, "no")) if is_fast else ():
-        if not judge.loses_quiet_outputs(found):
-            break
-        del lowered  # one at a time is held
-        lowered = lower_vmap(models, example, care=care)
-        found = lowered.forward(serial_copy.contiguous(example))
-        notes = (f"{kept} fast kernels: quiet outputs lay beside loud ones",)
-    judge.check(found)
-    return lowered, (*lowered.refused, *notes)
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
-    """The same through `torch.compile`: for where the operators are made of torch's own."""
-    forward = as_one_graph(lower_vmap(models, example).forward)
+    """The same through `torch.compile`: for devices where our operators decompose into torch's."""
+    forward = as_one_graph(_compile(models, example, ErrorBound.PER_LAYER).forward)
     return BuildResult(lambda x: forward(x.contiguous()))
 
 
-def lower_vmap(models: Sequence[nn.Module], example: Tensor, *, care: Care = Care.LAYER) -> Lowered:
-    """The vmapped forward of the models by the operators of `ensemble.compiler`, lowered."""
-    stacking.check_same_architecture(models)
-    per_model = example.dim() == 5
-    graph, names = graph_of(models[0], example[0] if per_model else example)
-    join_moves(graph)
-    with_operators(graph)
-    in_dims = (*[0] * len(names), 0 if per_model else None)
-    mapped: Callable[..., Tensor] = torch.vmap(graph, in_dims=in_dims)
-    if not names and not per_model:  # all models give the same, and there is nothing to map over
-        mapped = lambda x: (y := graph(x)).expand(len(models), *y.shape)  # noqa: E731
-    stacked = stacking.stacked_state(models)
-    state = {name: stacked[name] for name in names}
-    del stacked  # the state is freed tensor by tensor, as it is packed
-    # A trace holds for inputs that lie in memory as its example does.
-    lowered = lower(
-        mapped,
-        state,
-        example.contiguous(),
-        num_models=len(models),
-        threads=torch.get_num_threads(),
-        care=care,
-    )
-    *of_state, x = graph.graph.find_nodes(op="placeholder")
-    looped = without_batching_rule(graph.graph, [*of_state, *[x] * per_model])
-    return replace(lowered, looped=tuple(looped))
+def _compile(
+    models: Sequence[nn.Module], example: Tensor, error_bound: ErrorBound
+) -> CompiledForward:
+    threads = torch.get_num_threads()
+    return compile_vmapped(models, example, threads=threads, error_bound=error_bound)
+
+
+def _compile_accurately(
+    models: Sequence[nn.Module], example: Tensor
+) -> tuple[CompiledForward, list[str]]:
+    """Compile, and again under stricter error bounds while outputs for the example lose digits.
+
+    Returns the forward, and notes of rejected kernels.
+
+    Raises:
+        UnavailableError: the outputs are not those of the models.
+    """
+    found, notes = _compile(models, example, ErrorBound.PER_LAYER), list[str]()
+    has_fast_kernels = any(step.kind.fast_candidates for step in found.steps)
+    accuracy = OutputAccuracy(models, example, in_float64=has_fast_kernels)
+    outputs = found.forward(serial_copy.contiguous(example))
+    stricter = (ErrorBound.PER_CHANNEL_AND_PIXEL, "fewer"), (ErrorBound.NO_FAST_KERNELS, "no")
+    for error_bound, left in stricter if has_fast_kernels else ():
+        if not accuracy.loses_small_outputs(outputs):
+            break
+        del found  # one at a time is held
+        found = _compile(models, example, error_bound)
+        outputs = found.forward(serial_copy.contiguous(example))
+        notes = [f"{left} fast kernels: quiet outputs lay beside loud ones"]
+    accuracy.check(outputs)
+    return found, [*found.rejections, *notes]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.compiler.graph.batch_norm_folding import folded
-from ensemble.compiler.graph.capture import record
+from ensemble.compiler.graph.call_trace import record
 from ensemble.errors import UnavailableError
 from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking

@@ -10,7 +10,7 @@ from ensemble.compiler.graph.batch_norm_folding import channels_last
 from ensemble.compiler.graph.prepacking import Packed, pack
 from ensemble.machine.memory import unavailable_on_failure
 from ensemble.strategies import agreement
-from ensemble.strategies.accuracy import Judge
+from ensemble.strategies.accuracy import OutputAccuracy
 from ensemble.strategies.build_result import BuildResult, PerModel
 from ensemble.strategies.concurrent import concurrent_forward
 from ensemble.strategies.forward import stack_outputs
@@ -38,5 +38,6 @@ def _packed(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
     x = channels_last(example)
     with unavailable_on_failure("the traced model fails on channels-last inputs"):
         found = PerModel([one(x[i] if x.dim() == 5 else x) for i, one in enumerate(packed)])
-    Judge(models, example, closely=False).check(stack_outputs(found, len(models)))
+    accuracy = OutputAccuracy(models, example, in_float64=False)
+    accuracy.check(stack_outputs(found, len(models)))
     return packed

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble.compiler.graph.functionalize import looped_note, no_fallback_warnings, why_not_mapped
+from ensemble.compiler.graph.batching_rules import looped_note, no_fallback_warnings, why_not_mapped
 from ensemble.errors import UnavailableError
 from ensemble.machine import captured_warnings
 from ensemble.machine.memory import is_out_of_memory

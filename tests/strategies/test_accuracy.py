@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ensemble import strategies
 from ensemble.errors import UnavailableError
-from ensemble.strategies.accuracy import Judge
+from ensemble.strategies.accuracy import OutputAccuracy
 from tests.tiny import independent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,13 +95,13 @@ def images(outputs: int = 1000) -> tuple[list[nn.Module], Tensor, Tensor]:
 @torch.no_grad()
 def test_logits_that_cancel_are_no_loss() -> None:
     models, x, expected = images()
-    judge = Judge(models, x, closely=True)
+    accuracy = OutputAccuracy(models, x, in_float64=True)
     largest = float(expected.abs().max())
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(expected.shape, generator=generator, dtype=torch.float64) * largest
     assert float((expected.abs() / largest).min()) < 1e-2  # of these 1e-6 of the largest is much
-    assert not judge.loses_quiet_outputs((expected + 1e-7 * noise).float())
-    assert judge.loses_quiet_outputs((expected + 5e-4 * noise).float())
+    assert not accuracy.loses_small_outputs((expected + 1e-7 * noise).float())
+    assert accuracy.loses_small_outputs((expected + 5e-4 * noise).float())
 
 
 @torch.no_grad()
@@ -111,28 +111,28 @@ def test_one_quiet_class_is_held_to_its_own_size() -> None:
         model[1].weight[3] *= 1e-5  # type: ignore[index]
         model[1].bias[3] *= 1e-5  # type: ignore[index]
     expected = in_float64(models, x)
-    judge = Judge(models, x, closely=True)
-    assert not judge.loses_quiet_outputs(expected.float())
+    accuracy = OutputAccuracy(models, x, in_float64=True)
+    assert not accuracy.loses_small_outputs(expected.float())
     found = expected.float()
     found[:, :, 3] += 1e-7 * found.abs().max()  # 1e-2 of that class
-    assert judge.loses_quiet_outputs(found)
+    assert accuracy.loses_small_outputs(found)
 
 
 @torch.no_grad()
 def test_outputs_that_are_no_rounded_numbers_are_not_judged() -> None:
     models, x, expected = images()
-    judge = Judge(models, x, closely=True)
-    assert not judge.loses_quiet_outputs(expected.argmax(-1))
-    assert not judge.loses_quiet_outputs(expected.mean((1, 2)).float())
+    accuracy = OutputAccuracy(models, x, in_float64=True)
+    assert not accuracy.loses_small_outputs(expected.argmax(-1))
+    assert not accuracy.loses_small_outputs(expected.mean((1, 2)).float())
     found = expected.float()
     found[0, 0, 0] = float("nan")
-    assert not judge.loses_quiet_outputs(found)
+    assert not accuracy.loses_small_outputs(found)
 
 
 @torch.no_grad()
 def test_a_build_that_computes_something_else_is_refused() -> None:
     models, x, expected = images()
-    judge = Judge(models, x, closely=False)
-    judge.check(expected.float() * (1 + 1e-5))
+    accuracy = OutputAccuracy(models, x, in_float64=False)
+    accuracy.check(expected.float() * (1 + 1e-5))
     with pytest.raises(UnavailableError, match="its trace gives another result than the model"):
-        judge.check(expected.flip(0).float())
+        accuracy.check(expected.flip(0).float())

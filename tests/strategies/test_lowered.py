@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ensemble
 from ensemble import strategies
 from ensemble.compiler import pipeline
-from ensemble.compiler.graph.aten import graph_of
-from ensemble.compiler.graph.operator_selection import with_operators
+from ensemble.compiler.graph.constant_folding import State
+from ensemble.compiler.pipeline import compile_vmapped
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
-from ensemble.strategies import lowered
 from ensemble.strategies.agreement import TOLERANCES
 from tests import nets
 from tests.checkpoints import lively
@@ -83,7 +83,7 @@ class Cancelling(nn.Module):
         return self.second(self.first(x)).mean((2, 3))
 
 
-def test_a_layer_where_winograd_errs_is_computed_directly_and_named() -> None:
+def test_a_layer_where_winograd_is_inaccurate_takes_the_direct_kernel_and_is_reported() -> None:
     torch.manual_seed(0)
     models = [Cancelling().eval().requires_grad_(False) for _ in range(2)]
     x = torch.randn(1, 3, 16, 16)
@@ -94,7 +94,7 @@ def test_a_layer_where_winograd_errs_is_computed_directly_and_named() -> None:
     assert error(forward(x), in_float64(models, x)) < 5 * error(expected, in_float64(models, x))
 
 
-def test_an_image_without_contrast_does_not_hide_that_winograd_errs() -> None:
+def test_an_example_without_contrast_does_not_hide_winograds_error() -> None:
     torch.manual_seed(0)
     models = [Cancelling().eval().requires_grad_(False)]
     built = strategies.build_unverified("lowered_vmap", models, torch.zeros(1, 3, 16, 16))
@@ -117,7 +117,7 @@ class Active(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_activation_is_done_where_its_input_is_written_unless_others_read_that(
+def test_an_activation_is_fused_unless_its_input_has_other_readers(
     dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
@@ -160,20 +160,27 @@ def test_constants_are_summands_and_inputs_as_they_are_in_the_model(
     assert error(built.forward(x), in_float64(models, x)) < LIMIT
 
 
-def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once() -> None:
+def test_a_resnet_becomes_one_program_on_constants_that_were_packed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     models = [lively("resnet18", index) for index in range(2)]
     x = torch.randn(1, 3, 64, 64)
+    states: list[State] = []
+    original = pipeline.stacked_weights
+
+    def stacked_weights(*arguments: Any) -> State:
+        states.append(original(*arguments))
+        assert states[-1]
+        return states[-1]
+
+    monkeypatch.setattr(pipeline, "stacked_weights", stacked_weights)
     with torch.inference_mode():
-        graph, names = graph_of(models[0], x)
-        with_operators(graph)
-        stacked = stacking.stacked_state(models)
-        state = {name: stacked[name] for name in names}
-        mapped = torch.vmap(graph, in_dims=(*[0] * len(names), None))
-        found = pipeline.lower(mapped, state, x, num_models=2, threads=2)
+        found = compile_vmapped(models, x, threads=2)
+    (state,) = states
     assert not state
     called = [node.op for node in found.forward.graph.nodes]
     assert called == ["placeholder", "call_module", "call_function", "call_function", "output"]
-    assert len(found.operations) == 20 + 3
+    assert len(found.steps) == 20 + 3
     assert not list(found.forward.buffers())
 
 
@@ -200,7 +207,7 @@ def test_other_architectures_are_programs_too(arch: str, programs: int | None) -
     models = [lively(arch, index) for index in range(2)]
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
-        graph = lowered.lower_vmap(models, x).forward
+        graph = compile_vmapped(models, x, threads=torch.get_num_threads()).forward
         found = graph(x)
     assert error(found, in_float64(models, x)) < LIMIT
     called = [node.op for node in graph.graph.nodes].count("call_module")
@@ -224,7 +231,7 @@ def test_a_linear_layer_is_right_for_any_number_of_classes(
     ]
     x = torch.randn(images, 3, 5, 4)
     with torch.inference_mode():
-        graph = lowered.lower_vmap(models, x).forward
+        graph = compile_vmapped(models, x, threads=torch.get_num_threads()).forward
         assert error(graph(x), in_float64(models, x)) < 1e-5
     assert [node.op for node in graph.graph.nodes].count("call_module") == 1
 
@@ -255,7 +262,7 @@ def test_any_number_of_channels_is_right(per_model: bool, dtype: torch.dtype) ->
     assert error(found, in_float64(models, x)) < (LIMIT if dtype == torch.float32 else 3e-2)
 
 
-def test_what_lies_in_another_order_than_its_trace_says_is_viewed_all_the_same() -> None:
+def test_a_view_of_a_tensor_with_other_strides_than_in_its_trace_works() -> None:
     net = Net((SumWith(how="method alpha", what="conv"), Norm()), (5, 5))
     models, x = nets.models(net, 2, torch.float32), torch.randn(2, 3, 5, 5)
     found = ensemble.build("lowered_vmap", models, x)(x)
@@ -302,7 +309,7 @@ def test_the_cuda_path_is_batched_matrix_products_under_fake_tensors(
         x = torch.empty((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64))
         built = strategies.build_unverified("lowered_vmap", models, x)
         logits = built.forward(x)
-        graph = lowered.lower_vmap(models, x).forward
+        graph = compile_vmapped(models, x, threads=torch.get_num_threads()).forward
     assert (logits.device.type, logits.shape) == ("cuda", (3, 2, 7))
     assert "none" in built.note
     names = [str(node.target) for node in graph.graph.nodes]

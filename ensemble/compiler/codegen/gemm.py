@@ -1,4 +1,4 @@
-"""The inner loops of matrix products, as LLVM's code: sums stay in registers till they are done."""
+"""GEMM microkernels, generated as LLVM IR: a register tile of sums over the whole depth."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ensemble.compiler.codegen.simd import (
+    CONTRACT,
     FLOAT,
-    FUSE,
     INT,
     LINE_BYTES,
     PANEL,
@@ -18,14 +18,14 @@ from ensemble.compiler.codegen.simd import (
     VECTOR,
     VECTOR_BYTES,
     WIDTH,
-    assemble,
     bounded,
+    broadcast,
     constant,
-    fetch_at,
+    inline_assembly,
     larger,
     load_at,
     pointer_to,
-    repeated,
+    prefetch_at,
     store_at,
 )
 
@@ -33,17 +33,16 @@ START_FROM_C, ADD_OTHER, RELU, SUBTRACT = 1, 2, 4, 8
 
 
 def multiply_rows(rows: int, columns: int = PANEL_VECTORS, *, bf16: bool = False) -> Any:
-    """The inner loop of a matrix product for `rows` rows and one panel, of which only the first
-    `columns` vectors are computed.
+    """The microkernel for `rows` rows and the first `columns` vectors of a panel.
 
     The intrinsic `(a, b, c, c_stride, depth, start, other, flags, ahead)`: c, `rows` rows of so
-    many vectors, `c_stride` bytes apart, is `start + a @ b`, then plus `other`, laid out as c, then
-    relu.
-    a is `(depth / WIDTH, rows, WIDTH)`, its last block whole also where depth is not; b is
-    `(depth, PANEL)`. `start` is one panel, the same for all rows (the bias). `flags` is a sum of
-    `START_FROM_C`, `ADD_OTHER` and `RELU`. What lies `ahead` bytes after b is fetched meanwhile:
-    the weights of N models come from memory at every call. With `bf16` each element of a and b is
-    two bfloat16, of which both products are added to the sum, a float.
+    many vectors, `c_stride` bytes apart, is `start + a @ b`, with the epilogue `+ other`, laid out
+    as c, and relu.
+    a is `(depth / WIDTH, rows, WIDTH)`, its last block padded; b is `(depth, PANEL)`. `start` is
+    one panel, shared by all rows (the bias). `flags` is a sum of `START_FROM_C`, `ADD_OTHER` and
+    `RELU`. It prefetches `ahead` bytes after b: every call reads the weights of N models from
+    memory. With `bf16` each element of a and b is two bfloat16, whose products are accumulated in
+    float.
     """
 
     @intrinsic
@@ -58,13 +57,13 @@ def multiply_rows(rows: int, columns: int = PANEL_VECTORS, *, bf16: bool = False
 
 
 def multiply_into_two(rows: int) -> Any:
-    """`multiply_rows` in floats, its product added to two places.
+    """`multiply_rows` in float32, accumulated into two destinations.
 
-    The intrinsic `(a, b, depth, ahead, *place, *place)`, where a place is `(base, base_stride, c,
-    c_stride, other, flags)`: c, `rows` rows of a panel, becomes `base + a @ b`, with `SUBTRACT`
-    `base - a @ b`, then plus `other`, laid out as c, then with `RELU` relu. Rows of base are
-    `base_stride` bytes apart: 0 where all are one. Without `other` (0) nothing is added; a second
-    place whose c is 0 is none.
+    The intrinsic `(a, b, depth, ahead, *destination, *destination)`, a destination being `(base,
+    base_stride, c, c_stride, other, flags)`: c, `rows` rows of a panel, becomes `base + a @ b`, or
+    `base - a @ b` with `SUBTRACT`; the epilogue adds `other`, laid out as c, and applies relu with
+    `RELU`. Rows of base are `base_stride` bytes apart, 0 for a broadcast row. `other` 0 means none;
+    c 0 in the second destination means no second one.
     """
 
     @intrinsic
@@ -92,8 +91,8 @@ class _Rows:
         return pointer_to(self.builder, self.builder.add(base, offset))
 
 
-class Block:
-    """The code of one product: sums of `rows` rows of a panel, held in registers."""
+class RegisterTile:
+    """The code of one microkernel: sums of `rows` rows of a panel, held in registers."""
 
     def __init__(
         self, builder: ir.IRBuilder, rows: int, c_stride: ir.Value, columns: int = PANEL_VECTORS
@@ -104,11 +103,11 @@ class Block:
         self.sums = {cell: cgutils.alloca_once(builder, VECTOR) for cell in cells}
 
     def at(self, base: ir.Value, row: int, column: int) -> ir.Value:
-        """Where the vector of a row and column lies in what is laid out as c."""
+        """The address of the vector of a row and column in memory laid out as c."""
         return _Rows(self.builder, self.c_stride).at(base, row, column)
 
     def start(self, from_c: ir.Value, c: ir.Value, start: ir.Value) -> None:
-        """Sums begin as c, or as one panel for all rows."""
+        """Initialize the sums from c, or from one panel for all rows."""
         builder = self.builder
         with builder.if_else(from_c) as (then, otherwise):
             with then:
@@ -120,7 +119,7 @@ class Block:
                     builder.store(load_at(builder, pointer_to(builder, address)), total)
 
     def multiply(self, a: ir.Value, panel: ir.Value, index: ir.Value, bf16: bool) -> None:
-        """Add the products of one factor of each row and one row of the panel."""
+        """Multiply-add one element of each row with one row of the panel."""
         builder = self.builder
         block = builder.udiv(index, constant(WIDTH))
         within = builder.urem(index, constant(WIDTH))
@@ -132,32 +131,32 @@ class Block:
         ]
         for row in range(self.rows):
             factor = builder.load(builder.gep(factors, [constant(row * WIDTH)]))
-            everywhere = repeated(builder, factor)
+            everywhere = broadcast(builder, factor)
             for column, values in enumerate(columns):
                 total = self.sums[row, column]
                 added = _multiply_add(builder, bf16, everywhere, values, builder.load(total))
                 builder.store(added, total)
 
     def add(self, other: ir.Value) -> None:
-        """Add what is laid out as c."""
+        """Epilogue: add memory laid out as c."""
         for cell, total in self.sums.items():
             values = load_at(self.builder, self.at(other, *cell))
             self.builder.store(self.builder.fadd(self.builder.load(total), values), total)
 
     def relu(self) -> None:
-        """No sum below 0; what is not below `LARGE` becomes NaN."""
-        zero = _everywhere(0.0)
+        """Epilogue: relu; magnitudes from `LARGE` on become NaN."""
+        zero = _all_lanes(0.0)
         for total in self.sums.values():
             value = bounded(self.builder, self.builder.load(total))
             self.builder.store(larger(self.builder, value, zero), total)
 
-    def add_to(self, place: Sequence[ir.Value]) -> None:
-        """Write the sums to a place of `multiply_into_two`, added to what that says."""
+    def accumulate(self, destination: Sequence[ir.Value]) -> None:
+        """Accumulate the sums into a destination of `multiply_into_two`."""
         builder = self.builder
-        base, base_stride, c, c_stride, other, flags = place
-        subtract, relu = (asked_flag(builder, flags, flag) for flag in (SUBTRACT, RELU))
-        sign = builder.select(subtract, _everywhere(-1.0), _everywhere(1.0))
-        least = builder.select(relu, _everywhere(0.0), _everywhere(float("-inf")))
+        base, base_stride, c, c_stride, other, flags = destination
+        subtract, relu = (has_flag(builder, flags, flag) for flag in (SUBTRACT, RELU))
+        sign = builder.select(subtract, _all_lanes(-1.0), _all_lanes(1.0))
+        lower_bound = builder.select(relu, _all_lanes(0.0), _all_lanes(float("-inf")))
         before, after = (_Rows(builder, stride) for stride in (base_stride, c_stride))
         adds = builder.icmp_signed("!=", other, constant(0))
         zeros = cgutils.alloca_once(builder, ir.ArrayType(VECTOR, PANEL_VECTORS))
@@ -165,11 +164,11 @@ class Block:
         other = builder.select(adds, other, builder.ptrtoint(zeros, INT))
         added = _Rows(builder, builder.select(adds, c_stride, constant(0)))
         for cell, total in self.sums.items():
-            signed = builder.fmul(sign, builder.load(total), flags=FUSE)
-            value = builder.fadd(signed, load_at(builder, before.at(base, *cell)), flags=FUSE)
+            signed = builder.fmul(sign, builder.load(total), flags=CONTRACT)
+            value = builder.fadd(signed, load_at(builder, before.at(base, *cell)), flags=CONTRACT)
             value = builder.fadd(value, load_at(builder, added.at(other, *cell)))
             value = bounded(builder, value)
-            store_at(builder, larger(builder, value, least), after.at(c, *cell))
+            store_at(builder, larger(builder, value, lower_bound), after.at(c, *cell))
 
     def finish(self, c: ir.Value) -> None:
         """Write the sums."""
@@ -182,63 +181,63 @@ def _multiply_rows(
 ) -> None:
     a, b, c, c_stride, depth, start, other, flags, ahead = arguments
 
-    def asked(flag: int) -> ir.Value:
-        return asked_flag(builder, flags, flag)
+    def has(flag: int) -> ir.Value:
+        return has_flag(builder, flags, flag)
 
-    block = Block(builder, rows, c_stride, columns)
-    block.start(asked(START_FROM_C), c, start)
-    with builder.if_then(asked(ADD_OTHER)):
-        _fetch_rows(builder, rows, columns, other, c_stride)
+    tile = RegisterTile(builder, rows, c_stride, columns)
+    tile.start(has(START_FROM_C), c, start)
+    with builder.if_then(has(ADD_OTHER)):
+        _prefetch_rows(builder, rows, columns, other, c_stride)
     with cgutils.for_range(builder, depth, intp=INT) as loop:
         row = builder.mul(loop.index, constant(PANEL))
         panel = builder.gep(pointer_to(builder, b), [row])
         _prefetch(builder, panel, columns, ahead)
-        block.multiply(a, panel, loop.index, bf16)
-    with builder.if_then(asked(ADD_OTHER)):
-        block.add(other)
-    with builder.if_then(asked(RELU)):
-        block.relu()
-    block.finish(c)
+        tile.multiply(a, panel, loop.index, bf16)
+    with builder.if_then(has(ADD_OTHER)):
+        tile.add(other)
+    with builder.if_then(has(RELU)):
+        tile.relu()
+    tile.finish(c)
 
 
 def _multiply_into_two(builder: ir.IRBuilder, rows: int, arguments: Sequence[ir.Value]) -> None:
-    a, b, depth, ahead, *places = arguments
-    first, second = places[:6], places[6:]
-    block = Block(builder, rows, constant(0))
-    for total in block.sums.values():
-        builder.store(_everywhere(0.0), total)
-    for place in (first, second):
-        with builder.if_then(builder.icmp_signed("!=", place[4], constant(0))):
-            _fetch_rows(builder, rows, PANEL_VECTORS, place[4], place[3])
+    a, b, depth, ahead, *operands = arguments
+    first, second = operands[:6], operands[6:]
+    tile = RegisterTile(builder, rows, constant(0))
+    for total in tile.sums.values():
+        builder.store(_all_lanes(0.0), total)
+    for destination in (first, second):
+        with builder.if_then(builder.icmp_signed("!=", destination[4], constant(0))):
+            _prefetch_rows(builder, rows, PANEL_VECTORS, destination[4], destination[3])
     with cgutils.for_range(builder, depth, intp=INT) as loop:
         row = builder.mul(loop.index, constant(PANEL))
         panel = builder.gep(pointer_to(builder, b), [row])
         _prefetch(builder, panel, PANEL_VECTORS, ahead)
-        block.multiply(a, panel, loop.index, False)
+        tile.multiply(a, panel, loop.index, False)
     has_second = builder.icmp_signed("!=", second[2], constant(0))
     count = builder.select(has_second, constant(2), constant(1))
-    with cgutils.for_range(builder, count, intp=INT) as loop:  # the code stands once for both
+    with cgutils.for_range(builder, count, intp=INT) as loop:  # one copy of the code for both
         is_first = builder.icmp_signed("==", loop.index, constant(0))
         choices = zip(first, second, strict=True)
-        block.add_to([builder.select(is_first, *either) for either in choices])
+        tile.accumulate([builder.select(is_first, *either) for either in choices])
 
 
 def _prefetch(builder: ir.IRBuilder, panel: ir.Value, columns: int, ahead: ir.Value) -> None:
-    """Fetch the row of a panel that lies `ahead` bytes on into the second level of the cache."""
+    """Prefetch the row of a panel `ahead` bytes on into L2."""
     for column in range(0, columns * VECTOR_BYTES, LINE_BYTES):
         following = builder.add(builder.ptrtoint(panel, INT), ahead)
-        fetch_at(builder, builder.add(following, constant(column)))
+        prefetch_at(builder, builder.add(following, constant(column)))
 
 
-def _fetch_rows(
+def _prefetch_rows(
     builder: ir.IRBuilder, rows: int, columns: int, start: ir.Value, stride: ir.Value
 ) -> None:
-    """Fetch what a product adds at its end, rows of a panel, while it multiplies."""
+    """Prefetch what the epilogue adds, rows of a panel, while the loop multiplies."""
     with cgutils.for_range(builder, constant(rows), intp=INT) as loop:
         first = builder.add(start, builder.mul(stride, loop.index))
         for column in range(0, columns * VECTOR_BYTES, LINE_BYTES):
             address = builder.add(first, constant(column))
-            fetch_at(builder, address)
+            prefetch_at(builder, address)
 
 
 def _multiply_add(
@@ -246,16 +245,16 @@ def _multiply_add(
 ) -> ir.Value:
     if bf16:
         code = "vdpbf16ps $3, $2, $0"
-        return assemble(builder, code, "=v,0,v,v", (total, factor, values))
-    return builder.fadd(builder.fmul(factor, values, flags=FUSE), total, flags=FUSE)
+        return inline_assembly(builder, code, "=v,0,v,v", (total, factor, values))
+    return builder.fadd(builder.fmul(factor, values, flags=CONTRACT), total, flags=CONTRACT)
 
 
-def asked_flag(builder: ir.IRBuilder, flags: ir.Value, flag: int) -> ir.Value:
+def has_flag(builder: ir.IRBuilder, flags: ir.Value, flag: int) -> ir.Value:
     """Is the flag in a sum of flags?"""
     return builder.trunc(builder.lshr(flags, constant(flag.bit_length() - 1)), _BIT)
 
 
-def _everywhere(value: float) -> ir.Constant:
+def _all_lanes(value: float) -> ir.Constant:
     return ir.Constant(VECTOR, [ir.Constant(FLOAT, value)] * WIDTH)
 
 

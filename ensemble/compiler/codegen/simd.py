@@ -1,8 +1,8 @@
-"""One SIMD vector of floats as a numba type, as wide as this CPU's registers, and what it can do.
+"""A SIMD vector of floats as a numba type, as wide as this CPU's registers, and its intrinsics.
 
-numba vectorises loops by itself, but not across 36 rows of memory whose overlap it cannot rule out.
-Here a vector is a value: `load`, `store`, `+`, `-`, `*`, `maximum`. Addresses are plain integers,
-in bytes. Below stand the pieces of LLVM's code that `products` and `taps` are made of.
+numba vectorizes loops by itself, but not across 36 rows of memory that may alias. Here a vector is
+a value: `load`, `store`, `+`, `-`, `*`, `maximum`. Addresses are integers, in bytes. The builders
+of LLVM IR at the end are what the microkernels (`gemm`, `depthwise`) consist of.
 """
 
 import operator
@@ -16,23 +16,23 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic, models, overload, register_model
 
-llvmlite.binding.initialize_native_asmparser()  # for `assemble`
+llvmlite.binding.initialize_native_asmparser()  # for `inline_assembly`
 
 FLOAT_BYTES = 4
-LINE_BYTES = 64  # of the cache
+LINE_BYTES = 64  # a cache line
 
 
 def _features() -> set[str]:
-    """What the code is compiled for: this CPU's features, or those of NUMBA_CPU_FEATURES."""
-    asked: str | None = config.CPU_FEATURES  # type: ignore[attr-defined]
-    if asked is None:
+    """The target's features: those of this CPU, or NUMBA_CPU_FEATURES."""
+    requested: str | None = config.CPU_FEATURES  # type: ignore[attr-defined]
+    if requested is None:
         found = llvmlite.binding.get_host_cpu_features()
         return {name for name, there in found.items() if there}
-    return {name[1:] for name in asked.split(",") if name.startswith("+")}
+    return {name[1:] for name in requested.split(",") if name.startswith("+")}
 
 
 def _registers(features: set[str]) -> tuple[int, int]:
-    """Floats in a vector register, and how many such registers there are."""
+    """Floats per vector register, and the number of registers."""
     if "avx512f" in features:
         return 16, 32
     if {"avx2", "fma"} <= features:
@@ -41,20 +41,20 @@ def _registers(features: set[str]) -> tuple[int, int]:
 
 
 WIDTH, REGISTERS = _registers(_features())
-# Does this CPU multiply bfloat16 by twos, both products added to a float, in one instruction?
+# Has this CPU a dot product of pairs of bfloat16, accumulated in float?
 HAS_BF16_DOT = "avx512bf16" in _features()
 VECTOR_BYTES = WIDTH * FLOAT_BYTES
-PANEL_VECTORS = 2  # columns of a matrix product that are summed together, in vectors
+PANEL_VECTORS = 2  # columns of a register tile, in vectors
 PANEL = PANEL_VECTORS * WIDTH
-# Rows summed together: all registers but those for a row of the panel, a factor and a spare.
+# Rows of a register tile: all registers but those for a row of the panel, a broadcast and a spare.
 MAX_ROWS = (REGISTERS - PANEL_VECTORS - 2) // PANEL_VECTORS
 
-# The least magnitude that counts as an overflow: see `Program`. Times SCALE it is one.
+# The least magnitude that counts as an overflow: see `Program`. Times SCALE it overflows.
 LARGE = SCALE = 2.0**64
 
 FLOAT, INT = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, WIDTH)
-FUSE = ("contract",)  # a * b + c may be rounded once
+CONTRACT = ("contract",)  # a * b + c may be rounded once
 
 
 class Vector(types.Type):
@@ -94,7 +94,7 @@ def store(typing_context, address, value):
 
 @intrinsic
 def load_float(typing_context, address):
-    """The one float at an address."""
+    """The float at an address."""
 
     def generate(context, builder, signature, arguments):
         return builder.load(pointer_to(builder, arguments[0]))
@@ -114,11 +114,11 @@ def store_float(typing_context, address, value):
 
 
 @intrinsic
-def fetch(typing_context, address):
-    """Bring what lies at an address into the second level of the cache, while others compute."""
+def prefetch(typing_context, address):
+    """Prefetch the cache line at an address into L2."""
 
     def generate(context, builder, signature, arguments):
-        fetch_at(builder, arguments[0])
+        prefetch_at(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -126,24 +126,24 @@ def fetch(typing_context, address):
 
 @intrinsic
 def to_bf16(typing_context, low, high):
-    """Two vectors of floats, rounded to bfloat16, as one: two numbers in the room of a float.
+    """Two vectors of floats, rounded to bfloat16, in one: two numbers in the bits of a float.
 
-    It travels as a vector of floats that is never computed with.
+    Its type is a vector of floats, which no arithmetic may use.
     """
 
     def generate(context, builder, signature, arguments):
-        code = "vcvtne2ps2bf16 $1, $2, $0"  # the names of registers stand in AT&T's order
-        return assemble(builder, code, "=v,v,v", arguments)
+        code = "vcvtne2ps2bf16 $1, $2, $0"  # operands in AT&T order
+        return inline_assembly(builder, code, "=v,v,v", arguments)
 
     return vector(vector, vector), generate
 
 
 @intrinsic
 def splat(typing_context, value):
-    """A vector of one float, repeated."""
+    """A float, broadcast to a vector."""
 
     def generate(context, builder, signature, arguments):
-        return repeated(builder, arguments[0])
+        return broadcast(builder, arguments[0])
 
     return vector(types.float32), generate
 
@@ -152,7 +152,7 @@ def _binary(operation: str) -> Any:
     @intrinsic
     def apply(typing_context, left, right):
         def generate(context, builder, signature, arguments):
-            return getattr(builder, operation)(*arguments, flags=FUSE)
+            return getattr(builder, operation)(*arguments, flags=CONTRACT)
 
         return vector(vector, vector), generate
 
@@ -222,7 +222,7 @@ def _exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
         return ir.Constant(VECTOR, [value] * WIDTH)
 
     def fused(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        return builder.fadd(builder.fmul(a, b, flags=FUSE), c, flags=FUSE)
+        return builder.fadd(builder.fmul(a, b, flags=CONTRACT), c, flags=CONTRACT)
 
     low, high = all_of(_LOWEST), all_of(_HIGHEST)
     x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
@@ -289,7 +289,7 @@ def _(left, right):
 
 
 def _fetch_and(operation: str) -> Any:
-    """Change the integer at an address as one step for all threads; gives what it was before."""
+    """An atomic read-modify-write of the integer at an address; returns the old value."""
 
     @intrinsic
     def fetch(typing_context, address, value):
@@ -307,7 +307,7 @@ fetch_add, fetch_or = _fetch_and("add"), _fetch_and("or")
 
 @intrinsic
 def load_shared(typing_context, address):
-    """The integer at an address, as other threads last wrote it."""
+    """An atomic load (acquire) of the integer at an address."""
 
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], INT.as_pointer())
@@ -318,7 +318,7 @@ def load_shared(typing_context, address):
 
 @intrinsic
 def relax(typing_context):
-    """What a spinning thread does meanwhile: x86 leaves the core to its other hardware thread."""
+    """The pause of a spin loop: on x86 the other hardware thread of the core runs faster."""
 
     def generate(context, builder, signature, arguments):
         if "x86" in llvmlite.binding.get_process_triple():
@@ -329,8 +329,8 @@ def relax(typing_context):
 
 
 @intrinsic
-def give_way(typing_context):
-    """Let another thread have this core, if one waits for it; for POSIX systems."""
+def yield_core(typing_context):
+    """Yield this core to another runnable thread, on POSIX systems."""
 
     def generate(context, builder, signature, arguments):
         if os.name == "posix":
@@ -341,8 +341,8 @@ def give_way(typing_context):
 
 
 @intrinsic
-def stand_alone(typing_context):
-    """Keep the function that calls this whole: LLVM would copy its code to where it is called."""
+def no_inline(typing_context):
+    """Forbid inlining of the calling function: its code is large."""
 
     def generate(context, builder, signature, arguments):
         builder.function.attributes.add("noinline")
@@ -356,10 +356,10 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type) -> None:
     builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [])
 
 
-def assemble(
+def inline_assembly(
     builder: ir.IRBuilder, code: str, constraint: str, arguments: Sequence[ir.Value]
 ) -> ir.Value:
-    """One instruction by its name: LLVM's own names for these change from version to version."""
+    """One instruction by its mnemonic: LLVM's intrinsics change from version to version."""
     function_type = ir.FunctionType(VECTOR, [VECTOR] * len(arguments))
     return builder.call(ir.InlineAsm(function_type, code, constraint), arguments)
 
@@ -380,17 +380,17 @@ def store_at(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
     builder.store(value, builder.bitcast(pointer, VECTOR.as_pointer()), align=FLOAT_BYTES)
 
 
-def fetch_at(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """As `fetch`."""
+def prefetch_at(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """As the intrinsic `prefetch`."""
     pointer, hint = ir.IntType(8).as_pointer(), ir.IntType(32)
-    prefetch = cgutils.get_or_insert_function(
+    llvm_prefetch = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [pointer, *[hint] * 3]), "llvm.prefetch.p0"
     )
     read, second_level, data = (ir.Constant(hint, value) for value in (0, 2, 1))
-    builder.call(prefetch, [builder.inttoptr(address, pointer), read, second_level, data])
+    builder.call(llvm_prefetch, [builder.inttoptr(address, pointer), read, second_level, data])
 
 
-def repeated(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     undefined = ir.Constant(VECTOR, ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
     everywhere = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
@@ -405,4 +405,4 @@ def bounded(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """`value + 0 * scaled`, where scaled is infinite from `LARGE` on."""
     zero, scale = (ir.Constant(VECTOR, [number] * WIDTH) for number in (0.0, SCALE))
     scaled = builder.fmul(value, scale)
-    return builder.fadd(builder.fmul(scaled, zero, flags=FUSE), value, flags=FUSE)
+    return builder.fadd(builder.fmul(scaled, zero, flags=CONTRACT), value, flags=CONTRACT)

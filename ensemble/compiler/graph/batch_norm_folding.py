@@ -1,4 +1,8 @@
-"""Batch norm folded into the convolution before it: the same function, fewer passes over memory."""
+"""Fold batch norms into the convolutions before them, in the models' own modules.
+
+The compiler folds them in its graph (`operator_selection`). Strategies that run the models' own
+code fold them here.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,39 +12,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ensemble.compiler.graph.capture import (
-    Call,
-    Recording,
-    record,
-    renumbered,
-)
+from ensemble.compiler.graph.call_trace import Call, CallTrace, record, renumbered
 from ensemble.compiler.runtime import serial_copy
 from ensemble.errors import UnavailableError
 from ensemble.machine.memory import unavailable_on_failure
 from ensemble.models import stacking
 
-# The share of an output of integers or booleans that rounding may change: pixels at a threshold.
+# The fraction of an integer or boolean output that rounding may change: pixels at a threshold.
 FLIPPED = 0.05
-Pairs = dict[
-    int, tuple[str, str]
-]  # the call of a norm -> the names of its convolution, and its own
+Pairs = dict[int, tuple[str, str]]  # call of a norm -> names of its convolution and of itself
 
 
 def folded(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:
-    """Copies of `models` without the batch norms that follow a convolution, in channels-last.
+    """Copies of `models`, channels-last, without the batch norms that follow a convolution.
 
-    They stay modules of their own class (each folded norm becomes an Identity), so they stack, and
-    are slices of one stack as those of `stacking.allocate` are. The fold is computed in float64.
-    Where the models' code would do something else without the norms, for it looks at its modules
-    (`isinstance(layer, nn.BatchNorm2d)`, `conv.bias is None`), or for other values (`if x.max() >
-    1`), none is folded.
+    They keep their class (a folded norm becomes an Identity), so they stack, and are slices of one
+    stack as `stacking.allocate` makes. The fold is computed in float64. No norm is folded where the
+    models' control flow may depend on it: on their modules (`isinstance(layer, nn.BatchNorm2d)`,
+    `conv.bias is None`) or on values (`if x.max() > 1`).
 
     Args:
         models: alike, in eval mode.
-        example: `(B, C, H, W)`, or `(N, B, C, H, W)`: one batch for each.
+        example: `(B, C, H, W)`, or `(N, B, C, H, W)`: a batch for each model.
 
     Raises:
-        UnavailableError: their code does not run on images that lie channels-last in memory.
+        UnavailableError: their code does not run on channels-last images.
         ValueError: models that `stacking.check_same_architecture` refuses.
     """
     stacking.check_same_architecture(models)
@@ -49,19 +45,19 @@ def folded(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:
     pairs = {} if before.reads_values else _foldable(models[0], before)
     copies = _copies(models, list(pairs.values()), example.device)
     after = _recorded(copies[0], x, is_needed=not pairs)
-    if pairs and not (after and _is_same(before, after, pairs)):
+    if pairs and not (after and _calls_the_same(before, after, pairs)):
         copies = _copies(models, [], example.device)
         after = _recorded(copies[0], x, is_needed=True)
     if after and not is_close(after.result, before.result):
         again = record(stacking.private_copy(models[0]), x.clone())
-        if is_close(again.result, before.result):  # else it is random
+        if is_close(again.result, before.result):  # else the model is random
             raise UnavailableError("this model gives another result channels-last")
     return copies
 
 
 class ContiguousGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` for channels-last images, of which torch's loses digits: 35 % of the result
-    where the mean is 1000 times the deviation."""
+    """`nn.GroupNorm` for channels-last images, where torch's is inaccurate: 35 % off if the mean is
+    1000 times the standard deviation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.contiguous())
@@ -73,8 +69,8 @@ def _use_contiguous_norms(model: nn.Module) -> None:
             module.__class__ = ContiguousGroupNorm
 
 
-def _recorded(model: nn.Module, x: Tensor, *, is_needed: bool) -> Recording | None:
-    """What a copy does with channels-last images; None where it fails, unless that `is_needed`."""
+def _recorded(model: nn.Module, x: Tensor, *, is_needed: bool) -> CallTrace | None:
+    """The trace of a copy on channels-last images; None if it fails, unless `is_needed`."""
     try:
         with unavailable_on_failure("this model does not run channels-last"):
             return record(stacking.private_copy(model), channels_last(x, copy=True))
@@ -87,7 +83,7 @@ def _recorded(model: nn.Module, x: Tensor, *, is_needed: bool) -> Recording | No
 def _copies(
     models: Sequence[nn.Module], pairs: Sequence[tuple[str, str]], device: torch.device
 ) -> list[nn.Module]:
-    """The models in channels-last with the norms of these pairs folded."""
+    """The models, channels-last, with the norms of these pairs folded."""
     template = _without_norms(models[0], pairs)
     copies = stacking.allocate(template, len(models), device=device)
     for model, copy in zip(models, copies, strict=True):
@@ -102,7 +98,7 @@ def _copies(
 
 
 def _without_norms(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
-    """The skeleton of `model` in channels-last, with these norms gone."""
+    """The skeleton of `model`, channels-last, without these norms."""
     template = stacking.skeleton(model)
     for conv_name, norm_name in pairs:
         conv = template.get_submodule(conv_name)
@@ -123,8 +119,7 @@ def _without_norms(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Mod
 
 
 def channels_last(x: Tensor, *, copy: bool = False) -> Tensor:
-    """`x`, `(B, 3, H, W)` or `(N, B, 3, H, W)`, with its channels last in memory; in memory of its
-    own where a `copy` is asked for."""
+    """`x`, `(B, 3, H, W)` or `(N, B, 3, H, W)`, channels-last; always a copy if `copy`."""
     return serial_copy.contiguous(x.movedim(-3, -1), copy=copy).movedim(-1, -3)
 
 
@@ -133,13 +128,13 @@ def private(x: Tensor) -> Tensor:
     return channels_last(x, copy=True)
 
 
-def _foldable(model: nn.Module, recording: Recording) -> Pairs:
-    """The norms that alone read the result of a convolution, both layers of torch's own class,
-    called once, with tensors that nothing else reads."""
+def _foldable(model: nn.Module, trace: CallTrace) -> Pairs:
+    """The norms that are the only reader of a convolution. Both layers are of torch's own class and
+    called once, and nothing else reads their tensors."""
     names, owners = _names(model), _owners(model)
 
     def layer_of(call: Call, kind: type[nn.Module]) -> str | None:
-        """The name of the one layer of this kind whose tensors a call reads, all that it has."""
+        """The name of the only layer of this kind whose tensors, all of them, a call reads."""
         read = [str(value[1]) for value in call.reads() if value[0] == "state"]
         paths = {name.rpartition(".")[0] for name in read}
         if len(paths) != 1:
@@ -150,20 +145,20 @@ def _foldable(model: nn.Module, recording: Recording) -> Pairs:
         own = {f"{path}.{name}" if path else name for name in stacking.named_tensors(layer)}
         own = {name for name in own if not name.endswith("num_batches_tracked")}
         unshared = all(owners[id(tensor)] == 1 for tensor in _own_tensors(layer))
-        once = all(len(recording.readers(("state", name))) == 1 for name in own)
+        once = all(len(trace.readers(("state", name))) == 1 for name in own)
         fits = type(layer) is kind and alone and unshared and once and set(read) == own
         return path if fits else None
 
     pairs: Pairs = {}
-    for index, call in enumerate(recording.calls):
+    for index, call in enumerate(trace.calls):
         if call.function is not functional.batch_norm or call.arguments[0][0] != "result":
             continue
         _, source, position = call.arguments[0]
         assert isinstance(source, int)
-        conv_call = recording.calls[source]
+        conv_call = trace.calls[source]
         if conv_call.function is not functional.conv2d or position != 0:
             continue
-        if recording.readers(call.arguments[0]) != [index]:
+        if trace.readers(call.arguments[0]) != [index]:
             continue
         conv, norm = layer_of(conv_call, nn.Conv2d), layer_of(call, nn.BatchNorm2d)
         if conv is not None and norm is not None and _has_statistics(model.get_submodule(norm)):
@@ -171,15 +166,15 @@ def _foldable(model: nn.Module, recording: Recording) -> Pairs:
     return pairs
 
 
-def _is_same(before: Recording, after: Recording, pairs: Pairs) -> bool:
-    """Do the folded models do what the models do, but for the norms and the convolutions' bias?"""
+def _calls_the_same(before: CallTrace, after: CallTrace, pairs: Pairs) -> bool:
+    """Do the folded models call the same, apart from the norms and the convolutions' bias?"""
     norms = {index: before.calls[index].arguments[0] for index in pairs}
     plain = renumbered(before, norms)
     biases = {f"{conv}.weight" for conv, _ in pairs.values()}
 
-    def but_for_biases(recording: Recording) -> list[tuple[object, ...]]:
+    def but_for_biases(trace: CallTrace) -> list[tuple[object, ...]]:
         calls: list[tuple[object, ...]] = []
-        for call in recording.calls:
+        for call in trace.calls:
             arguments = call.arguments
             if len(arguments) > 2 and arguments[1][0] == "state" and arguments[1][1] in biases:
                 arguments = (*arguments[:2], *arguments[3:])
@@ -191,11 +186,11 @@ def _is_same(before: Recording, after: Recording, pairs: Pairs) -> bool:
 
 
 def is_close(found: object, expected: object) -> bool:
-    """Are outputs the same but for rounding, by far? What has no values is."""
+    """Are outputs equal up to a generous rounding tolerance? Tensors without values are."""
     if type(found) is not Tensor or type(expected) is not Tensor:
         return True
     if any(t.layout != torch.strided or t.is_quantized or t.is_nested for t in (found, expected)):
-        return True  # these are refused for what they are
+        return True  # later checks refuse these
     if found.shape != expected.shape:
         return False
     if not found.numel():
@@ -216,7 +211,7 @@ def _names(model: nn.Module) -> Counter[int]:
 
 
 def _owners(model: nn.Module) -> Counter[int]:
-    """Of each tensor, how many modules have it."""
+    """How many modules own each tensor."""
     modules = {id(module): module for module in model.modules()}.values()
     return Counter(id(tensor) for module in modules for tensor in _own_tensors(module))
 
@@ -227,13 +222,13 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Does a call of `module` run the forward of its class, and nothing around it?"""
+    """Does a call of `module` run the forward of its class, without hooks?"""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return not hooks and "forward" not in vars(module)
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    """A batch norm whose result is a linear function of its input, the same for every batch."""
+    """Has a batch norm running statistics, so that it is one affine function for all batches?"""
     return (
         type(module) is nn.BatchNorm2d
         and module.running_mean is not None

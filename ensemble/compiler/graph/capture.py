@@ -1,163 +1,76 @@
-"""What a model does, as the list of torch's functions that one call of it calls.
+"""Capture a model as a graph of ATen operators on its tensors and one input.
 
-The model's own code runs, whatever it is made of; nothing of torch is patched, so other threads may
-call models meanwhile. That is enough to see which layer alone reads another's result, and that two
-models do the same; it is no program that could run again.
+The graph holds all that the model does with tensors, whatever its code consists of: custom layers,
+functions, hooks, branches on a shape.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, fx, nn
 
-# What a value is: ("state", name) of the model's tensors, ("x",), ("result", call, position) of a
-# call, or what else tells it apart.
-Value = tuple[object, ...]
-
-# They tell how a tensor is formed, and nothing of what it holds.
-_ABOUT_SHAPE = {
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__),
-    *(Tensor.is_floating_point, Tensor.type, Tensor.get_device),
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "is_meta")
-    ),
-}
-# They hand a tensor's values to Python, whose code may then take another way.
-_READS_VALUES = {
-    *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__complex__),
-    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__contains__),
-    *(Tensor.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.nonzero, Tensor.argwhere),
-    *(Tensor.unique, Tensor.masked_select, torch.is_nonzero, torch.equal, torch.allclose),
-    *(torch.nonzero, torch.argwhere, torch.unique, torch.masked_select),
-}
+from ensemble.compiler.graph.analysis import is_random
+from ensemble.compiler.graph.functionalize import trace_functional
+from ensemble.compiler.graph.graph_module import recompile
+from ensemble.errors import UnavailableError
+from ensemble.machine import randomness
+from ensemble.machine.memory import unavailable_on_failure
+from ensemble.models import stacking
 
 
-@dataclass(frozen=True)
-class Call:
-    """A function of torch, and what it was given."""
+def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[str]]:
+    """`graph(*tensors, x)`, and the names of the model's tensors that it reads, in their order.
 
-    function: object
-    arguments: tuple[Value, ...]  # those given by name come last, as ("by name", name, value)
+    Constants that the model's code holds become attributes of the graph.
 
-    def reads(self) -> Iterator[Value]:
-        """The tensors among its arguments, each as often as it stands there."""
-        for argument in self.arguments:
-            yield from _tensors_in(argument)
+    Args:
+        model: in eval mode.
+        example: `(B, C, H, W)`; the graph holds for inputs of its shape, dtype and device.
 
+    Raises:
+        UnavailableError: see `trace_functional`; the model depends on values of tensors, mutates
+            its own tensors, or draws random numbers.
+        ValueError: the model does not return one tensor.
+    """
+    tensors, stateless = stacking.named_tensors(model), stacking.stateless(model)
+    outputs: list[object] = []
 
-@dataclass(frozen=True)
-class Recording:
-    """The calls in order, and what came out at the end."""
-
-    calls: tuple[Call, ...]
-    output: Value
-    result: object
-
-    @property
-    def reads_values(self) -> bool:
-        """Did the model's code ask for values of a tensor? It may do something else for others."""
-        return any(call.function in _READS_VALUES for call in self.calls)
-
-    def readers(self, value: Value) -> list[int]:
-        """Which calls read a value, one entry for each time; the output counts as one more call."""
-        found = [index for index, call in enumerate(self.calls) for v in call.reads() if v == value]
-        return found + [len(self.calls)] * list(_tensors_in(self.output)).count(value)
-
-
-def record(model: nn.Module, x: Tensor) -> Recording:
-    """Call `model` with x, which it may write to, and record what it calls."""
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    recorder = _Recorder({id(tensor): ("state", name) for name, tensor in tensors})
-    recorder.know(x, ("x",))
-    with recorder:
-        result = model(x)
-    return Recording(tuple(recorder.calls), recorder.described(result), result)
-
-
-class _Recorder(TorchFunctionMode):
-    def __init__(self, known: dict[int, Value]) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-        self._known = known
-        self._kept: list[object] = []  # what lives keeps its id
-
-    def know(self, tensor: Tensor, value: Value) -> None:
-        self._known.setdefault(id(tensor), value)
-        self._kept.append(tensor)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func in _ABOUT_SHAPE:
-            return result
-        if func is Tensor.contiguous:  # the same values: whether it has copied is not told
-            self.know(result, self.described(args[0]))
-            return result
-        by_name = (("by name", name, self.described(value)) for name, value in kwargs.items())
-        arguments = (*map(self.described, args), *by_name)
-        for position, tensor in enumerate(_flat(result)):
-            self.know(tensor, ("result", len(self.calls), position))
-        self.calls.append(Call(func, arguments))
+    def flat(*arguments: Tensor) -> Tensor:
+        state = dict(zip(tensors, arguments[:-1], strict=True))
+        result = stateless(state, arguments[-1].clone())  # it may mutate its input
+        outputs.append(result)
         return result
 
-    def described(self, value: object) -> Value:
-        """Equal for what is the same in two calls of models that are alike."""
-        if isinstance(value, Tensor):
-            unknown = ("constant", tuple(value.shape), value.dtype)
-            return self._known.get(id(value), unknown)
-        if isinstance(value, Mapping):
-            return "mapping", *((str(key), self.described(item)) for key, item in value.items())
-        if isinstance(value, list | tuple):
-            return "sequence", *map(self.described, value)
-        return type(value).__name__, repr(value)
+    one = stacking.private_copy(model)
+    # Call it once first: what its code caches, say a grid, would else hold tensors of the trace.
+    result, draws = _called(one, example)
+    if draws and _called(one, example)[1]:  # twice: another thread may have drawn
+        raise UnavailableError("this model draws random numbers at each call")
+    if not isinstance(result, Tensor):
+        raise ValueError(f"expected one tensor from each model, found {type(result).__name__}")
+    try:
+        module = trace_functional(flat, (*tensors.values(), example))
+    finally:
+        if outputs and not isinstance(outputs[-1], Tensor):
+            found = type(outputs[-1]).__name__
+            raise ValueError(f"expected one tensor from each model, found {found}")
+    if any(map(is_random, module.graph.nodes)):
+        raise UnavailableError("this model draws random numbers at each call")
+    *placeholders, _ = module.graph.find_nodes(op="placeholder")
+    read = {name: node for name, node in zip(tensors, placeholders, strict=True) if node.users}
+    for node in placeholders:
+        if not node.users:
+            module.graph.erase_node(node)
+    recompile(module)
+    return module, list(read)
 
 
-def _flat(result: object) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, list | tuple):
-        for part in result:
-            yield from _flat(part)
-
-
-def _tensors_in(value: object) -> Iterator[Value]:
-    if not isinstance(value, tuple):
-        return
-    if value and value[0] in ("state", "x", "result"):
-        yield value
-        return
-    for part in value:
-        yield from _tensors_in(part)
-
-
-def renumbered(recording: Recording, without: Mapping[int, Value]) -> Recording:
-    """The recording without some calls, for whose first result another value stands."""
-    kept = [index for index in range(len(recording.calls)) if index not in without]
-    places = {index: place for place, index in enumerate(kept)}
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, tuple):
-            return value
-        if not value or value[0] != "result":
-            return tuple(moved(part) for part in value)
-        _, call, *rest = value
-        return moved(without[call]) if call in without else ("result", places[call], *rest)
-
-    calls = (recording.calls[index] for index in kept)
-    return Recording(
-        tuple(Call(call.function, moved(call.arguments)) for call in calls),
-        moved(recording.output),
-        recording.result,
-    )
+def _called(model: nn.Module, example: Tensor) -> tuple[object, bool]:
+    """The model's result, and whether it drew random numbers: a trace sees only torch's own."""
+    is_plain = type(example) is Tensor  # fake tensors draw nothing
+    before = randomness.states(example.device) if is_plain else ()
+    with (
+        unavailable_on_failure("torch cannot trace this model"),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        result = model(example.clone())
+    return result, is_plain and randomness.states(example.device) != before

@@ -1,7 +1,7 @@
-"""Operators that only move numbers about, a chain of them as one selection of `ensemble.compiler`.
+"""Fold each chain of data-movement operators into one gather.
 
-Slices, halves and shuffles of channels, borders, steps over pixels, enlargement by repetition: what
-such a chain does is found by sending numbered elements through it, not by knowing its operators.
+Slices, splits and shuffles of channels, padding, strided slices, nearest upsampling. The pass runs
+a chain on numbered elements and reads the gather off the result: it needs no rule per operator.
 """
 
 from __future__ import annotations
@@ -13,18 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ensemble.compiler.graph.functionalize import (
-    depending_on,
-    is_images,
-    reached,
-    recompile,
-    value_of,
-)
-from ensemble.compiler.operators import conv
+from ensemble.compiler.graph.analysis import dependents, dynamic_nodes, is_images, value_of
+from ensemble.compiler.graph.graph_module import recompile
+from ensemble.compiler.operators.gather import plain_gather
 
 aten = torch.ops.aten
 
-_MOVES: set[Any] = {
+_DATA_MOVEMENT: set[Any] = {
     operator.getitem,
     aten.reshape.default,
     aten.permute.default,
@@ -51,72 +46,79 @@ _MOVES: set[Any] = {
     aten.channel_shuffle.default,
     aten.native_channel_shuffle.default,
 }
-MOST_ELEMENTS = 2**27  # of images that are numbered: 1 GB
+MAX_ELEMENTS = 2**27  # of numbered images: 1 GB
 
 
 @dataclass(frozen=True)
-class Selection:
-    """For each row, column and channel of the result which one of the images it is; -1: zeros."""
+class Gather:
+    """For each row, column and channel of the result its source; -1: zeros."""
 
     rows: list[int]
     columns: list[int]
     channels: list[int]
 
-    def is_all_of(self, images: Tensor) -> bool:
+    def is_identity(self, images: Tensor) -> bool:
         every = [list(range(length)) for length in images.shape[1:]]
         return [self.channels, self.rows, self.columns] == every
 
 
-def join_moves(module: fx.GraphModule) -> None:
-    """Replace each chain of `_MOVES` from images to images, `(B, C, H, W)`, by one selection, where
-    it is one: rows, columns and channels are taken independently of each other."""
-    graph, on_input = module.graph, reached(module.graph)
-    of_state = depending_on(graph, graph.find_nodes(op="placeholder"))
-    paths: dict[fx.Node, list[fx.Node]] = {}  # from the images on, to a node that moves them
+def fold_data_movement(module: fx.GraphModule) -> None:
+    """Replace each chain of data movement from images to images, `(B, C, H, W)`, by one gather.
+
+    A chain is a gather if it takes rows, columns and channels independently of each other; others
+    stay.
+    """
+    graph, dynamic = module.graph, dynamic_nodes(module.graph)
+    of_state = dependents(graph, graph.find_nodes(op="placeholder"))
+    chains: dict[fx.Node, list[fx.Node]] = {}  # a node -> its source images, the chain to itself
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
-        if node.target not in _MOVES or not isinstance(source, fx.Node) or source not in on_input:
+        if (
+            node.target not in _DATA_MOVEMENT
+            or not isinstance(source, fx.Node)
+            or source not in dynamic
+        ):
             continue
         if any(other in of_state for other in node.all_input_nodes if other is not source):
             continue
-        paths[node] = [*paths.get(source, [source]), node]
-        if is_images(node) and any(user.target not in _MOVES for user in node.users):
-            _join(module, paths[node])
+        chains[node] = [*chains.get(source, [source]), node]
+        if is_images(node) and any(user.target not in _DATA_MOVEMENT for user in node.users):
+            _fold(module, chains[node])
     graph.eliminate_dead_code()
     recompile(module)
 
 
-def _join(module: fx.GraphModule, path: list[fx.Node]) -> None:
-    """One selection from the first images of a path from which it is one."""
-    last = path[-1]
-    for start, images in enumerate(path[:-1]):
+def _fold(module: fx.GraphModule, chain: list[fx.Node]) -> None:
+    """Replace the longest end of a chain that is a gather."""
+    last = chain[-1]
+    for start, images in enumerate(chain[:-1]):
         known = value_of(images)
-        if not is_images(images) or known.numel() > MOST_ELEMENTS:
+        if not is_images(images) or known.numel() > MAX_ELEMENTS:
             continue
-        found = _selection(module, path[start + 1 :], known)
+        found = _as_gather(module, chain[start + 1 :], known)
         if found is None:
             continue
-        made = images if found.is_all_of(known) else _select(module.graph, images, last, found)
-        for user in [user for user in last.users if user.target not in _MOVES]:
-            user.replace_input_with(last, made)
+        result = images if found.is_identity(known) else _gather(module.graph, images, last, found)
+        for user in [user for user in last.users if user.target not in _DATA_MOVEMENT]:
+            user.replace_input_with(last, result)
         return
 
 
-def _select(graph: fx.Graph, images: fx.Node, last: fx.Node, found: Selection) -> fx.Node:
+def _gather(graph: fx.Graph, images: fx.Node, last: fx.Node, found: Gather) -> fx.Node:
     arguments = (images, found.rows, found.columns, found.channels)
     with graph.inserting_after(last):
-        made = graph.call_function(torch.ops.ensemble.select.default, arguments)
-    made.meta["val"] = value_of(last)
-    return made
+        result = graph.call_function(torch.ops.ensemble.gather.default, arguments)
+    result.meta["val"] = value_of(last)
+    return result
 
 
-def _selection(module: fx.GraphModule, moves: list[fx.Node], like: Tensor) -> Selection | None:
-    """What a chain of moves takes of images, or None where that is no selection."""
+def _as_gather(module: fx.GraphModule, chain: list[fx.Node], like: Tensor) -> Gather | None:
+    """A chain as a gather from images, or None where it is none."""
     total = like.numel()
-    # Not the device's, and no fake tensor: the numbers are what is asked for.
+    # On the CPU, and not as fake tensors: the values are needed.
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         numbers = torch.arange(1, total + 1, dtype=torch.float64, device="cpu").view(like.shape)
-        first, second = (_sent(module, moves, sent) for sent in (numbers, numbers + total))
+        first, second = (_run(module, chain, given) for given in (numbers, numbers + total))
         if first.dim() != 4 or len(first) != len(like) or not first.numel():
             return None
         if not bool(((second - first == total) | ((first == 0) & (second == 0))).all()):
@@ -128,21 +130,21 @@ def _selection(module: fx.GraphModule, moves: list[fx.Node], like: Tensor) -> Se
         channels, rows, columns = (
             part.where(places >= 0, -1).amax(dim) for part, dim in zip(parts, dims, strict=True)
         )
-        found = Selection(rows.tolist(), columns.tolist(), channels.tolist())
-        taken = conv.plain_select(numbers, found.rows, found.columns, found.channels)
-        return found if torch.equal(taken, first) else None
+        found = Gather(rows.tolist(), columns.tolist(), channels.tolist())
+        gathered = plain_gather(numbers, found.rows, found.columns, found.channels)
+        return found if torch.equal(gathered, first) else None
 
 
-def _sent(module: fx.GraphModule, moves: list[fx.Node], value: Any) -> Tensor:
-    """What the moves make of a value."""
+def _run(module: fx.GraphModule, chain: list[fx.Node], value: Any) -> Tensor:
+    """The result of a chain for a value."""
 
     def constant(node: fx.Node) -> Any:
-        """What a node gives that depends on nothing: indices, say."""
+        """The value of a node that depends on no placeholder, such as indices."""
         if node.op == "get_attr":
             return getattr(module, str(node.target))
         return _call(node, *fx.node.map_arg(node.args, constant))
 
-    for node in moves:
+    for node in chain:
         value = _call(node, value, *fx.node.map_arg(node.args[1:], constant))
     assert isinstance(value, Tensor)
     return value

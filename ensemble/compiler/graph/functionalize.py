@@ -1,22 +1,23 @@
-"""A function as a graph of torch's own operators (ATen), in which nothing writes over anything.
+"""Trace a function to a functional graph of ATen operators: views are reshapes, nothing mutates.
 
-A pass may then move, join and replace nodes by looking at them alone.
+Passes may then reorder, fuse and replace nodes without alias and mutation analysis.
 """
 
 from __future__ import annotations
 
-import contextlib
-import linecache
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from ensemble.errors import UnavailableError, first_line
+from ensemble.compiler.graph.analysis import value_of
+from ensemble.compiler.graph.batching_rules import no_fallback_warnings, why_not_mapped
+from ensemble.compiler.graph.canonicalize import remove_identities
+from ensemble.compiler.graph.graph_module import recompile
+from ensemble.errors import UnavailableError
 from ensemble.machine.per_process import PerProcess
 
 try:
@@ -26,46 +27,45 @@ except ImportError:  # a torch that has dropped functorch
 
 aten = torch.ops.aten
 
-# While torch traces, it has `nn.Module.__call__` replaced for the whole process. Calls of models in
-# other threads go through that unharmed, but two traces at once would leave it replaced for good.
-_ONE_AT_A_TIME = PerProcess(threading.RLock)
-
-_COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
+# A trace patches `nn.Module.__call__` for the whole process. Calls of models in other threads are
+# safe, but two concurrent traces would leave the patch in place.
+_TRACE_LOCK = PerProcess(threading.RLock)
 
 
-def traced(
-    function: Callable[..., Tensor], arguments: tuple[Tensor, ...], *, is_mapped: bool = False
+def trace_functional(
+    function: Callable[..., Tensor], arguments: tuple[Tensor, ...], *, is_vmapped: bool = False
 ) -> fx.GraphModule:
-    """The graph of `function(*arguments)`; a node's `meta["val"]` is a tensor without values.
-    is_mapped: it is `torch.vmap` of such a graph, in which there are hardly writes.
+    """The graph of `function(*arguments)`; a node's `meta["val"]` is a fake tensor.
+    is_vmapped: the function is `torch.vmap` of such a graph, which rarely mutates.
 
-    A view is a reshape, and no copy is left: what takes a node's place may lie in memory in another
-    order than that did, and where nothing writes, one is as good as the other.
+    Views become reshapes and copies disappear: a pass may replace a node by one with other
+    strides, and in a graph without mutation a copy is as good as a view.
 
     Raises:
-        UnavailableError: torch cannot trace it, or cannot take out what it writes, or it asks how
-            a tensor lies in memory.
+        UnavailableError: torch cannot trace the function or functionalize its mutations, or the
+            function reads strides.
     """
     try:
-        with _ONE_AT_A_TIME():
-            if is_mapped:
+        with _TRACE_LOCK():
+            if is_vmapped:
                 with no_fallback_warnings():
-                    module = _graph_of(function, arguments)
+                    module = _trace(function, arguments)
             else:
-                module = _functional(function, arguments)
-            if _writes(module):
-                module = _graph_of(torch.func.functionalize(module), arguments)
+                module = _trace_functionalized(function, arguments)
+            if _mutations(module):
+                module = _trace(torch.func.functionalize(module), arguments)
     except UnavailableError:
         raise
     except Exception as error:  # a trace runs the model's own code, which may raise anything
-        if is_mapped:
+        if is_vmapped:
             raise UnavailableError(why_not_mapped(error)) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if "DataDependent" in type(error).__name__:
             reason = "its code asks for values that depend on its input"
         raise UnavailableError(f"torch cannot trace this model: {reason}") from error
-    if writes := _writes(module):
-        raise UnavailableError(f"this model writes over a tensor in a way of its own: {writes[0]}")
+    if mutations := _mutations(module):
+        name = mutations[0]
+        raise UnavailableError(f"this model writes over a tensor in a way of its own: {name}")
     if any(_has_unknown_size(node) for node in module.graph.nodes):
         raise UnavailableError("torch cannot trace this model: a size in it depends on values")
     if module.graph.find_nodes(op="call_function", target=aten.as_strided.default):
@@ -74,76 +74,16 @@ def traced(
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
     for node in module.graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
-        _count_from_the_front(node)
+        _use_nonnegative_bounds(node)
     for zeros in (aten.new_zeros.default, aten.zero.default):
         for node in module.graph.find_nodes(op="call_function", target=zeros):
-            _untie(node)
+            _make_independent(node)
     remove_identities(module.graph)
     return module
 
 
-# torch's words -> ours. Of a write into what the models share it has several, by the dimensions.
-_NOT_MAPPED = (
-    (
-        "vmap: inplace|doesn't match the broadcast shape",
-        "vmap cannot write what differs by model into what the models share (in place)",
-    ),
-    (
-        r"\.item\(\)|data-dependent|\.tolist\(\)|numpy|allclose|dynamic shape",
-        "vmap cannot run this model: its code asks for values that depend on weights or input",
-    ),
-    (
-        r"autograd\.Function|does not have vmap support",
-        "vmap cannot run this model: a torch.autograd.Function in it has no setup_context or no"
-        " rule for vmap",
-    ),
-)
-
-
-def why_not_mapped(error: Exception) -> str:
-    """Why `torch.vmap` cannot run what runs without it, in one line."""
-    for pattern, reason in _NOT_MAPPED:
-        if re.search(pattern, str(error)):
-            return reason
-    return f"vmap cannot run this model: {first_line(error).removeprefix('vmap: ')}"
-
-
-def without_batching_rule(graph: fx.Graph, mapped: Iterable[fx.Node]) -> list[str]:
-    """Operators that `torch.vmap` runs model after model, for it has no rule for them.
-
-    mapped: the placeholders of what differs from model to model.
-    """
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    found = dict[str, None]()
-    for node in depending_on(graph, mapped):
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
-            continue
-        name = node.target.name()
-        keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition")
-        if not any(has_kernel(name, key) for key in keys):
-            found[name] = None
-    return sorted(found)
-
-
-def looped_note(names: Sequence[str]) -> str:
-    """What it means that vmap has no batching rule for these operators; nothing for none."""
-    rule = f"vmap has no batching rule for {', '.join(names)}"
-    return f"{rule}: a loop over the models" if names else ""
-
-
-@contextlib.contextmanager
-def no_fallback_warnings() -> Iterator[None]:
-    """Without torch's warnings of missing batching rules: a note says it once."""
-    set_enabled: Any = vars(torch._C._functorch)["_set_vmap_fallback_warning_enabled"]
-    set_enabled(False)
-    try:
-        yield
-    finally:
-        set_enabled(True)
-
-
-def _count_from_the_front(scatter: fx.Node) -> None:
-    """Bounds within the tensor: torch 2.14's vmap rule refuses those that count from the end."""
+def _use_nonnegative_bounds(scatter: fx.Node) -> None:
+    """Resolve negative slice bounds, which the batching rule of torch 2.14 refuses."""
     arguments: tuple[Any, ...] = scatter.args
     x, source, *rest = arguments
     defaults: tuple[Any, ...] = (0, None, None, 1)
@@ -152,15 +92,15 @@ def _count_from_the_front(scatter: fx.Node) -> None:
     scatter.args = (x, source, dim, first, end, step)
 
 
-def _untie(zeros: fx.Node) -> None:
-    """Zeros like a tensor are those of a shape: what is made of them, a mask, is of no model."""
+def _make_independent(zeros: fx.Node) -> None:
+    """Replace zeros like a tensor by zeros of its shape: a mask made of them has no batch dim."""
     known = value_of(zeros)
     zeros.target, zeros.args = aten.zeros.default, (list(known.shape),)
     zeros.kwargs = {"dtype": known.dtype, "device": known.device}
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Tensors of a trace have no values: code that reads their memory gets whatever lies there."""
+    """Refuses code that reads the memory of fake tensors, which have no values."""
 
     _READING = frozenset(
         {
@@ -177,14 +117,14 @@ class _WithoutValues(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in self._READING or any(map(_is_nowhere, args)):
+        if func in self._READING or any(map(_has_no_storage, args)):
             reason = "its code asks for values that depend on its input"
             raise UnavailableError(f"torch cannot trace this model: {reason}")
         return func(*args, **(kwargs or {}))
 
 
-def _is_nowhere(value: object) -> bool:
-    """Is it an ordinary tensor without memory? So is what dlpack makes of a tensor of a trace."""
+def _has_no_storage(value: object) -> bool:
+    """Is it a plain tensor without storage, as dlpack makes of a fake tensor?"""
     if type(value) is not Tensor or value.device.type != "cpu" or not value.numel():
         return False
     if torch._is_functional_tensor(value) or torch._C._functorch.is_functorch_wrapped_tensor(value):
@@ -192,61 +132,38 @@ def _is_nowhere(value: object) -> bool:
     return value.layout == torch.strided and value.data_ptr() == 0
 
 
-def _functional(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
-    """Writes are taken out while it is traced, where functorch can: not of a function that calls
-    one of autograd, nor within some operators of torch; of a graph of either it can."""
+def _trace_functionalized(
+    function: Callable[..., Tensor], arguments: tuple[Tensor, ...]
+) -> fx.GraphModule:
+    """Functionalize during the trace, where functorch can. It cannot within an autograd function
+    and some of torch's operators; the caller then functionalizes the traced graph."""
     try:
-        return _graph_of(torch.func.functionalize(function), arguments)
+        return _trace(torch.func.functionalize(function), arguments)
     except UnavailableError:
         raise
     except Exception:
-        return _graph_of(function, arguments)
+        return _trace(function, arguments)
 
 
-def _graph_of(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
+def _trace(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> fx.GraphModule:
     def call(*given: Tensor) -> Tensor:
         with _WithoutValues():
             return function(*given)
 
-    # Constants that the function holds are no fake tensors.
+    # Constants in the function's closure are not fake tensors.
     module = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     for node in module.graph.nodes:
-        if node.target in (aten.as_strided.default, aten.as_strided_.default) and _is_same(node):
+        if node.target in (aten.as_strided.default, aten.as_strided_.default) and _is_identity(
+            node
+        ):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     recompile(module)
     return module
 
 
-def recompile(module: fx.GraphModule) -> None:
-    """Let `module` do what its graph says by now."""
-    forget_source(module)
-    module.recompile()
-    forget_source(module)
-
-
-def forget_source(module: fx.GraphModule) -> None:
-    """torch keeps, for tracebacks, the source of each graph that it ever compiled, and a build
-    compiles several: not of this one."""
-    name = type(module).forward.__code__.co_filename
-    loader = getattr(fx.graph_module, "_loader", None)
-    getattr(loader, "eval_cache", {}).pop(name, None)
-    linecache.cache.pop(name, None)
-
-
-def finished(module: fx.GraphModule) -> fx.GraphModule:
-    """`module`, which no pass will change: its tensors are freed as soon as nobody has it.
-
-    Its graph refers to it, so that else only the garbage collector would find them, which runs by
-    the number of objects, not by their size.
-    """
-    module.graph.owning_module = None
-    return module
-
-
-def _is_same(strided: fx.Node) -> bool:
-    """Does it find every element where it was? So does torch's mean over all pixels end, to say in
-    which order its one pixel lies."""
+def _is_identity(strided: fx.Node) -> bool:
+    """Does `as_strided` keep size and strides? torch's mean over all pixels ends in such a node."""
     source, size, strides, *offset = strided.args
     known = value_of(source)
     assert isinstance(size, list | tuple)
@@ -258,75 +175,14 @@ def _is_same(strided: fx.Node) -> bool:
     return list(size) == list(known.shape) and not moved and not any(offset)
 
 
-def _writes(module: fx.GraphModule) -> list[str]:
-    """The operators of a graph that write over what they are given."""
+def _mutations(module: fx.GraphModule) -> list[str]:
+    """The operators of a graph that mutate an argument."""
     calls = (node.target for node in module.graph.nodes if node.op == "call_function")
     operators = (target for target in calls if isinstance(target, torch._ops.OpOverload))
     return [str(target) for target in operators if target._schema.is_mutable]
 
 
-def remove_identities(graph: fx.Graph) -> None:
-    """Take out what gives back what it is given, so that nothing comes between two kernels."""
-    for node in graph.nodes:
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
-            continue
-        if node.target is aten.reshape.default:
-            if source.target is aten.reshape.default:
-                node.args = (source.args[0], *node.args[1:])
-            before, after = value_of(node.args[0]), value_of(node)
-            same = before is not None and before.shape == after.shape
-        else:
-            same = node.target in _COPIES
-        if same:
-            node.replace_all_uses_with(node.args[0])
-    graph.eliminate_dead_code()
-
-
 def _has_unknown_size(node: fx.Node) -> bool:
-    """So has what a mask selects, even where the mask is always the same."""
+    """Does its shape depend on values, as of a boolean mask?"""
     known = value_of(node)
     return isinstance(known, Tensor) and any(isinstance(n, torch.SymInt) for n in known.shape)
-
-
-def is_random(node: fx.Node) -> bool:
-    """Does a node draw random numbers?"""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    off = given.get("dropout_p", 0.0 if "dropout_p" in names else None) == 0.0
-    return not off and given.get("training", given.get("train")) is not False
-
-
-def is_images(node: object) -> bool:
-    """Is it `(B, C, H, W)`?"""
-    known = value_of(node) if isinstance(node, fx.Node) else None
-    return isinstance(known, Tensor) and known.dim() == 4
-
-
-def value_of(node: object) -> Any:
-    """What is known of a node's result, a tensor without values; what is no node, as it is."""
-    return node.meta.get("val") if isinstance(node, fx.Node) else node
-
-
-def node_of(value: object) -> fx.Node:
-    """What must be a node, as one."""
-    assert isinstance(value, fx.Node)
-    return value
-
-
-def reached(graph: fx.Graph) -> set[fx.Node]:
-    """The last placeholder, the input of a call, and all nodes that depend on it."""
-    return depending_on(graph, graph.find_nodes(op="placeholder")[-1:])
-
-
-def depending_on(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes, and all that depend on one of them."""
-    found = set(nodes)
-    for node in graph.nodes:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found

@@ -1,12 +1,12 @@
-"""Convolutions with weights packed once, and relu and residual fused into them: oneDNN on the CPU.
+"""Prepacking: oneDNN convolutions with weights packed once, relu and residual fused, on the CPU.
 
-An eager convolution puts its weights into oneDNN's own blocked order at every call: more than the
-arithmetic itself in the last stages of a ResNet. Compiling with frozen weights packs them once too,
-at 3 to 4 s a model; here it costs milliseconds. The operators are those that Inductor calls; they
-are private to torch, so `pack` asks whether they are there.
+An eager convolution reorders its weights to oneDNN's blocked layout at every call: more work than
+the arithmetic in the last stages of a ResNet. `torch.compile` with frozen weights prepacks too, in
+3 to 4 s a model; here it takes milliseconds. The operators are those that Inductor calls; they are
+private to torch, so `pack` checks that they exist.
 
-A model is traced and rewritten as for `lowered_vmap` (`passes.operators`). What depends on its
-weights alone is computed once, and what is left is a graph of x and those constants.
+A model is captured and rewritten as for `lowered_vmap` (`operator_selection`). Constant folding of
+its weights then leaves a graph of x and constants.
 """
 
 from __future__ import annotations
@@ -19,16 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from ensemble.compiler.graph.aten import graph_of
-from ensemble.compiler.graph.functionalize import (
-    finished,
-    forget_source,
-    node_of,
-    reached,
-    value_of,
-)
-from ensemble.compiler.graph.operator_selection import with_operators
-from ensemble.compiler.operators import conv
+from ensemble.compiler.graph.analysis import dynamic_nodes, node_of, value_of
+from ensemble.compiler.graph.capture import capture
+from ensemble.compiler.graph.graph_module import finished, forget_source
+from ensemble.compiler.graph.operator_selection import select_operators
+from ensemble.compiler.operators.conv2d import plain_conv2d
+from ensemble.compiler.operators.pooling import plain_average_pool2d, plain_max_pool2d
 from ensemble.errors import UnavailableError
 from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
@@ -38,28 +34,29 @@ _ours = torch.ops.ensemble
 
 @dataclass(frozen=True)
 class Packed:
-    """A model as a graph of x and constants. `run(*constants, x)` may be shared with others."""
+    """A model as a graph of x and constants. `run(*constants, x)` may be shared by models."""
 
     run: fx.GraphModule
     constants: tuple[Any, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x, `(B, C, H, W)` -> logits. x is not written to, and best lies channels-last."""
+        """x, `(B, C, H, W)` -> logits. x is not mutated; channels-last is fastest."""
         result: Tensor = self.run(*self.constants, x)
         return result
 
 
 def pack(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
-    """The models with their convolutions packed for inputs like `example`, and fused with what
-    follows. Models that are not alike are traced one by one.
+    """Prepack the models' convolutions for inputs like `example`, and fuse their epilogues.
+
+    Models of different architectures are traced one by one.
 
     Args:
         models: in eval mode.
         example: `(B, C, H, W)`.
 
     Raises:
-        UnavailableError: not the CPU, no oneDNN or not its operators, a dtype that it lacks, or
-            models that torch cannot trace, or that are random.
+        UnavailableError: another device than the CPU, no oneDNN, a dtype that it lacks, or models
+            that torch cannot trace or that draw random numbers.
     """
     reason = why_not(example.device.type, example.dtype)
     if reason:
@@ -72,7 +69,7 @@ def pack(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
 
 
 def why_not(device: str, dtype: torch.dtype) -> str:
-    """Why oneDNN's packed convolution cannot run on this machine; nothing where it can."""
+    """Why oneDNN's packed convolution cannot run on this machine; empty if it can."""
     if device != "cpu":
         return f"packed weights are oneDNN's, for the CPU, not {device}"
     if not torch.backends.mkldnn.is_available():
@@ -101,68 +98,70 @@ def packed_conv2d(
 ) -> Tensor:
     """`relu(conv2d(x) + other)` by a packed weight; in_place: in the memory of `other`."""
     layer = (x, weight, bias, padding, stride, dilation, groups)
-    ending: Any = ("add", 1.0, None, [], "")
+    epilogue: Any = ("add", 1.0, None, [], "")
     if other is None:
         result = torch.ops.mkldnn._convolution_pointwise(*layer, "none", [], "")
     elif in_place:
-        result = torch.ops.mkldnn._convolution_pointwise_.binary(other, *layer, *ending)
+        result = torch.ops.mkldnn._convolution_pointwise_.binary(other, *layer, *epilogue)
     else:
-        result = torch.ops.mkldnn._convolution_pointwise.binary(x, other, *layer[1:], *ending)
-    # Not oneDNN's relu, which makes 0 of NaN: a broken image or weight would give an answer.
+        result = torch.ops.mkldnn._convolution_pointwise.binary(x, other, *layer[1:], *epilogue)
+    # Not oneDNN's relu, which turns NaN into 0 and would hide a broken image or weight.
     return result.relu_() if relu else result
 
 
 def _pack(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
-    graph, names = graph_of(models[0], example)
-    with_operators(graph)
-    on_x = reached(graph.graph)
-    run, sources = _partition(graph, on_x)
+    graph, names = capture(models[0], example)
+    select_operators(graph)
+    dynamic = dynamic_nodes(graph.graph)
+    run, sources = _partition(graph, dynamic)
     return [
-        Packed(run, _constants(graph, sources, on_x, [tensors[name] for name in names]))
+        Packed(run, _constants(graph, sources, dynamic, [tensors[name] for name in names]))
         for tensors in map(stacking.named_tensors, models)
     ]
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a constant comes from: a node, and of a weight the convolution it is packed for."""
+    """The source of a constant: a node, and for a weight the convolution that it is packed for."""
 
     node: fx.Node
     conv: fx.Node | None = None
 
 
-def _partition(graph: fx.GraphModule, on_x: set[fx.Node]) -> tuple[fx.GraphModule, list[_Source]]:
-    """What depends on x, as a graph of its own: `(*constants, x)`; and what the constants are."""
+def _partition(
+    graph: fx.GraphModule, dynamic: set[fx.Node]
+) -> tuple[fx.GraphModule, list[_Source]]:
+    """The dynamic nodes as a graph `(*constants, x)`, and the sources of its constants."""
     sources: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
-    target, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    target, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     x = graph.graph.find_nodes(op="placeholder")[-1]
     output = graph.graph.output_node()
-    with target.inserting_before():  # constants go before all that is in the graph
+    with target.inserting_before():  # constants precede all other nodes
         start = target.placeholder("x")
-    made[x] = start
+    copies[x] = start
 
-    def placed(node: fx.Node, conv: fx.Node | None = None) -> fx.Node:
-        if node in on_x:
-            return made[node]
+    def copied(node: fx.Node, conv: fx.Node | None = None) -> fx.Node:
+        if node in dynamic:
+            return copies[node]
         if (node, conv) not in sources:
             with target.inserting_before(start):
                 sources[node, conv] = target.placeholder(f"constant_{len(sources)}")
         return sources[node, conv]
 
     for node in graph.graph.nodes:
-        if node not in on_x or node is x or node is output:
+        if node not in dynamic or node is x or node is output:
             continue
-        if node.target is _ours.conv2d.default and _is_packed(node, on_x):
+        if node.target is _ours.conv2d.default and _is_packed(node, dynamic):
             source, weight, bias, other, stride, padding, dilation, groups, relu = node.args
-            tensors = [None if t is None else placed(node_of(t)) for t in (source, bias, other)]
-            options = (stride, padding, dilation, groups, relu, _may_overwrite(node, on_x))
-            arguments = (tensors[0], placed(node_of(weight), node), *tensors[1:], *options)
-            made[node] = target.call_function(packed_conv2d, arguments)
+            tensors = [None if t is None else copied(node_of(t)) for t in (source, bias, other)]
+            options = (stride, padding, dilation, groups, relu, _may_overwrite(node, dynamic))
+            arguments = (tensors[0], copied(node_of(weight), node), *tensors[1:], *options)
+            copies[node] = target.call_function(packed_conv2d, arguments)
         else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), placed)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), copied)
             function = _PLAIN.get(node.target, node.target)
-            made[node] = target.call_function(function, args, kwargs)
-    target.output(fx.node.map_arg(output.args[0], placed))
+            copies[node] = target.call_function(function, args, kwargs)
+    target.output(fx.node.map_arg(output.args[0], copied))
     target.lint()
     run = fx.GraphModule(nn.Module(), target)
     forget_source(run)
@@ -170,14 +169,14 @@ def _partition(graph: fx.GraphModule, on_x: set[fx.Node]) -> tuple[fx.GraphModul
 
 
 def _constants(
-    graph: fx.GraphModule, sources: list[_Source], on_x: set[fx.Node], tensors: list[Tensor]
+    graph: fx.GraphModule, sources: list[_Source], dynamic: set[fx.Node], tensors: list[Tensor]
 ) -> tuple[Any, ...]:
-    """The constants of one model, none of which shares memory with the model."""
+    """The constants of one model, which share no memory with it."""
     values: dict[fx.Node, Any] = dict(
         zip(graph.graph.find_nodes(op="placeholder")[:-1], tensors, strict=True)
     )
     for node in graph.graph.nodes:
-        if node in on_x or node in values or node.op == "output":
+        if node in dynamic or node in values or node.op == "output":
             continue
         if node.op == "get_attr":
             values[node] = getattr(graph, str(node.target))
@@ -188,7 +187,7 @@ def _constants(
 
 
 def _constant(source: _Source, value: Any) -> Any:
-    if source.conv is None:  # a number where the model's code asked a weight for its value
+    if source.conv is None:  # a number, where the model's code read a weight's value
         return value.clone() if isinstance(value, Tensor) else value
     x, _, _, _, stride, padding, dilation, groups, _ = source.conv.args
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's size
@@ -197,19 +196,19 @@ def _constant(source: _Source, value: Any) -> Any:
     return packed
 
 
-def _is_packed(node: fx.Node, on_x: set[fx.Node]) -> bool:
-    """Images, with weights of the model, and if a sum one of the result's shape and dtype?"""
+def _is_packed(node: fx.Node, dynamic: set[fx.Node]) -> bool:
+    """Has it images, constant weights, and a residual, if any, of the result's shape and dtype?"""
     x, weight, bias, other, *_ = node.args
-    if weight in on_x or bias in on_x or value_of(x).dim() != 4:
+    if weight in dynamic or bias in dynamic or value_of(x).dim() != 4:
         return False
     known = [(t.shape, t.dtype) for t in map(value_of, (node, other)) if isinstance(t, Tensor)]
     return other is None or (len(known) == 2 and len(set(known)) == 1)
 
 
-def _may_overwrite(node: fx.Node, on_x: set[fx.Node]) -> bool:
-    """Is what is added memory that only nodes before this one read, in no view of it?"""
+def _may_overwrite(node: fx.Node, dynamic: set[fx.Node]) -> bool:
+    """May the result overwrite the residual: no view of it, and all other readers come before?"""
     x, _, _, other, *_ = node.args
-    if not isinstance(other, fx.Node) or other not in on_x or not _is_fresh(other) or x is other:
+    if not isinstance(other, fx.Node) or other not in dynamic or not _is_fresh(other) or x is other:
         return False
     order = {each: index for index, each in enumerate(node.graph.nodes)}
     readers = list(other.users)
@@ -217,7 +216,7 @@ def _may_overwrite(node: fx.Node, on_x: set[fx.Node]) -> bool:
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    """Does a node give memory that it has formed itself?"""
+    """Does a node allocate its result (alias analysis)?"""
     if node.op != "call_function":
         return False
     if node.target in (_ours.conv2d.default, *_PLAIN):
@@ -234,11 +233,11 @@ def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, *options: Any
 ) -> Tensor:
     stride, padding, dilation, groups, relu = options
-    return conv.plain_conv2d(stride, padding, dilation, groups, relu, x, weight, bias, other)
+    return plain_conv2d(stride, padding, dilation, groups, relu, x, weight, bias, other)
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """In one pass over memory."""
+    """One pass over memory."""
     factors, summands = scale[:, None, None], shift[:, None, None]
     return torch.addcmul(summands, x.to(scale.dtype), factors).to(x.dtype)
 
@@ -246,14 +245,16 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def _group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> Tensor:
-    return functional.group_norm(x.contiguous(), groups, weight, bias, eps)  # else it loses digits
+    return functional.group_norm(
+        x.contiguous(), groups, weight, bias, eps
+    )  # channels-last is inaccurate
 
 
-# Our operators by the functions of torch that compute them, without the way through a dispatcher.
+# Our operators as plain functions of torch, without the dispatcher's overhead.
 _PLAIN: dict[Any, Callable[..., Tensor]] = {
     _ours.conv2d.default: _conv2d,
-    _ours.max_pool2d.default: conv.plain_max_pool2d,
-    _ours.average_pool2d.default: conv.plain_average_pool2d,
+    _ours.max_pool2d.default: plain_max_pool2d,
+    _ours.average_pool2d.default: plain_average_pool2d,
     _ours.group_norm.default: _group_norm,
     _ours.affine.default: _affine,
 }

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-# numba finds the types of these functions, from the arguments of `run`.
-"""Activations: steps by themselves, or done to what a kernel has just written.
+# numba infers the types of these functions from the arguments of `run`.
+"""Activations: a step by itself, or the epilogue of another kernel.
 
-What they make of large numbers is NaN: see `Program`.
+They turn large numbers into NaN: see `Program`.
 """
 
 import numpy as np
@@ -14,20 +14,20 @@ from ensemble.compiler.codegen.simd import (
     load,
     maximum,
     minimum,
+    no_inline,
     splat,
-    stand_alone,
     store,
 )
 from ensemble.compiler.kernels.kernel import (
     Kernel,
+    is_elementwise,
     jit,
     no_scratch,
-    share_of_vectors,
-    takes_pixels,
+    vector_range,
 )
-from ensemble.compiler.planning.operation import Function
+from ensemble.compiler.planning.step import Activation
 
-NONE, RELU, RELU6, SIGMOID, SILU, HARDSIGMOID, HARDSWISH, LEAKY_RELU = map(int, Function)
+NONE, RELU, RELU6, SIGMOID, SILU, HARDSIGMOID, HARDSWISH, LEAKY_RELU = map(int, Activation)
 
 
 @jit
@@ -45,40 +45,41 @@ def _hardsigmoid(x):
 
 
 @jit
-def _of(function, number, value):
+def _apply(activation, scalar, value):
+    """The activation of a vector."""
     x = bounded_or_nan(value)
-    if function == RELU:
+    if activation == RELU:
         return maximum(x, splat(np.float32(0)))
-    if function == RELU6:
+    if activation == RELU6:
         return minimum(maximum(x, splat(np.float32(0))), splat(np.float32(6)))
-    if function == SIGMOID:
+    if activation == SIGMOID:
         return _sigmoid(x)
-    if function == SILU:
+    if activation == SILU:
         return x * _sigmoid(x)
-    if function == LEAKY_RELU:
+    if activation == LEAKY_RELU:
         zero = splat(np.float32(0))
-        return maximum(x, zero) + np.float32(number) * minimum(x, zero)
-    if function == HARDSIGMOID:
+        return maximum(x, zero) + np.float32(scalar) * minimum(x, zero)
+    if activation == HARDSIGMOID:
         return _hardsigmoid(x)
     return x * _hardsigmoid(x)
 
 
 @jit
-def activate(function, number, source, target, row_bytes, rows, vectors):
-    """`rows` rows of so many vectors, `row_bytes` apart, from source to target: may be the same."""
-    stand_alone()
+def activate(activation, scalar, source, target, row_bytes, rows, vectors):
+    """`rows` rows of so many vectors, `row_bytes` apart, from source to target or in place."""
+    no_inline()
     for row in range(rows):
         first = row * row_bytes
         for at in range(first, first + vectors * VECTOR_BYTES, VECTOR_BYTES):
-            store(target + at, _of(function, number, load(source + at)))
+            store(target + at, _apply(activation, scalar, load(source + at)))
 
 
 @jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
-    first, end = share_of_vectors(step, part, parts)
+    first, end = vector_range(step, part, parts)
     vectors = (end - first) // VECTOR_BYTES
     first_x, first_out, one = x + first, out + first, np.int64(1)
-    activate(step.function, step.number, first_x, first_out, np.int64(0), one, vectors)
+    activate(step.activation, step.scalar, first_x, first_out, np.int64(0), one, vectors)
 
 
-ACTIVATION = Kernel(_body, takes_pixels, no_scratch)
+ACTIVATION = Kernel(_body, is_elementwise, no_scratch, is_row_wise=True, is_in_place=True)

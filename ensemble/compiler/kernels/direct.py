@@ -1,8 +1,9 @@
 # mypy: ignore-errors
-# numba finds the types of these functions, from the arguments of `run`.
-"""A convolution as matrix products of gathered rows and packed weights, in float32 or bfloat16.
+# numba infers the types of these functions from the arguments of `run`.
+"""Direct convolution as GEMM on packed rows (im2col by blocks), in float32 or bfloat16.
 
-The idea of gathering by blocks: Dukhan, The Indirect Convolution Algorithm, arXiv 1907.02129.
+Packing by blocks instead of the whole image: Dukhan, The Indirect Convolution Algorithm, arXiv
+1907.02129.
 """
 
 from collections.abc import Sequence
@@ -35,28 +36,28 @@ from ensemble.compiler.kernels.kernel import (
     ceil,
     cost,
     jit,
-    jit_within,
+    jit_inline,
     multiply,
     panels_of,
 )
-from ensemble.compiler.planning.operation import Geometry
+from ensemble.compiler.planning.step import Geometry
 
-DEPTH = 1024  # of a product at a time: a panel of it and its rows fit a core's cache
-GROUP_BYTES = 256 * 1024  # rows that are gathered at a time
+DEPTH = 1024  # of the GEMM at a time (KC): a panel and its rows fit a core's cache
+GROUP_BYTES = 256 * 1024  # of rows that are packed at a time
 PANEL_BYTES = PANEL * FLOAT_BYTES
-LAST = 16  # beside the flags of a product, above them: its sums are whole
-FLOATS, BF16 = 1, 2  # variants: how many numbers make a factor of the product
+LAST = 16  # a further flag of the microkernel's: the sums are complete, so the epilogue applies
+FLOATS, BF16 = 1, 2  # variants: how many numbers an element of the GEMM holds
 
 
-def is_planar(geometry: Geometry) -> bool:
-    """Are the images read as `(B, C, H, W)`, not channels-last?"""
+def is_nchw(geometry: Geometry) -> bool:
+    """Does the kernel read images in NCHW, not NHWC?"""
     return geometry.channels % WIDTH != 0
 
 
 def _can_run(geometry: Geometry) -> bool:
-    # Of few channels a row of the kernel is read as one run.
-    gathered = not is_planar(geometry) or geometry.dilation[1] == 1
-    return gathered and geometry.out_channels % WIDTH == 0 and geometry.groups == 1
+    # In NCHW a row of the filter is read as one contiguous run.
+    is_readable = not is_nchw(geometry) or geometry.dilation[1] == 1
+    return is_readable and geometry.out_channels % WIDTH == 0 and geometry.groups == 1
 
 
 def _can_run_bf16(geometry: Geometry) -> bool:
@@ -75,17 +76,17 @@ def _cost_bf16(geometry: Geometry) -> float:
 
 def _scratch_bytes(geometry: Geometry) -> int:
     total = geometry.kernel[0] * geometry.kernel[1] * geometry.channels + 2 * WIDTH
-    planar = is_planar(geometry)
-    longest = total if planar else min(total, DEPTH)
+    nchw = is_nchw(geometry)
+    longest = total if nchw else min(total, DEPTH)
     rows = max(GROUP_BYTES, MAX_ROWS * longest * FLOAT_BYTES)
     height = geometry.size[0] + 2 * geometry.padding[0] + 1
     width = geometry.size[1] + 2 * geometry.padding[1]
     padded = geometry.images * height * width * geometry.channels * FLOAT_BYTES
-    return total * FLOAT_BYTES + rows + (padded if planar else 0) + 4 * VECTOR_BYTES
+    return total * FLOAT_BYTES + rows + (padded if nchw else 0) + 4 * VECTOR_BYTES
 
 
 def _empty(weight: Tensor) -> Tensor:
-    """`(N, K / PANEL, R * S * C, PANEL)`, the last panel filled up with zeros."""
+    """`(N, K / PANEL, R * S * C, PANEL)`, the last panel padded with zeros."""
     num_models, out_channels, *rest = weight.shape
     depth = rest[0] * rest[1] * rest[2]
     shape = (num_models, panels_of(out_channels), depth, PANEL)
@@ -93,7 +94,7 @@ def _empty(weight: Tensor) -> Tensor:
 
 
 def _empty_bf16(weight: Tensor) -> Tensor:
-    """`(N, K / PANEL, R * S * C / 2, PANEL, 2)`, of an odd depth one more, with zeros."""
+    """`(N, K / PANEL, R * S * C / 2, PANEL, 2)`, an odd depth padded with zeros."""
     num_models, out_channels, *rest = weight.shape
     half = -(-rest[0] * rest[1] * rest[2] // 2)
     shape = (num_models, panels_of(out_channels), half, PANEL, 2)
@@ -130,16 +131,16 @@ def _factors(rows: Tensor) -> Tensor:
 
 
 @jit
-def _as_it_is(low, high):
+def _first_of(low, high):
     return low
 
 
-_to_bf16 = to_bf16 if HAS_BF16_DOT else _as_it_is
+_to_bf16 = to_bf16 if HAS_BF16_DOT else _first_of
 
 
 @jit
 def _find(step, x, image, out_y, out_x, tap):
-    """Where the input pixel of a tap lies, of an output pixel; 0 outside of the image."""
+    """The address of the input pixel of a tap of an output pixel; 0 outside the image."""
     tap_y, tap_x = divmod(tap, step.kernel_x)
     in_y = out_y * step.stride_y - step.pad_y + tap_y * step.dilation_y
     in_x = out_x * step.stride_x - step.pad_x + tap_x * step.dilation_x
@@ -151,7 +152,7 @@ def _find(step, x, image, out_y, out_x, tap):
 
 @jit
 def _half(step, x, image, out_y, out_x, tap, channel):
-    """The vector of a tap's channels, zeros outside of the image and behind the last tap."""
+    """A vector of a tap's channels; zeros outside the image and after the last tap."""
     found = 0
     if tap < step.kernel_y * step.kernel_x:
         found = _find(step, x, image, out_y, out_x, tap)
@@ -168,7 +169,7 @@ def _first(step, row):
 
 @jit
 def _next(step, image, out_y, out_x):
-    """The same of the pixel after it: divisions take as long as a short row's copy."""
+    """The same of the next pixel, without the divisions, which cost as much as a short copy."""
     out_x += 1
     if out_x == step.out_width:
         out_y, out_x = out_y + 1, 0
@@ -178,8 +179,8 @@ def _next(step, image, out_y, out_x):
 
 
 @jit
-def _put(bf16, source, target, blocks, target_stride):
-    """So many vectors of factors that lie side by side, of zeros where source is 0."""
+def _pack_vectors(bf16, source, target, blocks, target_stride):
+    """Pack so many contiguous vectors; zeros where source is 0."""
     if source == 0:
         for index in range(blocks):
             store(target + index * target_stride, splat(np.float32(0)))
@@ -193,11 +194,11 @@ def _put(bf16, source, target, blocks, target_stride):
 
 
 @jit
-def _gather(step, x, a, first, rows, k, depth):
-    """Pack `depth` factors, from the k-th on, of `rows` output pixels, from the first on.
+def _pack_rows(step, x, a, first, rows, k, depth):
+    """im2col: pack `depth` elements, from the k-th on, of `rows` output pixels, from the first on.
 
-    A factor is an input channel of a tap of the kernel, in the order (kernel_y, kernel_x, channel),
-    or two of them in bfloat16: there a tap may end within a vector, with the half of it.
+    An element is an input channel of a tap, in the order (kernel_y, kernel_x, channel), or two of
+    them in bfloat16: there a tap may end in the middle of a vector.
     """
     bf16 = step.variant == BF16
     at_once = 2 if bf16 else 1
@@ -208,7 +209,7 @@ def _gather(step, x, a, first, rows, k, depth):
         block, target = 0, a + row * VECTOR_BYTES
         if dense:
             source = x + ((first + row) * step.channels + k * at_once) * FLOAT_BYTES
-            _put(bf16, source, target, blocks, stride)
+            _pack_vectors(bf16, source, target, blocks, stride)
             continue
         while block < blocks:
             tap, channel = divmod((k + block * WIDTH) * at_once, step.channels)
@@ -221,21 +222,21 @@ def _gather(step, x, a, first, rows, k, depth):
                 continue
             found = _find(step, x, image, out_y, out_x, tap)
             source = found + channel * FLOAT_BYTES if found != 0 else found
-            _put(bf16, source, target + block * stride, run, stride)
+            _pack_vectors(bf16, source, target + block * stride, run, stride)
             block += run
         image, out_y, out_x = _next(step, image, out_y, out_x)
 
 
 @jit
 def _is_dense(step):
-    """Is each output pixel of the one input pixel at its place?"""
+    """Is it a pointwise convolution at stride 1, so that x is the im2col matrix?"""
     single = step.kernel_y == step.kernel_x == step.stride_y == step.stride_x == 1
     return single and step.pad_y == step.pad_x == 0
 
 
 @jit
 def _pad(step, x, padded):
-    """Copy planar images with their zero borders around them, for `_gather_narrow`."""
+    """Copy NCHW images to NHWC with zero padding, for `_pack_narrow_rows`."""
     height, width = step.height + 2 * step.pad_y, step.width + 2 * step.pad_x
     channels = step.channels
     for line in range(step.images * height):
@@ -257,10 +258,10 @@ def _pad(step, x, padded):
 
 
 @jit
-def _gather_narrow(step, padded, a, first, rows, line):
-    """`_gather` for few channels, whole depth: a row of the kernel is one run of memory.
+def _pack_narrow_rows(step, padded, a, first, rows, line):
+    """`_pack_rows` for few channels, whole depth: a row of the filter is one contiguous run.
 
-    Runs are copied in whole vectors, each next one over the surplus of the one before.
+    Runs are copied in whole vectors; each overwrites the excess of the one before.
     """
     bf16 = step.variant == BF16
     height, width = step.height + 2 * step.pad_y, step.width + 2 * step.pad_x
@@ -275,7 +276,7 @@ def _gather_narrow(step, padded, a, first, rows, line):
             for index in range(ceil(run, WIDTH)):
                 store(target + index * VECTOR_BYTES, load(source + index * VECTOR_BYTES))
         total = step.kernel_y * run
-        store_float(line + total * FLOAT_BYTES, np.float32(0))  # what makes an odd total even
+        store_float(line + total * FLOAT_BYTES, np.float32(0))  # pads an odd depth
         for block in range(ceil(total, 2 * WIDTH if bf16 else WIDTH)):
             at = line + block * (2 * VECTOR_BYTES if bf16 else VECTOR_BYTES)
             value = _to_bf16(load(at), load(at + VECTOR_BYTES)) if bf16 else load(at)
@@ -284,23 +285,23 @@ def _gather_narrow(step, padded, a, first, rows, line):
 
 
 @jit
-def _gather_rows(step, x, padded, line, rows_at, first, count, rows, k, depth):
-    """The factors from the k-th on of `count` output pixels, in blocks of `rows`."""
+def _pack_group(step, x, padded, line, rows_at, first, count, rows, k, depth):
+    """Pack `count` output pixels, elements from the k-th on, in blocks of `rows`."""
     whole = ceil(depth, WIDTH) * VECTOR_BYTES
     for row in range(0, count, rows):
         block, target = min(rows, count - row), rows_at + row * whole
         if padded != 0:
-            _gather_narrow(step, padded, target, first + row, block, line)
+            _pack_narrow_rows(step, padded, target, first + row, block, line)
         else:
-            _gather(step, x, target, first + row, block, k, depth)
+            _pack_rows(step, x, target, first + row, block, k, depth)
 
 
-@jit_within
-def _multiply_rows(
+@jit_inline
+def _multiply_group(
     step, rows_at, factors, columns, out, other, start, count, rows, depth, flags, ahead
 ):
-    """Gathered rows times one panel of weights, or the first vectors of it; `out` and `other` are
-    the first pixel's."""
+    """Packed rows times one panel of weights, or its first vectors; `out` and `other` are those of
+    the first pixel."""
     whole = ceil(depth, WIDTH) * VECTOR_BYTES
     row_bytes = step.out_channels * FLOAT_BYTES
     bf16 = step.variant == BF16
@@ -308,22 +309,22 @@ def _multiply_rows(
         block, place = min(rows, count - row), row * row_bytes
         a, c, added = rows_at + row * whole, out + place, other + place
         multiply(bf16, columns, block, a, factors, c, row_bytes, depth, start, added, flags, ahead)
-        if flags >= LAST and step.function != NONE:
-            activate(step.function, step.number, c, c, row_bytes, block, columns)
+        if flags >= LAST and step.activation != NONE:
+            activate(step.activation, step.scalar, c, c, row_bytes, block, columns)
 
 
 @jit
 def _plan(step, parts):
-    """Factors of a pixel, of which so many at a time; pixels in so many groups; deal out panels?
+    """The blocking: depth, depth at a time, pixels of a group, groups, whether parts divide panels.
 
-    Where the groups are few, each part gathers all pixels and multiplies by its share of panels.
+    With few groups each part packs all pixels, and multiplies by its own panels.
     """
     total = step.kernel_y * step.kernel_x * step.channels
-    planar = step.channels % WIDTH != 0
+    nchw = step.channels % WIDTH != 0
     total = ceil(total, step.variant)
     pixels = step.images * step.out_height * step.out_width
     longest = ceil(total, WIDTH) * WIDTH
-    if not planar:
+    if not nchw:
         longest = min(longest, DEPTH)
     group = max(1, GROUP_BYTES // (longest * FLOAT_BYTES) // MAX_ROWS) * MAX_ROWS
     groups = ceil(pixels, group)
@@ -335,20 +336,20 @@ def _plan(step, parts):
 
 @jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
-    """Groups of pixels, for each the depth in pieces: gather once, then all panels of weights.
+    """Groups of pixels; for each, blocks of the depth: pack once, then multiply by all panels.
 
-    weight is `(out_channels / PANEL, depth, PANEL)`. A factor of the depth is a float, or two
-    bfloat16 of the same size.
+    weight is `(out_channels / PANEL, depth, PANEL)`. An element of the depth is a float, or two
+    bfloat16.
     """
-    planar = step.channels % WIDTH != 0
+    nchw = step.channels % WIDTH != 0
     total, longest, group, groups, by_panels = _plan(step, parts)
     pixels = step.images * step.out_height * step.out_width
     group_part, group_parts = (0, 1) if by_panels else (part, parts)
     panel_part, panel_parts = (part, parts) if by_panels else (0, 1)
     line_vectors = ceil(step.kernel_y * step.kernel_x * step.channels, WIDTH) + 2
     rows_at = scratch + line_vectors * VECTOR_BYTES
-    padded = rows_at + group * longest * FLOAT_BYTES if planar else 0
-    if planar:
+    padded = rows_at + group * longest * FLOAT_BYTES if nchw else 0
+    if nchw:
         _pad(step, x, padded)
     for index in range(group_part, groups, group_parts):
         first = index * group
@@ -356,7 +357,7 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
         rows = ceil(count, ceil(count, MAX_ROWS))
         for k in range(0, total, longest):
             depth = min(longest, total - k)
-            _gather_rows(step, x, padded, scratch, rows_at, first, count, rows, k, depth)
+            _pack_group(step, x, padded, scratch, rows_at, first, count, rows, k, depth)
             flags = 0 if k == 0 else START_FROM_C
             if k + depth == total:
                 flags += LAST + (ADD_OTHER if other != 0 else 0) + (RELU if step.relu else 0)
@@ -366,12 +367,13 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
                 c, added, start = out + place, other + place, bias + panel * PANEL_BYTES
                 b = weight + (panel * total + k) * PANEL_BYTES
                 columns = min(PANEL_VECTORS, step.out_channels // WIDTH - panel * PANEL_VECTORS)
-                _multiply_rows(
+                _multiply_group(
                     step, rows_at, b, columns, c, added, start, count, rows, depth, flags, ahead
                 )
 
 
-DIRECT = Kernel(_body, _can_run, _scratch_bytes, FLOATS, _empty, _pack, _unpack, _cost)
+_TRAITS = {"fuses_relu": True, "fuses_activations": True, "is_row_wise": True}
+DIRECT = Kernel(_body, _can_run, _scratch_bytes, FLOATS, _empty, _pack, _unpack, _cost, **_TRAITS)
 DIRECT_BF16 = Kernel(
     _body,
     _can_run_bf16,
@@ -381,4 +383,5 @@ DIRECT_BF16 = Kernel(
     _pack_bf16,
     _unpack_bf16,
     _cost_bf16,
+    **_TRAITS,
 )

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
-# numba finds the types of these functions, from the arguments of `run`.
-"""Steps that compute each number by itself: sums, factors for channels, batch norms, copies."""
+# numba infers the types of these functions from the arguments of `run`.
+"""Elementwise kernels: sums, scales per channel, batch norms, copies."""
 
 import numpy as np
 
@@ -18,28 +18,28 @@ from ensemble.compiler.codegen.simd import (
 )
 from ensemble.compiler.kernels.kernel import (
     Kernel,
+    is_elementwise,
     jit,
     no_scratch,
-    share,
-    share_of_vectors,
-    takes_pixels,
+    part_range,
+    vector_range,
 )
 
 
 @jit
 def _sum(step, x, weight, bias, other, out, scratch, part, parts):
-    first, end = share_of_vectors(step, part, parts)
-    least = splat(np.float32(0 if step.relu else -np.inf))
+    first, end = vector_range(step, part, parts)
+    lower_bound = splat(np.float32(0 if step.relu else -np.inf))
     for at in range(first, end, VECTOR_BYTES):
         total = bounded_or_nan(load(x + at) + load(other + at))
-        store(out + at, maximum(total, least))
+        store(out + at, maximum(total, lower_bound))
 
 
 @jit
 def _scale(step, x, weight, bias, other, out, scratch, part, parts):
-    """All pixels times one number for each image and channel: other is `(B, 1, 1, C)`."""
+    """All pixels times a factor per image and channel: other is `(B, 1, 1, C)`."""
     row, pixels = step.channels * FLOAT_BYTES, step.height * step.width
-    first, end = share(step.images * pixels, part, parts)
+    first, end = part_range(step.images * pixels, part, parts)
     for pixel in range(first, end):
         at, factors = pixel * row, other + pixel // pixels * row
         for channel in range(0, row, VECTOR_BYTES):
@@ -48,41 +48,42 @@ def _scale(step, x, weight, bias, other, out, scratch, part, parts):
 
 @jit
 def _affine(step, x, weight, bias, other, out, scratch, part, parts):
-    """All pixels times a factor and plus a summand for each channel, those of the model."""
+    """All pixels times a scale plus a shift per channel of the model."""
     row = step.channels * FLOAT_BYTES
-    first, end = share(step.images * step.height * step.width, part, parts)
-    least = splat(np.float32(0 if step.relu else -np.inf))
+    first, end = part_range(step.images * step.height * step.width, part, parts)
+    lower_bound = splat(np.float32(0 if step.relu else -np.inf))
     for pixel in range(first, end):
         at = pixel * row
         for channel in range(0, row, VECTOR_BYTES):
             value = load(x + at + channel) * load(weight + channel) + load(bias + channel)
-            store(out + at + channel, maximum(bounded_or_nan(value), least))
+            store(out + at + channel, maximum(bounded_or_nan(value), lower_bound))
 
 
 @jit
 def _copy(step, x, weight, bias, other, out, scratch, part, parts):
-    """The channels of x that mean something, into those of out from `option` on.
+    """The unpadded channels of x, into those of out from `option` on.
 
-    Behind the last ones zeros fill up the last vector.
+    The last copy of a concatenation zeroes the padding of the last vector.
     """
     row, out_row = step.channels * FLOAT_BYTES, step.out_channels * FLOAT_BYTES
-    whole, rest = step.real // WIDTH * WIDTH, step.out_channels - step.option
-    filled = rest if rest - step.real < WIDTH else step.real
+    whole, rest = step.unpadded_channels // WIDTH * WIDTH, step.out_channels - step.option
+    end = rest if rest - step.unpadded_channels < WIDTH else step.unpadded_channels
     pixels = step.images * step.height * step.width
-    if out < x < out + pixels * out_row:  # over what it reads later: in the order of the pixels
+    if out < x < out + pixels * out_row:  # overlapping, of row tiling: one part copies in order
         part, parts = (0, 1) if part == 0 else (pixels, 1)
     for pixel in range(part, pixels, parts):
         source, target = x + pixel * row, out + pixel * out_row + step.option * FLOAT_BYTES
         for at in range(0, whole * FLOAT_BYTES, VECTOR_BYTES):
             store(target + at, load(source + at))
-        for channel in range(whole, step.real):
+        for channel in range(whole, step.unpadded_channels):
             at = channel * FLOAT_BYTES
             store_float(target + at, load_float(source + at))
-        for channel in range(step.real, filled):
+        for channel in range(step.unpadded_channels, end):
             store_float(target + channel * FLOAT_BYTES, np.float32(0))
 
 
-SUM = Kernel(_sum, takes_pixels, no_scratch)
-SCALE = Kernel(_scale, takes_pixels, no_scratch)
-AFFINE = Kernel(_affine, takes_pixels, no_scratch)
-COPY = Kernel(_copy, takes_pixels, no_scratch)
+_ELEMENTWISE = {"is_row_wise": True, "is_in_place": True}
+SUM = Kernel(_sum, is_elementwise, no_scratch, fuses_relu=True, **_ELEMENTWISE)
+SCALE = Kernel(_scale, is_elementwise, no_scratch, **_ELEMENTWISE)
+AFFINE = Kernel(_affine, is_elementwise, no_scratch, fuses_relu=True, **_ELEMENTWISE)
+COPY = Kernel(_copy, is_elementwise, no_scratch)

@@ -1,7 +1,8 @@
-"""The kernels by kind: a new one is a file in this folder, and a line here and in `Kind`."""
+"""The table of kernels: a new one is a file in this folder, a `Kind`, and a line here."""
 
 from ensemble.compiler.kernels.activation import ACTIVATION
 from ensemble.compiler.kernels.direct import DIRECT, DIRECT_BF16
+from ensemble.compiler.kernels.gather import GATHER
 from ensemble.compiler.kernels.group_norm import GROUP_NORM
 from ensemble.compiler.kernels.grouped import GROUPED
 from ensemble.compiler.kernels.pointwise import (
@@ -11,10 +12,9 @@ from ensemble.compiler.kernels.pointwise import (
     SUM,
 )
 from ensemble.compiler.kernels.pooling import AVERAGE_POOL, MAX_POOL
-from ensemble.compiler.kernels.select import SELECT
 from ensemble.compiler.kernels.strassen import STRASSEN
 from ensemble.compiler.kernels.winograd import WINOGRAD_2, WINOGRAD_4
-from ensemble.compiler.planning.operation import Kind
+from ensemble.compiler.planning.step import Kind
 
 KERNELS = {
     Kind.DIRECT: DIRECT,
@@ -30,6 +30,6 @@ KERNELS = {
     Kind.SCALE: SCALE,
     Kind.AFFINE: AFFINE,
     Kind.COPY: COPY,
-    Kind.SELECT: SELECT,
+    Kind.GATHER: GATHER,
     Kind.GROUP_NORM: GROUP_NORM,
 }

@@ -1,11 +1,11 @@
 # mypy: ignore-errors
-# numba finds the types of these functions, from the arguments of `run`.
-"""A 1x1 convolution as a matrix product in seven products of halves instead of eight.
+# numba infers the types of these functions from the arguments of `run`.
+"""A 1x1 convolution by one level of Strassen's algorithm: seven half-size products, not eight.
 
-Pixels, channels and panels of weights are split into two; sums of the halves of weights are made
-once, those of pixels for a group of them, and each product is added to the quarters of the result
-that it belongs to while it is in registers. Strassen, Gaussian Elimination is not Optimal, Numer.
-Math. 13 (1969); sums within packing and kernel: Huang and others, Strassen's Algorithm Reloaded,
+Pixels, channels and panels of weights are halved. Sums of weights are computed when these are
+packed, sums of pixels for a group at a time, and each product is accumulated into the quarters of
+the result while it is in registers. Strassen, Gaussian Elimination is not Optimal, Numer. Math. 13
+(1969); sums fused into packing and microkernel: Huang and others, Strassen's Algorithm Reloaded,
 SC16 (2016).
 """
 
@@ -23,7 +23,7 @@ from ensemble.compiler.codegen.simd import (
     VECTOR_BYTES,
     WIDTH,
     load,
-    stand_alone,
+    no_inline,
     store,
 )
 from ensemble.compiler.kernels.kernel import (
@@ -31,20 +31,20 @@ from ensemble.compiler.kernels.kernel import (
     ceil,
     cost,
     jit,
-    jit_within,
+    jit_inline,
 )
-from ensemble.compiler.planning.operation import Geometry
+from ensemble.compiler.planning.step import Geometry
 
-OPERANDS = 7  # of pixels, and of weights: one for each product
-GROUP_BYTES = 256 * 1024  # of operands of pixels that are made at a time
-# Rows of a product: halves of a unit may overlap, so that not every number needs its own code.
+OPERANDS = 7  # of pixels and of weights: one per product
+GROUP_BYTES = 256 * 1024  # of pixel operands at a time
+# Rows of the microkernels: the halves of a tile may overlap, so few sizes suffice.
 ROWS = tuple(
     sorted({1, 2, MAX_ROWS // 3, MAX_ROWS // 2, 3 * MAX_ROWS // 4, MAX_ROWS - 1, MAX_ROWS})
 )
-QUARTER = MAX_ROWS * PANEL * FLOAT_BYTES  # bytes of a quarter of a unit's result
+QUARTER = MAX_ROWS * PANEL * FLOAT_BYTES  # bytes of a quarter of a tile's result
 PANEL_BYTES = PANEL * FLOAT_BYTES
-# Floats moved, to make an operand of pixels or to add a product, in the time of a multiply-add.
-PER_MOVED = 2
+# Multiply-adds that take as long as one float of an addition, of pixels or of a product.
+MULTIPLY_ADDS_PER_ADDITION = 2
 
 
 def _can_run(geometry: Geometry) -> bool:
@@ -55,20 +55,22 @@ def _can_run(geometry: Geometry) -> bool:
 
 def _cost(geometry: Geometry) -> float:
     image = geometry.out_size[0] * geometry.out_size[1]
-    units = -(-image // (2 * MAX_ROWS))
-    rows = next(rows for rows in ROWS if 2 * rows * units >= image)
-    # Each row of weights is loaded for so many rows of pixels.
-    pixels = geometry.images * units * 2 * MAX_ROWS * (rows + 2) / (MAX_ROWS + 2)
+    tiles = -(-image // (2 * MAX_ROWS))
+    rows = next(rows for rows in ROWS if 2 * rows * tiles >= image)
+    # A register tile amortizes each load of a weight over its rows.
+    pixels = geometry.images * tiles * 2 * MAX_ROWS * (rows + 2) / (MAX_ROWS + 2)
     factors = geometry.channels * geometry.out_channels
-    moved = PER_MOVED * pixels * (2 * geometry.channels + 6 * geometry.out_channels)
-    products = int((pixels * factors + moved) * OPERANDS / 8)
+    additions = (
+        MULTIPLY_ADDS_PER_ADDITION * pixels * (2 * geometry.channels + 6 * geometry.out_channels)
+    )
+    products = int((pixels * factors + additions) * OPERANDS / 8)
     return cost(products=products, weight_bytes=OPERANDS * factors)
 
 
 def _scratch_bytes(geometry: Geometry) -> int:
-    unit = OPERANDS * MAX_ROWS * geometry.channels // 2 * FLOAT_BYTES
-    units = max(1, GROUP_BYTES // unit)
-    return units * (unit + 4 * QUARTER)
+    tile = OPERANDS * MAX_ROWS * geometry.channels // 2 * FLOAT_BYTES
+    tiles = max(1, GROUP_BYTES // tile)
+    return tiles * (tile + 4 * QUARTER)
 
 
 def _empty(weight: Tensor) -> Tensor:
@@ -79,7 +81,7 @@ def _empty(weight: Tensor) -> Tensor:
 
 
 def _pack(weight: Tensor, target: Tensor) -> None:
-    """Summed in float64; in the order in which `_multiply_unit` reads them."""
+    """In float64, in the order in which `_multiply_tile` reads the operands."""
     for two, rows in enumerate(weight.split(2 * PANEL)):
         (b11, b12), (b21, b22) = (
             half.split(PANEL, 1) for half in rows.flatten(1).double().mT.chunk(2)
@@ -90,18 +92,18 @@ def _pack(weight: Tensor, target: Tensor) -> None:
 
 
 def _unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Quarters that are operands, and differences of two."""
+    """From the operands that are quarters, and differences of two."""
     _, below, b11, _, right, b22, _ = packed.unbind(1)
     left, right = torch.cat([b11, below + b11], 1), torch.cat([right + b22, b22], 1)
     return torch.cat([left, right], 2).mT.reshape(tuple(shape))
 
 
 def _make_multiply() -> Any:
-    """`multiply(rows, ...)`: the product for that many rows, one branch for each."""
+    """`multiply(rows, ...)`: dispatch to the microkernel for that many rows."""
     place = "base{0}, base_stride{0}, c{0}, c_stride{0}, other{0}, flags{0}"
     arguments = f"a, b, depth, ahead, {place.format(1)}, {place.format(2)}"
-    lines = [f"def multiply(rows, {arguments}):", "    stand_alone()"]
-    scope = {"stand_alone": stand_alone}
+    lines = [f"def multiply(rows, {arguments}):", "    no_inline()"]
+    scope = {"no_inline": no_inline}
     for rows in ROWS:
         scope[f"product_{rows}"] = multiply_into_two(rows)
         lines.append(f"    if rows == {rows}:")
@@ -115,7 +117,7 @@ _multiply = jit(_make_multiply())
 
 @jit
 def _half(count):
-    """How many pixels make a half of `count`: the least of ROWS that twice is as many."""
+    """The rows of half a tile: the least of ROWS of which two cover `count` pixels."""
     for rows in ROWS:
         if 2 * rows >= count:
             break
@@ -134,8 +136,8 @@ def _pixel(step, x, index):
 
 
 @jit
-def _add_up(step, x, first, count, rows, operands):
-    """The seven operands of `count` pixels: the first `rows` of them, and the last."""
+def _pack_operands(step, x, first, count, rows, operands):
+    """The seven operands of a tile of `count` pixels: its first `rows`, and its last."""
     half = step.channels // 2 * FLOAT_BYTES
     size = rows * half
     for row in range(rows):
@@ -155,14 +157,14 @@ def _add_up(step, x, first, count, rows, operands):
             target += rows * VECTOR_BYTES
 
 
-@jit_within
-def _multiply_unit(
+@jit_inline
+def _multiply_tile(
     product, rows, a, b, depth, ahead, tile, bias, out, other, down, row_bytes, relu
 ):
-    """One of the seven products, added to its quarters: in `tile`, or at last in `out`.
+    """One of the seven products, accumulated into its quarters: in `tile`, finally in `out`.
 
-    down: bytes from a pixel of the upper half of the result to that of the lower. A quarter begins
-    as the bias.
+    down: bytes from a pixel of the upper half of the result to that of the lower. A quarter starts
+    from the bias.
     """
     c11, c12, c21, c22 = tile, tile + QUARTER, tile + 2 * QUARTER, tile + 3 * QUARTER
     right = PANEL_BYTES
@@ -171,7 +173,7 @@ def _multiply_unit(
     other_below = other + down if other != 0 else 0
     other2_below = other2 + down if other != 0 else 0
     p, r, s = PANEL_BYTES, row_bytes, SUBTRACT
-    # Two places of `multiply_into_two` each: one call for all, lest its code stand seven times.
+    # Two destinations for each product; a single call inlines the code once, not seven times.
     if product == 0:
         first, second = (bias, 0, c11, p, 0, 0), (bias2, 0, c22, p, 0, 0)
     elif product == 1:
@@ -190,39 +192,39 @@ def _multiply_unit(
 
 
 @jit
-def _unit(step, index):
-    """The first pixel of a unit, and how many it has: all of one image."""
+def _tile(step, index):
+    """The first pixel of a tile, and how many it has, all of one image."""
     image = step.out_height * step.out_width
-    units = ceil(image, 2 * MAX_ROWS)
-    size = ceil(image, units)
-    which, place = divmod(index, units)
+    tiles = ceil(image, 2 * MAX_ROWS)
+    size = ceil(image, tiles)
+    which, place = divmod(index, tiles)
     return which * image + place * size, min(size, image - place * size)
 
 
-@jit_within
+@jit_inline
 def _multiply_group(
-    step, operands, unit_bytes, tiles, factors, bias, out, other, first, end, following
+    step, operands, tile_bytes, tiles, factors, bias, out, other, first, end, following
 ):
-    """All units of a group times two panels: each operand of weights is read once.
+    """All tiles of a group times two panels: each operand of weights is read once.
 
-    What will be read next is fetched meanwhile: the next weights, or the pixels from `following` on
-    (0: none), in two products of a unit as much as it reads.
+    Prefetches the next weights, or the pixels from `following` on (0: none), two products of a tile
+    as much as a tile reads.
     """
     half, row_bytes = step.channels // 2, step.out_channels * FLOAT_BYTES
     relu = RELU if step.relu else 0
     for product in range(OPERANDS):
         b = factors + product * half * PANEL_BYTES
         for index in range(end - first):
-            start, count = _unit(step, first + index)
+            start, count = _tile(step, first + index)
             rows = _half(count)
-            a = operands + index * unit_bytes + product * rows * half * FLOAT_BYTES
+            a = operands + index * tile_bytes + product * rows * half * FLOAT_BYTES
             place, down = start * row_bytes, (count - rows) * row_bytes
             added = other + place if other != 0 else 0
             tile = tiles + index * 4 * QUARTER
             ahead = half * PANEL_BYTES
             if following != 0 and product < 2:
                 ahead = following + (2 * index + product) * ahead - b
-            _multiply_unit(
+            _multiply_tile(
                 product,
                 rows,
                 a,
@@ -241,47 +243,53 @@ def _multiply_group(
 
 @jit
 def _plan(step, parts):
-    """Units; in so many groups; deal out the panels, and not the groups?
+    """The number of tiles and of groups, and whether parts divide the panels instead of the groups.
 
-    A unit lies in one image: sums of pixels of two would carry a NaN, or the rounding of large
-    numbers, from one image into another's result.
+    A tile is of one image: sums over two would carry a NaN, or the rounding error of large numbers,
+    from one image into another.
     """
-    unit_bytes = OPERANDS * MAX_ROWS * step.channels // 2 * FLOAT_BYTES
-    units = step.images * ceil(step.out_height * step.out_width, 2 * MAX_ROWS)
-    groups = ceil(units, max(1, GROUP_BYTES // unit_bytes))
+    tile_bytes = OPERANDS * MAX_ROWS * step.channels // 2 * FLOAT_BYTES
+    tiles = step.images * ceil(step.out_height * step.out_width, 2 * MAX_ROWS)
+    groups = ceil(tiles, max(1, GROUP_BYTES // tile_bytes))
     by_panels = groups < 4 * parts and step.out_channels // PANEL // 2 >= parts
     if parts > 1 and not by_panels:
-        groups = max(groups, min(units, 4 * parts))
-    return units, groups, by_panels
+        groups = max(groups, min(tiles, 4 * parts))
+    return tiles, groups, by_panels
 
 
 @jit
 def _body(step, x, weight, bias, other, out, scratch, part, parts):
-    """Groups of units of pixels; for each, all panels, two at a time.
+    """Groups of tiles of pixels; for each, all panels, two at a time.
 
     weight is `(out_channels / PANEL / 2, 7, channels / 2, PANEL)`.
     """
     half = step.channels // 2
-    unit_bytes = OPERANDS * MAX_ROWS * half * FLOAT_BYTES
-    units, groups, by_panels = _plan(step, parts)
-    at_once = ceil(units, groups)  # units of a group
+    tile_bytes = OPERANDS * MAX_ROWS * half * FLOAT_BYTES
+    tiles, groups, by_panels = _plan(step, parts)
+    group = ceil(tiles, groups)  # tiles of a group
     group_part, group_parts = (0, 1) if by_panels else (part, parts)
     panel_part, panel_parts = (part, parts) if by_panels else (0, 1)
-    operands = scratch + at_once * 4 * QUARTER
-    for first in range(group_part * at_once, units, group_parts * at_once):
-        end = min(first + at_once, units)
+    operands = scratch + group * 4 * QUARTER
+    for first in range(group_part * group, tiles, group_parts * group):
+        end = min(first + group, tiles)
         for index in range(first, end):
-            start, count = _unit(step, index)
-            _add_up(step, x, start, count, _half(count), operands + (index - first) * unit_bytes)
-        following = x + _unit(step, end)[0] * step.channels * FLOAT_BYTES
+            start, count = _tile(step, index)
+            _pack_operands(
+                step, x, start, count, _half(count), operands + (index - first) * tile_bytes
+            )
+        following = x + _tile(step, end)[0] * step.channels * FLOAT_BYTES
         for index in range(panel_part, step.out_channels // PANEL // 2, panel_parts):
             right = 2 * index * PANEL_BYTES
             b, start, c = weight + index * OPERANDS * half * PANEL_BYTES, bias + right, out + right
             added = other + right if other != 0 else 0
-            fetched = following if index == panel_part and end < units else 0
+            prefetched = following if index == panel_part and end < tiles else 0
             _multiply_group(
-                step, operands, unit_bytes, scratch, b, start, c, added, first, end, fetched
+                step, operands, tile_bytes, scratch, b, start, c, added, first, end, prefetched
             )
 
 
-STRASSEN = Kernel(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _unpack, _cost)
+STRASSEN = Kernel(
+    *(_body, _can_run, _scratch_bytes, 0, _empty, _pack, _unpack, _cost),
+    fuses_relu=True,
+    is_row_wise=True,
+)

@@ -1,9 +1,10 @@
 # mypy: ignore-errors
-# numba finds the types of these functions, from the arguments of `run`.
-"""A 3x3 convolution at stride 1 by minimal filtering: F(4x4, 3x3) and F(2x2, 3x3).
+# numba infers the types of these functions from the arguments of `run`.
+"""A 3x3 convolution at stride 1 by Winograd's minimal filtering: F(4x4, 3x3) and F(2x2, 3x3).
 
-Tiles are transformed, multiplied in one product a plane, and transformed back. Matrices as in Lavin
-and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv 1509.09308.
+Input tiles are transformed, multiplied by one GEMM per plane of the transform, and transformed
+back. Matrices as in Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv
+1509.09308.
 """
 
 from collections.abc import Sequence
@@ -32,14 +33,14 @@ from ensemble.compiler.kernels.kernel import (
     ceil,
     cost,
     jit,
-    jit_within,
+    jit_inline,
     multiply_floats,
     panels_of,
 )
-from ensemble.compiler.planning.operation import Geometry
+from ensemble.compiler.planning.step import Geometry
 
-GROUP_TILES = 2 * MAX_ROWS  # that are transformed at a time
-MOST_PLANES = 36
+GROUP_TILES = 2 * MAX_ROWS  # transformed at a time
+MAX_PLANES = 36
 
 # G of F(2x2, 3x3) and of F(4x4, 3x3).
 _FILTER_TRANSFORMS = {
@@ -74,32 +75,32 @@ def _cost(tile: int, geometry: Geometry) -> float:
 
 def _scratch_bytes(geometry: Geometry) -> int:
     row = (geometry.channels + geometry.out_channels + WIDTH) * FLOAT_BYTES
-    planes = MOST_PLANES * (GROUP_TILES * row + 4 * VECTOR_BYTES)
+    planes = MAX_PLANES * (GROUP_TILES * row + 4 * VECTOR_BYTES)
     return planes + row + PANEL * FLOAT_BYTES + 4 * VECTOR_BYTES
 
 
 def _empty(tile: int, weight: Tensor) -> Tensor:
-    """`(N, planes, K / PANEL, C, PANEL)`, the last panel filled up with zeros."""
+    """`(N, planes, K / PANEL, C, PANEL)`, the last panel padded with zeros."""
     num_models, out_channels, channels, _, _ = weight.shape
     shape = (num_models, (tile + 2) ** 2, panels_of(out_channels), channels, PANEL)
     return weight.new_empty(shape, dtype=torch.float32)
 
 
 def _pack(tile: int, weight: Tensor, target: Tensor) -> None:
-    """Transformed in float64, a panel at a time: the largest part in float64 then stays small.
+    """Transform in float64, a panel at a time: no large intermediate in float64.
 
-    g W g^T of all filters at once is one matrix product, whose rows lie as the kernel reads them.
+    G W G^T of all filters of a panel is one matrix product, whose rows are in the kernel's layout.
     """
     g = torch.tensor(_FILTER_TRANSFORMS[tile], dtype=torch.float64, device="cpu")
     both = torch.kron(g, g)  # (planes, 9)
     for panel, rows in enumerate(weight.split(PANEL)):
         taps = rows.flatten(2).permute(2, 1, 0).contiguous().double()
-        filled = functional.pad(taps, (0, PANEL - len(rows)))  # (9, C, PANEL)
-        target[:, panel].copy_((both @ filled.flatten(1)).view(len(both), -1, PANEL))
+        padded = functional.pad(taps, (0, PANEL - len(rows)))  # (9, C, PANEL)
+        target[:, panel].copy_((both @ padded.flatten(1)).view(len(both), -1, PANEL))
 
 
 def _unpack(tile: int, packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """By the inverse of G in the least squares' sense, in float64 as `_pack`."""
+    """By the pseudoinverse of G, in float64 like `_pack`."""
     g = torch.tensor(_FILTER_TRANSFORMS[tile], dtype=torch.float64, device="cpu")
     inverse = torch.linalg.pinv(torch.kron(g, g))  # (9, planes)
     panels = [inverse @ panel.flatten(1).double() for panel in packed.unbind(1)]
@@ -107,7 +108,7 @@ def _unpack(tile: int, packed: Tensor, shape: Sequence[int]) -> Tensor:
     return taps.permute(0, 3, 2, 1).flatten(0, 1)[: shape[0]].reshape(tuple(shape))
 
 
-# A line of a patch -> a line of its transform, and a line of products -> one of the output tile.
+# Along one line: input patch -> transform, and products -> output tile.
 
 
 @jit
@@ -202,28 +203,30 @@ def _store_6(at, step, line):
     store(at + 5 * step, f)
 
 
-def _make_input_tile(patch: int, transform: Any, column: Any, load_line: Any, put: Any) -> Any:
+def _make_input_tile(
+    patch: int, transform: Any, column: Any, load_line: Any, store_line: Any
+) -> Any:
     @jit
     def input_tile(pixels, channels, target, channel_step, plane, work):
-        """Transform a patch, given by its pixels' addresses; its (y, x) goes to plane y, x."""
+        """Transform a patch of pixel addresses; element (y, x) goes to plane (y, x)."""
         for channel in range(0, channels * FLOAT_BYTES, VECTOR_BYTES):
             for x in range(patch):
                 line = transform(column(pixels, x, channel))
-                put(work + x * VECTOR_BYTES, patch * VECTOR_BYTES, line)
+                store_line(work + x * VECTOR_BYTES, patch * VECTOR_BYTES, line)
             for y in range(patch):
                 line = transform(load_line(work + y * patch * VECTOR_BYTES, VECTOR_BYTES))
-                put(target + y * patch * plane, plane, line)
+                store_line(target + y * patch * plane, plane, line)
             target += channel_step
 
     return input_tile
 
 
-def _make_output_tile(tile: int, transform: Any, load_line: Any, put: Any) -> Any:
+def _make_output_tile(tile: int, transform: Any, load_line: Any, store_line: Any) -> Any:
     patch = tile + 2
 
     @jit
     def output_tile(step, source, plane, bias, other, out, y0, x0, work):
-        """Transform a tile's products back, add bias and other, and write what is in the image."""
+        """Transform a tile's products back, add bias and other, and clip to the image."""
         row, pixel = (
             step.out_width * step.out_channels * FLOAT_BYTES,
             step.out_channels * FLOAT_BYTES,
@@ -233,12 +236,12 @@ def _make_output_tile(tile: int, transform: Any, load_line: Any, put: Any) -> An
         for channel in range(0, step.out_channels * FLOAT_BYTES, VECTOR_BYTES):
             for x in range(patch):
                 line = transform(load_line(source + channel + x * plane, patch * plane))
-                put(work + x * VECTOR_BYTES, patch * VECTOR_BYTES, line)
+                store_line(work + x * VECTOR_BYTES, patch * VECTOR_BYTES, line)
             own_bias = load(bias + channel)
             for y in range(height):
                 line = transform(load_line(work + y * patch * VECTOR_BYTES, VECTOR_BYTES))
                 at = work + patch * patch * VECTOR_BYTES
-                put(at, VECTOR_BYTES, line)
+                store_line(at, VECTOR_BYTES, line)
                 for x in range(width):
                     place = (y0 + y) * row + (x0 + x) * pixel + channel
                     value = load(at + x * VECTOR_BYTES) + own_bias
@@ -259,7 +262,7 @@ _output_tile_2 = _make_output_tile(2, _output_2, _load_4, _store_2)
 
 @jit
 def _find_pixels(step, x, index, pixels, zeros):
-    """The addresses of the pixels of a patch; of one outside of the image, that of zeros."""
+    """The addresses of the pixels of a patch; outside the image, that of zeros."""
     tile, patch = step.variant, step.variant + 2
     tiles_y, tiles_x = ceil(step.out_height, tile), ceil(step.out_width, tile)
     image, place = divmod(index, tiles_y * tiles_x)
@@ -276,8 +279,8 @@ def _find_pixels(step, x, index, pixels, zeros):
 
 @jit
 def _transform_inputs(step, x, inputs, plane, first, count, rows, zeros, work):
-    """`count` tiles from the first on, in blocks of `rows` as a product reads them."""
-    pixels = np.empty(MOST_PLANES, np.int64)
+    """Transform `count` tiles from the first on, in blocks of `rows` as the GEMM reads them."""
+    pixels = np.empty(MAX_PLANES, np.int64)
     row_bytes = step.channels * FLOAT_BYTES
     for index in range(count):
         _find_pixels(step, x, first + index, pixels, zeros)
@@ -290,9 +293,9 @@ def _transform_inputs(step, x, inputs, plane, first, count, rows, zeros, work):
             _input_tile_2(pixels, step.channels, target, line, plane, work)
 
 
-@jit_within
+@jit_inline
 def _multiply_planes(step, inputs, plane_in, weight, products, plane_out, row_out, zeros, count):
-    """One matrix product a plane."""
+    """One GEMM per plane."""
     planes, panels = (step.variant + 2) ** 2, ceil(step.out_channels, PANEL)
     row_in, panel_bytes = step.channels * FLOAT_BYTES, PANEL * FLOAT_BYTES
     rows = ceil(count, ceil(count, MAX_ROWS))
@@ -309,7 +312,7 @@ def _multiply_planes(step, inputs, plane_in, weight, products, plane_out, row_ou
 
 @jit
 def _transform_outputs(step, products, plane, row_bytes, bias, other, out, first, count, work):
-    """Products of `count` tiles -> pixels of the output."""
+    """Products of `count` tiles -> output pixels."""
     tile = step.variant
     tiles_y, tiles_x = ceil(step.out_height, tile), ceil(step.out_width, tile)
     image_bytes = step.out_height * step.out_width * step.out_channels * FLOAT_BYTES
@@ -332,8 +335,8 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
     planes = (tile + 2) ** 2
     tiles = step.images * ceil(step.out_height, tile) * ceil(step.out_width, tile)
     group = ceil(tiles, max(parts, ceil(tiles, GROUP_TILES)))
-    # Planes lie one line more than their size apart, lest all fall into one set of the cache. Rows
-    # of products do too: a last panel that is not full is written whole.
+    # Planes are padded by a vector, or all would map to one set of the cache. So are rows of
+    # products, since a partial last panel is written whole.
     row_in = step.channels * FLOAT_BYTES
     row_out = step.out_channels * FLOAT_BYTES + VECTOR_BYTES
     plane_in = group * row_in + VECTOR_BYTES
@@ -356,7 +359,9 @@ def _body(step, x, weight, bias, other, out, scratch, part, parts):
 
 def _kernel(tile: int) -> Kernel:
     empty, pack, unpack = (partial(of, tile) for of in (_empty, _pack, _unpack))
-    return Kernel(_body, _can_run, _scratch_bytes, tile, empty, pack, unpack, partial(_cost, tile))
+    tile_cost = partial(_cost, tile)
+    arguments = _body, _can_run, _scratch_bytes, tile, empty, pack, unpack, tile_cost
+    return Kernel(*arguments, fuses_relu=True)
 
 
 WINOGRAD_2, WINOGRAD_4 = _kernel(2), _kernel(4)

@@ -1,9 +1,9 @@
-"""Large pages for what every call reads: where an address lies is then looked up less often.
+"""Memory in huge pages, for whatever every call reads: fewer TLB misses.
 
-The weights of N models are read once a call, a page after the other. In pages of 4 kB the processor
-looks each of them up, and fetches nothing ahead beyond it. Linux gives pages of 2 MB to who asks
-for them (`madvise`; by itself it gives them where it is set to `always`), and only for memory that
-nobody has used yet: so it comes from the system, not from the allocator.
+A call reads the weights of N models once, page after page. With pages of 4 kB each page costs a TLB
+miss, and the hardware prefetcher stops at its end. Linux gives huge pages of 2 MB on request
+(`madvise`; unasked only where transparent huge pages are set to `always`), and only for memory that
+is still untouched: so the memory comes from `mmap`, not from the allocator.
 """
 
 import mmap
@@ -15,17 +15,17 @@ from torch import Tensor
 PAGE_BYTES = 2 * 1024 * 1024
 
 
-def in_large_pages(size: int) -> Tensor:
-    """So many bytes, uint8, that begin at a large page where there is a whole one of them.
+def allocate_huge(size: int) -> Tensor:
+    """So many bytes, uint8, uninitialized; aligned to a huge page if they fill one.
 
-    Their content is not defined. Where the system knows no large pages they lie in small ones.
+    Where the system has no huge pages, in small ones.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or size < PAGE_BYTES:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     memory = mmap.mmap(-1, size + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # of a kernel without them
+    with suppress(OSError):  # a Linux kernel without huge pages
         memory.madvise(advice)
-    values = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory`
+    values = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
     start = -values.data_ptr() % PAGE_BYTES
     return values[start : start + size]

@@ -1,20 +1,20 @@
-"""Copies on the calling thread alone.
+"""Single-threaded copies.
 
-torch copies what is not small by OpenMP, whose threads then spin for some 5 ms each on a core of
-their own (`OMP_WAIT_POLICY`), and there they are in the way of threads that are not OpenMP's.
+torch copies large tensors by OpenMP, whose threads then spin for some 5 ms each (`OMP_WAIT_POLICY`)
+and compete for the cores with our own threads.
 """
 
 import torch
 from torch import Tensor
 
-# torch's own bound (at::internal::GRAIN_SIZE): of fewer elements it copies on one thread.
+# torch's grain size (at::internal::GRAIN_SIZE): it copies fewer elements on one thread.
 GRAIN = 2**15
 
 
 def contiguous(x: Tensor, dtype: torch.dtype | None = None, *, copy: bool = False) -> Tensor:
-    """`x.to(dtype).contiguous()`: x itself where it is so already, unless a `copy` is asked for.
+    """`x.to(dtype).contiguous()`: x itself if it is both, unless `copy`.
 
-    On an accelerator there are no such threads.
+    On an accelerator torch copies: no OpenMP threads take part.
     """
     dtype = dtype or x.dtype
     if x.device.type != "cpu":
@@ -26,8 +26,8 @@ def contiguous(x: Tensor, dtype: torch.dtype | None = None, *, copy: bool = Fals
     return target
 
 
-def filled_up(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype).contiguous()` with zeros up to `size` in its last dimension."""
+def zero_padded(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype).contiguous()`, zero-padded to `size` in its last dimension."""
     found = x.shape[-1]
     if found == size:
         return contiguous(x, dtype)
@@ -44,7 +44,7 @@ def _copy(source: Tensor, target: Tensor) -> None:
         return
     each = source.numel() // len(source)
     at_once = (GRAIN - 1) // each
-    if not at_once:  # one is too many as well
+    if not at_once:  # one slice exceeds the grain size
         for one, other in zip(source, target, strict=True):
             _copy(one, other)
         return

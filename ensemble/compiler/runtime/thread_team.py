@@ -1,4 +1,8 @@
-"""Parts of one call, all running at the same time, a thread for each."""
+"""A thread team: the workers of one call all run at the same time (gang scheduling).
+
+Workers may wait for each other, so a call gets all of its threads or none, and the calls of a
+process take turns.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from ensemble.machine.per_process import PerProcess
 
 
 class _Call:
-    """The parts of a call that run in other threads: how many have ended, and how it went."""
+    """The workers of a call that run in other threads, and their outcome."""
 
     def __init__(self, task: Callable[[int], None], stop: Callable[[], None]) -> None:
         self._task, self._stop = task, stop
@@ -19,14 +23,14 @@ class _Call:
         self._stopped = False
         self.error: BaseException | None = None
 
-    def run(self, part: int) -> None:
-        """In a worker: take one part, unless the call is over."""
+    def run(self, worker: int) -> None:
+        """In another thread: be one worker, unless the call has stopped."""
         with self._changed:
             if self._stopped:
                 return
             self._running += 1
         try:
-            self._task(part)
+            self._task(worker)
         except BaseException as error:
             self.error = error
             self.halt()
@@ -37,24 +41,24 @@ class _Call:
                 self._changed.notify_all()
 
     def halt(self) -> None:
-        """Let no further part start, and those that wait for another one leave."""
+        """Let no further worker start, and let waiting workers leave."""
         with self._changed:
             self._stopped = True
         self._stop()
 
-    def wait(self, parts: int) -> None:
-        """Until so many parts have ended, or the call was stopped."""
+    def wait(self, workers: int) -> None:
+        """Wait until so many workers have ended, or the call has stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._ended == parts)
+            self._changed.wait_for(lambda: self._stopped or self._ended == workers)
 
-    def leave(self) -> None:
-        """Until no part runs. Of a call that was stopped none will run again."""
+    def join(self) -> None:
+        """Wait until no worker runs. After a stop none starts again."""
         with self._changed:
             self._changed.wait_for(lambda: self._running == 0)
 
 
-class _Turn:
-    """One call at a time: its lock, the workers for each number of parts, the call before."""
+class _Turns:
+    """The lock that serializes calls, the pool for each team size, and the previous call."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -62,46 +66,45 @@ class _Turn:
         self.before: _Call | None = None
 
     def pool(self, workers: int) -> ThreadPoolExecutor:
-        """As many threads as asked for, kept."""
+        """A pool of so many threads, kept for later calls."""
         if workers not in self.pools:
             self.pools[workers] = ThreadPoolExecutor(workers, thread_name_prefix="ensemble")
         return self.pools[workers]
 
 
-_turn = PerProcess(_Turn)
+_turns = PerProcess(_Turns)
 
 
-def run_together(task: Callable[[int], None], parts: int, *, stop: Callable[[], None]) -> None:
-    """Run `task(0)` in this thread, `task(1)` to `task(parts - 1)` beside it, until all have ended.
+def run_together(task: Callable[[int], None], workers: int, *, stop: Callable[[], None]) -> None:
+    """Run `task(0)` in this thread and `task(1)` to `task(workers - 1)` concurrently in others.
 
-    Parts may wait for each other, so a call has all of its threads or none: calls of a process take
-    turns. What `task` refers to lives until its last part has left, also where this thread is
-    interrupted and leaves before.
+    Returns when all have ended. Objects that `task` refers to live until its last worker has left,
+    also if this thread is interrupted and leaves earlier.
 
     Args:
-        task: called with the number of a part.
-        parts: at least 1.
-        stop: makes parts that wait for another one leave. Called where a part cannot start, where
-            one raises, and where this thread is interrupted.
+        task: called with the index of a worker.
+        workers: at least 1.
+        stop: makes waiting workers leave. Called if a worker cannot start or raises, or this thread
+            is interrupted.
 
     Raises:
-        whatever a part, or starting it, has raised.
+        whatever a worker, or starting it, has raised.
     """
-    turn = _turn()
-    with turn.lock:
-        if turn.before is not None:  # interrupted twice: its parts may still run
-            turn.before.leave()
-        call = turn.before = _Call(task, stop)
+    turns = _turns()
+    with turns.lock:
+        if turns.before is not None:  # interrupted twice: its workers may still run
+            turns.before.join()
+        call = turns.before = _Call(task, stop)
         try:
-            for part in range(1, parts):
-                turn.pool(parts - 1).submit(call.run, part)
+            for worker in range(1, workers):
+                turns.pool(workers - 1).submit(call.run, worker)
             task(0)
-            call.wait(parts - 1)
+            call.wait(workers - 1)
         except BaseException:
             call.halt()
             raise
         finally:
-            call.leave()
-            turn.before = None  # it has all that the task refers to
+            call.join()
+            turns.before = None  # it keeps alive what the task refers to
         if call.error is not None:
             raise call.error

@@ -1,0 +1,118 @@
+"""Constant folding: whatever depends on the weights only is computed once, at build.
+
+The pass interprets the graph on the example. The values of dynamic nodes, which depend on x, serve
+one purpose: each convolution by a fast kernel is checked on the inputs that it really gets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from ensemble.compiler.graph.analysis import dynamic_nodes, node_of
+from ensemble.compiler.operators.conv2d import PACK_WEIGHT, STACKED_CONV2D
+from ensemble.compiler.planning.kernel_accuracy import KernelAccuracyCheck
+
+State = dict[str, Tensor]
+Values = dict[fx.Node, Tensor]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The constants of a graph, and its dynamic nodes.
+
+    model_storages: the storages of the models' own tensors, which the models may later change.
+    """
+
+    constants: Values
+    dynamic: set[fx.Node]
+    model_storages: set[int]
+
+
+def fold_constants(
+    module: fx.GraphModule, state: State, example: Tensor, accuracy: KernelAccuracyCheck
+) -> Folded:
+    """Evaluate what depends on the weights only, and check fast kernels by `accuracy`.
+
+    Args:
+        module: `(*state, x)`, vmapped.
+        state: stacked tensors by name, in the order of the placeholders; never written to.
+            Emptied: each tensor is freed after its last use.
+        example: like x. It should have contrast: the errors of fast kernels are measured on it.
+    """
+    model_storages = {_storage(tensor) for tensor in state.values()}
+    *placeholders, x = module.graph.find_nodes(op="placeholder")
+    layers = dict(zip(placeholders, list(state), strict=True))
+    values: Values = {node: state.pop(name) for node, name in layers.items()}
+    values[x] = example
+    interpreter = _Interpreter(module, values)
+    for node in module.graph.nodes:
+        if node in values or node.op == "output":
+            continue
+        if node.target is STACKED_CONV2D:
+            packing = node_of(node.args[1])
+            accuracy.check(node, layers.get(_first_source(packing), node.name), values)
+            interpreter.evaluate(packing)
+        elif node.target is PACK_WEIGHT and next(iter(node.users)).target is STACKED_CONV2D:
+            continue  # packed with its convolution, whose kernel the check may replace
+        interpreter.evaluate(node)
+    for node in interpreter.dynamic & values.keys():
+        del values[node]
+    return Folded(values, interpreter.dynamic, model_storages)
+
+
+class _Interpreter:
+    """Evaluates nodes and frees each value after its last use.
+
+    The check may have evaluated a node before. A constant that a dynamic node reads stays: every
+    call reads it.
+    """
+
+    def __init__(self, module: fx.GraphModule, values: Values) -> None:
+        self._module, self._values = module, values
+        self._uses_left = {node: len(node.users) for node in module.graph.nodes}
+        self.dynamic = dynamic_nodes(module.graph)
+
+    def evaluate(self, node: fx.Node) -> None:
+        values = self._values
+        if node.op == "get_attr":
+            values[node] = getattr(self._module, str(node.target))
+            return
+        if node not in values:
+            arguments, options = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*arguments, **options)  # type: ignore[operator]
+        for source in node.all_input_nodes:
+            if node in self.dynamic and source not in self.dynamic:
+                continue
+            self._uses_left[source] -= 1
+            if not self._uses_left[source]:
+                del values[source]
+
+
+def embed_constants(module: fx.GraphModule, folded: Folded) -> None:
+    """Register the constants that the graph still reads as buffers, and erase everything else that
+    does not depend on x. Tensors of the models are copied: the models may change them later."""
+    x = module.graph.find_nodes(op="placeholder")[-1]
+    for node in reversed(module.graph.nodes):
+        if node.users and node in folded.constants:
+            name = f"constant_{node.name}"
+            constant = folded.constants[node]
+            is_shared = node.op == "get_attr" or _storage(constant) in folded.model_storages
+            module.register_buffer(name, constant.clone() if is_shared else constant)
+            with module.graph.inserting_before(x):
+                node.replace_all_uses_with(module.graph.get_attr(name))
+        if not node.users and node is not x and node.op != "output":
+            module.graph.erase_node(node)
+
+
+def _first_source(node: fx.Node) -> fx.Node:
+    """The placeholder that a packed weight derives from, following first inputs."""
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _storage(tensor: Tensor) -> int:
+    """The identity of a tensor's storage."""
+    return tensor.untyped_storage()._cdata

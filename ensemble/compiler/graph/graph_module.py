@@ -1,0 +1,33 @@
+"""The life of a `GraphModule`: recompilation, and release of the memory that torch would keep."""
+
+from __future__ import annotations
+
+import linecache
+
+from torch import fx
+
+
+def recompile(module: fx.GraphModule) -> None:
+    """Regenerate the module's code from its graph."""
+    forget_source(module)
+    module.recompile()
+    forget_source(module)
+
+
+def forget_source(module: fx.GraphModule) -> None:
+    """Drop the source that torch keeps, for tracebacks, of every graph that it has compiled: a
+    build compiles several."""
+    name = type(module).forward.__code__.co_filename
+    loader = getattr(fx.graph_module, "_loader", None)
+    getattr(loader, "eval_cache", {}).pop(name, None)
+    linecache.cache.pop(name, None)
+
+
+def finished(module: fx.GraphModule) -> fx.GraphModule:
+    """`module`, which no pass will change, without the reference cycle to its graph.
+
+    Reference counting then frees its tensors at once. The cyclic garbage collector, which counts
+    objects and not bytes, would free them late.
+    """
+    module.graph.owning_module = None
+    return module
