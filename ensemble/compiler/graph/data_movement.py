@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ensemble.compiler.graph.analysis import dependents, dynamic_nodes, is_images, value_of
 from ensemble.compiler.graph.graph_module import recompile
-from ensemble.compiler.operators.gather import plain_gather
+from ensemble.compiler.operators.gather import GATHER, plain_gather
 
 aten = torch.ops.aten
 
@@ -107,7 +107,7 @@ def _fold(module: fx.GraphModule, chain: list[fx.Node]) -> None:
 def _gather(graph: fx.Graph, images: fx.Node, last: fx.Node, found: Gather) -> fx.Node:
     arguments = (images, found.rows, found.columns, found.channels)
     with graph.inserting_after(last):
-        result = graph.call_function(torch.ops.ensemble.gather.default, arguments)
+        result = graph.call_function(GATHER, arguments)
     result.meta["val"] = value_of(last)
     return result
 

@@ -17,11 +17,14 @@ from torch import Tensor, fx
 
 from ensemble.compiler.graph.analysis import dynamic_nodes, is_images, node_of, value_of
 from ensemble.compiler.graph.graph_module import recompile
+from ensemble.compiler.operators.affine import AFFINE
+from ensemble.compiler.operators.conv2d import CONV2D
+from ensemble.compiler.operators.group_norm import GROUP_NORM
+from ensemble.compiler.operators.pooling import AVERAGE_POOL2D, MAX_POOL2D
 from ensemble.compiler.planning.vector_layout import is_narrow
 
-aten, ours = torch.ops.aten, torch.ops.ensemble
+aten = torch.ops.aten
 
-_CONV2D = ours.conv2d.default
 _ACTIVATIONS = (  # besides relu; each acts on its first argument
     *(aten.hardtanh.default, aten.sigmoid.default, aten.silu.default),
     *(aten.hardsigmoid.default, aten.hardswish.default, aten.leaky_relu.default),
@@ -94,7 +97,7 @@ def _convolution(graph: _Rewriter, node: fx.Node) -> None:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
     if graph.is_images(x) and _dim(weight) == 4 and not transposed:
         sizes = map(_pair, (stride, padding, dilation))
-        graph.replace(node, _CONV2D, x, weight, bias, None, *sizes, groups, False)
+        graph.replace(node, CONV2D, x, weight, bias, None, *sizes, groups, False)
 
 
 def _batch_norm(graph: _Rewriter, node: fx.Node) -> None:
@@ -133,7 +136,7 @@ def _norm_shifts(bias: Tensor | None, mean: Tensor, scales: Tensor) -> Tensor:
 def _group_norm(graph: _Rewriter, node: fx.Node) -> None:
     x, weight, bias, *_, groups, eps = node.args
     if graph.is_images(x) and graph.is_constant(weight, bias) and graph.gives_one(node):
-        graph.replace(node, ours.group_norm.default, x, weight, bias, groups, eps)
+        graph.replace(node, GROUP_NORM, x, weight, bias, groups, eps)
 
 
 def _by_constants(scale: bool, inverse: bool = False) -> Callable[[_Rewriter, fx.Node], None]:
@@ -199,16 +202,16 @@ def _affine(
 ) -> None:
     """Replace a node by `x * scales + shifts`, `(C,)` in float64 each."""
     with graph.before(node):
-        if foldable and _is_bare(x, _CONV2D) and graph.is_constant(*x.args[1:3]):
+        if foldable and _is_bare(x, CONV2D) and graph.is_constant(*x.args[1:3]):
             source, weight, bias, *rest = x.args
             scaled = graph.call(_scaled, weight, scales, like=None)
             shifted = graph.call(_shifted, bias, weight, scales, shifts, like=None)
-            graph.replace(node, _CONV2D, source, scaled, shifted, *rest)
+            graph.replace(node, CONV2D, source, scaled, shifted, *rest)
             graph.graph.erase_node(x)
             return
         wide = torch.promote_types(value_of(x).dtype, torch.float32)
         tensors = [graph.call(Tensor.to, tensor, wide, like=None) for tensor in (scales, shifts)]
-        graph.replace(node, ours.affine.default, x, *tensors)
+        graph.replace(node, AFFINE, x, *tensors)
 
 
 def _scaled(weight: Tensor, scales: Tensor) -> Tensor:
@@ -229,20 +232,20 @@ def _add(graph: _Rewriter, node: fx.Node) -> None:
     if len(known) < 3 or len(set(known)) > 1 or not all(map(graph.is_images, node.args)):
         _by_constants(scale=False)(graph, node)
         return
-    bare = [source for source in map(node_of, node.args) if _is_bare(source, _CONV2D)]
+    bare = [source for source in map(node_of, node.args) if _is_bare(source, CONV2D)]
     if not bare or first is second:
         return
     conv = max(bare)  # by topological order
     other = second if conv is first else first
     x, weight, bias, _, *rest = conv.args
-    graph.replace(node, _CONV2D, x, weight, bias, other, *rest)
+    graph.replace(node, CONV2D, x, weight, bias, other, *rest)
     graph.graph.erase_node(conv)
 
 
 def _relu(graph: _Rewriter, node: fx.Node) -> None:
     node = _on_images(graph, node)
     x = node_of(node.args[0])
-    if x.target is _CONV2D and len(x.users) == 1 and not x.args[-1]:
+    if x.target is CONV2D and len(x.users) == 1 and not x.args[-1]:
         x.args = (*x.args[:-1], True)
         graph.drop(node, x)
 
@@ -251,14 +254,14 @@ def _max_pool(graph: _Rewriter, node: fx.Node) -> None:
     x, kernel, stride, padding, dilation, ceil_mode = _with_defaults(node)
     if graph.is_images(x) and set(_pair(dilation)) == {1} and graph.gives_one(node):
         sizes = _pair(kernel), _pair(stride or kernel), _pair(padding)
-        graph.replace(node, ours.max_pool2d.default, x, *sizes, ceil_mode)
+        graph.replace(node, MAX_POOL2D, x, *sizes, ceil_mode)
 
 
 def _average_pool(graph: _Rewriter, node: fx.Node) -> None:
     x, kernel, stride, padding, ceil_mode, zeros, divisor = _with_defaults(node)
     if graph.is_images(x) and divisor is None:
         sizes = _pair(kernel), _pair(stride or kernel), _pair(padding)
-        graph.replace(node, ours.average_pool2d.default, x, *sizes, ceil_mode, zeros)
+        graph.replace(node, AVERAGE_POOL2D, x, *sizes, ceil_mode, zeros)
 
 
 def _adaptive_average_pool(graph: _Rewriter, node: fx.Node) -> None:
@@ -272,7 +275,7 @@ def _adaptive_average_pool(graph: _Rewriter, node: fx.Node) -> None:
     elif all(length % count == 0 for length, count in zip(whole, size, strict=True)):
         kernel = [length // count for length, count in zip(whole, size, strict=True)]
         none = [0, 0]
-        graph.replace(node, ours.average_pool2d.default, x, kernel, kernel, none, False, False)
+        graph.replace(node, AVERAGE_POOL2D, x, kernel, kernel, none, False, False)
 
 
 def _linear(graph: _Rewriter, node: fx.Node) -> None:
@@ -295,7 +298,7 @@ def _linear(graph: _Rewriter, node: fx.Node) -> None:
             images = _reshaped(graph, node_of(x), (*value_of(x).shape, 1, 1))
         filters = graph.call(_filters, weight, list(value_of(images).shape[1:]), like=None)
         result = graph.call(
-            *(_CONV2D, images, filters, bias, None, ones, none, ones, 1, False), like=node
+            *(CONV2D, images, filters, bias, None, ones, none, ones, 1, False), like=node
         )
         result.meta["val"] = value_of(node)[..., None, None]
         flat = _reshaped(graph, result, value_of(node).shape)

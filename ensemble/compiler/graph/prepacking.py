@@ -23,13 +23,18 @@ from ensemble.compiler.graph.analysis import dynamic_nodes, node_of, value_of
 from ensemble.compiler.graph.capture import capture
 from ensemble.compiler.graph.graph_module import finished, forget_source
 from ensemble.compiler.graph.operator_selection import select_operators
-from ensemble.compiler.operators.conv2d import plain_conv2d
-from ensemble.compiler.operators.pooling import plain_average_pool2d, plain_max_pool2d
+from ensemble.compiler.operators.affine import AFFINE
+from ensemble.compiler.operators.conv2d import CONV2D, plain_conv2d
+from ensemble.compiler.operators.group_norm import GROUP_NORM
+from ensemble.compiler.operators.pooling import (
+    AVERAGE_POOL2D,
+    MAX_POOL2D,
+    plain_average_pool2d,
+    plain_max_pool2d,
+)
 from ensemble.errors import UnavailableError
 from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
-
-_ours = torch.ops.ensemble
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def _partition(
     for node in graph.graph.nodes:
         if node not in dynamic or node is x or node is output:
             continue
-        if node.target is _ours.conv2d.default and _is_packed(node, dynamic):
+        if node.target is CONV2D and _is_packed(node, dynamic):
             source, weight, bias, other, stride, padding, dilation, groups, relu = node.args
             tensors = [None if t is None else copied(node_of(t)) for t in (source, bias, other)]
             options = (stride, padding, dilation, groups, relu, _may_overwrite(node, dynamic))
@@ -219,7 +224,7 @@ def _is_fresh(node: fx.Node) -> bool:
     """Does a node allocate its result (alias analysis)?"""
     if node.op != "call_function":
         return False
-    if node.target in (_ours.conv2d.default, *_PLAIN):
+    if node.target in (CONV2D, *_PLAIN):
         return True
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.is_view:
         return False
@@ -252,9 +257,9 @@ def _group_norm(
 
 # Our operators as plain functions of torch, without the dispatcher's overhead.
 _PLAIN: dict[Any, Callable[..., Tensor]] = {
-    _ours.conv2d.default: _conv2d,
-    _ours.max_pool2d.default: plain_max_pool2d,
-    _ours.average_pool2d.default: plain_average_pool2d,
-    _ours.group_norm.default: _group_norm,
-    _ours.affine.default: _affine,
+    CONV2D: _conv2d,
+    MAX_POOL2D: plain_max_pool2d,
+    AVERAGE_POOL2D: plain_average_pool2d,
+    GROUP_NORM: _group_norm,
+    AFFINE: _affine,
 }

@@ -78,6 +78,7 @@ def affine_step(x: Tensor, scale: Tensor, shift: Tensor) -> Step:
     return replace(step, channels=channels, out_channels=channels)
 
 
+AFFINE = torch.ops.ensemble.affine.default
 LOWERINGS = {torch.ops.ensemble.stacked_affine.default: with_weights(affine_step)}
 
 

@@ -266,6 +266,7 @@ def conv2d_step(
     )
 
 
+CONV2D = torch.ops.ensemble.conv2d.default
 STACKED_CONV2D = torch.ops.ensemble.stacked_conv2d.default
 PACK_WEIGHT = torch.ops.ensemble.pack_weight.default
 LOWERINGS = {STACKED_CONV2D: with_weights(conv2d_step)}

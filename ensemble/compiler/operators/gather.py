@@ -97,6 +97,7 @@ def _geometry(
     return replace(same_size(x, len(channels)), out_size=(len(rows), len(columns)))
 
 
+GATHER = torch.ops.ensemble.gather.default
 LOWERINGS = {torch.ops.ensemble.stacked_gather.default: without_weights(gather_step)}
 
 

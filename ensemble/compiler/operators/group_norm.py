@@ -78,6 +78,7 @@ def group_norm_step(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     return replace(step, kind=Kind.GROUP_NORM, geometry=geometry, scalar=eps)
 
 
+GROUP_NORM = torch.ops.ensemble.group_norm.default
 LOWERINGS = {torch.ops.ensemble.stacked_group_norm.default: with_weights(group_norm_step)}
 
 

@@ -177,6 +177,8 @@ def _lower_mean(node: fx.Node, context: LoweringContext) -> list[Step]:
     return [with_value_ids(step, node, context, x)]
 
 
+MAX_POOL2D = torch.ops.ensemble.max_pool2d.default
+AVERAGE_POOL2D = torch.ops.ensemble.average_pool2d.default
 LOWERINGS: dict[Any, Lowering] = {
     torch.ops.ensemble.stacked_max_pool2d.default: without_weights(max_pool2d_step),
     torch.ops.ensemble.stacked_average_pool2d.default: without_weights(average_pool2d_step),

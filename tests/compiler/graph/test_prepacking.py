@@ -1,5 +1,7 @@
 """Prepacked and fused convolutions compute the same."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -121,3 +123,9 @@ def test_a_nan_comes_out_as_nan_through_a_fused_relu() -> None:
     found = ready(batch_norm_folding.channels_last(x))
     assert found[0].isnan().all()
     torch.testing.assert_close(found[1], model(x)[1])
+
+
+def test_prepacking_needs_no_other_module_to_register_its_operators() -> None:
+    code = "import ensemble.compiler.graph.prepacking"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
