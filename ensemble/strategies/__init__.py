@@ -261,8 +261,6 @@ def build_unverified(
     tune_seconds: float = TUNE_SECONDS,
 ) -> BuildResult:
     """`build` without comparing the output with the models', and with the builder's notes."""
-    import torch
-
     from ensemble.machine.per_process import use_one_thread_after_fork
     from ensemble.strategies import arguments, forward
 
@@ -271,7 +269,7 @@ def build_unverified(
     models, example = arguments.validated(models, example)
     use_one_thread_after_fork()
     builder = STRATEGIES[name].builder(tune_seconds=tune_seconds)
-    with forward.execution_context(example.device), torch.device(example.device):
+    with forward.execution_context(example.device), forward.default_device(example.device):
         try:
             built = builder(models, example)
         except Exception:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.models.meta import MetaWithoutDynamo
+from ensemble.strategies.arguments import weight_dtype
 from ensemble.strategies.build_result import BuildResult, PerModel, serialized
 from ensemble.strategies.forward import stack_outputs
 from ensemble.strategies.vmapped import VmappedForward
@@ -67,20 +68,21 @@ class SharedInput:
 
 @torch.inference_mode()
 def logits_in(models: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The loop's logits `(N, B, classes)` of x in another dtype; models are cast one at a time."""
+    """The loop's logits `(N, B, classes)` of x in another dtype; models are cast one at a time.
+
+    Models in mixed precision run as they are if `dtype` is that of their first weight.
+    """
     inputs = x if x.dim() == 5 else [x] * len(models)
     of_images = dtype if x.is_floating_point() else x.dtype
     outputs = [
-        _cast(model, dtype)(batch.to(of_images, copy=True))
+        _cast(model, x, dtype)(batch.to(of_images, copy=True))
         for model, batch in zip(models, inputs, strict=True)
     ]
     return stack_outputs(PerModel(outputs), len(models))
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    tensors = stacking.named_tensors(model).values()
-    has_dtype = all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point())
-    if not has_dtype:
+def _cast(model: nn.Module, x: Tensor, dtype: torch.dtype) -> nn.Module:
+    if weight_dtype([model], x) != dtype:
         return stacking.cast([model], dtype)[0]
     try:
         return stacking.private_copy(model)  # a call may mutate the model

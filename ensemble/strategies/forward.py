@@ -151,6 +151,17 @@ def execution_context(device: torch.device) -> Iterator[None]:
         yield
 
 
+def default_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The context in which tensors are made on `device` by default.
+
+    No context unless the caller has set another default: each is a function mode, under which torch
+    takes other paths, such as plain instead of fused attention.
+    """
+    if torch.get_default_device().type == device.type:
+        return contextlib.nullcontext()
+    return device
+
+
 def stack_outputs(outputs: Any, num_models: int) -> Tensor:
     """The outputs of N models as one ordinary tensor `(N, ...)` that owns its memory.
 

@@ -45,7 +45,7 @@ def behavior(model: nn.Module, example: Tensor) -> Behavior:
             one, fresh = stacking.private_copy(model), stacking.private_copy(model)
             before = randomness.torch_states(x.device)
             first = one(x.clone())
-            numbers = _numbers(one)
+            numbers, buffers = _numbers(one), _buffers(one)
             later, again = one(other.clone()), one(x.clone())
             drawn = randomness.torch_states(x.device) != before
             without_first = fresh(other.clone())
@@ -56,7 +56,7 @@ def behavior(model: nn.Module, example: Tensor) -> Behavior:
             raise
         return Behavior.UNKNOWN
     is_same = is_close(again, first) and is_close(without_first, later)
-    if is_same and numbers == _numbers(one):
+    if is_same and numbers == _numbers(one) and _are_equal(buffers, _buffers(one)):
         graded = graded.detach() if isinstance(graded, Tensor) else graded
         return Behavior.PURE if is_close(graded, first) or drawn else Behavior.USES_AUTOGRAD
     return Behavior.RANDOM if drawn else Behavior.STATEFUL
@@ -71,6 +71,19 @@ def _numbers(model: nn.Module) -> dict[str, object]:
         for name, value in vars(module).items()
         if isinstance(value, bool | int | float)
     }
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all buffers: running statistics may change by less than any output shows."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Are buffers equal, bit for bit? NaN equals NaN."""
+    return one.keys() == other.keys() and all(
+        (a.shape, a.dtype) == (b.shape, b.dtype) and bool(((a == b) | ((a != a) & (b != b))).all())
+        for a, b in ((one[name], other[name]) for name in one)
+    )
 
 
 def check(forward: Forward, models: Sequence[nn.Module], example: Tensor) -> None:

@@ -646,3 +646,126 @@ def test_outputs_that_are_not_dense_tensors_are_rejected(name: str, wrap: str) -
     models = made(lambda: Wrapping(WRAPS[wrap]))
     with pytest.raises(ValueError, match="expected one"):
         ensemble.build(name, models, X, **OPTIONS)(X)
+
+
+class MaskedEncoder(nn.Module):
+    """Tokens `(B, 1, T, 6)`, of which all-zero ones are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.embed = nn.Linear(6, 16)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x[:, 0]
+        padding = (tokens == 0).all(-1)
+        encoded = self.encoder(self.embed(tokens), src_key_padding_mask=padding)
+        logits: Tensor = self.head(encoded.mean(1))
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("is_padded", [False, True])
+@by_every_strategy
+def test_attention_with_a_padding_mask_is_correct_or_unavailable(
+    name: str, is_padded: bool
+) -> None:
+    """torch selects nested tensors by the values of the mask, and never under a function mode."""
+    models = made(MaskedEncoder)
+    full = torch.randn(4, 1, 7, 6)
+    padded = full.clone()
+    padded[0, :, 4:], padded[2, :, 2:] = 0, 0
+    try:
+        forward = ensemble.build(name, models, padded if is_padded else full, **OPTIONS)
+    except UnavailableError:
+        assert name not in ("loop", BEST)
+        return
+    torch.testing.assert_close(forward(padded), independent(models, padded), rtol=1e-4, atol=1e-5)
+
+
+class GroupNormAct(nn.GroupNorm):
+    """As timm's: a subclass of group norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def functional_group_norm() -> nn.Module:
+    class Functional(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.group_norm(x, 2)
+
+    return Functional()
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "GroupNorm": lambda: nn.GroupNorm(2, 8),
+    "subclass": lambda: GroupNormAct(2, 8),
+    "function": functional_group_norm,
+    "batch statistics": lambda: nn.BatchNorm2d(8, track_running_stats=False),
+    "InstanceNorm": lambda: nn.InstanceNorm2d(8),
+}
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+@by_every_strategy
+def test_norms_keep_their_digits_for_images_far_from_zero(name: str, norm: str) -> None:
+    """Built with images around 0: torch's norms lose all digits channels-last at a mean of 1000."""
+    models: list[nn.Module] = [
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), NORMS[norm](), nn.Conv2d(8, 5, 1)).eval()
+        for _ in range(2)
+    ]
+    try:
+        forward = ensemble.build(name, models, X, **OPTIONS)
+    except UnavailableError:
+        assert name not in ("loop", BEST)
+        return
+    far = X + 1000
+    torch.testing.assert_close(forward(far), independent(models, far), rtol=1e-3, atol=1e-3)
+
+
+class SlowMean(Base):
+    """Updates a running mean so slowly that two calls do not show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = (1 - 1e-4) * self.mean + 1e-4 * x.mean((0, 2, 3))[:, None, None]
+        return super().forward(x - self.mean)
+
+
+@by_every_strategy
+def test_buffers_that_change_slowly_make_a_model_stateful(name: str) -> None:
+    models = made(SlowMean)
+    if name not in ("loop", BEST):
+        with pytest.raises(UnavailableError, match="does not support stateful models"):
+            ensemble.build(name, models, X, **OPTIONS)
+        return
+    assert ensemble.build(name, models, X, **OPTIONS).strategy == "loop"
+
+
+class MixedPrecision(Base):
+    """A bfloat16 head of a float32 body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = super().forward(x).mean((2, 3))
+        return self.head(features.to(self.head.weight.dtype)).float()
+
+
+@by_every_strategy
+def test_models_in_mixed_precision_are_correct_or_unavailable(name: str) -> None:
+    models = made(MixedPrecision)
+    try:
+        forward = ensemble.build(name, models, X, **OPTIONS)
+    except UnavailableError:
+        assert name not in ("loop", BEST)
+        return
+    torch.testing.assert_close(forward(X), independent(models, X), rtol=2e-2, atol=2e-2)

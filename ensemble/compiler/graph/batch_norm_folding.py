@@ -6,6 +6,8 @@ code fold them here.
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ensemble.compiler.graph.call_trace import Call, CallTrace, record, renumbered
+from ensemble.compiler.graph.eager_dispatch import dispatches, normalizes_channels_last
 from ensemble.compiler.runtime import serial_copy
 from ensemble.errors import UnavailableError
 from ensemble.machine.memory import unavailable_on_failure
@@ -36,7 +39,7 @@ def folded(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:
         example: `(B, C, H, W)`, or `(N, B, C, H, W)`: a batch for each model.
 
     Raises:
-        UnavailableError: their code does not run on channels-last images.
+        UnavailableError: their code does not run on channels-last images, or not accurately.
         ValueError: models that `stacking.check_same_architecture` refuses.
     """
     stacking.check_same_architecture(models)
@@ -48,6 +51,8 @@ def folded(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:
     if pairs and not (after and _calls_the_same(before, after, pairs)):
         copies = _copies(models, [], example.device)
         after = _recorded(copies[0], x, is_needed=True)
+    if _normalizes_channels_last(copies[0], x):
+        raise UnavailableError("the norms of this model lose digits channels-last")
     if after and not is_close(after.result, before.result):
         again = record(stacking.private_copy(models[0]), x.clone())
         if is_close(again.result, before.result):  # else the model is random
@@ -55,18 +60,33 @@ def folded(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:
     return copies
 
 
-class ContiguousGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` for channels-last images, where torch's is inaccurate: 35 % off if the mean is
-    1000 times the standard deviation."""
+@cache
+def contiguous_norm(kind: Any) -> type[nn.Module]:
+    """A class of norms for channels-last images: `kind` on contiguous copies. torch's own group
+    norm is inaccurate there: 35 % off if the mean is 1000 times the standard deviation."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous())
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, x.contiguous(), *args, **kwargs)
+
+    return type(f"Contiguous{kind.__name__}", (kind,), {"forward": forward})
 
 
 def _use_contiguous_norms(model: nn.Module) -> None:
     for module in model.modules():
-        if type(module) is nn.GroupNorm:
-            module.__class__ = ContiguousGroupNorm
+        if isinstance(module, nn.GroupNorm) or _uses_batch_statistics(module):
+            module.__class__ = contiguous_norm(cast(Any, type(module)))
+
+
+def _uses_batch_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm2d) and not module.track_running_stats
+
+
+def _normalizes_channels_last(model: nn.Module, x: Tensor) -> bool:
+    """Does a copy normalize channels-last activations by their own statistics?"""
+    if type(x) is not Tensor:
+        return False
+    copy = stacking.private_copy(model)
+    return dispatches(copy, channels_last(x, copy=True), normalizes_channels_last)
 
 
 def _recorded(model: nn.Module, x: Tensor, *, is_needed: bool) -> CallTrace | None:

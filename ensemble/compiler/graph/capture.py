@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ensemble.compiler.graph.analysis import is_random
+from ensemble.compiler.graph.eager_dispatch import dispatches, masks_padding
 from ensemble.compiler.graph.functionalize import trace_functional
 from ensemble.compiler.graph.graph_module import recompile
 from ensemble.errors import UnavailableError
@@ -46,6 +47,8 @@ def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[str
         raise UnavailableError("this model draws random numbers at each call")
     if not isinstance(result, Tensor):
         raise ValueError(f"expected one tensor from each model, found {type(result).__name__}")
+    if _has_attention(one) and type(example) is Tensor:
+        _check_attention(one, example)
     try:
         module = trace_functional(flat, (*tensors.values(), example))
     finally:
@@ -61,6 +64,20 @@ def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[str
             module.graph.erase_node(node)
     recompile(module)
     return module, list(read)
+
+
+def _has_attention(model: nn.Module) -> bool:
+    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
+def _check_attention(model: nn.Module, example: Tensor) -> None:
+    with torch.inference_mode(False):
+        if dispatches(model, example.clone(), masks_padding):
+            raise UnavailableError(
+                "torch selects the attention kernel of this model by the values of its padding"
+                " mask, which a trace does not show"
+            )
 
 
 def _called(model: nn.Module, example: Tensor) -> tuple[object, bool]:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ensemble.compiler.graph.analysis import dynamic_nodes, node_of, value_of
 from ensemble.compiler.graph.capture import capture
-from ensemble.compiler.graph.graph_module import finished, forget_source
+from ensemble.compiler.graph.graph_module import finished, forget_source, recompile
 from ensemble.compiler.graph.operator_selection import select_operators
 from ensemble.compiler.operators.affine import AFFINE
 from ensemble.compiler.operators.conv2d import CONV2D, plain_conv2d
@@ -114,8 +114,24 @@ def packed_conv2d(
     return result.relu_() if relu else result
 
 
+def _make_batch_statistics_accurate(graph: fx.GraphModule) -> None:
+    """Give batch norms that compute statistics contiguous images: channels-last, torch's sum
+    squares in float32."""
+    aten = torch.ops.aten
+    for node in graph.graph.find_nodes(op="call_function", target=aten.native_batch_norm.default):
+        if not node.args[5]:  # running statistics
+            continue
+        with graph.graph.inserting_before(node):
+            options: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            copy = graph.graph.call_function(aten.clone.default, (node.args[0],), options)
+            copy.meta = dict(node_of(node.args[0]).meta)
+        node.update_arg(0, copy)
+    recompile(graph)
+
+
 def _pack(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
     graph, names = capture(models[0], example)
+    _make_batch_statistics_accurate(graph)
     select_operators(graph)
     dynamic = dynamic_nodes(graph.graph)
     run, sources = _partition(graph, dynamic)
