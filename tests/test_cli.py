@@ -316,7 +316,7 @@ def test_all_strategies_give_a_row_each_and_what_cannot_run_here_is_no_failure(
     out = capsys.readouterr().out
     for name in cheap:
         assert name in out
-    assert "Not available here: cudagraph_loop: CUDA graphs need a CUDA device" in out
+    assert "Not available here: cudagraph_loop: CUDA graphs require a CUDA device" in out
 
 
 def test_a_strategy_that_was_named_and_cannot_run_here_ends_with_exit_code_1(

@@ -35,8 +35,8 @@ def unavailable(asked: Config) -> dict[str, str | None]:
 def test_a_dtype_that_the_cpu_emulates_is_warned_of_and_skipped_unless_named() -> None:
     named = config("loop", "best", "openvino", "onnxruntime")
     assert unavailable(named) == {
-        "openvino": "OpenVINO does not compute in torch.bfloat16 on this CPU",
-        "onnxruntime": "ONNX Runtime's CPU kernels do not convolve in torch.bfloat16",
+        "openvino": "OpenVINO does not support torch.bfloat16 on this CPU",
+        "onnxruntime": "ONNX Runtime has no CPU convolution in torch.bfloat16",
     }
     (line,) = availability.warnings(named.plan(), CPU)
     assert line.startswith("Warning: this CPU emulates bfloat16: a convolution")
