@@ -88,7 +88,7 @@ def run(
     begun = resuming.resume(config, Run(here, config.plain(), ()), earlier)
     session = serve(config, workload, predict(config, workload, begun), files, executor)
     code = finish(config, session.run, baseline, files)
-    show.show_left(session.stopped, session.left, session.planned)
+    show.show_missing(session.stopped, session.left, session.planned)
     return session.exit_code or code
 
 
@@ -117,9 +117,9 @@ def serve(
     print(f"Running on {workload.device_name(config)}")
     load = config.load
     if load and load.scenario == "server" and load.target_qps is None:
-        show.say(search.announcement(load, config.measure.min_seconds))
+        show.print_wrapped(search.announcement(load, config.measure.min_seconds))
     return session.measure_all(
-        config, begun, workload, save=files.save, say=show.say, executor=executor
+        config, begun, workload, save=files.save, say=show.print_wrapped, executor=executor
     )
 
 

@@ -1,4 +1,4 @@
-"""The page of runs under load, tests/data/load/README.md: `python -m tests.load_results`."""
+"""The page of stored load tests, tests/data/load/README.md: `python -m tests.load_results`."""
 
 from ensemble.bench.report import exports
 from ensemble.bench.report.page import page_of
@@ -8,13 +8,15 @@ from tests.results import DATA, machine
 FOLDER = DATA / "load"
 PAGE = FOLDER / "README.md"
 
-HEAD = """# Under load: stored runs
+HEAD = """# Load tests: stored runs
 
-Every line is made of a stored file by `python -m tests.load_results`, and a test holds the page to
-the files. Method: [ensemble/bench/load](../../../ensemble/bench/load/README.md).
+`python -m tests.load_results` generates this page from the stored files, and a test keeps them in
+sync. Method: [ensemble/bench/load](../../../ensemble/bench/load/README.md).
 
-{machine}; a shared machine, one process a row. The bound was given, so that all rows have the same.
-A full mark in a picture is a run that LoadGen called valid, a dotted line the rate that is held.
+{machine}; a shared machine, one process per row. The
+latency bound of a run is given, so that all its rows have the same. In a picture a filled marker is
+a run that LoadGen found valid, an empty one an invalid run. A curve goes through the median of each
+rate up to the sustained rate, a dotted line; runs above it were invalid or failed the confirmation.
 """
 
 
@@ -25,19 +27,19 @@ def runs() -> dict[str, Run]:
 
 
 def section(name: str, run: Run) -> list[str]:
-    """What a run says, with its picture."""
-    said = page_of(run, columns=False, sentences=False)
+    """The section of a run, with its picture."""
+    text = page_of(run, columns=False, sentences=False)
     picture = f"{name}.png"
-    drawn = [f"![Latency against the offered rate]({picture})", ""]
+    picture_lines = [f"![Latency against the offered rate]({picture})", ""]
     return [
         f"## {name.replace('_n', ', N=')}",
         "",
         f"`{' '.join(run.environment.argv)}`",
         "",
-        *(drawn if (FOLDER / picture).exists() else []),
+        *(picture_lines if (FOLDER / picture).exists() else []),
         "```",
-        said.answer,
-        said.table + said.notes + said.remarks + "```",
+        text.answer,
+        text.table + text.notes + text.remarks + "```",
         "",
     ]
 

@@ -186,7 +186,7 @@ def readme_block() -> list[str]:
     """The table of the first screen of the README, between its markers."""
     run = read("float32_n4")
     rows = {row.case.strategy: row for row in run.results}
-    line = sweep.lines(read("cuda_sweep").results)["vmap", "float32", 1, 224]
+    line = sweep.by_line(read("cuda_sweep").results)["vmap", "float32", 1, 224]
     shown = [row for row in line if row.case.num_models in (2, 8, 32)]
     cuda = ", ".join(f"{figure(row)} for {row.case.num_models}" for row in shown)
     first = sweep.break_even(line).num_models

@@ -286,7 +286,7 @@ def test_only_a_file_of_the_same_kind_is_replaced_unless_it_is_asked_for(
     for content in ('{"name": "of another program"}', "# notes", "strategy\nnone"):
         target.write_text(content)
         assert resnet_vmap.main(argv) == 2
-        message = f"error: --{name}: expected a new file or an earlier one of this kind, found anot"
+        message = f"error: --{name}: expected no file or an earlier output at"
         assert capsys.readouterr().err.startswith(message)
         assert target.read_text() == content
     assert resnet_vmap.main([*argv, "--overwrite"]) == 0
@@ -555,7 +555,7 @@ def finished_run(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"environment": {"cores": 99}}, "--resume: expected a file of this machine, found anothe"),
+        ({"environment": {"cores": 99}}, "--resume: expected a result file of this machine, found"),
         ({"environment": {"torch": "1.0"}}, "--resume: expected the settings of"),
         ({"config": {"seed": 9}}, "found seed: 0, was 9"),
         ({"config": {"processes": 5}}, "found processes: 0, was 5"),
@@ -630,7 +630,7 @@ def test_a_saved_run_is_shown_drawn_and_compared_without_torch(
     capsys.readouterr()
     show.show(run, verbose=parse(argv).report.verbose)
     assert done.stdout.startswith(capsys.readouterr().out)
-    assert "vmap, 2 models, batch 1, 40 px, float32: time per call / that of the loop is 1.000" in (
+    assert "vmap, 2 models, batch 1, 40 px, float32: time relative to the loop is 1.000x" in (
         done.stdout
     )
     assert names["json"].read_text() == path.read_text()
@@ -638,7 +638,7 @@ def test_a_saved_run_is_shown_drawn_and_compared_without_torch(
     assert all(file.stat().st_size for file in names.values())
 
 
-def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
+def test_a_strategy_that_is_significantly_slower_than_its_baseline_ends_with_exit_code_1(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new, old = tmp_path / "new.json", tmp_path / "old.json"
@@ -649,14 +649,14 @@ def test_a_strategy_that_is_surely_slower_than_before_ends_with_exit_code_1(
         exports.save(with_steady_times(run, time_s), {"json": str(path)})
     argv = ["--from_json", str(new), "--baseline", str(old)]
     assert resnet_vmap.main(argv) == 0
-    assert "surely slower" in capsys.readouterr().out
+    assert "significantly slower" in capsys.readouterr().out
     assert resnet_vmap.main([*argv, "--fail_above", "10"]) == 1
     assert resnet_vmap.main([*argv, "--fail_above", "5000"]) == 0
     busy = with_steady_times(run, 0.1)
     rows = [changed(row, others_cpu_share=1.01) for row in busy.results]
     exports.save(replace(busy, results=tuple(rows)), {"json": str(new)})
     assert resnet_vmap.main([*argv, "--fail_above", "10"]) == 3  # neither passed nor failed
-    assert "Not judged by --fail_above 10: vmap, 1 model" in capsys.readouterr().out
+    assert "Inconclusive for --fail_above 10: vmap, 1 model" in capsys.readouterr().out
     loop_alone = replace(run, results=run.results[:1])
     exports.save(loop_alone, {"json": str(old)})
     assert resnet_vmap.main(argv) == 0
@@ -673,7 +673,7 @@ def test_a_baseline_without_a_row_of_the_run_is_refused_before_anything_is_measu
     exports.save(Run(environment, {}, (changed(VMAP, image_size=999),)), {"json": str(path)})
     assert resnet_vmap.main([*QUICK, "--baseline", str(path)]) == 2
     captured = capsys.readouterr()
-    assert f"--baseline: expected in {path} a row of this run" in captured.err
+    assert f"--baseline: expected a row of this run in {path}" in captured.err
     assert "Serving multiple models" not in captured.out
 
 

@@ -38,7 +38,6 @@ STATISTICS = (
     *("max_rel_error", "error_float64", "top1_agreement", "others_cpu_share", "roofline_share"),
 )
 OF_RANKS = (*("parallel_efficiency", "communication", "interference", "speedup_over_one_rank"),)
-OF_LOAD = ("scenario", "held_qps")
 OF_LOAD_RUN = (
     *("p50_s", "p90_s", "p99_s", "requests", "answered", "refused", "failed", "valid"),
     *("why_not", "mean_batch", "wasted_share", "cpu_s_per_request", "overhead_s"),
@@ -71,7 +70,7 @@ def document(run: Run) -> dict[str, Any]:
 def plain_summary(row: Summary) -> dict[str, Any]:
     """A row without its raw values: the case, its status, and its statistics."""
     load, ranks = row.load, row.ranks
-    shown = load.shown if load else None
+    shown = load.reported_run if load else None
     return {
         **asdict(row.case),
         "status": row.status,
@@ -82,7 +81,8 @@ def plain_summary(row: Summary) -> dict[str, Any]:
         "pairs": len(row.ratios),
         **{name: getattr(row, name) for name in STATISTICS},
         **{name: getattr(ranks, name, None) for name in OF_RANKS},
-        **{name: getattr(load, name, None) for name in OF_LOAD},
+        "scenario": load.scenario if load else None,
+        "held_qps": load.sustained_qps if load else None,
         **{name: getattr(shown, name, None) for name in OF_LOAD_RUN},
     }
 

@@ -15,8 +15,8 @@ from ensemble.bench.executors.executor import Executor
 from ensemble.bench.executors.fresh_process import fresh_processes
 from ensemble.bench.executors.in_process import in_process
 from ensemble.bench.measurement import Measurement
+from ensemble.bench.report.labels import case_name
 from ensemble.bench.report.progress import Update, show_progress
-from ensemble.bench.report.words import case_name
 from ensemble.bench.summary import Run, merged
 from ensemble.bench.workload import Workload
 from ensemble.errors import RankError, exit_code

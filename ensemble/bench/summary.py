@@ -203,7 +203,7 @@ class Summary:
     @cached_property
     def load(self) -> LoadTest | None:
         """The load test of the process with the median sustained rate."""
-        return record.middle(self.load_tests)
+        return record.median_test(self.load_tests)
 
     @property
     def ranks(self) -> RankTimes | None:

@@ -57,7 +57,7 @@ def measure_task(task: Task, setup: Setup, config: Config, *, on_stage: OnStage)
     if config.load is None:
         options, reduce = config.measure, config.models.reduce
         return measure(task, setup, options, reduce=reduce, on_stage=on_stage)
-    from ensemble.bench.load.measure import measure_under_load
+    from ensemble.bench.load.measure_load import measure_under_load
 
     seed = config.run.seed + task.process
     return measure_under_load(

@@ -1,7 +1,8 @@
-"""Which requests are computed next, and how: by what each way is known to take. Pure.
+"""Dynamic batching: which requests form the next batch, and which forward runs it. Pure functions.
 
-A way is a forward that was built for one number of images. `alone` computes one lane, whose
-requests are the oldest; `together` computes every lane, also those in which nobody waits.
+A batch plan is a forward built for one batch size. A single-tenant plan runs requests of one
+tenant, the one with the oldest request; an all-tenant plan runs a batch of every tenant at once
+and pads those with fewer requests.
 """
 
 from __future__ import annotations
@@ -10,86 +11,94 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from ensemble.bench.load.request_queue import Request, Waiting
+from ensemble.bench.load.request_queue import Request, RequestQueue
 
-ALONE, TOGETHER = "alone", "together"
+SINGLE_TENANT, ALL_TENANTS = "single-tenant", "all-tenant"
 
 
 @dataclass(frozen=True)
-class Way:
-    """A forward of `size` images a lane, and the seconds that it takes."""
+class BatchPlan:
+    """A forward of `batch_size` images per tenant, and its measured time."""
 
-    mode: str
-    size: int
+    mode: str  # SINGLE_TENANT or ALL_TENANTS
+    batch_size: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The requests of each computed lane, in the order of `lanes`, and the way to compute them."""
+    """The requests of each tenant in `tenants`, in that order, and the plan that runs them."""
 
-    way: Way
-    lanes: tuple[int, ...]
+    plan: BatchPlan
+    tenants: tuple[int, ...]
     requests: tuple[tuple[Request, ...], ...]
 
     @property
-    def count(self) -> int:
+    def num_requests(self) -> int:
         return sum(map(len, self.requests))
 
     @property
-    def slots(self) -> int:
-        """Images that are computed, asked for or not."""
-        return self.way.size * len(self.lanes)
+    def num_slots(self) -> int:
+        """The images that the forward computes, padding included."""
+        return self.plan.batch_size * len(self.tenants)
 
 
-def sizes(max_batch: int) -> tuple[int, ...]:
-    """The batch sizes to build: powers of two up to `max_batch`, and that itself."""
+def batch_sizes(max_batch: int) -> tuple[int, ...]:
+    """The batch sizes to build: powers of two up to `max_batch`, and `max_batch` itself."""
     powers = [2**power for power in range(max_batch.bit_length()) if 2**power <= max_batch]
     return tuple(dict.fromkeys([*powers, max_batch]))
 
 
-def choose(ways: Sequence[Way], counts: Sequence[int], oldest: int) -> Way:
-    """The way that takes least time for each request that it answers; of equals the shortest.
+def select_plan(
+    plans: Sequence[BatchPlan], queue_lengths: Sequence[int], oldest_tenant: int
+) -> BatchPlan:
+    """The plan with the least time per answered request; of equals the shortest.
 
     Args:
-        ways: at least one.
-        counts: how many requests wait in each lane.
-        oldest: the lane of the oldest request.
+        plans: at least one.
+        queue_lengths: the number of queued requests of each tenant.
+        oldest_tenant: the tenant of the oldest request.
     """
 
-    def cost(way: Way) -> tuple[float, float]:
-        lanes = [counts[oldest]] if way.mode == ALONE else counts
-        answered = sum(min(count, way.size) for count in lanes)
-        return way.seconds / answered if answered else inf, way.seconds
+    def cost(plan: BatchPlan) -> tuple[float, float]:
+        single = plan.mode == SINGLE_TENANT
+        lengths = [queue_lengths[oldest_tenant]] if single else queue_lengths
+        answered = sum(min(length, plan.batch_size) for length in lengths)
+        return plan.seconds / answered if answered else inf, plan.seconds
 
-    return min(ways, key=cost)
+    return min(plans, key=cost)
 
 
-def ready_s(waiting: Waiting, *, max_batch: int, max_wait_s: float) -> float | None:
-    """When the next batch may start: at once (0), or when its oldest request has waited on purpose.
+def dispatch_time_s(
+    queue: RequestQueue, *, max_batch: int, batching_delay_s: float
+) -> float | None:
+    """When to dispatch the next batch: now (0), or once its oldest request has waited the delay.
 
-    None where nobody waits.
+    None if the queue is empty.
     """
-    oldest = waiting.oldest()
+    oldest = queue.oldest()
     if oldest is None:
         return None
-    if max_wait_s <= 0 or waiting.counts()[oldest.lane] >= max_batch:
+    if batching_delay_s <= 0 or queue.lengths()[oldest.tenant] >= max_batch:
         return 0.0
-    return oldest.arrived_s + max_wait_s
+    return oldest.arrival_s + batching_delay_s
 
 
-def take(waiting: Waiting, ways: Sequence[Way]) -> Batch:
-    """The next batch of what waits, which is at least one request."""
-    oldest = waiting.oldest()
+def next_batch(queue: RequestQueue, plans: Sequence[BatchPlan]) -> Batch:
+    """Remove the next batch from a queue that holds at least one request."""
+    oldest = queue.oldest()
     if oldest is None:
-        raise ValueError("expected a waiting request, found none")
-    counts = waiting.counts()
-    way = choose(ways, counts, oldest.lane)
-    lanes = (oldest.lane,) if way.mode == ALONE else tuple(range(len(counts)))
-    taken = waiting.take(lanes, way.size)
-    return Batch(way, lanes, tuple(map(tuple, taken)))
+        raise ValueError("expected a queued request, found none")
+    lengths = queue.lengths()
+    plan = select_plan(plans, lengths, oldest.tenant)
+    tenants = (oldest.tenant,) if plan.mode == SINGLE_TENANT else tuple(range(len(lengths)))
+    requests = queue.pop(tenants, plan.batch_size)
+    return Batch(plan, tenants, tuple(map(tuple, requests)))
 
 
-def most_per_second(ways: Sequence[Way], lanes: int) -> float:
-    """The requests per second of the best way, where every slot is filled."""
-    return max(way.size * (1 if way.mode == ALONE else lanes) / way.seconds for way in ways)
+def peak_throughput_qps(plans: Sequence[BatchPlan], num_tenants: int) -> float:
+    """The requests per second of the fastest plan with full batches."""
+    return max(
+        plan.batch_size * (1 if plan.mode == SINGLE_TENANT else num_tenants) / plan.seconds
+        for plan in plans
+    )

@@ -1,4 +1,4 @@
-"""The forwards of a strategy for every batch size: they compute batches, and check each answer."""
+"""The inference engine: runs a batch by the forward of its plan, and checks every answer."""
 
 from __future__ import annotations
 
@@ -11,90 +11,93 @@ import torch
 from torch import Tensor
 
 from ensemble.bench.build import BuiltStrategy
-from ensemble.bench.load.batching import ALONE, Batch, Way
+from ensemble.bench.load.batching import SINGLE_TENANT, Batch, BatchPlan
 from ensemble.machine.devices import synchronize
 from ensemble.strategies.agreement import TOLERANCES
 
-CLASSES = 32  # of each answer that are compared under load, spread over all classes
+CHECKED_CLASSES = 32  # logits compared per answer under load, evenly spaced over all classes
 
-Key = tuple[str, int]  # mode, size
+PlanKey = tuple[str, int]  # mode, batch size
 
 
 @dataclass(frozen=True)
-class Forwards:
-    """The forwards of one way, one for each lane that it may compute, and where images are put."""
+class BuiltPlan:
+    """The forwards of a batch plan, one per tenant or one for all, and their input buffer."""
 
-    started: tuple[BuiltStrategy, ...]
+    forwards: tuple[BuiltStrategy, ...]
     input: Tensor
-    slots: tuple[tuple[Tensor, ...], ...]  # views of `input`, of each lane
+    slots: tuple[tuple[Tensor, ...], ...]  # views of `input`: per tenant, per image
 
 
 class Engine:
-    """Computes batches and compares every answer with what the reference said of its image."""
+    """Runs batches and compares every answer with the reference logits of its image."""
 
     def __init__(
         self,
-        forwards: dict[Key, Forwards],
-        ways: Sequence[Way],
+        built_plans: dict[PlanKey, BuiltPlan],
+        plans: Sequence[BatchPlan],
         expected: Tensor,
         images: Tensor,
         max_rel_error: float | None,
     ) -> None:
-        self._forwards, self._images = forwards, images.unbind()
-        self.ways, self.max_rel_error = tuple(ways), max_rel_error
-        self.build_s = sum(started.build_s for way in forwards.values() for started in way.started)
-        self.first_call_s = sum(
-            started.first_call_s for way in forwards.values() for started in way.started
-        )
-        notes = (note for way in forwards.values() for note in way.started[0].notes)
+        self._built_plans, self._images = built_plans, images.unbind()
+        self.plans, self.max_rel_error = tuple(plans), max_rel_error
+        forwards = [forward for built in built_plans.values() for forward in built.forwards]
+        self.build_s = sum(forward.build_s for forward in forwards)
+        self.first_call_s = sum(forward.first_call_s for forward in forwards)
+        notes = (note for built in built_plans.values() for note in built.forwards[0].notes)
         self.notes = tuple(dict.fromkeys(notes))
-        step = -(-expected.shape[2] // CLASSES)
+        step = -(-expected.shape[2] // CHECKED_CLASSES)
         self._step, self._expected = step, expected[:, :, ::step].float().cpu().numpy()
         largest = expected.abs().amax((1, 2)).float().cpu().numpy()
-        self._limits = TOLERANCES[images.dtype] * largest
+        self._tolerances = TOLERANCES[images.dtype] * largest
 
-    def compute(self, batch: Batch) -> tuple[int, float]:
-        """How many requests of the batch were answered wrongly, and the seconds of its forward."""
-        forwards = self._forwards[batch.way.mode, batch.way.size]
-        for slots, requests in zip(forwards.slots, batch.requests, strict=True):
+    def execute(self, batch: Batch) -> tuple[int, float]:
+        """Run a batch: the number of its requests with a wrong answer, and the forward's time."""
+        built = self._built_plans[batch.plan.mode, batch.plan.batch_size]
+        for slots, requests in zip(built.slots, batch.requests, strict=True):
             for slot, request in zip(slots, requests, strict=False):
                 slot.copy_(self._images[request.image])
-        lane = batch.lanes[0] if len(forwards.started) > 1 else 0
+        index = batch.tenants[0] if len(built.forwards) > 1 else 0
         begin = time.perf_counter()
-        logits = forwards.started[lane].forward(forwards.input)
+        logits = built.forwards[index].forward(built.input)
         synchronize(logits.device)
         seconds = time.perf_counter() - begin
-        return self._wrong(batch, logits), seconds
+        return self._count_wrong(batch, logits), seconds
 
     @property
-    def images(self) -> int:
-        """How many images there are to ask for."""
+    def num_images(self) -> int:
+        """The number of different images."""
         return len(self._images)
 
     @property
     def device(self) -> torch.device:
         return self._images[0].device
 
-    def told_apart(self) -> bool:
-        """Do any two answers of a model differ by more than twice what is let pass as right?"""
-        for logits, limit in zip(self._expected, self._limits, strict=True):
-            apart = np.abs(logits[:, None] - logits[None]).max(2)
-            np.fill_diagonal(apart, np.inf)
-            if apart.min() <= 2 * limit:
+    def distinguishes_images(self) -> bool:
+        """Do the answers of every model to any two images differ by more than twice the tolerance?
+
+        Otherwise an answer to the wrong image would pass the check.
+        """
+        for logits, tolerance in zip(self._expected, self._tolerances, strict=True):
+            distances = np.abs(logits[:, None] - logits[None]).max(2)
+            np.fill_diagonal(distances, np.inf)
+            if distances.min() <= 2 * tolerance:
                 return False
         return True
 
-    def _wrong(self, batch: Batch, logits: Tensor) -> int:
-        found = logits[:, :, :: self._step].float().cpu().numpy()
-        if len(found) == len(self._expected) and batch.way.mode == ALONE:  # all models, one lane
+    def _count_wrong(self, batch: Batch, logits: Tensor) -> int:
+        checked = logits[:, :, :: self._step].float().cpu().numpy()
+        is_ensemble = len(checked) == len(self._expected) and batch.plan.mode == SINGLE_TENANT
+        if is_ensemble:  # every model answers every request
             (requests,) = batch.requests
             images = [request.image for request in requests]
-            errors = np.abs(found[:, : len(images)] - self._expected[:, images]).max(2)
-            return int((~(errors <= self._limits[:, None]).all(0)).sum())
+            errors = np.abs(checked[:, : len(images)] - self._expected[:, images]).max(2)
+            return int((~(errors <= self._tolerances[:, None]).all(0)).sum())
         wrong = 0
-        for answers, lane, requests in zip(found, batch.lanes, batch.requests, strict=True):
+        for answers, tenant, requests in zip(checked, batch.tenants, batch.requests, strict=True):
             if requests:
                 images = [request.image for request in requests]
-                errors = np.abs(answers[: len(images)] - self._expected[lane, images]).max(1)
-                wrong += int((~(errors <= self._limits[lane])).sum())
+                errors = np.abs(answers[: len(images)] - self._expected[tenant, images]).max(1)
+                wrong += int((~(errors <= self._tolerances[tenant])).sum())
         return wrong

@@ -1,4 +1,4 @@
-"""What a load test leaves behind: frozen records. Imports no torch."""
+"""The records of a load test. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 class LoadRun:
     """One run of LoadGen. Latencies count from the scheduled arrival, of answered requests.
 
-    A percentile is None where there are too few requests for it, as is all else that is unknown.
+    A percentile is None if there are too few requests to estimate it.
     """
 
-    purpose: str  # search, confirm, curve; asked: the rate or the scenario was given
-    offered_qps: float | None  # None where the scenario offers no rate
+    purpose: str  # search, confirm, curve; asked: requested rate or scenario
+    offered_qps: float | None  # None if the scenario offers no rate
     seed: int
     seconds: float
     requests: int
@@ -26,7 +26,7 @@ class LoadRun:
     longest_s: float | None
     valid: bool  # by LoadGen's rules
     why_not: str | None
-    problem: str | None = None  # why the case fails: a forward raised, or answers were wrong
+    problem: str | None = None  # why the case fails: a forward raised, or an answer was wrong
     mean_batch: float | None = None
     wasted_share: float | None = None  # of the computed images, those that were padding
     cpu_s_per_request: float | None = None
@@ -37,7 +37,7 @@ class LoadRun:
 
     @property
     def rate_qps(self) -> float | None:
-        """The offered rate; the achieved one where the scenario offers none."""
+        """The offered rate; the achieved one if the scenario offers none."""
         if self.offered_qps is not None:
             return self.offered_qps
         return self.answered / self.seconds if self.seconds else None
@@ -53,9 +53,9 @@ class LoadTest:
     runs: tuple[LoadRun, ...]
 
     @property
-    def shown(self) -> LoadRun | None:
-        """The run that the table shows: the fastest valid one that was confirmed or asked for; the
-        last of those where none is valid."""
+    def reported_run(self) -> LoadRun | None:
+        """The run in the table: the fastest valid one that was confirmed or requested, or the last
+        of those if none is valid."""
         counted = [run for run in self.runs if run.purpose in ("confirm", "asked")] or self.runs
         valid = [run for run in counted if run.valid]
         if valid:
@@ -63,19 +63,19 @@ class LoadTest:
         return counted[-1] if counted else None
 
     @property
-    def held_qps(self) -> float | None:
-        """The sustained rate in requests per second; None where no run is valid."""
-        shown = self.shown
-        return shown.rate_qps if shown is not None and shown.valid else None
+    def sustained_qps(self) -> float | None:
+        """The sustained rate in requests per second; None if no run is valid."""
+        run = self.reported_run
+        return run.rate_qps if run is not None and run.valid else None
 
 
-def middle(tests: Sequence[LoadTest]) -> LoadTest | None:
-    """The test with the median sustained rate, the lower of two; None where there is none."""
-    ordered = sorted(tests, key=lambda test: test.held_qps or 0.0)
+def median_test(tests: Sequence[LoadTest]) -> LoadTest | None:
+    """The test with the median sustained rate, the lower of two; None if there is none."""
+    ordered = sorted(tests, key=lambda test: test.sustained_qps or 0.0)
     return ordered[(len(ordered) - 1) // 2] if ordered else None
 
 
-def held_range(tests: Sequence[LoadTest]) -> tuple[float, float] | None:
+def sustained_range(tests: Sequence[LoadTest]) -> tuple[float, float] | None:
     """The lowest and the highest sustained rate; None unless every test sustained one."""
-    held = [test.held_qps for test in tests if test.held_qps is not None]
-    return (min(held), max(held)) if held and len(held) == len(tests) else None
+    rates = [test.sustained_qps for test in tests if test.sustained_qps is not None]
+    return (min(rates), max(rates)) if rates and len(rates) == len(tests) else None

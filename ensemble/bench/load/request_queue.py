@@ -1,4 +1,4 @@
-"""Requests that wait: bounded lanes, first come first served. No threads, no clock, no torch."""
+"""The request queue: bounded, one FIFO per tenant. No threads, no clock, no torch."""
 
 from __future__ import annotations
 
@@ -9,60 +9,60 @@ from typing import NamedTuple
 
 
 class Request(NamedTuple):
-    """One image to be answered: by all models, or by the model that its lane stands for."""
+    """One image to classify: by the model of its tenant, or by every model of an ensemble."""
 
-    ident: int  # the referee's own
-    number: int  # in the order of arrival
+    sample_id: int  # LoadGen's own
+    sequence_number: int  # in order of arrival
     image: int
-    lane: int
-    arrived_s: float
+    tenant: int
+    arrival_s: float
 
 
-class Waiting:
-    """At most `capacity` requests in `lanes` lanes; one that finds it full is refused."""
+class RequestQueue:
+    """One FIFO per tenant. All tenants share `capacity`; a full queue refuses requests."""
 
-    def __init__(self, lanes: int, capacity: int) -> None:
-        if lanes < 1 or capacity < 1:
+    def __init__(self, num_tenants: int, capacity: int) -> None:
+        if num_tenants < 1 or capacity < 1:
             raise ValueError(
-                f"expected lanes and capacity of at least 1, found {lanes}, {capacity}"
+                f"expected num_tenants and capacity of at least 1, found {num_tenants}, {capacity}"
             )
-        self._lanes: list[deque[Request]] = [deque() for _ in range(lanes)]
-        self._capacity, self._count, self._most = capacity, 0, 0
+        self._fifos: list[deque[Request]] = [deque() for _ in range(num_tenants)]
+        self._capacity, self._length, self._max_length = capacity, 0, 0
 
     def __len__(self) -> int:
-        return self._count
+        return self._length
 
     @property
-    def most(self) -> int:
-        """The most that have ever waited."""
-        return self._most
+    def max_length(self) -> int:
+        """The maximum length so far."""
+        return self._max_length
 
     def offer(self, request: Request) -> bool:
-        """Let a request wait, at the end of its lane; False where it is refused."""
-        if self._count >= self._capacity:
+        """Append a request to the FIFO of its tenant; False if the queue is full."""
+        if self._length >= self._capacity:
             return False
-        self._lanes[request.lane].append(request)
-        self._count += 1
-        self._most = max(self._most, self._count)
+        self._fifos[request.tenant].append(request)
+        self._length += 1
+        self._max_length = max(self._max_length, self._length)
         return True
 
-    def counts(self) -> list[int]:
-        """How many wait in each lane."""
-        return [len(lane) for lane in self._lanes]
+    def lengths(self) -> list[int]:
+        """The number of queued requests of each tenant."""
+        return [len(fifo) for fifo in self._fifos]
 
     def oldest(self) -> Request | None:
-        """The request that came first of all that wait."""
-        heads = [lane[0] for lane in self._lanes if lane]
-        return min(heads, key=lambda request: request.number, default=None)
+        """The queued request that arrived first; None if the queue is empty."""
+        heads = [fifo[0] for fifo in self._fifos if fifo]
+        return min(heads, key=lambda request: request.sequence_number, default=None)
 
-    def take(self, lanes: Sequence[int], most: int) -> list[list[Request]]:
-        """The first `most` requests of each of these lanes, which wait no longer."""
-        taken = []
-        for index in lanes:
-            lane = self._lanes[index]
-            requests = list(islice(lane, most))
+    def pop(self, tenants: Sequence[int], limit: int) -> list[list[Request]]:
+        """Remove and return the first `limit` requests of each of these tenants."""
+        popped = []
+        for tenant in tenants:
+            fifo = self._fifos[tenant]
+            requests = list(islice(fifo, limit))
             for _ in requests:
-                lane.popleft()
-            self._count -= len(requests)
-            taken.append(requests)
-        return taken
+                fifo.popleft()
+            self._length -= len(requests)
+            popped.append(requests)
+        return popped

@@ -1,28 +1,28 @@
-"""What requests ask for: the referee draws a number, this says which image and which model."""
+"""The sample library (LoadGen's QSL): LoadGen draws an index, this maps it to image and tenant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-ENTRIES = 4096  # of tenants; a tenant's share of them is its share of the requests
+MIN_SAMPLES = 4096  # with several tenants: a tenant's share of the samples is its share of requests
 
 
-def shares(lanes: int, skew: float) -> tuple[float, ...]:
-    """Each lane's share of the requests: equal, or by Zipf's law 1, 2**-skew, 3**-skew, ..."""
-    weights = [(lane + 1) ** -skew for lane in range(lanes)]
+def tenant_shares(num_tenants: int, skew: float) -> tuple[float, ...]:
+    """Each tenant's share of the requests: uniform, or by Zipf's law 1, 2**-skew, 3**-skew, ..."""
+    weights = [(tenant + 1) ** -skew for tenant in range(num_tenants)]
     return tuple(weight / sum(weights) for weight in weights)
 
 
-def library(images: int, of_lanes: Sequence[float]) -> tuple[tuple[int, int], ...]:
-    """(image, lane) of each entry; all entries are drawn alike often, by the referee.
+def sample_library(images: int, shares: Sequence[float]) -> tuple[tuple[int, int], ...]:
+    """(image, tenant) of each sample; LoadGen draws samples uniformly.
 
-    One lane has each image once. Of several each has at least one entry, and its share of them to
-    within one in `ENTRIES`.
+    A single tenant has each image once. Of several, each has at least one sample, and its share of
+    the samples to within one in `MIN_SAMPLES`.
     """
-    if len(of_lanes) == 1:
+    if len(shares) == 1:
         return tuple((image, 0) for image in range(images))
-    entries = max(ENTRIES, 16 * len(of_lanes))
-    lanes = [
-        lane for lane, share in enumerate(of_lanes) for _ in range(max(1, round(share * entries)))
+    samples = max(MIN_SAMPLES, 16 * len(shares))
+    tenants = [
+        tenant for tenant, share in enumerate(shares) for _ in range(max(1, round(share * samples)))
     ]
-    return tuple((index % images, lane) for index, lane in enumerate(lanes))
+    return tuple((index % images, tenant) for index, tenant in enumerate(tenants))

@@ -1,7 +1,7 @@
-"""The system under test: what arrives waits, one thread computes it, each request gets its answer.
+"""The system under test: a request queue, and one thread that runs batches and answers requests.
 
-Requests come from the referee's thread. The thread that has built the forwards also runs them,
-because a compiled forward may be compiled again on another.
+LoadGen's thread issues requests. The thread that built the forwards also runs them, because
+another thread could trigger a recompilation.
 """
 
 from __future__ import annotations
@@ -12,13 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ensemble.bench.load.batching import (
-    Batch,
-    Way,
-    ready_s,
-    take,
-)
-from ensemble.bench.load.request_queue import Request, Waiting
+from ensemble.bench.load.batching import Batch, BatchPlan, dispatch_time_s, next_batch
+from ensemble.bench.load.request_queue import Request, RequestQueue
 from ensemble.errors import first_line
 
 Clock = Callable[[], float]
@@ -27,145 +22,147 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Policy:
-    """How requests are put together."""
+class BatchingPolicy:
+    """How requests are queued and batched."""
 
-    ways: tuple[Way, ...]
-    lanes: int
+    plans: tuple[BatchPlan, ...]
+    num_tenants: int
     max_batch: int
-    max_wait_s: float
-    capacity: int
+    batching_delay_s: float
+    queue_capacity: int
 
 
 @dataclass
-class Tally:
-    """What happened so far; the one thing here that changes."""
+class Counters:
+    """Mutable counters of one run."""
 
     answered: int = 0
     refused: int = 0
     failed: int = 0
     wrong: int = 0
     batches: int = 0
-    slots: int = 0
-    computing_s: float = 0.0  # in the forwards themselves
-    serving_s: float = 0.0  # from taking a batch to having answered it
-    arriving_s: float = 0.0  # in taking requests in
-    errors: list[str] = field(default_factory=list)  # the first of them
-    missed: list[int] = field(default_factory=list)  # numbers of those refused or failed
+    slots: int = 0  # images computed, padding included
+    forward_s: float = 0.0
+    batch_s: float = 0.0  # from dequeuing a batch to answering it
+    enqueue_s: float = 0.0
+    errors: list[str] = field(default_factory=list)
+    unanswered: list[int] = field(default_factory=list)  # sequence numbers: refused or failed
 
     @property
     def overhead_s(self) -> float | None:
-        """What this program adds to the forwards, for each answered request."""
-        added = self.serving_s - self.computing_s + self.arriving_s
-        return added / self.answered if self.answered else None
+        """Time outside of the forwards, per answered request."""
+        overhead = self.batch_s - self.forward_s + self.enqueue_s
+        return overhead / self.answered if self.answered else None
 
 
 class Server:
-    """Takes requests in by `arrive`, answers them in the thread that calls `serve`.
+    """Queues requests by `issue`, answers them in the thread that calls `serve`.
 
     Args:
-        policy: the ways to compute, and the bounds.
-        compute: a batch -> how many of its requests got a wrong answer, and the seconds in the
-            forward. What it raises fails its requests, and all that come later.
-        answer: told the idents of requests that are done.
+        policy: the batch plans and the limits.
+        execute: runs a batch; returns how many of its requests got a wrong answer, and the seconds
+            of the forward. If it raises, its requests and all later ones fail.
+        complete: is given the sample ids of requests that are done.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: BatchingPolicy,
         *,
-        compute: Callable[[Batch], tuple[int, float]],
-        answer: Callable[[Sequence[int]], None],
+        execute: Callable[[Batch], tuple[int, float]],
+        complete: Callable[[Sequence[int]], None],
         clock: Clock = time.perf_counter,
     ) -> None:
-        self._policy, self._compute, self._answer = policy, compute, answer
+        self._policy, self._execute, self._complete = policy, execute, complete
         self._clock = clock
-        self._waiting = Waiting(policy.lanes, policy.capacity)
+        self._queue = RequestQueue(policy.num_tenants, policy.queue_capacity)
         self._changed = threading.Condition()
-        self._closed, self._number, self._held = False, 0, list[int]()
-        self.tally = Tally()
+        self._stopped, self._next_number, self._refused_ids = False, 0, list[int]()
+        self.counters = Counters()
 
     @property
-    def most_waiting(self) -> int:
-        return self._waiting.most
+    def max_queue_length(self) -> int:
+        return self._queue.max_length
 
-    def arrive(self, wanted: Sequence[tuple[int, int, int]]) -> None:
-        """Take in requests (ident, image, lane); never waits for a forward.
+    def issue(self, samples: Sequence[tuple[int, int, int]]) -> None:
+        """Queue requests (sample id, image, tenant) without waiting for a forward.
 
-        One that is refused is answered at the end alone, so that to the referee it is the slowest
-        of all and not the fastest.
+        A refused request is completed only by `flush`, so that LoadGen counts it as the slowest
+        request and not as the fastest.
         """
-        begin, lost = self._clock(), list[int]()
+        begin, failed_ids = self._clock(), list[int]()
         with self._changed:
-            for ident, image, lane in wanted:
-                request = Request(ident, self._number, image, lane, begin)
-                self._number += 1
-                if self.tally.errors:
-                    self.tally.failed += 1
-                    self.tally.missed.append(request.number)
-                    lost.append(ident)
-                elif not self._waiting.offer(request):
-                    self.tally.refused += 1
-                    self.tally.missed.append(request.number)
-                    self._held.append(ident)
+            for sample_id, image, tenant in samples:
+                request = Request(sample_id, self._next_number, image, tenant, begin)
+                self._next_number += 1
+                if self.counters.errors:
+                    self.counters.failed += 1
+                    self.counters.unanswered.append(request.sequence_number)
+                    failed_ids.append(sample_id)
+                elif not self._queue.offer(request):
+                    self.counters.refused += 1
+                    self.counters.unanswered.append(request.sequence_number)
+                    self._refused_ids.append(sample_id)
             self._changed.notify()
-            self.tally.arriving_s += self._clock() - begin
-        if lost:
-            self._answer(lost)
+            self.counters.enqueue_s += self._clock() - begin
+        if failed_ids:
+            self._complete(failed_ids)
 
-    def finish(self) -> None:
-        """No more will arrive: tell the referee of the refused ones. Those that wait are served."""
+    def flush(self) -> None:
+        """After the last request: complete the refused ones. Queued requests are still served."""
         with self._changed:
-            held, self._held = self._held, []
-        if held:
-            self._answer(held)
+            refused_ids, self._refused_ids = self._refused_ids, []
+        if refused_ids:
+            self._complete(refused_ids)
 
-    def close(self) -> None:
-        """Let `serve` return once nobody waits."""
+    def stop(self) -> None:
+        """Make `serve` return once the queue is empty."""
         with self._changed:
-            self._closed = True
+            self._stopped = True
             self._changed.notify()
 
     def serve(self) -> None:
-        """Compute and answer until closed, with nobody left waiting."""
-        while (batch := self._next()) is not None:
+        """Run batches until stopped and the queue is empty."""
+        while (batch := self._dequeue()) is not None:
             begin = self._clock()
             try:
-                wrong, seconds = self._compute(batch)
+                wrong, seconds = self._execute(batch)
             except Exception as error:
                 log.debug("a forward failed", exc_info=True)
                 self._fail(batch, f"{type(error).__name__}: {first_line(error)}")
                 continue
-            self._answer([request.ident for lane in batch.requests for request in lane])
-            tally = self.tally
-            tally.answered += batch.count
-            tally.wrong += wrong
-            tally.batches += 1
-            tally.slots += batch.slots
-            tally.computing_s += seconds
-            tally.serving_s += self._clock() - begin
+            self._complete([request.sample_id for part in batch.requests for request in part])
+            counters = self.counters
+            counters.answered += batch.num_requests
+            counters.wrong += wrong
+            counters.batches += 1
+            counters.slots += batch.num_slots
+            counters.forward_s += seconds
+            counters.batch_s += self._clock() - begin
 
-    def _next(self) -> Batch | None:
-        """The next batch; None when closed and nobody waits."""
+    def _dequeue(self) -> Batch | None:
+        """Wait for the next batch; None when stopped and the queue is empty."""
         policy = self._policy
         with self._changed:
             while True:
-                start = ready_s(
-                    self._waiting, max_batch=policy.max_batch, max_wait_s=policy.max_wait_s
+                start = dispatch_time_s(
+                    self._queue,
+                    max_batch=policy.max_batch,
+                    batching_delay_s=policy.batching_delay_s,
                 )
-                if start is None and self._closed:
+                if start is None and self._stopped:
                     return None
                 wait_s = None if start is None else start - self._clock()
-                if wait_s is not None and (wait_s <= 0 or self._closed):
-                    return take(self._waiting, policy.ways)
+                if wait_s is not None and (wait_s <= 0 or self._stopped):
+                    return next_batch(self._queue, policy.plans)
                 self._changed.wait(wait_s)
 
-    def _fail(self, batch: Batch, why: str) -> None:
-        """The batch and all that wait have failed; what arrives from now on fails at once."""
+    def _fail(self, batch: Batch, reason: str) -> None:
+        """Fail the batch and all queued requests; later ones fail on arrival."""
         with self._changed:
-            self.tally.errors.append(why)
-            rest = self._waiting.take(range(self._policy.lanes), len(self._waiting))
-            lost = [request for lane in (*batch.requests, *rest) for request in lane]
-            self.tally.failed += len(lost)
-            self.tally.missed += [request.number for request in lost]
-        self._answer([request.ident for request in lost])
+            self.counters.errors.append(reason)
+            queued = self._queue.pop(range(self._policy.num_tenants), len(self._queue))
+            failed = [request for part in (*batch.requests, *queued) for request in part]
+            self.counters.failed += len(failed)
+            self.counters.unanswered += [request.sequence_number for request in failed]
+        self._complete([request.sample_id for request in failed])

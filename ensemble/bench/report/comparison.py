@@ -1,4 +1,4 @@
-"""A run beside an earlier one, row by row: is a strategy surely slower than it was? No torch."""
+"""Compare a run with its baseline, row by row: the regression gate. Imports no torch."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
@@ -9,7 +9,7 @@ import numpy as np
 from ensemble.bench.case import Case
 from ensemble.bench.environment import Environment
 from ensemble.bench.measurement import Measurement
-from ensemble.bench.report.words import case_name
+from ensemble.bench.report.labels import case_name
 from ensemble.bench.summary import Run, Summary
 from ensemble.errors import InputError
 from ensemble.statistics import (
@@ -21,78 +21,78 @@ from ensemble.statistics import (
     resampled_medians,
 )
 
-# What makes a machine: figures of two that differ here are never set beside each other.
+# What identifies a machine: runs that differ here are never compared.
 MACHINE = ("platform", "device", "device_name", "cpu_capability", "cores", "ranks", "backend")
-# What a run can be made with: a difference is said.
+# Settings of the environment: a difference is reported.
 SETTINGS = (
     "python torch torchvision threads tf32 cudnn_benchmark allocator weights".split()  # noqa: SIM905
 )
-# As above, of the configuration.
+# Settings of the configuration: likewise.
 OPTIONS = ("arch", "warmup", "min_seconds", "min_pairs", "seed", "reduce")
-BEFORE = {"reduce": "none"}  # of files that are older than the option
-# Which of its modes a run meets how often is chance, and no difference of the code: such a row's
-# interval is that between the processes that differ least and most.
-TWO_MODES, TOO_FEW = "two modes", "too few pairs"
-PLACE = ("batch", "px", "dtype")  # what a case is told by, beside its strategy and N
+OLD_DEFAULTS = {"reduce": "none"}  # in files older than the option
+# How often a bimodal row hits each of its modes is chance, not a change of the code: its interval
+# spans from the least to the greatest ratio of two processes.
+BIMODAL, TOO_FEW = "bimodal", "too few pairs"
+LABEL_FIELDS = ("batch", "px", "dtype")  # of a case, besides its strategy and N
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row against its old self. `ratio` is new time / old time: above 1 it is slower.
+    """A row against its baseline. `ratio` is new time / old time: above 1 it is slower.
 
-    A strategy's time counts in times of the reference beside it, so that a machine that is slower
-    today is not a strategy that is; the reference's own in seconds. `interval` is of a confidence
-    that all rows of the comparison have together.
+    A strategy's time is relative to its paired reference, so that a slower machine is not a slower
+    strategy; the reference's own is in seconds. `interval` is a simultaneous confidence interval of
+    all rows of the comparison.
     """
 
     row: Summary
     ratio: float | None
     interval: tuple[float, float] | None
-    not_judged: str | None = None  # why not, of either run
+    inconclusive: str | None = None  # the reason, in either run
 
-    def surely_slower(self, percent: float) -> bool:
-        """Is the whole interval above `percent` more?
+    def is_significantly_slower(self, percent: float) -> bool:
+        """Is the whole interval above a slowdown of `percent`?
 
-        A machine that is busy or noisy widens the interval, and excuses no slowdown beyond it. The
-        reference is never judged by itself.
+        A busy or noisy machine widens the interval, but a slowdown beyond it still counts. The
+        reference itself is not gated.
         """
         if self.row.case.is_reference or self.interval is None:
             return False
         return self.interval[0] > 1 + percent / 100
 
     def passes(self, percent: float) -> bool:
-        """Is it known to be no slower than allowed? False too where that cannot be judged."""
-        judged = self.not_judged is None and self.interval is not None
-        return judged and not self.surely_slower(percent)
+        """Is it conclusively no slower than `percent`?"""
+        conclusive = self.inconclusive is None and self.interval is not None
+        return conclusive and not self.is_significantly_slower(percent)
 
 
 def compare(new: Run, old: Run) -> list[Comparison]:
-    """Every row of `new` that `old` has too, and that was timed in both.
+    """Compare every row that was timed in both runs.
 
-    The intervals hold together, all rows at once, with `CONFIDENCE`: what each may miss is divided
-    by the number of rows (Bonferroni), so that many rows are no more often wrong than one.
+    The intervals have a simultaneous confidence of `CONFIDENCE` (Bonferroni correction): many rows
+    raise no more false alarms than one.
     """
     before = {row.case: row for row in old.results if row.times_s}
     both = [(row, before[row.case]) for row in new.results if row.times_s and row.case in before]
-    judged = sum(not row.case.is_reference for row, _ in both)
-    confidence = 1 - (1 - CONFIDENCE) / max(1, judged)
+    gated = sum(not row.case.is_reference for row, _ in both)
+    confidence = 1 - (1 - CONFIDENCE) / max(1, gated)
     return [_compare(row, earlier, confidence) for row, earlier in both]
 
 
 def check_machine(here: Environment, other: Environment, *, argument: str, path: str) -> None:
-    """Raise InputError unless a file comes from this machine."""
+    """Raise InputError unless a result file comes from this machine."""
     for name in MACHINE:
         ours, theirs = getattr(here, name), getattr(other, name)
         if ours != theirs:
             raise InputError(
-                f"expected a file of this machine, found another in {path}: {name} {theirs},"
-                f" here {ours}",
+                f"expected a result file of this machine, found one of another: {path} has {name}"
+                f" {theirs}, this machine {ours}",
                 argument=argument,
             )
 
 
 def differences(new: Run, old: Run) -> list[str]:
-    """What the two runs were made with differently: `"torch: 2.14.1, was 2.13.0"`."""
+    """The settings that differ between two runs: `"torch: 2.14.1, was 2.13.0"`."""
     values = [
         (name, getattr(new.environment, name), getattr(old.environment, name)) for name in SETTINGS
     ]
@@ -101,17 +101,17 @@ def differences(new: Run, old: Run) -> list[str]:
 
 
 def _option(run: Run, name: str) -> Any:
-    return run.config.get(name, BEFORE.get(name))
+    return run.config.get(name, OLD_DEFAULTS.get(name))
 
 
 def ratio_interval_of_processes(
     new: Sequence[float], old: Sequence[float], confidence: float
 ) -> tuple[float, float] | None:
-    """The `confidence` interval of the ratio of what many processes of either run would say.
+    """The confidence interval of the ratio of two medians over processes, one value per process.
 
-    One value for each process. Both are independent: on the logarithms the half widths of their own
-    intervals (`statistics.between_process_interval`) add as errors do, by squares. None where
-    either has fewer than two processes.
+    The runs are independent: on a logarithmic scale the half-widths of their own intervals
+    (`statistics.between_process_interval`) add in quadrature. None if either run has fewer than two
+    processes.
     """
     intervals = [between_process_interval(medians, confidence) for medians in (new, old)]
     if intervals[0] is None or intervals[1] is None:
@@ -125,11 +125,11 @@ def ratio_interval_of_processes(
 def ratio_interval(
     new: Sequence[float], old: Sequence[float], confidence: float
 ) -> tuple[float, float] | None:
-    """The same of two runs of one process each, by their calls: they say nothing of others.
+    """As above for runs of one process each, from their calls: between-process spread is unknown.
 
-    A percentile bootstrap of median(new) / median(old), each sample by itself. Source: Efron and
-    Tibshirani, An Introduction to the Bootstrap (1993), chapters 8.3 (two samples) and 13
-    (percentiles). None where either has fewer than `MIN_PAIRS_FOR_INTERVAL` values.
+    A percentile bootstrap of median(new) / median(old), with both samples resampled independently.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8.3 (two
+    samples) and 13 (percentiles). None if either has fewer than `MIN_PAIRS_FOR_INTERVAL` values.
     """
     if min(len(new), len(old)) < MIN_PAIRS_FOR_INTERVAL:
         return None
@@ -138,28 +138,28 @@ def ratio_interval(
     return percentile_interval(above / below, confidence)
 
 
-def not_judged(
+def inconclusive_cases(
     comparisons: Sequence[Comparison],
     new: Run,
     old: Run,
     percent: float,
-    asked: Collection[Case] = (),
+    planned: Collection[Case] = (),
 ) -> list[str]:
-    """The cases that a gate at `percent` can say nothing of, with the reason: timed in one of the
-    runs alone, or not surely enough. `asked` are those of the new run beside its rows."""
+    """The cases for which a gate at `percent` is inconclusive, with the reason: too noisy, or timed
+    in only one of the runs. `planned` are cases of the new run without a row."""
     compared = {comparison.row.case for comparison in comparisons}
-    wanted = {row.case for row in new.results}.union(asked)
-    found = {
-        comparison.row.case: comparison.not_judged or TOO_FEW
+    wanted = {row.case for row in new.results}.union(planned)
+    reasons = {
+        comparison.row.case: comparison.inconclusive or TOO_FEW
         for comparison in comparisons
-        if not comparison.passes(percent) and not comparison.surely_slower(percent)
+        if not comparison.passes(percent) and not comparison.is_significantly_slower(percent)
     }
     for run, reason in ((new, "not in the baseline"), (old, "not timed now")):
         timed = {row.case for row in run.results if row.times_s and row.case in wanted}
-        found |= dict.fromkeys(sorted(timed - compared, key=str), reason)
+        reasons |= dict.fromkeys(sorted(timed - compared, key=str), reason)
     return [
-        f"{case_name(case, PLACE)} ({reason})"
-        for case, reason in found.items()
+        f"{case_name(case, LABEL_FIELDS)} ({reason})"
+        for case, reason in reasons.items()
         if not case.is_reference
     ]
 
@@ -169,12 +169,12 @@ def render(
     new: Run,
     old: Run,
     fail_above: float | None = None,
-    asked: Collection[Case] = (),
+    planned: Collection[Case] = (),
 ) -> str:
-    """What to print of a comparison: a line a row, and what differs between the runs."""
+    """The text of a comparison: a line per row, and the settings that differ."""
     lines = [
-        f"Baseline of {old.environment.date}, commit {old.environment.git_commit}; in brackets"
-        f" {CONFIDENCE:.0%} intervals that hold for all rows together:"
+        f"Baseline of {old.environment.date}, commit {old.environment.git_commit}; simultaneous"
+        f" {CONFIDENCE:.0%} confidence intervals:"
     ]
     lines += [f"  differs in {difference}" for difference in differences(new, old)]
     lines += [f"  {_sentence(comparison, fail_above)}" for comparison in comparisons]
@@ -182,12 +182,14 @@ def render(
         comparison.row.case for comparison in comparisons
     }
     if missing:
-        names = "; ".join(case_name(case, PLACE) for case in sorted(missing, key=str))
-        lines.append(f"  without times in both runs, not compared: {names}")
+        names = "; ".join(case_name(case, LABEL_FIELDS) for case in sorted(missing, key=str))
+        lines.append(f"  not compared, not timed in both runs: {names}")
     if fail_above is not None:
-        open_cases = not_judged(comparisons, new, old, fail_above, asked)
-        reasons = "; ".join(open_cases)
-        lines += [f"Not judged by --fail_above {fail_above:g}: {reasons}"] if open_cases else []
+        inconclusive = inconclusive_cases(comparisons, new, old, fail_above, planned)
+        reasons = "; ".join(inconclusive)
+        lines += (
+            [f"Inconclusive for --fail_above {fail_above:g}: {reasons}"] if inconclusive else []
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -200,47 +202,44 @@ def _compare(row: Summary, old: Summary, confidence: float) -> Comparison:
         medians, before = _times(row.processes[0]), _times(old.processes[0])
         interval = ratio_interval(medians, before, confidence)
     ratio = float(np.median(medians) / np.median(before))
-    why_not = _not_judged(row) or _not_judged(old)
-    if why_not == TWO_MODES:
+    inconclusive = _inconclusive(row) or _inconclusive(old)
+    if inconclusive == BIMODAL:
         interval = min(medians) / max(before), max(medians) / min(before)
-    return Comparison(row, ratio, interval, why_not)
+    return Comparison(row, ratio, interval, inconclusive)
 
 
-def _not_judged(row: Summary) -> str | None:
-    return row.inconclusive or (TWO_MODES if len(modes(_medians(row))) > 1 else None)
+def _inconclusive(row: Summary) -> str | None:
+    return row.inconclusive or (BIMODAL if len(modes(_medians(row))) > 1 else None)
 
 
 def _medians(row: Summary) -> list[float]:
-    """The median of each process that timed something."""
+    """The median of each process with times."""
     return [float(np.median(_times(process))) for process in row.processes if process.times_s]
 
 
 def _times(process: Measurement) -> list[float]:
-    """In seconds for a row without pairs, else in times of the reference of the same pair."""
+    """Times relative to the paired reference; in seconds for a row without pairs."""
     pairs = zip(process.times_s, process.reference_times_s, strict=False)
     return [time / other for time, other in pairs] or list(process.times_s)
 
 
 def _sentence(comparison: Comparison, fail_above: float | None) -> str:
     row, interval = comparison.row, comparison.interval
-    name = case_name(row.case, PLACE)
-    measure = "time per call" if row.case.is_reference else "time per call / that of the loop"
+    name = case_name(row.case, LABEL_FIELDS)
+    what = "time" if row.case.is_reference else "time relative to the loop"
     if interval is None:
-        return (
-            f"{name}: {measure} is {comparison.ratio:.3f} of what it was: too few pairs to be sure"
-        )
+        return f"{name}: {what} is {comparison.ratio:.3f}x the baseline: inconclusive ({TOO_FEW})"
     low, high = interval
-    verdict = "no sure difference"
-    if fail_above is not None and comparison.surely_slower(fail_above):
-        but = f", although {comparison.not_judged}" if comparison.not_judged else ""
-        verdict = f"surely slower{but}"
-    elif comparison.not_judged:
-        verdict = f"{comparison.not_judged}, not judged"
+    verdict = "not significantly different"
+    if fail_above is not None and comparison.is_significantly_slower(fail_above):
+        caveat = f", although {comparison.inconclusive}" if comparison.inconclusive else ""
+        verdict = f"significantly slower{caveat}"
+    elif comparison.inconclusive:
+        verdict = f"inconclusive ({comparison.inconclusive})"
     elif low > 1 or high < 1:
-        verdict = "surely slower" if low > 1 else "surely faster"
+        verdict = "significantly slower" if low > 1 else "significantly faster"
     return (
-        f"{name}: {measure} is {comparison.ratio:.3f} of what it was"
-        f" ({low:.3f} to {high:.3f}): {verdict}"
+        f"{name}: {what} is {comparison.ratio:.3f}x the baseline ({low:.3f}-{high:.3f}): {verdict}"
     )
 
 

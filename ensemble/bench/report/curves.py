@@ -1,4 +1,4 @@
-"""Latency against the offered rate: each strategy's curve, and where another becomes the soonest.
+"""Latency against the offered rate: the curve of each strategy, and the lowest latency.
 
 Pure functions, no torch.
 """
@@ -9,69 +9,107 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemble.bench.load.record import LoadRun
+from ensemble.bench.load.search import BRACKET_RATIO
 from ensemble.bench.summary import Summary
 from ensemble.statistics import median
 
-STEPS = 200  # between the least and the highest rate, where the curves are compared
-CLEARLY = 0.05  # so much sooner must another be, as a share
+STEPS = 200  # rates at which the curves are compared
+MIN_IMPROVEMENT = 0.05  # relative, for another strategy to replace the one with lowest latency
 
 
 @dataclass(frozen=True)
-class Part:
-    """From this rate on this strategy answers soonest."""
+class Segment:
+    """From this rate on this strategy has the lowest latency."""
 
     from_qps: float
     strategy: str
 
 
-def held_qps(row: Summary) -> float | None:
+def sustained_qps(row: Summary) -> float | None:
     """The sustained rate of a row, in requests per second."""
-    return row.load.held_qps if row.load else None
+    return row.load.sustained_qps if row.load else None
 
 
-def shown(row: Summary) -> LoadRun | None:
-    """The run of LoadGen that a row shows."""
-    return row.load.shown if row.load else None
+def reported_run(row: Summary) -> LoadRun | None:
+    """The LoadGen run whose figures a row shows."""
+    return row.load.reported_run if row.load else None
 
 
-def curve(row: Summary, field: str) -> list[tuple[float, float]]:
-    """(offered rate, latency in s) of a server's runs, the median where a rate was played again."""
-    runs = row.load.runs if row.load is not None and row.load.scenario == "server" else ()
+def server_runs(row: Summary) -> tuple[LoadRun, ...]:
+    """The runs of the server scenario; none of another."""
+    return row.load.runs if row.load is not None and row.load.scenario == "server" else ()
+
+
+def latency_curve(row: Summary, field: str) -> list[tuple[float, float]]:
+    """(offered rate, latency in s) by rate: the median over the runs at each rate."""
     by_rate: dict[float, list[float]] = {}
-    for run in runs:
-        value = getattr(run, field)
-        if value is not None and run.offered_qps is not None:
-            by_rate.setdefault(run.offered_qps, []).append(value)
+    for rate, latency, _ in _points(row, field):
+        by_rate.setdefault(rate, []).append(latency)
     return [(rate, median(by_rate[rate]) or 0.0) for rate in sorted(by_rate)]
 
 
-def changes(rows: Sequence[Summary]) -> list[Part]:
-    """Who answers soonest at each rate, by the curves of the percentile that was asked for.
+def sustained_curve(row: Summary, field: str) -> list[tuple[float, float]]:
+    """As `latency_curve`, up to the sustained rate; empty if there is none.
 
-    A strategy counts up to the rate that it holds; below its least rate its curve goes on level.
+    Rates closer than the search resolves count as one, the highest of them, so that run-to-run
+    noise does not make the curve fall. A rate without a valid run is left out.
     """
-    lines = {
-        row.case.strategy: (points, held)
-        for row in rows
-        if (held := held_qps(row)) is not None
-        and row.status == "ok"
-        and (points := curve(row, "tail_s"))
-    }
-    if not lines:
+    highest = sustained_qps(row)
+    if highest is None:
         return []
-    least = min(points[0][0] for points, _ in lines.values())
-    most = max(held for _, held in lines.values())
-    parts: list[Part] = []
-    for rate in np.linspace(least, most, STEPS):
-        tails = {
-            name: float(np.interp(rate, *np.transpose(points)))
-            for name, (points, held) in lines.items()
-            if rate <= held * (1 + 1e-9)
-        }
-        soonest = min(tails, key=tails.__getitem__)
-        now = parts[-1].strategy if parts else None
-        if now in tails and tails[soonest] > (1 - CLEARLY) * tails[now]:
+    groups: list[list[tuple[float, float, bool]]] = []
+    for point in sorted(_points(row, field), reverse=True):
+        rate = point[0]
+        if rate > highest * (1 + 1e-9):
             continue
-        if soonest != now:
-            parts.append(Part(float(rate), soonest))
-    return parts
+        if groups and groups[-1][0][0] / rate < BRACKET_RATIO:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [
+        (group[0][0], median([latency for _, latency, _ in group]) or 0.0)
+        for group in reversed(groups)
+        if any(valid for _, _, valid in group)
+    ]
+
+
+def _points(row: Summary, field: str) -> list[tuple[float, float, bool]]:
+    """(offered rate, latency in s, is the run valid) of each run with a known latency."""
+    return [
+        (run.offered_qps, value, run.valid)
+        for run in server_runs(row)
+        if (value := getattr(run, field)) is not None and run.offered_qps is not None
+    ]
+
+
+def lowest_latency(rows: Sequence[Summary]) -> list[Segment]:
+    """The strategy with the lowest latency percentile at each rate, as segments by rate.
+
+    A strategy takes part up to its sustained rate; below its lowest rate its curve is extended
+    horizontally.
+    """
+    curves = {
+        row.case.strategy: (points, sustained)
+        for row in rows
+        if (sustained := sustained_qps(row)) is not None
+        and row.status == "ok"
+        and (points := latency_curve(row, "tail_s"))
+    }
+    if not curves:
+        return []
+    lowest = min(points[0][0] for points, _ in curves.values())
+    highest = max(sustained for _, sustained in curves.values())
+    segments: list[Segment] = []
+    for rate in np.linspace(lowest, highest, STEPS):
+        latencies = {
+            strategy: float(np.interp(rate, *np.transpose(points)))
+            for strategy, (points, sustained) in curves.items()
+            if rate <= sustained * (1 + 1e-9)
+        }
+        best = min(latencies, key=latencies.__getitem__)
+        current = segments[-1].strategy if segments else None
+        if current in latencies and latencies[best] > (1 - MIN_IMPROVEMENT) * latencies[current]:
+            continue
+        if best != current:
+            segments.append(Segment(float(rate), best))
+    return segments

@@ -38,7 +38,7 @@ def to_csv(run: Run) -> str:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of single values: the interval as two columns, the notes in one."""
+    """A flat row: the interval in two columns, the notes in one."""
     interval = row.pop("speedup_interval") or (None, None)
     row["notes"] = "; ".join(row["notes"])
     flat: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _printable(text: str) -> str:
-    """A text whose bytes that are not UTF-8, of a file name, are escaped."""
+    """The text with surrogates of undecodable file names escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -98,10 +98,10 @@ def _paragraphs(lines: str) -> str:
 
 
 def read(path: str, *, argument: str) -> Run:
-    """The run of a JSON result file, which can be shown.
+    """The run of a JSON result file, checked to be printable.
 
     Raises:
-        InputError: nothing there, or no result file; the message names the argument and the file.
+        InputError: no file, or no result file; the message names the argument and the file.
     """
     run = result_file.read(path, argument=argument)
     try:
@@ -116,22 +116,21 @@ def read(path: str, *, argument: str) -> Run:
 
 
 def read_if(path: str | None, *, argument: str) -> Run | None:
-    """`read`, where a file was named."""
+    """`read`, or None without a path."""
     return None if path is None else read(path, argument=argument)
 
 
 def save(run: Run, paths: Mapping[str, str | None]) -> None:
-    """Write the run in each format that `paths`, `{"json": path, ...}`, has a path for."""
+    """Write the run in each format of `paths`, `{"json": path, ...}`, with a path."""
     for form, path in paths.items():
         if path is not None:
             write_atomically(Path(path), FORMATS[form](run))
 
 
 def is_own(form: str, path: Path) -> bool:
-    """Is the file at `path` one that this program wrote in that format, or empty? It may be
-    replaced: a file of the user's, named by mistake, may not.
+    """Did this program write the file at `path`, in this format, or is it empty?
 
-    A picture says so among its metadata.
+    Only such a file may be replaced. Pictures carry a mark in their metadata.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)

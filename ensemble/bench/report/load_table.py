@@ -1,106 +1,106 @@
-"""Results of load tests -> sentences and the table. Imports no torch."""
+"""Load tests -> the answer, the table and remarks. Imports no torch."""
 
 from collections.abc import Collection, Sequence
 
-from ensemble.bench.load.record import LoadRun, LoadTest, held_range
+from ensemble.bench.load.record import LoadRun, LoadTest, sustained_range
 from ensemble.bench.report import sweep
-from ensemble.bench.report.curves import changes, held_qps, shown
+from ensemble.bench.report.curves import lowest_latency, reported_run, sustained_qps
+from ensemble.bench.report.labels import (
+    case_name,
+    setup_name,
+    shared_fields,
+    varying_fields,
+)
 from ensemble.bench.report.table import (
     UNKNOWN,
-    Cell,
+    CellText,
     Column,
     grid,
+    non_empty,
     number,
-    place_columns,
-    that_say_something,
-)
-from ensemble.bench.report.words import (
-    case_name,
-    place_name,
-    title_of,
-    varying_fields,
+    setup_columns,
 )
 from ensemble.bench.summary import Summary
 
-NOTHING = "No valid run."
+NO_VALID_RUN = "No valid run."
 
 
 def render_answer(results: Sequence[Summary]) -> str:
-    """A line for each cell: the best strategy, the others, and where the best one changes."""
+    """A line per setup: the best strategy, the others, and the lowest latency by rate."""
     varying = varying_fields([row.case for row in results])
     lines = []
-    for rows in sweep.cells(results).values():
+    for rows in sweep.by_setup(results).values():
         loads = [row.load for row in rows if row.load is not None]
         if loads:
-            lines += _of_cell(rows, loads[0], varying)
-    return "\n".join(lines or [NOTHING]) + "\n"
+            lines += _answer(rows, loads[0], varying)
+    return "\n".join(lines or [NO_VALID_RUN]) + "\n"
 
 
 def render_table(results: Sequence[Summary], *, verbose: bool = False, colour: bool = False) -> str:
-    """One table, a row a strategy."""
-    every = [*place_columns(results), *COLUMNS]
+    """One table, a row per strategy."""
+    every = [*setup_columns(results), *COLUMNS]
     rows = [row for row in results if verbose or row.status != "unavailable"]
-    columns = every if verbose else that_say_something(every, results)
+    columns = every if verbose else non_empty(every, results)
     cases = [row.case for row in results]
-    head = f"{title_of(cases)}; latencies from the scheduled arrival"
+    head = f"{shared_fields(cases)}; latencies from the scheduled arrival"
     return "\n".join([head, *grid(rows, columns, colour=colour)]) + "\n"
 
 
 def render_remarks(results: Sequence[Summary], *, verbose: bool = False) -> str:
-    """Why a row has no valid run, and refused requests; with `verbose` each run."""
+    """Why a row has no valid run, and its refused requests; with `verbose` every run."""
     varying = varying_fields([row.case for row in results])
     lines = []
     for row in results:
-        who, run = case_name(row.case, varying), shown(row)
+        label, run = case_name(row.case, varying), reported_run(row)
         if row.status == "ok" and run is not None and not run.valid:
-            lines.append(f"{who}: not valid: {run.why_not}")
+            lines.append(f"{label}: invalid: {run.why_not}")
         if run is not None and run.refused:
             lines.append(
-                f"{who}: {run.refused} of {run.requests} requests were refused; maximum latency of"
-                f" the accepted {_ms(run.longest_s)} ms, maximum queue length {run.most_waiting}"
+                f"{label}: {run.refused} of {run.requests} requests were refused; maximum latency"
+                f" of the accepted {_ms(run.longest_s)} ms, maximum queue length {run.most_waiting}"
                 f"{_growth(run)}"
             )
         if verbose and row.load is not None:
-            lines += [f"{who}: {_one(played)}" for played in row.load.runs]
+            lines += [f"{label}: {_describe(run)}" for run in row.load.runs]
     return "".join(f"{line}\n" for line in lines)
 
 
-def _of_cell(rows: Sequence[Summary], load: LoadTest, varying: Collection[str]) -> list[str]:
+def _answer(rows: Sequence[Summary], load: LoadTest, varying: Collection[str]) -> list[str]:
     inputs = rows[0].case.inputs.replace("_", "-")
-    where = f"{place_name(rows[0].case, varying)}, {inputs} inputs"
-    valid = [row for row in rows if held_qps(row) is not None and row.status == "ok"]
+    label = f"{setup_name(rows[0].case, varying)}, {inputs} inputs"
+    valid = [row for row in rows if sustained_qps(row) is not None and row.status == "ok"]
     if not valid:
-        return [f"{where}: no strategy had a valid run."]
+        return [f"{label}: no strategy had a valid run."]
     if load.scenario == "single_stream":
         best, *others = sorted(valid, key=_tail_s)
         found = f"has the lowest latency, p{load.percentile:g} {_tail(best)} ms"
         rest = [f"{row.case.strategy} {_tail(row)} ms" for row in others]
     else:
-        best, *others = sorted(valid, key=lambda row: held_qps(row) or 0.0, reverse=True)
+        best, *others = sorted(valid, key=lambda row: sustained_qps(row) or 0.0, reverse=True)
         verb = "sustains" if load.scenario == "server" else "processes"
-        found = f"{verb} {_rate(held_qps(best))} requests/s"
+        found = f"{verb} {_rate(sustained_qps(best))} requests/s"
         if load.bound_s is not None:
             found += f" with p{load.percentile:g} <= {_ms(load.bound_s)} ms"
-        rest = [f"{row.case.strategy} {_rate(held_qps(row))}" for row in others]
-    others_too = f"; {', '.join(rest)}" if rest else ""
-    lines = [f"{where}: {best.case.strategy} {found}{others_too}."]
-    return lines + (_changes(rows, load) if load.scenario == "server" else [])
+        rest = [f"{row.case.strategy} {_rate(sustained_qps(row))}" for row in others]
+    others_text = f"; {', '.join(rest)}" if rest else ""
+    lines = [f"{label}: {best.case.strategy} {found}{others_text}."]
+    return lines + (_lowest_latency(rows, load) if load.scenario == "server" else [])
 
 
-def _changes(rows: Sequence[Summary], load: LoadTest) -> list[str]:
-    """Which strategy has the lowest latency, from the lowest rate on."""
-    parts = changes(rows)
-    if not parts:
+def _lowest_latency(rows: Sequence[Summary], load: LoadTest) -> list[str]:
+    """The strategy with the lowest latency, by rate."""
+    segments = lowest_latency(rows)
+    if not segments:
         return []
-    first, *later = parts
+    first, *later = segments
     if not later:
         return [f"Lowest p{load.percentile:g} at every rate: {first.strategy}."]
     by_rate = [f"{first.strategy} up to {_rate(later[0].from_qps)} requests/s"]
-    by_rate += [f"{part.strategy} from {_rate(part.from_qps)}" for part in later]
+    by_rate += [f"{segment.strategy} from {_rate(segment.from_qps)}" for segment in later]
     return [f"Lowest p{load.percentile:g} by rate: {', '.join(by_rate)}."]
 
 
-def _one(run: LoadRun) -> str:
+def _describe(run: LoadRun) -> str:
     rate = "" if run.offered_qps is None else f" at {_rate(run.offered_qps)} per second"
     tails = ", ".join(f"{_ms(latency) or '-'}" for latency in (run.p50_s, run.p90_s, run.p99_s))
     verdict = "valid" if run.valid else run.why_not
@@ -120,12 +120,12 @@ def _ms(seconds: float | None) -> str:
 
 
 def _tail_s(row: Summary) -> float:
-    run = shown(row)
+    run = reported_run(row)
     return (run and run.tail_s) or 0.0
 
 
 def _tail(row: Summary) -> str:
-    run = shown(row)
+    run = reported_run(row)
     return _ms(run.tail_s) if run else ""
 
 
@@ -133,36 +133,36 @@ def _rate(rate: float | None) -> str:
     return "" if rate is None else f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def _held(row: Summary) -> str:
-    if held_qps(row) is None:
+def _sustained(row: Summary) -> str:
+    if sustained_qps(row) is None:
         return row.status if row.error else "none"
-    between = held_range(row.load_tests)
+    rates = sustained_range(row.load_tests)
     spread = ""
-    if between and len(row.processes) > 1:
-        spread = f" [{_rate(between[0])}, {_rate(between[1])}]"
-    return f"{_rate(held_qps(row))}{spread}"
+    if rates and len(row.processes) > 1:
+        spread = f" [{_rate(rates[0])}, {_rate(rates[1])}]"
+    return f"{_rate(sustained_qps(row))}{spread}"
 
 
-def _of_run(field: str, form: str, scale: float = 1.0) -> Cell:
-    """A cell of the run that the row shows."""
+def _run_field(field: str, form: str, scale: float = 1.0) -> CellText:
+    """The text of a field of the reported run."""
 
     def cell(row: Summary) -> str:
-        run = shown(row)
+        run = reported_run(row)
         return UNKNOWN if run is None else number(getattr(run, field), form, scale)
 
     return cell
 
 
 COLUMNS = (
-    Column("sustained\nper s", _held),
-    Column("p50\n(ms)", _of_run("p50_s", ".1f", 1e3)),
-    Column("p90\n(ms)", _of_run("p90_s", ".1f", 1e3)),
-    Column("p99\n(ms)", _of_run("p99_s", ".1f", 1e3)),
-    Column("mean\nbatch", _of_run("mean_batch", ".2f")),
-    Column("\npadding", _of_run("wasted_share", ".0%"), always=False, silent="0%"),
-    Column("CPU per\nrequest (ms)", _of_run("cpu_s_per_request", ".1f", 1e3)),
-    Column("overhead\n(ms)", _of_run("overhead_s", ".2f", 1e3)),
-    Column("\nrefused", _of_run("refused", ".0f"), always=False, silent="0"),
+    Column("sustained\nper s", _sustained),
+    Column("p50\n(ms)", _run_field("p50_s", ".1f", 1e3)),
+    Column("p90\n(ms)", _run_field("p90_s", ".1f", 1e3)),
+    Column("p99\n(ms)", _run_field("p99_s", ".1f", 1e3)),
+    Column("mean\nbatch", _run_field("mean_batch", ".2f")),
+    Column("\npadding", _run_field("wasted_share", ".0%"), always=False, default="0%"),
+    Column("CPU per\nrequest (ms)", _run_field("cpu_s_per_request", ".1f", 1e3)),
+    Column("overhead\n(ms)", _run_field("overhead_s", ".2f", 1e3)),
+    Column("\nrefused", _run_field("refused", ".0f"), always=False, default="0"),
     Column("start\n(s)", lambda row: number(row.start_s, ".1f")),
     Column("memory\n(MB)", lambda row: number(row.peak_memory_bytes, ".0f", 1e-6)),
 )

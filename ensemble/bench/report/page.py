@@ -1,33 +1,33 @@
-"""What a run says, whole: the answer, the table, the remarks. One place knows which kind it is."""
+"""The text of a run: the answer, the table, notes and remarks, of timings or a load test."""
 
 from dataclasses import dataclass
 
 from ensemble.bench.report import load_table, verdict
+from ensemble.bench.report.labels import time_lines
 from ensemble.bench.report.table import render_notes, render_table
-from ensemble.bench.report.words import time_lines
 from ensemble.bench.summary import Run
 
 
 @dataclass(frozen=True)
 class Page:
-    """Texts that end in a line break, where they are not empty."""
+    """Each text is empty or ends in a line break."""
 
-    known: tuple[str, ...]  # the lines that users of the original know
+    legacy_lines: tuple[str, ...]  # those of the original script
     answer: str
     table: str
     notes: str
     remarks: str
 
 
-def is_under_load(run: Run) -> bool:
-    """Was it requests that were played, and not pairs that were timed?"""
+def is_load_test(run: Run) -> bool:
+    """Is it a load test, without timed pairs?"""
     return run.config.get("scenario") is not None
 
 
 def page_of(run: Run, *, columns: bool, sentences: bool, colour: bool = False) -> Page:
-    """The page of a run: with all `columns`, with `sentences` on each row."""
+    """The page of a run; with all `columns`, and a sentence per row if `sentences`."""
     results, environment = run.results, run.environment
-    if is_under_load(run):
+    if is_load_test(run):
         return Page(
             (),
             load_table.render_answer(results),

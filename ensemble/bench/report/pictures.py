@@ -1,8 +1,8 @@
-"""Results -> pictures: time and speedup against N, and the grid as a heat map. No torch."""
+"""Results -> pictures: time and speedup against N, and a heat map of a grid. No torch."""
 
 import io
 from collections.abc import Callable, Sequence
-from itertools import cycle
+from itertools import combinations, cycle
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -18,108 +18,111 @@ from ensemble.bench.summary import Summary
 from ensemble.files import write_atomically
 from ensemble.statistics import CONFIDENCE
 
-# Okabe and Ito's colours, told apart by colour-blind people too; marks and dashes tell them apart
-# in grey. Source: Okabe and Ito, Color Universal Design (2008). Black is the reference.
+# A palette for colour-blind readers; markers and dashes keep lines distinct in greyscale. Source:
+# Okabe and Ito, Color Universal Design (2008). Black is the reference.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", "-.", ":")
-LABEL_GAP = 0.055  # between two labels, of the height of a panel
+LABEL_GAP = 0.055  # minimum distance of two labels, as a share of the panel height
+LABEL_WIDTH = 0.2  # labels closer than this, as a share of the panel width, may overlap
 STYLE: Any = {"svg.hashsalt": "ensemble", "font.size": 10, "axes.spines.top": False}
 DPI = 150
-LEAST_SCALE = 1.25  # of the heat map's colours: a difference of noise looks like none
-WRAP = 52  # characters of a sentence in a panel
+MIN_COLOUR_SCALE = 1.25  # of the heat map, so that noise does not look like a difference
+WRAP = 52  # characters per line of text in a panel
 
-Place = tuple[str, int, int]  # dtype, batch, px: one column of panels
+PanelKey = tuple[str, int, int]  # dtype, batch, px: one column of panels
 
 
 def save(results: Sequence[Summary], path: Path, grid: Path) -> None:
-    """Draw to `path`; where the results are a grid, its heat map to `grid`."""
+    """Draw to `path`, and the heat map of a grid to `grid`."""
     write(lambda: draw(results), path)
     if is_grid(results):
         write(lambda: draw_grid(results), grid)
 
 
 def write(picture: Callable[[], Figure], path: Path) -> None:
-    """Draw a picture in the style of all of them, and write it whole."""
+    """Draw a picture in the common style, and write it atomically."""
     with mpl.rc_context(STYLE):
         write_atomically(path, _render(picture(), path))
 
 
 def is_grid(results: Sequence[Summary]) -> bool:
     """Do the results vary in N and in batch or image size?"""
-    cells = [row.case.cell for row in results]
-    return len({cell[0] for cell in cells}) > 1 and len({cell[1:] for cell in cells}) > 1
+    setups = [row.case.cell for row in results]
+    return len({setup[0] for setup in setups}) > 1 and len({setup[1:] for setup in setups}) > 1
 
 
 def draw(results: Sequence[Summary]) -> Figure:
-    """Two rows of panels, time above and speedup below; a column a dtype, batch and image size.
+    """Two rows of panels, time above and speedup below; a column per dtype, batch and image size.
 
-    A line is a strategy; its band is the inter-quartile range of the times, below it the interval
-    of the speedup, with a dot for each process. What cannot be claimed (failed, too noisy, too few
-    pairs) is left out below; where that is all, the panel says why.
+    A line is a strategy. Its band is the inter-quartile range of the times, or the confidence
+    interval of the speedup, with a dot per process. Inconclusive and failed rows have no speedup; a
+    panel without any states the reasons.
     """
     timed = [row for row in results if row.times_s and not row.case.is_self_check]
-    places = list(dict.fromkeys(_place(row) for row in timed if not row.case.is_reference))
-    places = places or list(dict.fromkeys(_place(row) for row in timed)) or [("float32", 1, 0)]
+    panel_keys = list(dict.fromkeys(_panel_key(row) for row in timed if not row.case.is_reference))
+    panel_keys = (
+        panel_keys or list(dict.fromkeys(_panel_key(row) for row in timed)) or [("float32", 1, 0)]
+    )
     names = list(dict.fromkeys(row.case.strategy for row in timed if not row.case.is_reference))
     looks = dict(zip(names, zip(cycle(COLOURS), cycle(MARKS), cycle(DASHES)), strict=False))
-    figure = Figure(figsize=(5.2 * len(places) + 0.6, 7.6), layout="constrained")
-    panels = figure.subplots(2, len(places), squeeze=False, sharex="col")
-    for column, place in enumerate(places):
+    figure = Figure(figsize=(5.2 * len(panel_keys) + 0.6, 7.6), layout="constrained")
+    panels = figure.subplots(2, len(panel_keys), squeeze=False, sharex="col")
+    for column, key in enumerate(panel_keys):
         above, below = panels[0][column], panels[1][column]
-        dtype, batch, px = place
+        dtype, batch, px = key
         above.set_title(f"{dtype}, batch {batch}, {px} px", fontsize=10)
-        reference = [
-            row for row in timed if row.case.is_reference and row.case.cell[1:] == place[1:]
-        ]
-        _line(above, reference, "loop (reference)", ("black", "o", "-"), speedup=False)
+        reference = [row for row in timed if row.case.is_reference and row.case.cell[1:] == key[1:]]
+        _draw_strategy(above, reference, "loop (reference)", ("black", "o", "-"), speedup=False)
         below.axhline(1, color="black", linewidth=1)
         for strategy in names:
-            rows = [row for row in timed if row.case.strategy == strategy and _place(row) == place]
+            rows = [
+                row for row in timed if row.case.strategy == strategy and _panel_key(row) == key
+            ]
             rows = [row for row in rows if not row.case.is_reference]
-            _line(above, rows, strategy, looks[strategy], speedup=False)
-            _line(below, rows, strategy, looks[strategy], speedup=True)
-        counts = sorted({row.case.num_models for row in timed if _place(row)[1:] == place[1:]})
+            _draw_strategy(above, rows, strategy, looks[strategy], speedup=False)
+            _draw_strategy(below, rows, strategy, looks[strategy], speedup=True)
+        counts = sorted({row.case.num_models for row in timed if _panel_key(row)[1:] == key[1:]})
         _finish(above, counts, "time per call (ms)")
         _finish(below, counts, f"speedup over the loop ({CONFIDENCE:.0%} interval)")
         if not below.lines[1:]:
-            here = [row for row in results if _place(row) == place and not row.case.is_reference]
-            _say_why_empty(below, here)
+            here = [row for row in results if _panel_key(row) == key and not row.case.is_reference]
+            _explain_empty_panel(below, here)
         below.set_xlabel("number of models")
     return figure
 
 
 def draw_grid(results: Sequence[Summary]) -> Figure:
-    """The speedup of the fastest strategy of each cell, N across, batch and image size down.
+    """A heat map: the fastest strategy and its speedup by N, batch and image size.
 
-    Where its interval holds 1 there is no winner, and its name is not shown.
+    It is not named unless it is significantly faster.
     """
-    cells = sweep.cells([row for row in results if not row.case.is_self_check])
-    counts = sorted({cell[0] for cell in cells})
-    places = sorted({cell[1:] for cell in cells})
+    setups = sweep.by_setup([row for row in results if not row.case.is_self_check])
+    counts = sorted({setup[0] for setup in setups})
+    sizes = sorted({setup[1:] for setup in setups})
     figure = Figure(
-        figsize=(1.5 * len(counts) + 2.6, 0.75 * len(places) + 1.8), layout="constrained"
+        figsize=(1.5 * len(counts) + 2.6, 0.75 * len(sizes) + 1.8), layout="constrained"
     )
     axes = figure.subplots()
-    best = {cell: sweep.fastest(rows) for cell, rows in cells.items()}
+    best = {setup: sweep.fastest(rows) for setup, rows in setups.items()}
     values = [
         [
-            (row.speedup or float("nan")) if (row := best.get((n, *place))) else float("nan")
+            (row.speedup or float("nan")) if (row := best.get((n, *size))) else float("nan")
             for n in counts
         ]
-        for place in places
+        for size in sizes
     ]
     image: Any = axes.imshow(
         values,
         cmap=mpl.colormaps["cividis"].with_extremes(bad="white"),
         aspect="auto",
         vmin=1,
-        vmax=max([LEAST_SCALE, *(value for row in values for value in row if value == value)]),
+        vmax=max([MIN_COLOUR_SCALE, *(value for row in values for value in row if value == value)]),
     )
-    for y, place in enumerate(places):
+    for y, size in enumerate(sizes):
         for x, count in enumerate(counts):
-            row = best.get((count, *place))
-            text = f"{row.speedup:.2f}\n{_winner(row)}" if row else "not\nsure"
+            row = best.get((count, *size))
+            text = f"{row.speedup:.2f}\n{_winner(row)}" if row else "incon-\nclusive"
             if row is not None and row.case.dtype != "float32":
                 text += f"\n{row.case.dtype}"
             dark = row is not None and image.norm(row.speedup) < 0.5
@@ -127,7 +130,7 @@ def draw_grid(results: Sequence[Summary]) -> Figure:
                 x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black"
             )
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])
-    axes.set_yticks(range(len(places)), [f"batch {batch}, {px} px" for batch, px in places])
+    axes.set_yticks(range(len(sizes)), [f"batch {batch}, {px} px" for batch, px in sizes])
     axes.set_xlabel("number of models")
     axes.set_title("speedup of the fastest strategy over the loop", fontsize=10)
     axes.spines[:].set_visible(False)
@@ -135,18 +138,18 @@ def draw_grid(results: Sequence[Summary]) -> Figure:
 
 
 def _winner(row: Summary) -> str:
-    is_sure = row.case.is_reference or sweep.surely_faster(row)
-    return row.case.strategy if is_sure else "no winner"
+    named = row.case.is_reference or sweep.is_significantly_faster(row)
+    return row.case.strategy if named else "no winner"
 
 
-def _place(row: Summary) -> Place:
+def _panel_key(row: Summary) -> PanelKey:
     return row.case.dtype, row.case.batch_size, row.case.image_size
 
 
-def _line(
+def _draw_strategy(
     axes: Axes, rows: Sequence[Summary], label: str, look: tuple[str, str, str], *, speedup: bool
 ) -> None:
-    """One strategy with its spread; its label is put at its end by `_finish`."""
+    """One strategy with its band; `_finish` labels it."""
     points, dots = [], []
     for row in sorted(rows, key=lambda row: row.case.num_models):
         if speedup and row.speedup_interval and not row.inconclusive:
@@ -161,7 +164,9 @@ def _line(
     middle, low, high = ([(point[i] or 0) * scale for point in points] for i in (1, 2, 3))
     colour, mark, dash = look
     axes.fill_between(counts, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.vlines(counts, low, high, color=colour, alpha=0.6, linewidth=1)  # of one N the whole band
+    axes.vlines(
+        counts, low, high, color=colour, alpha=0.6, linewidth=1
+    )  # the whole band if there is only one N
     if dots:
         axes.plot(*zip(*dots, strict=True), ".", color=colour, markersize=3, alpha=0.7)
     axes.plot(
@@ -169,8 +174,8 @@ def _line(
     )
 
 
-def _say_why_empty(axes: Axes, rows: Sequence[Summary]) -> None:
-    """In an empty panel: why each of the rows that would be there is not."""
+def _explain_empty_panel(axes: Axes, rows: Sequence[Summary]) -> None:
+    """State in an empty panel why its rows have no speedup."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if not row.case.is_self_check:
@@ -195,7 +200,7 @@ def _quartiles(row: Summary) -> tuple[float, float]:
 
 
 def _finish(axes: Axes, counts: Sequence[int], what: str) -> None:
-    """Log axes with plain numbers, and each line's name at its end, in its colour."""
+    """Log axes with plain numbers, and a label at the end of each line."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_ylabel(what)
@@ -214,21 +219,19 @@ def _finish(axes: Axes, counts: Sequence[int], what: str) -> None:
 
 
 def label_ends(axes: Axes) -> None:
-    """Each line's name beside its end, in its colour, none on another."""
+    """Label each line at its end, in its colour, without overlaps."""
     lines: list[Any] = [
         line for line in axes.get_lines() if not str(line.get_label()).startswith("_")
     ]
-    ends = []
-    for line in lines:
-        x, y = line.get_xydata()[-1]
-        height = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]
-        ends.append((float(height), line))
-    placed = _spread([height for height, _ in sorted(ends, key=lambda end: end[0])])
-    for height, (_, line) in zip(placed, sorted(ends, key=lambda end: end[0]), strict=True):
+    xs = [float(line.get_xydata()[-1][0]) for line in lines]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [to_axes.transform(line.get_xydata()[-1]) for line in lines]
+    heights = _separate([(float(x), float(y)) for x, y in ends])
+    for line, x, height in zip(lines, xs, heights, strict=True):
         axes.annotate(
             str(line.get_label()),
-            (1.0, height),
-            xycoords="axes fraction",
+            (x, height),
+            xycoords=("data", "axes fraction"),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
@@ -238,7 +241,7 @@ def label_ends(axes: Axes) -> None:
 
 
 def _digits(low: float, high: float) -> Callable[[float, object], str]:
-    """Which values between the powers of ten get a label, by how far the axis goes."""
+    """Formatter of the minor ticks, by the range of the axis."""
     if high / low <= 2:
         return lambda value, _: f"{value:g}"
     return _some_digits if high / low > 8 else _all_below_one
@@ -251,24 +254,30 @@ def _some_digits(value: float, _: object) -> str:
 
 
 def _all_below_one(value: float, position: object) -> str:
-    """The same, but all below 1, where a loss of a tenth counts."""
+    """As above, but label every value below 1, where a slowdown of 10 % matters."""
     return f"{value:g}" if value < 1 else _some_digits(value, position)
 
 
-def _spread(heights: Sequence[float]) -> list[float]:
-    """Ascending heights moved apart by at least `LABEL_GAP`, as little as that needs."""
-    placed = list(heights)
+def _separate(points: Sequence[tuple[float, float]]) -> list[float]:
+    """The heights of labels, moved apart by at least `LABEL_GAP` where their widths may overlap."""
+    heights = [height for _, height in points]
+    order = sorted(range(len(points)), key=heights.__getitem__)
+    close = [
+        (lower, upper)
+        for lower, upper in combinations(order, 2)
+        if abs(points[lower][0] - points[upper][0]) < LABEL_WIDTH
+    ]
     for _ in range(200):
         moved = False
-        for index in range(len(placed) - 1):
-            lack = LABEL_GAP - (placed[index + 1] - placed[index])
+        for lower, upper in close:
+            lack = LABEL_GAP - (heights[upper] - heights[lower])
             if lack > 1e-9:
-                placed[index] -= lack / 2
-                placed[index + 1] += lack / 2
+                heights[lower] -= lack / 2
+                heights[upper] += lack / 2
                 moved = True
         if not moved:
             break
-    return placed
+    return heights
 
 
 def _render(figure: Figure, path: Path) -> bytes:

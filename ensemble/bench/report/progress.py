@@ -13,7 +13,7 @@ Update = Callable[[str, str, float], None]
 
 @contextmanager
 def show_progress(rows: int) -> Iterator[Update]:
-    """Give a function `(what, stage, share of the stage done)` that shows how far a run is."""
+    """Yield a function `(row, stage, share of the stage done)` that updates the display."""
     show = _bar if sys.stderr.isatty() else _lines
     with show(rows) as update:
         yield update
@@ -27,18 +27,18 @@ def _bar(rows: int) -> Iterator[Update]:
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("starting", total=rows)
 
-        def update(what: str, stage: str, done: float) -> None:
-            if what not in started:
-                started.append(what)
+        def update(row: str, stage: str, done: float) -> None:
+            if row not in started:
+                started.append(row)
                 bar.update(task, total=max(rows, len(started)))
             share = 0.1 + 0.9 * done if stage == "timing" else 0.0
-            description = f"{what}: {stage}"
+            description = f"{row}: {stage}"
             bar.update(task, description=description, completed=len(started) - 1 + share)
 
         yield update
 
 
-def _is_standard_output_too() -> bool:
+def _is_stdout_too() -> bool:
     try:
         return os.path.sameopenfile(1, 2)
     except OSError:
@@ -49,16 +49,16 @@ def _is_standard_output_too() -> bool:
 def _lines(rows: int) -> Iterator[Update]:
     last = ""
 
-    def update(what: str, stage: str, done: float) -> None:
+    def update(row: str, stage: str, done: float) -> None:
         nonlocal last
-        line = f"{what}: {stage}"
+        line = f"{row}: {stage}"
         if line != last:
             last = line
             try:
                 print(line, file=sys.stderr, flush=True)
             except OSError as error:
-                if isinstance(error, BrokenPipeError) and _is_standard_output_too():
-                    raise  # `2>&1 | head`: who reads the output has read enough
-                return  # a full disk, a terminal that is gone: no reason to measure no further
+                if isinstance(error, BrokenPipeError) and _is_stdout_too():
+                    raise  # `2>&1 | head` has closed the pipe
+                return  # a full disk or a closed terminal must not end the run
 
     yield update

@@ -1,4 +1,4 @@
-"""Resume a run where an earlier one ended. Imports no torch."""
+"""Resume an earlier run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from ensemble.errors import InputError
 
 
 def resume(config: Config, new: Run, earlier: Run | None) -> Run:
-    """A new run with what an earlier one has finished; failed rows are measured again.
+    """A new run with the finished rows of an earlier one; failed rows are measured again.
 
     Raises:
-        InputError: the earlier run comes from another machine, or was made with other settings.
+        InputError: the earlier run has another machine or other settings.
     """
     if earlier is None:
         return new
     path = str(config.measure.resume)
     check_machine(new.environment, earlier.environment, argument="resume", path=path)
-    for difference in [*differences(new, earlier), *_other_processes(config, earlier)]:
+    for difference in [*differences(new, earlier), *_process_difference(config, earlier)]:
         message = f"expected the settings of {path}, found {difference}"
         raise InputError(message, argument="resume")
-    kept = tuple(row for row in earlier.results if row.status != "failed")
-    first = earlier.environment.first_forward_s  # of the process that the kept rows belong to
-    return replace(new, environment=replace(new.environment, first_forward_s=first), results=kept)
+    finished = tuple(row for row in earlier.results if row.status != "failed")
+    first_forward_s = earlier.environment.first_forward_s  # of the process of the finished rows
+    return replace(
+        new, environment=replace(new.environment, first_forward_s=first_forward_s), results=finished
+    )
 
 
-def _other_processes(config: Config, earlier: Run) -> list[str]:
-    """Were rows measured in fresh processes in one run, and in the program's in the other?
+def _process_difference(config: Config, earlier: Run) -> list[str]:
+    """The difference if one run measured in fresh processes and the other in its own.
 
-    Files of schema 1 come from the time when all were measured in one.
+    Files of schema 1 have no such option: their runs measured in their own process.
     """
     before = int(earlier.config.get("processes") or 0)
     same = bool(before) == bool(config.measure.processes)

@@ -1,4 +1,4 @@
-"""What a grid of results says: where a strategy starts to win, and what it costs. No torch."""
+"""The results of a grid: the break-even of each strategy, and its cost. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from ensemble.bench.summary import Summary
 
 Line = tuple[str, str, int, int]  # strategy, dtype, batch, px
-Cell = tuple[int, int, int]  # N, batch, px
+SetupKey = tuple[int, int, int]  # N, batch, px
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """From how many models on a strategy is surely faster than the reference; None: nowhere."""
+    """From how many models on a strategy is significantly faster than the reference."""
 
     line: Line
-    num_models: int | None
+    num_models: int | None  # None: at no N
     largest: int  # the largest N that was measured
-    unsure: tuple[int, ...] = ()  # those N of which nothing may be claimed
+    inconclusive: tuple[int, ...] = ()  # the N without a conclusive row
 
 
-def lines(results: Sequence[Summary]) -> dict[Line, list[Summary]]:
-    """The rows of each line, by N; without the reference and the self-check."""
+def by_line(results: Sequence[Summary]) -> dict[Line, list[Summary]]:
+    """The rows of each line, ordered by N, without the reference and the self-check."""
     found: dict[Line, list[Summary]] = {}
     for row in results:
         if not row.case.is_reference and not row.case.is_self_check:
@@ -28,63 +28,69 @@ def lines(results: Sequence[Summary]) -> dict[Line, list[Summary]]:
     return {line: sorted(rows, key=lambda row: row.case.num_models) for line, rows in found.items()}
 
 
-def cells(results: Sequence[Summary]) -> dict[Cell, list[Summary]]:
-    """The rows of each cell of the grid, in their order."""
-    found: dict[Cell, list[Summary]] = {}
+def by_setup(results: Sequence[Summary]) -> dict[SetupKey, list[Summary]]:
+    """The rows of each setup of the grid, in their order."""
+    rows_by_setup: dict[SetupKey, list[Summary]] = {}
     for row in results:
-        found.setdefault(row.case.cell, []).append(row)
-    return found
+        rows_by_setup.setdefault(row.case.cell, []).append(row)
+    return rows_by_setup
 
 
 def break_even(rows: Sequence[Summary]) -> BreakEven:
-    """The smallest N from which, at it and at every larger one measured, the whole interval of the
-    speedup is above 1. Of a line that wins, loses and wins again the last crossing counts; an N of
-    which nothing may be claimed (too noisy, failed) counts for neither, and is named.
+    """The smallest N at which, and at every larger N measured, a strategy is significantly faster.
+
+    If a line crosses 1 several times, the last crossing counts. An inconclusive N (too noisy,
+    failed) is skipped and reported.
 
     Args:
-        rows: one line, by N.
+        rows: one line, ordered by N.
     """
     start = None
-    claimed = [row for row in rows if row.speedup_interval is not None and not row.inconclusive]
-    for row in reversed(claimed):
-        if not surely_faster(row):
+    conclusive = [row for row in rows if row.speedup_interval is not None and not row.inconclusive]
+    for row in reversed(conclusive):
+        if not is_significantly_faster(row):
             break
         start = row.case.num_models
-    unsure = tuple(row.case.num_models for row in rows if row not in claimed)
-    return BreakEven(rows[0].case.line, start, rows[-1].case.num_models, unsure)
+    inconclusive = tuple(row.case.num_models for row in rows if row not in conclusive)
+    return BreakEven(rows[0].case.line, start, rows[-1].case.num_models, inconclusive)
 
 
-def surely_faster(row: Summary) -> bool:
-    """Is the whole interval of the speedup above 1, and the row quiet enough to claim it?"""
+def is_significantly_faster(row: Summary) -> bool:
+    """Is the whole confidence interval of a conclusive speedup above 1?"""
     interval = row.speedup_interval
     return interval is not None and not row.inconclusive and interval[0] > 1
 
 
 def fastest(rows: Sequence[Summary]) -> Summary | None:
-    """The row of a cell with the largest speedup that may be claimed, the reference included.
+    """The row of a setup with the largest conclusive speedup, the reference included.
 
-    None where nothing may be claimed of any other row.
+    None if no other row is conclusive.
     """
-    sure = [
+    conclusive = [
         row
         for row in rows
         if row.speedup is not None and not row.inconclusive and not row.case.is_self_check
     ]
-    if all(row.case.is_reference for row in sure):
+    if all(row.case.is_reference for row in conclusive):
         return None
-    return max(sure, key=lambda row: row.speedup or 0.0)
+    return max(conclusive, key=lambda row: row.speedup or 0.0)
 
 
 def break_even_calls(row: Summary, reference: Summary) -> float | None:
-    """Calls after which a strategy has won back its build and first call.
+    """The number of calls after which a strategy has amortized its build and first call.
 
-    Both sides spend their build and first call; None where the strategy is not surely faster.
+    The reference has a build and first call too. None unless the strategy is significantly faster.
     """
-    spent = [row.build_s, row.first_call_s, reference.build_s, reference.first_call_s]
+    setup_times = [row.build_s, row.first_call_s, reference.build_s, reference.first_call_s]
     call, reference_call = row.median_s, row.reference_median_s
-    if None in spent or call is None or reference_call is None or not surely_faster(row):
+    if (
+        None in setup_times
+        or call is None
+        or reference_call is None
+        or not is_significantly_faster(row)
+    ):
         return None
-    build, first, reference_build, reference_first = (float(value or 0) for value in spent)
+    build, first, reference_build, reference_first = (float(value or 0) for value in setup_times)
     return max(0.0, (build + first - reference_build - reference_first) / (reference_call - call))
 
 

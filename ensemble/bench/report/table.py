@@ -1,4 +1,4 @@
-"""Results -> the table, and what stands under it. Pure functions, no torch."""
+"""Results -> the table, and the notes below it. Pure functions, no torch."""
 
 import io
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -7,39 +7,39 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from ensemble.bench.report.words import case_name, title, varying_fields
+from ensemble.bench.report.labels import case_name, title, varying_fields
 from ensemble.bench.summary import Summary
 from ensemble.statistics import CONFIDENCE
 from ensemble.strategies import Hybrid, Strategy
 
 UNKNOWN = ""
 WIDTH = 90  # of the default table, in characters
-WIDTH_OF_STRATEGIES = 100
-WIDEST = 1000  # of what is measured before it is cut to WIDTH, and of the table of all columns
-ABOUT_NEEDS = "peers: pip install -r requirements-peers.txt"
+STRATEGIES_WIDTH = 100
+MAX_WIDTH = 1000  # of a table before columns are left out, and of the verbose one
+PEERS_HINT = "peers: pip install -r requirements-peers.txt"
 STYLES = {"faster": "green", "slower": "red", "failed": "bold red"}
 
-Cell = Callable[[Summary], str]
+CellText = Callable[[Summary], str]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A header of two lines, and what a row has under it; `always` or only where it says something.
+    """A header of two lines, and the text of a cell.
 
-    A column says something where some row has another cell than nothing and `silent`.
+    Unless `always` is set, a column is shown only if a cell is neither empty nor `default`.
     """
 
     header: str
-    cell: Cell
+    cell: CellText
     always: bool = True
-    silent: str = UNKNOWN
+    default: str = UNKNOWN
 
 
 def render_table(results: Sequence[Summary], *, verbose: bool = False, colour: bool = False) -> str:
-    """One table, a row a strategy; with `verbose` all columns and all rows.
+    """One table, a row per strategy; with `verbose` all columns and all rows.
 
-    Rows that cannot run here are in `render_notes` alone. The default table leaves columns out
-    until it fits `WIDTH`, and says which. Colour is by escape sequences, for a terminal.
+    Unavailable strategies appear in `render_notes` only. The default table leaves columns out until
+    it fits `WIDTH`, and names them. `colour` adds escape sequences for a terminal.
     """
     shown = [row for row in results if verbose or row.status != "unavailable"]
     every = _columns(results, verbose=verbose)
@@ -51,7 +51,7 @@ def render_table(results: Sequence[Summary], *, verbose: bool = False, colour: b
 
 
 def _fitting(columns: Sequence[Column], rows: Sequence[Summary]) -> tuple[list[Column], list[str]]:
-    """The columns that fit `WIDTH`, and the names of what was left out for it."""
+    """The columns that fit `WIDTH`, and the names of those left out."""
     kept, left_out = list(columns), []
     for name, column, shorter in LEFT_OUT_FIRST:
         if max(map(len, grid(rows, kept)), default=0) <= WIDTH:
@@ -64,7 +64,7 @@ def _fitting(columns: Sequence[Column], rows: Sequence[Summary]) -> tuple[list[C
 
 
 def grid(rows: Sequence[Summary], columns: Sequence[Column], *, colour: bool = False) -> list[str]:
-    """The table's two lines of headers and its rows, however wide."""
+    """The two header lines and the rows of a table of any width."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold" if colour else "")
     table.add_column("\nstrategy", no_wrap=True)
     for column in columns:
@@ -72,10 +72,10 @@ def grid(rows: Sequence[Summary], columns: Sequence[Column], *, colour: bool = F
     for row in rows:
         cells = (column.cell(row) for column in columns)
         table.add_row(row.name, *cells, style=STYLES.get(_kind(row), ""))
-    return _drawn(table, WIDEST, colour=colour)
+    return _render(table, MAX_WIDTH, colour=colour)
 
 
-def _drawn(table: Table, width: int, *, colour: bool = False) -> list[str]:
+def _render(table: Table, width: int, *, colour: bool = False) -> list[str]:
     text = io.StringIO()
     Console(
         file=text,
@@ -88,7 +88,7 @@ def _drawn(table: Table, width: int, *, colour: bool = False) -> list[str]:
 
 
 def render_strategies(strategies: Mapping[str, Strategy | Hybrid]) -> str:
-    """What each strategy is, needs and costs, by name; long texts go on in the next line."""
+    """Each strategy with its summary, requirements and start-up time."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     table.add_column("strategy", no_wrap=True)
     table.add_column("description")
@@ -96,11 +96,11 @@ def render_strategies(strategies: Mapping[str, Strategy | Hybrid]) -> str:
     table.add_column("build", max_width=len("up to 1 min"))
     for name, strategy in strategies.items():
         table.add_row(name, strategy.summary, strategy.requires, strategy.build_time)
-    return "\n".join([*_drawn(table, WIDTH_OF_STRATEGIES), ABOUT_NEEDS]) + "\n"
+    return "\n".join([*_render(table, STRATEGIES_WIDTH), PEERS_HINT]) + "\n"
 
 
 def render_notes(results: Sequence[Summary]) -> str:
-    """Why rows have no speedup, and what else there is to say of them: a line each, or nothing."""
+    """Why rows have no speedup, and their notes: a line each, or nothing."""
     varying = varying_fields([row.case for row in results])
     lines = _unavailable(results)
     failed = [row for row in results if row.status == "failed"]
@@ -117,7 +117,7 @@ def render_notes(results: Sequence[Summary]) -> str:
 
 
 def _unavailable(results: Sequence[Summary]) -> list[str]:
-    """What cannot run here, by its reason."""
+    """Unavailable strategies, grouped by reason."""
     names: dict[str, list[str]] = {}
     for row in results:
         if row.status == "unavailable":
@@ -130,7 +130,7 @@ def _unavailable(results: Sequence[Summary]) -> list[str]:
 
 
 def _grouped(names: Sequence[str], others: Collection[str]) -> list[str]:
-    """Each name once, and `first_*` for several that begin so where none of the others does."""
+    """Each name once; `prefix_*` for several with a prefix that no other name has."""
     families: dict[str, set[str]] = {}
     for name in names:
         families.setdefault(_family(name), set()).add(name)
@@ -147,7 +147,7 @@ def _family(name: str) -> str:
 
 
 def _kind(row: Summary) -> str:
-    """What a row's colour says."""
+    """The key of a row's style."""
     if row.status != "ok":
         return "failed"
     interval = row.speedup_interval
@@ -157,27 +157,27 @@ def _kind(row: Summary) -> str:
 
 
 def _columns(results: Sequence[Summary], *, verbose: bool) -> list[Column]:
-    every = [*place_columns(results), *COLUMNS]
-    return [*every, *VERBOSE_COLUMNS] if verbose else that_say_something(every, results)
+    every = [*setup_columns(results), *COLUMNS]
+    return [*every, *VERBOSE_COLUMNS] if verbose else non_empty(every, results)
 
 
-def place_columns(results: Sequence[Summary]) -> list[Column]:
-    """N, and what else is not the same in all rows."""
+def setup_columns(results: Sequence[Summary]) -> list[Column]:
+    """N, and the fields that vary between rows."""
     varying = varying_fields([row.case for row in results])
-    place = [
+    fields = [
         Column(f"\n{header}", lambda row, field=field: str(getattr(row.case, field)))  # type: ignore[misc]
         for header, field in varying.items()
     ]
-    return [Column("\nN", lambda row: str(row.case.num_models)), *place]
+    return [Column("\nN", lambda row: str(row.case.num_models)), *fields]
 
 
-def that_say_something(columns: Sequence[Column], results: Sequence[Summary]) -> list[Column]:
-    """The columns without those that are silent in every row."""
-    return [column for column in columns if column.always or _says_something(column, results)]
+def non_empty(columns: Sequence[Column], results: Sequence[Summary]) -> list[Column]:
+    """The columns without those that are empty or default in every row."""
+    return [column for column in columns if column.always or _is_non_empty(column, results)]
 
 
-def _says_something(column: Column, results: Sequence[Summary]) -> bool:
-    return any(column.cell(row) not in (UNKNOWN, column.silent) for row in results)
+def _is_non_empty(column: Column, results: Sequence[Summary]) -> bool:
+    return any(column.cell(row) not in (UNKNOWN, column.default) for row in results)
 
 
 def _per_call(row: Summary) -> str:
@@ -193,7 +193,7 @@ def _per_call_with_spread(row: Summary) -> str:
 
 
 def _digits(seconds: float) -> int:
-    """Decimal places of milliseconds that show three digits or more."""
+    """Decimal places of milliseconds for at least three significant digits."""
     return 1 if seconds >= 0.1 else 2
 
 
@@ -210,7 +210,7 @@ def _speedup(row: Summary) -> str:
 
 
 def number(value: float | None, form: str, scale: float = 1.0) -> str:
-    """A value in these digits and units; an empty cell where it is unknown."""
+    """A formatted and scaled value; an empty cell if it is unknown."""
     return UNKNOWN if value is None else format(value * scale, form)
 
 
@@ -220,7 +220,7 @@ PAGE_FAULTS = Column(
     "page\nfaults",
     lambda row: number(row.page_faults_per_call, ",.0f"),
     always=False,
-    silent="0",
+    default="0",
 )
 LIMIT = Column("of the\nlimit", lambda row: number(row.roofline_share, ".0%"), always=False)
 COLUMNS = (
@@ -234,7 +234,7 @@ COLUMNS = (
         "top-1\nagrees",
         lambda row: number(row.top1_agreement, ".1%"),
         always=False,
-        silent="100.0%",
+        default="100.0%",
     ),
     Column(
         "parallel\nefficiency",
@@ -243,7 +243,7 @@ COLUMNS = (
     ),
     LIMIT,
 )
-# By name: what a table that is too wide goes without, in this order, and what stands there instead.
+# Columns that a table too wide leaves out, in this order: name, column, replacement.
 LEFT_OUT_FIRST: tuple[tuple[str, Column, Column | None], ...] = (
     ("page faults", PAGE_FAULTS, None),
     ("IQR", PER_CALL, Column("per call\nms", _per_call)),

@@ -1,23 +1,23 @@
-"""Results -> sentences: which strategy wins, how surely, with what caveats. Imports no torch."""
+"""Results -> the answer in sentences: the fastest strategy, its confidence interval, caveats."""
 
 from collections.abc import Collection, Sequence
 
 from ensemble.bench.environment import Environment
 from ensemble.bench.report import sweep
-from ensemble.bench.report.words import case_name, place_name, varying_fields
+from ensemble.bench.report.labels import case_name, setup_name, varying_fields
 from ensemble.bench.summary import BUSY, Summary
 from ensemble.formatting import count, milliseconds
 from ensemble.statistics import CONFIDENCE, NOISY, TOO_NOISY, median, modes
 
-NOTHING = "Nothing was compared with the loop."
+NOTHING_COMPARED = "Nothing was compared with the loop."
 
 
 def render_answer(results: Sequence[Summary]) -> str:
-    """The answer, a line for each cell and dtype: the fastest strategy, its speedup over the loop,
-    and that of vmap; of a sweep over N, the break-even of each strategy."""
+    """The answer, a line per setup and dtype: the fastest strategy, its speedup over the loop, and
+    that of vmap; of a sweep over N also the break-even of each strategy."""
     varying = varying_fields([row.case for row in results])
     lines = []
-    for rows in sweep.cells(results).values():
+    for rows in sweep.by_setup(results).values():
         references = [row for row in rows if row.case.is_reference]
         compared = [row for row in rows if row.speedup is not None and not row.case.is_reference]
         compared = [row for row in compared if not row.case.is_self_check]
@@ -25,27 +25,26 @@ def render_answer(results: Sequence[Summary]) -> str:
             of_dtype = [row for row in compared if row.case.dtype == dtype]
             lines.append(_fastest(of_dtype, references, varying))
     if len({row.case.num_models for row in results}) > 1:
-        lines += [_break_even(rows) for rows in sweep.lines(results).values()]
-    return "\n".join(lines or [NOTHING]) + "\n"
+        lines += [_break_even(rows) for rows in sweep.by_line(results).values()]
+    return "\n".join(lines or [NOTHING_COMPARED]) + "\n"
 
 
 def render_remarks(
     results: Sequence[Summary], environment: Environment, *, verbose: bool = False
 ) -> str:
-    """What qualifies the table: noise, page faults, cold starts; with `verbose` a sentence for each
-    row. Empty where there is nothing."""
+    """Caveats: noise, page faults, cold starts; with `verbose` a sentence per row. May be empty."""
     varying = varying_fields([row.case for row in results])
-    grid, lines = sweep.cells(results), []
-    for index, rows in enumerate(grid.values()):
-        where = f" with {place_name(rows[0].case, varying)}" if len(grid) > 1 else ""
+    setups, lines = sweep.by_setup(results), []
+    for index, rows in enumerate(setups.values()):
+        where = f" with {setup_name(rows[0].case, varying)}" if len(setups) > 1 else ""
         for row in rows:
             lines += _ranks(row, case_name(row.case, varying), environment)
             if row.speedup is None or row.case.is_reference:
                 continue
             lines += [_sentence(row, case_name(row.case, varying))] if verbose else []
-            lines += _two_modes(row, case_name(row.case, varying))
+            lines += _bimodality(row, case_name(row.case, varying))
             lines += [] if row.inconclusive else _page_faults(row, where, environment)
-        if index == 0:  # nothing is cold after the first cell
+        if index == 0:  # only the first setup has cold starts
             lines += _cold_start(rows, environment)
     lines += _noise([row for row in results if row.speedup is not None], varying)
     return "".join(f"{line}\n" for line in lines)
@@ -54,23 +53,23 @@ def render_remarks(
 def _fastest(
     rows: Sequence[Summary], references: Sequence[Summary], varying: Collection[str]
 ) -> str:
-    """Which of the rows, all of one dtype, is the fastest, how surely, and at what cost."""
-    where = place_name(rows[0].case, varying)
+    """The fastest of the rows of one dtype, its confidence interval, and its cost."""
+    label = setup_name(rows[0].case, varying)
     best = sweep.fastest([*references, *rows])
     if best is None or (_inconclusive(rows) and (best.speedup or 0) <= 1):
-        return f"{where}: inconclusive: {_inconclusive(rows)}.{_beyond_contention(rows)}"
+        return f"{label}: inconclusive: {_inconclusive(rows)}.{_beyond_contention(rows)}"
     plain = next((row for row in rows if row.case.strategy == "vmap" and row is not best), None)
     vmap = f"; vmap is {_speedup(plain)}" if plain else ""
     if (best.speedup or 0) <= 1:
         if not plain:
             vmap = f"; no strategy exceeds {max(row.speedup or 0.0 for row in rows):.2f}x"
-        return f"{where}: the loop is the fastest{vmap}."
-    if not sweep.surely_faster(best):
+        return f"{label}: the loop is the fastest{vmap}."
+    if not sweep.is_significantly_faster(best):
         found = f"{best.name} is {_speedup(best)}"
-        return f"{where}: no strategy is significantly faster than the loop; {found}{vmap}."
+        return f"{label}: no strategy is significantly faster than the loop; {found}{vmap}."
     low, high = best.speedup_interval or (0.0, 0.0)
     answer = (
-        f"{where}: {best.name} is {best.speedup:.2f}x faster than the loop"
+        f"{label}: {best.name} is {best.speedup:.2f}x faster than the loop"
         f" ({CONFIDENCE:.0%} CI {low:.2f}-{high:.2f}){_break_even_calls(best, references)}{vmap}"
     )
     faster = [row for row in rows if row is not plain and (row.speedup or 0) > (best.speedup or 0)]
@@ -101,7 +100,7 @@ def _speedup(row: Summary) -> str:
 
 
 def _break_even_calls(best: Summary, references: Sequence[Summary]) -> str:
-    """After how many calls the fastest strategy has won back its build, and its extra memory."""
+    """After how many calls the fastest strategy breaks even, and its extra memory."""
     text = ""
     for reference in references:
         calls = sweep.break_even_calls(best, reference)
@@ -115,7 +114,7 @@ def _break_even_calls(best: Summary, references: Sequence[Summary]) -> str:
 
 
 def _shorter_calls(best: Summary, rows: Sequence[Summary]) -> str:
-    """A row with shorter calls than the one with the largest speedup: the loop has drifted."""
+    """A note if another row had shorter calls than the fastest: its loop was faster too."""
     quiet = [row for row in rows if row.median_s and not row.inconclusive]
     shortest = min(quiet, key=lambda row: row.median_s or 0.0, default=best)
     if not best.median_s or (shortest.median_s or 0.0) > (1 - NOISY) * best.median_s:
@@ -127,32 +126,32 @@ def _shorter_calls(best: Summary, rows: Sequence[Summary]) -> str:
 
 
 def _break_even(rows: Sequence[Summary]) -> str:
-    found = sweep.break_even(rows)
-    strategy, dtype, batch, px = found.line
-    who = f"Break-even of {strategy} ({dtype}, batch {batch}, {px} px)"
-    but = ""
-    if found.unsure:
-        but = f" (inconclusive: {', '.join(map(str, found.unsure))})"
-    if found.num_models is None:
-        return f"{who}: none up to {count(found.largest, 'model')}{but}."
-    fewest = ", the fewest measured" if found.num_models == rows[0].case.num_models else ""
-    return f"{who}: {count(found.num_models, 'model')}{fewest}{but}."
+    result = sweep.break_even(rows)
+    strategy, dtype, batch, px = result.line
+    label = f"Break-even of {strategy} ({dtype}, batch {batch}, {px} px)"
+    caveat = ""
+    if result.inconclusive:
+        caveat = f" (inconclusive: {', '.join(map(str, result.inconclusive))})"
+    if result.num_models is None:
+        return f"{label}: none up to {count(result.largest, 'model')}{caveat}."
+    fewest = ", the fewest measured" if result.num_models == rows[0].case.num_models else ""
+    return f"{label}: {count(result.num_models, 'model')}{fewest}{caveat}."
 
 
-def _sentence(row: Summary, who: str) -> str:
+def _sentence(row: Summary, label: str) -> str:
     pairs = count(len(row.times_s), "pair")
     if len(row.processes) > 1:
         pairs += f" in {len(row.processes)} processes"
     interval = row.speedup_interval
     if interval is None:
-        return f"{who}: too few pairs ({pairs}); raise --min_pairs."
+        return f"{label}: too few pairs ({pairs}); raise --min_pairs."
     if row.inconclusive:
-        return f"{who}: inconclusive ({row.inconclusive}), {pairs}."
+        return f"{label}: inconclusive ({row.inconclusive}), {pairs}."
     different = "" if interval[1] < 1 or interval[0] > 1 else "not significantly different, "
-    return f"{who}: {different}{_speedup(row)}, {pairs}."
+    return f"{label}: {different}{_speedup(row)}, {pairs}."
 
 
-def _ranks(row: Summary, who: str, environment: Environment) -> list[str]:
+def _ranks(row: Summary, label: str, environment: Environment) -> list[str]:
     """The parts of a call over ranks, and its speedup over one rank."""
     if row.ranks is None:
         return []
@@ -166,11 +165,11 @@ def _ranks(row: Summary, who: str, environment: Environment) -> list[str]:
     parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     one = row.ranks.speedup_over_one_rank
     over_one = "" if one is None else f"; {one:.2f}x over one rank with all models"
-    return [f"{who}, {count(environment.ranks or 1, 'rank')}: {parts}{over_one}."]
+    return [f"{label}, {count(environment.ranks or 1, 'rank')}: {parts}{over_one}."]
 
 
-def _two_modes(row: Summary, who: str) -> list[str]:
-    """A bimodal speedup: some processes measured another than the others."""
+def _bimodality(row: Summary, label: str) -> list[str]:
+    """A bimodal speedup: two groups of processes disagree."""
     groups = modes(row.process_speedups)
     if len(groups) < 2:
         return []
@@ -185,18 +184,18 @@ def _two_modes(row: Summary, who: str) -> list[str]:
         counted = "" if faults is None else f" ({faults:,.0f} page faults per call)"
         parts.append(f"{found} in {len(group)} of {len(measured)} processes{counted}")
     advice = ""
-    if _differ([measured[group[0]].page_faults_per_call for group in groups]):
+    if _page_faults_differ([measured[group[0]].page_faults_per_call for group in groups]):
         advice = " The allocator behaves differently per process; use --allocator retain."
-    return [f"Bimodal: {who}: {' and '.join(parts)}.{advice}"]
+    return [f"Bimodal: {label}: {' and '.join(parts)}.{advice}"]
 
 
-def _differ(faults: Sequence[float | None]) -> bool:
+def _page_faults_differ(faults: Sequence[float | None]) -> bool:
     known = [number for number in faults if number is not None]
     return len(known) > 1 and max(known) > 2 * min(known) + 1000
 
 
 def _noise(results: Sequence[Summary], varying: Collection[str]) -> list[str]:
-    """What was noisy: a line for each kind of noise, with its rows."""
+    """Noise warnings: a line per kind of noise, with its rows."""
     kinds: dict[str, list[str]] = {}
     for row in results:
         found = None if row.case.is_reference else _kind_of_noise(row)
@@ -207,7 +206,7 @@ def _noise(results: Sequence[Summary], varying: Collection[str]) -> list[str]:
 
 
 def _kind_of_noise(row: Summary) -> tuple[str, str] | None:
-    """The kind of a row's noise, the same text for all rows of a kind, and its figure."""
+    """The kind of noise of a row, as a text shared by all rows of the kind, and its figure."""
     others = row.others_cpu_share
     if others is not None and others > BUSY:
         effect = "no speedup is reported" if row.inconclusive else "results may be biased"
@@ -229,7 +228,7 @@ def _kind_of_noise(row: Summary) -> tuple[str, str] | None:
 
 
 def _page_faults(row: Summary, where: str, environment: Environment) -> list[str]:
-    """Where page faults explain at least half of what a strategy loses to the reference."""
+    """A remark if page faults explain at least half of a slowdown."""
     ours, theirs = row.page_faults_per_call, row.reference_page_faults_per_call
     times = row.median_s, row.reference_median_s
     cost = environment.page_fault_s
@@ -249,7 +248,7 @@ def _page_faults(row: Summary, where: str, environment: Environment) -> list[str
 
 
 def _cold_start(rows: Sequence[Summary], environment: Environment) -> list[str]:
-    """The cost of the first calls, and the speedup that these alone would have suggested."""
+    """The cost of the first calls, and the speedup that they alone would suggest."""
     loop = next((row for row in rows if row.case.is_reference and row.first_call_s), None)
     vmap = next((row for row in rows if row.case.strategy == "vmap" and row.speedup), None)
     if loop is None or vmap is None or not loop.median_s:

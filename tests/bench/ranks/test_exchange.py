@@ -1,4 +1,4 @@
-"""What moves in a call, on NCCL's side: devices, shapes and dtypes under fake tensors."""
+"""The communication of a call by NCCL: devices, shapes and dtypes under fake tensors."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ensemble.bench.executors.ranks import placement
 from ensemble.bench.executors.ranks.exchange import Exchange
 from ensemble.bench.executors.ranks.group import Group
-from ensemble.bench.executors.ranks.sharding import blocks
+from ensemble.bench.executors.ranks.sharding import shard_ranges
 from ensemble.errors import InputError
 from tests.made import CONFIG, with_options
 
@@ -20,9 +20,9 @@ RANKS, MODELS = 4, 6  # 2, 2, 1, 1
 
 @pytest.fixture(params=range(RANKS))
 def group(request: pytest.FixtureRequest) -> Iterator[Group]:
-    """A rank of four whose collectives move nothing, on its own GPU."""
+    """One of four ranks, each on its own GPU, with collectives that move nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=RANKS)
-    member = Group(request.param, RANKS)
+    member = Group(request.param, RANKS, timeout_s=60.0)
     member.device = torch.device("cuda", 0)
     yield member
     dist.destroy_process_group()
@@ -34,16 +34,16 @@ def test_inputs_and_logits_stay_on_the_gpu_in_their_dtype(
     group: Group, per_model: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    shards = blocks(MODELS, RANKS)
+    shards = shard_ranges(MODELS, RANKS)
     shape = torch.Size((MODELS, 2, 3, 8, 8) if per_model else (2, 3, 8, 8))
     count = len(shards[group.rank])
     with FakeTensorMode(), torch.device("cuda"):
         x = torch.empty(shape, dtype=dtype) if group.rank == 0 else None
         exchange = Exchange(group, shards, shape, dtype)
-        part = exchange.spread(x)
+        part = exchange.distribute(x)
         assert part.shape == ((count, 2, 3, 8, 8) if per_model else (2, 3, 8, 8))
         logits = torch.empty(count, 2, 5, dtype=dtype)
-        found, mean = exchange.served(logits, "none"), exchange.served(logits, "mean")
+        found, mean = exchange.combine(logits, "none"), exchange.combine(logits, "mean")
     assert (part.device.type, part.dtype) == ("cuda", dtype)
     assert mean is not None
     assert (mean.device.type, mean.dtype, mean.shape) == ("cuda", torch.float32, (2, 5))
@@ -59,7 +59,9 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(
             torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda")
         )
-        found = placement.find(with_options(CONFIG, device=name).run, local_rank=3, local_ranks=4)
+        found = placement.resolve(
+            with_options(CONFIG, device=name).run, local_rank=3, local_ranks=4
+        )
         assert (found.device, found.cores) == ("cuda:3", None)
     with pytest.raises(InputError, match=r"expected cuda under torchrun: .* found cuda:1"):
-        placement.find(with_options(CONFIG, device="cuda:1").run, local_rank=0, local_ranks=4)
+        placement.resolve(with_options(CONFIG, device="cuda:1").run, local_rank=0, local_ranks=4)

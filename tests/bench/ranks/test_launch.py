@@ -15,7 +15,7 @@ def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def test_rows_are_measured_in_the_ranks_whatever_the_default_of_processes(rank: str) -> None:
+def test_rows_are_measured_in_the_ranks_and_not_in_fresh_processes(rank: str) -> None:
     assert (launch.rank(), launch.world_size()) == (int(rank), 2)
     assert cli.parse([]).measure.processes == 0
 
@@ -27,14 +27,14 @@ def test_rows_are_measured_in_the_ranks_whatever_the_default_of_processes(rank: 
         (["--scenario", "server"], "one process serves the requests"),
     ],
 )
-def test_what_torchrun_rules_out_is_refused_with_its_reason(
+def test_options_that_torchrun_excludes_are_rejected_with_the_reason(
     rank: str, argv: list[str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         cli.parse(argv)
 
 
-def test_only_the_first_rank_checks_the_files_to_write(rank: str) -> None:
+def test_only_rank_0_checks_the_output_paths(rank: str) -> None:
     argv = ["--export_json", "no/such/folder/run.json"]
     if rank == "0":
         with pytest.raises(InputError, match="expected a folder at no/such/folder"):
@@ -43,7 +43,7 @@ def test_only_the_first_rank_checks_the_files_to_write(rank: str) -> None:
         assert cli.parse(argv).report.export_json == argv[1]
 
 
-def test_a_plain_start_is_rank_0_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setenv("RANK", "3")  # of something else: torchrun alone counts
+    monkeypatch.setenv("RANK", "3")  # of another launcher: only torchrun counts
     assert (launch.rank(), launch.world_size()) == (0, 1)

@@ -1,4 +1,4 @@
-"""Real ranks of torchrun, few and small: what they find, what they refuse, and how they end."""
+"""Two real ranks of torchrun: results, rejected input, timeouts, and exit reasons."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ensemble.models.images import augmented, read_image
 from tests.checkpoints import trained
 
 ROOT = Path(ensemble.__file__).parents[1]
+PROGRAM = Path(__file__).with_name("torchrun_program.py")
 IMAGE = ROOT / "kitten.jpg"
 ARCH = "squeezenet1_1"  # 0.7 million weights and few modules: quick to read and to build
 QUICK = ["--arch", ARCH, "--image_path", str(IMAGE), "--image_size", "32"]
@@ -26,14 +27,19 @@ MODELS = 5  # over two ranks: three and two
 
 
 class Ranks:
-    """Runs of the program, one after another in the same two ranks."""
+    """Runs of the program, in sequence in the same two ranks."""
 
     def __init__(self, folder: Path, runs: list[dict[str, object]]) -> None:
         self.folder = folder
         (folder / "runs.json").write_text(json.dumps(runs))
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         self.process = subprocess.Popen(
-            [sys.executable, *command, str(Path(__file__).with_name("ranks.py")), str(folder)],
+            [
+                sys.executable,
+                *command,
+                str(Path(__file__).with_name("torchrun_program.py")),
+                str(folder),
+            ],
             cwd=folder,
             env=os.environ
             | {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(folder), "COLUMNS": "1000"}
@@ -44,23 +50,23 @@ class Ranks:
         )
 
     def finish(self) -> None:
-        """Wait for their end: the exit code is that of a failure."""
+        """Wait for the ranks, which exit with a failure."""
         try:
             self.process.communicate(timeout=100)
         finally:
             self.process.kill()
         assert self.process.returncode
 
-    def said(self, name: str, rank: int) -> tuple[int, str, str]:
+    def output(self, name: str, rank: int) -> tuple[int, str, str]:
         """Exit code, standard output and standard error of one rank in one run."""
         found = json.loads((self.folder / f"{name}.{rank}.json").read_text())
         return found["code"], found["out"], found["err"]
 
     def error(self, name: str) -> str:
-        """The one line of a run that rank 0 refuses and of which rank 1 says nothing."""
-        code, _, err = self.said(name, 0)
+        """The only line of a run that rank 0 rejects; rank 1 prints nothing."""
+        code, _, err = self.output(name, 0)
         assert code == 2
-        assert self.said(name, 1)[1:] == ("", "")
+        assert self.output(name, 1)[1:] == ("", "")
         (line,) = err.splitlines()
         return str(line)
 
@@ -76,7 +82,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 def all_runs(folder: Path, files: list[str]) -> Ranks:
-    """All runs, in one torchrun; the last is that whose rank is killed."""
+    """All runs, in one torchrun; a rank is killed in the last."""
     (folder / "bad.pth").write_text("<!DOCTYPE html>")
     models = [*QUICK, "--model_path", *files, "--strategies"]
     bad = [*files[:4], str(folder / "bad.pth")]
@@ -112,22 +118,24 @@ def all_runs(folder: Path, files: list[str]) -> Ranks:
 
 
 @pytest.mark.slow
-def test_two_ranks_of_torchrun_measure_refuse_and_end_as_they_should(tmp_path: Path) -> None:
-    """One start, because each costs the import of torch in two ranks."""
+def test_two_ranks_measure_reject_bad_input_and_report_exit_reasons(
+    tmp_path: Path,
+) -> None:
+    """One torchrun, because each imports torch in two ranks."""
     files = checkpoints(tmp_path)
     ranks = all_runs(tmp_path, files)
-    every_row_agrees(ranks)
+    outputs_agree(ranks)
     for name, inputs in (("shared", "shared"), ("tenants_run", "per_model")):
         expected = classes_of_one_process(files, inputs)
         assert all(row.top1 == expected for row in ranks.run(name).results)
-    a_run_that_was_stopped_is_resumed_and_says_where_it_was_made(ranks)
-    a_call_is_told_apart_into_the_slowest_shard_communication_and_interference(ranks)
-    the_mean_is_served_and_a_rank_that_breaks_fails_its_row_only(ranks)
-    what_one_rank_cannot_do_is_refused_by_its_name_before_anything_is_timed(ranks)
-    what_does_not_apply_is_refused_with_its_reason_and_help_is_said_once(ranks)
-    a_rank_that_says_nothing_is_given_up_by_name_and_rows_before_it_are_kept(ranks)
-    an_interrupted_run_keeps_what_is_finished_in_a_whole_file(ranks)
-    a_killed_rank_ends_the_run_soon_with_its_name_and_what_is_finished(ranks)
+    a_stopped_run_is_resumed_and_records_its_environment(ranks)
+    a_call_is_attributed_to_the_slowest_shard_communication_and_interference(ranks)
+    a_mean_is_reduced_and_a_rank_that_raises_fails_its_row_only(ranks)
+    an_error_of_one_rank_is_reported_by_its_name_before_anything_is_timed(ranks)
+    inapplicable_options_are_rejected_and_help_is_printed_once(ranks)
+    a_hanging_rank_times_out_by_name_and_earlier_rows_are_kept(ranks)
+    an_interrupted_run_keeps_its_finished_rows(ranks)
+    a_killed_rank_ends_the_run_soon_by_name_and_finished_rows_are_kept(ranks)
 
 
 def classes_of_one_process(files: list[str], inputs: str) -> list[list[int]]:
@@ -138,15 +146,15 @@ def classes_of_one_process(files: list[str], inputs: str) -> list[list[int]]:
     return logits.argmax(-1).tolist()
 
 
-def every_row_agrees(ranks: Ranks) -> None:
+def outputs_agree(ranks: Ranks) -> None:
     rows = [*ranks.run("shared").results, *ranks.run("tenants_run").results]
     assert {row.status for row in rows} == {"ok"}
     assert all((row.max_rel_error or 0.0) < 1e-5 for row in rows)
 
 
-def a_run_that_was_stopped_is_resumed_and_says_where_it_was_made(ranks: Ranks) -> None:
-    assert "than requested: vmap, 5 models" in ranks.said("first", 0)[2]
-    assert ranks.said("rest", 0)[0] == 0
+def a_stopped_run_is_resumed_and_records_its_environment(ranks: Ranks) -> None:
+    assert "than requested: vmap, 5 models" in ranks.output("first", 0)[2]
+    assert ranks.output("rest", 0)[0] == 0
     run = ranks.run("shared")
     assert [row.case.strategy for row in run.results] == ["loop", "vmap"]
     environment = run.environment
@@ -155,7 +163,7 @@ def a_run_that_was_stopped_is_resumed_and_says_where_it_was_made(ranks: Ranks) -
     assert len(environment.hosts) == len(environment.rank_devices or ()) == 2
 
 
-def a_call_is_told_apart_into_the_slowest_shard_communication_and_interference(
+def a_call_is_attributed_to_the_slowest_shard_communication_and_interference(
     ranks: Ranks,
 ) -> None:
     for row in ranks.run("shared").results:
@@ -166,12 +174,12 @@ def a_call_is_told_apart_into_the_slowest_shard_communication_and_interference(
         parts = times.parallel_efficiency, times.interference, times.communication
         assert sum(part or 0.0 for part in parts) == pytest.approx(1.0)
         assert times.speedup_over_one_rank is not None
-    out = ranks.said("rest", 0)[1]
+    out = ranks.output("rest", 0)[1]
     assert "vmap, 5 models, 2 ranks: parallel efficiency " in out
     assert "x over one rank with all models" in out
 
 
-def the_mean_is_served_and_a_rank_that_breaks_fails_its_row_only(ranks: Ranks) -> None:
+def a_mean_is_reduced_and_a_rank_that_raises_fails_its_row_only(ranks: Ranks) -> None:
     run = ranks.run("mean_run")
     rows = {row.case.strategy: row for row in run.results}
     assert rows["loop"].status == "ok"
@@ -179,7 +187,7 @@ def the_mean_is_served_and_a_rank_that_breaks_fails_its_row_only(ranks: Ranks) -
     assert rows["fail"].error == f"rank 1 on {host}: RuntimeError: broke"
 
 
-def what_one_rank_cannot_do_is_refused_by_its_name_before_anything_is_timed(ranks: Ranks) -> None:
+def an_error_of_one_rank_is_reported_by_its_name_before_anything_is_timed(ranks: Ranks) -> None:
     assert "rank 1 on " in ranks.error("bad")
     assert "bad.pth: expected a checkpoint file, found an HTML page" in ranks.error("bad")
     assert "expected --seed 0 like rank 0, found 1" in ranks.error("seeds")
@@ -188,17 +196,17 @@ def what_one_rank_cannot_do_is_refused_by_its_name_before_anything_is_timed(rank
     )
 
 
-def what_does_not_apply_is_refused_with_its_reason_and_help_is_said_once(ranks: Ranks) -> None:
+def inapplicable_options_are_rejected_and_help_is_printed_once(ranks: Ranks) -> None:
     message = "cannot be combined with torchrun: rows are measured in its ranks"
     assert ranks.error("processes") == f"error: --processes: {message}"
-    code, out, _ = ranks.said("help", 0)
+    code, out, _ = ranks.output("help", 0)
     assert code == 0
     assert "torchrun --nproc_per_node 2" in " ".join(out.split())
-    assert ranks.said("help", 1) == (0, "", "")
+    assert ranks.output("help", 1) == (0, "", "")
 
 
-def a_rank_that_says_nothing_is_given_up_by_name_and_rows_before_it_are_kept(ranks: Ranks) -> None:
-    code, out, err = ranks.said("late", 0)
+def a_hanging_rank_times_out_by_name_and_earlier_rows_are_kept(ranks: Ranks) -> None:
+    code, out, err = ranks.output("late", 0)
     assert code == 1
     assert ": no answer within --timeout_minutes: 1 of 2 rows are finished" in err
     assert err.splitlines()[-1].startswith("rank 1 on ")
@@ -206,16 +214,16 @@ def a_rank_that_says_nothing_is_given_up_by_name_and_rows_before_it_are_kept(ran
     assert [row.case.strategy for row in ranks.run("late_run").results] == ["loop"]
 
 
-def an_interrupted_run_keeps_what_is_finished_in_a_whole_file(ranks: Ranks) -> None:
-    code, _, err = ranks.said("stopped", 0)
+def an_interrupted_run_keeps_its_finished_rows(ranks: Ranks) -> None:
+    code, _, err = ranks.output("stopped", 0)
     assert code == 130
     assert err.splitlines()[-1].startswith("interrupted: 1 of 3 rows are finished")
-    assert ranks.said("stopped", 1)[1:] == ("", "")
+    assert ranks.output("stopped", 1)[1:] == ("", "")
     assert [row.case.strategy for row in ranks.run("stopped_run").results] == ["loop"]
 
 
-def a_killed_rank_ends_the_run_soon_with_its_name_and_what_is_finished(ranks: Ranks) -> None:
-    code, out, err = ranks.said("killed", 0)
+def a_killed_rank_ends_the_run_soon_by_name_and_finished_rows_are_kept(ranks: Ranks) -> None:
+    code, out, err = ranks.output("killed", 0)
     assert code == 1
     assert ": killed or crashed without reporting an error (out of memory?): 1 of 3 rows" in err
     assert err.splitlines()[-1].startswith("rank 1 on ")

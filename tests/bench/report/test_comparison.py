@@ -1,4 +1,4 @@
-"""A run beside its baseline."""
+"""A run against its baseline."""
 
 from dataclasses import replace
 
@@ -42,70 +42,70 @@ def test_too_few_values_have_no_interval() -> None:
     assert ratio_interval([1.0] * 5, [1.0] * 20, 0.95) is None
 
 
-def test_the_interval_covers_the_true_ratio_as_often_as_it_says() -> None:
-    """Log-normal samples of 20 with medians 1.1 and 1: 95 %, give or take what 200 draws show."""
+def test_the_interval_has_its_nominal_coverage() -> None:
+    """Log-normal samples of 20 with medians 1.1 and 1: 95 %, to within the error of 200 draws."""
     generator = np.random.default_rng(0)
-    held = 0
+    covered = 0
     for _ in range(200):
         new = 1.1 * np.exp(0.1 * generator.standard_normal(20))
         old = np.exp(0.1 * generator.standard_normal(20))
         low, high = ratio_interval(list(new), list(old), 0.95) or (0, 0)
-        held += low <= 1.1 <= high
-    assert held >= 182
+        covered += low <= 1.1 <= high
+    assert covered >= 182
 
 
-def test_a_strategy_is_compared_in_times_of_the_reference_beside_it() -> None:
-    """The whole machine is three times slower, the strategy by itself 1.2 times."""
+def test_a_strategy_is_compared_relative_to_its_paired_reference() -> None:
+    """The machine is 3 times slower, the strategy relative to the reference 1.2 times."""
     old = changed(VMAP, reference_times_s=(0.1,) * 20, times_s=(0.05,) * 20)
     new = changed(VMAP, reference_times_s=(0.3,) * 20, times_s=(0.18,) * 20)
     (found,) = compare(run(new), run(old))
     assert found.ratio == pytest.approx(1.2)
     assert found.interval == pytest.approx((1.2, 1.2))
-    assert found.surely_slower(15)
-    assert not found.surely_slower(25)
+    assert found.is_significantly_slower(15)
+    assert not found.is_significantly_slower(25)
 
 
-def test_the_reference_is_shown_in_seconds_and_never_judged() -> None:
+def test_the_reference_is_compared_in_seconds_and_not_gated() -> None:
     slow = changed(LOOP, times_s=(0.3,) * 20)
     (found,) = compare(run(slow), run(LOOP))
     assert found.ratio == pytest.approx(3.0)
-    assert not found.surely_slower(10)
+    assert not found.is_significantly_slower(10)
 
 
-def test_an_unsure_difference_is_no_regression() -> None:
+def test_an_insignificant_difference_is_no_regression() -> None:
     noisy = changed(VMAP, times_s=(0.04, 0.08) * 10)
     (found,) = compare(run(noisy), run(VMAP))
-    assert not found.surely_slower(0)
+    assert not found.is_significantly_slower(0)
 
 
-def test_rows_that_only_one_run_has_or_that_were_not_timed_are_named() -> None:
+def test_rows_that_were_not_timed_in_both_runs_are_named() -> None:
     failed = changed(VMAP, strategy="jax", times_s=(), reference_times_s=(), status="failed")
     new = run(LOOP, VMAP, failed, changed(VMAP, num_models=8))
     found = compare(new, run(LOOP, VMAP, changed(VMAP, strategy="jax")))
     assert [compared.row.case.strategy for compared in found] == ["loop", "vmap"]
     text = render(found, new, run())
     place = "batch 1, 224 px, float32"
-    expected = f"not compared: jax, 4 models, {place}; vmap, 8 models, {place}"
-    assert f"without times in both runs, {expected}" in text
+    expected = f"jax, 4 models, {place}; vmap, 8 models, {place}"
+    assert f"not compared, not timed in both runs: {expected}" in text
 
 
-def test_the_text_gives_ratio_interval_test_and_direction() -> None:
+def test_a_line_gives_the_ratio_the_interval_and_the_direction() -> None:
     slow = changed(VMAP, times_s=(0.06,) * 20)
     text = render(compare(run(slow), run(VMAP)), run(slow), run(VMAP))
     assert (
-        "vmap, 4 models, batch 1, 224 px, float32: time per call / that of the loop is 1.200 of"
-        " what it was (1.200 to 1.200): surely slower" in text
+        "vmap, 4 models, batch 1, 224 px, float32: time relative to the loop is 1.200x the"
+        " baseline (1.200-1.200): significantly slower" in text
     )
 
 
-def test_another_machine_is_refused_with_what_differs() -> None:
+def test_a_baseline_of_another_machine_is_rejected_with_the_difference() -> None:
     other = replace(ENVIRONMENT, cores=64)
-    with pytest.raises(InputError, match=r"baseline: .* in old\.json: cores 64, here 2"):
+    with pytest.raises(InputError, match=r"baseline: .* old\.json has cores 64, this machine 2"):
         check_machine(ENVIRONMENT, other, argument="baseline", path="old.json")
     check_machine(ENVIRONMENT, replace(ENVIRONMENT, torch="2.13"), argument="", path="")
 
 
-def test_other_settings_are_said() -> None:
+def test_differing_settings_are_reported() -> None:
     old = run(VMAP)
     new = Run(
         replace(ENVIRONMENT, torch="2.15.0", git_commit="abc"),
@@ -125,23 +125,23 @@ def of_processes(*speedups: float) -> Summary:
     return row_of(*processes)
 
 
-def test_rows_of_several_processes_are_compared_by_what_lies_between_these() -> None:
+def test_rows_of_several_processes_are_compared_by_their_between_process_spread() -> None:
     old = of_processes(1.0, 1.02, 0.98)
     (same,) = compare(run(of_processes(1.01, 0.99, 1.0)), run(old))
     assert same.interval is not None
     assert same.interval[0] < 1 < same.interval[1]
     (slow,) = compare(run(of_processes(0.5, 0.51, 0.49)), run(old))
     assert slow.ratio == pytest.approx(2.0)
-    assert slow.surely_slower(50)
+    assert slow.is_significantly_slower(50)
     (one,) = compare(run(of_processes(0.5)), run(old))
     assert one.interval == pytest.approx((2.0, 2.0))
 
 
 def drawn(kind: str, generator: np.random.Generator, config: Config) -> Summary:
-    """A row of made-up processes, as many as the program would have taken."""
+    """A row of synthetic processes, as many as the program would have run."""
     size = config.measure.processes
-    spread = {"quiet": 0.02, "one mode": 0.05, "two modes": 0.02}[kind]
-    slow = generator.random(size) < (0.3 if kind == "two modes" else 0.0)
+    spread = {"quiet": 0.02, "unimodal": 0.05, "bimodal": 0.02}[kind]
+    slow = generator.random(size) < (0.3 if kind == "bimodal" else 0.0)
     speedups = np.exp(spread * generator.standard_normal(size) + 0.35 * slow)
     for count in range(3, size + 1):
         row = of_processes(*speedups[:count])
@@ -150,8 +150,8 @@ def drawn(kind: str, generator: np.random.Generator, config: Config) -> Summary:
     return row
 
 
-def share_that_fails(*kinds: str, runs: int) -> float:
-    """Of runs of the same code with rows of these kinds, each against another such run."""
+def false_alarm_rate(*kinds: str, runs: int) -> float:
+    """The share of gates that fail between two runs of the same code, with rows of these kinds."""
     generator, config, failed = np.random.default_rng(2), parse([]), 0
     strategies = [name for name in STRATEGIES if name != "loop"]
     for _ in range(runs):
@@ -164,7 +164,7 @@ def share_that_fails(*kinds: str, runs: int) -> float:
             )
             for _ in range(2)
         )
-        failed += any(compared.surely_slower(0) for compared in compare(new, old))
+        failed += any(compared.is_significantly_slower(0) for compared in compare(new, old))
     return failed / runs
 
 
@@ -172,32 +172,34 @@ def share_that_fails(*kinds: str, runs: int) -> float:
     "kinds",
     [
         ("quiet",),
-        ("one mode",),
-        ("two modes", "quiet", "one mode"),
-        ("quiet", "one mode") * 6,
+        ("unimodal",),
+        ("bimodal", "quiet", "unimodal"),
+        ("quiet", "unimodal") * 6,
     ],
 )
 def test_the_same_code_against_itself_fails_in_at_most_5_of_100_runs(
     kinds: tuple[str, ...],
 ) -> None:
-    """Whole runs, that end early where a row is sure, judged without any allowance."""
-    assert share_that_fails(*kinds, runs=800 // len(kinds)) <= 0.05
+    """Whole runs, which stop early where a row has converged, gated at 0 %."""
+    assert false_alarm_rate(*kinds, runs=800 // len(kinds)) <= 0.05
 
 
-def test_a_row_of_two_modes_is_told_and_not_judged() -> None:
+def test_a_bimodal_row_is_inconclusive() -> None:
     old, new = of_processes(1.0, 1.01, 0.99), of_processes(0.5, 0.51, 1.0, 0.5, 0.49)
     found = compare(run(new), run(old))
-    assert not found[0].surely_slower(0)
+    assert not found[0].is_significantly_slower(0)
     assert not found[0].passes(1000)
-    assert "two modes, not judged" in render(found, run(new), run(old))
+    assert "inconclusive (bimodal)" in render(found, run(new), run(old))
     (worse,) = compare(run(of_processes(0.2, 0.21, 0.4, 0.2, 0.19)), run(old))
-    assert worse.surely_slower(100)  # in either mode
+    assert worse.is_significantly_slower(100)  # in either mode
 
 
-def test_a_row_that_claims_nothing_in_one_of_the_runs_is_judged_where_it_is_surely_slower() -> None:
+def test_an_inconclusive_row_fails_the_gate_only_if_it_is_significantly_slower() -> None:
     slow = changed(VMAP, times_s=(0.5,) * 20)
     busy, same = changed(slow, others_cpu_share=0.5), changed(VMAP, others_cpu_share=0.5)
-    assert [compare(run(new), run(VMAP))[0].surely_slower(5) for new in (slow, busy, same)] == [
+    assert [
+        compare(run(new), run(VMAP))[0].is_significantly_slower(5) for new in (slow, busy, same)
+    ] == [
         True,
         True,
         False,
@@ -209,24 +211,26 @@ def test_a_row_that_claims_nothing_in_one_of_the_runs_is_judged_where_it_is_sure
     ]
     (found,) = compare(run(slow), run(same))
     text = render([found], run(slow), run(same), 5)
-    assert "surely slower, although CPU busy" in text
-    assert "Not judged" not in text
+    assert "significantly slower, although CPU busy" in text
+    assert "Inconclusive" not in text
     (found,) = compare(run(same), run(VMAP))
     text = render([found], run(same), run(VMAP), 5)
-    assert "CPU busy, not judged" in text
-    assert "Not judged by --fail_above 5: vmap, 4 models, batch 1, 224 px, float32 (CPU" in text
+    assert "inconclusive (CPU busy)" in text
+    assert "Inconclusive for --fail_above 5: vmap, 4 models, batch 1, 224 px, float32 (CPU" in text
 
 
-def test_a_gate_names_what_only_one_of_the_runs_has_timed() -> None:
+def test_a_gate_names_the_cases_that_only_one_run_has_timed() -> None:
     new, old = run(LOOP, VMAP, changed(VMAP, num_models=8)), run(LOOP, changed(VMAP, num_models=2))
-    assert comparison.not_judged(compare(new, old), new, old, 5)[2:] == []  # asked for less
+    assert (
+        comparison.inconclusive_cases(compare(new, old), new, old, 5)[2:] == []
+    )  # fewer cases are planned
     few = changed(VMAP, times_s=(0.05,) * 3, reference_times_s=(0.1,) * 3)
-    asked = {replace(VMAP.case, num_models=2)}
-    found = comparison.not_judged(compare(new, old), new, old, 5, asked)
+    planned = {replace(VMAP.case, num_models=2)}
+    found = comparison.inconclusive_cases(compare(new, old), new, old, 5, planned)
     assert [text.partition(", batch")[0] for text in found] == [
         "vmap, 4 models",
         "vmap, 8 models",
         "vmap, 2 models",
     ]
-    (short,) = comparison.not_judged(compare(run(few), run(VMAP)), run(few), run(VMAP), 5)
-    assert short.endswith(("(too few pairs)", "(too few pairs to say)")), short
+    (short,) = comparison.inconclusive_cases(compare(run(few), run(VMAP)), run(few), run(VMAP), 5)
+    assert short.endswith("(too few pairs)"), short

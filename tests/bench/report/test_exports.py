@@ -1,4 +1,4 @@
-"""Result files: every format gives back the run it came from."""
+"""Result files: each format round-trips, and only our own files are overwritten."""
 
 import csv
 import io
@@ -30,13 +30,13 @@ FAILED = row_of(Measurement(replace(CASE, strategy="openvino"), "failed", 'a "ba
 RUN = Run(ENVIRONMENT, CONFIG.plain(), (ROW, FAILED))
 
 
-def test_a_result_file_gives_back_the_run_it_came_from() -> None:
+def test_a_result_file_round_trips() -> None:
     assert result_file.from_json(result_file.to_json(RUN)) == RUN
     page = exports.to_markdown(RUN).rpartition(exports.DETAILS)[2].partition("\n```")[0]
     assert result_file.from_json(page) == RUN
 
 
-def test_the_json_file_keeps_to_its_schema() -> None:
+def test_the_json_file_follows_its_schema() -> None:
     document = json.loads(result_file.to_json(RUN))
     assert document["schema"] == 3
     assert document["results"][0]["speedup"] == 1.5
@@ -46,7 +46,7 @@ def test_the_json_file_keeps_to_its_schema() -> None:
     assert document["config"]["image_size"] == [224]
 
 
-def test_a_csv_line_is_a_row_and_an_unknown_value_an_empty_cell() -> None:
+def test_csv_has_a_line_per_row_and_empty_cells_for_unknown_values() -> None:
     lines = list(csv.DictReader(io.StringIO(exports.to_csv(RUN))))
     row, failed = lines
     assert list(row)[:8] == [*result_file.CASE_FIELDS, "status", "error"]
@@ -57,7 +57,7 @@ def test_a_csv_line_is_a_row_and_an_unknown_value_an_empty_cell() -> None:
     assert not any("[" in value for value in row.values())  # raw times are in the JSON
 
 
-def test_a_markdown_page_shows_table_verdict_machine_and_command() -> None:
+def test_a_markdown_report_has_table_answer_machine_and_command() -> None:
     page = exports.to_markdown(RUN)
     assert "too few pairs" in page
     assert "2000.0 (1500.0)" in page
@@ -89,7 +89,7 @@ def test_a_markdown_page_shows_table_verdict_machine_and_command() -> None:
         (result_file.to_json(RUN).replace("4.0", "0.0", 1), "found others in row vmap"),
     ],
 )
-def test_a_file_that_is_no_result_file_is_refused_with_its_flag_and_name(
+def test_an_invalid_result_file_is_rejected_with_its_flag_and_path(
     text: str, message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "old.json"
@@ -99,14 +99,14 @@ def test_a_file_that_is_no_result_file_is_refused_with_its_flag_and_name(
     assert str(caught.value).startswith(f"baseline: {path}: ")
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_a_binary_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="resume: "):
         exports.read(str(path), argument="resume")
 
 
-def test_a_file_of_an_earlier_version_lacks_only_what_has_a_default() -> None:
+def test_a_missing_field_takes_its_default() -> None:
     document = json.loads(result_file.to_json(RUN))
     for row in document["results"]:
         for one in row["measurements"]:
@@ -114,7 +114,7 @@ def test_a_file_of_an_earlier_version_lacks_only_what_has_a_default() -> None:
     assert result_file.from_json(json.dumps(document)) == RUN
 
 
-def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.json"
@@ -130,7 +130,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+def test_a_written_file_has_default_permissions(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a", "text")
     (tmp_path / "b").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
@@ -148,7 +148,7 @@ def own(tmp_path: Path, form: str, content: str | bytes) -> bool:
     return exports.is_own(form, path)
 
 
-def test_only_what_this_program_wrote_is_its_own(tmp_path: Path) -> None:
+def test_only_files_of_this_program_are_its_own(tmp_path: Path) -> None:
     run = Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP))
     for form, write in exports.FORMATS.items():
         assert own(tmp_path, form, write(run))
@@ -178,7 +178,7 @@ def test_only_what_this_program_wrote_is_its_own(tmp_path: Path) -> None:
         ("environment", "page_fault_s", "abc"),
     ],
 )
-def test_values_that_no_result_file_has_are_one_line(
+def test_invalid_values_are_a_one_line_error(
     part: str, field: str, value: object, tmp_path: Path
 ) -> None:
     document = json.loads(result_file.to_json(Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP))))
@@ -199,7 +199,7 @@ def test_an_unknown_first_forward_may_be_null(tmp_path: Path) -> None:
     assert math.isnan(exports.read(str(path), argument="resume").environment.first_forward_s)
 
 
-def test_a_link_stays_one_and_a_mode_is_kept(tmp_path: Path) -> None:
+def test_a_symlink_and_the_file_mode_are_preserved(tmp_path: Path) -> None:
     target, link = tmp_path / "run.json", tmp_path / "latest.json"
     target.write_text("old")
     target.chmod(0o600)

@@ -1,4 +1,4 @@
-"""What the pictures draw, by value."""
+"""The values that the pictures draw."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
     }
 
 
-def test_times_stand_above_and_speedups_below_with_the_values_of_the_results() -> None:
+def test_times_are_drawn_above_and_speedups_below() -> None:
     above, below = pictures.draw(ROWS).axes
     assert lines(above)["loop (reference)"] == [(1, near(100)), (2, near(100)), (4, near(100))]
     assert [x for x, _ in lines(above)["vmap"]] == [1, 2, 4]
@@ -49,7 +49,7 @@ def test_times_stand_above_and_speedups_below_with_the_values_of_the_results() -
     assert any(list(line.get_ydata()) == [1, 1] for line in drawn)
 
 
-def test_every_line_has_its_own_label_at_its_end_and_no_two_meet() -> None:
+def test_every_line_is_labelled_at_its_end_without_overlaps() -> None:
     above, _ = pictures.draw(ROWS).axes
     placed = {text.get_text(): text.xy[1] for text in above.texts}  # type: ignore[attr-defined]
     assert set(placed) == {"loop (reference)", "vmap", "jax"}
@@ -59,7 +59,7 @@ def test_every_line_has_its_own_label_at_its_end_and_no_two_meet() -> None:
     assert above.get_legend() is None
 
 
-def test_lines_differ_without_their_colours() -> None:
+def test_lines_are_distinct_in_greyscale() -> None:
     names = [changed(at(2, 1.0), strategy=f"s{index}") for index in range(9)]
     _, below = pictures.draw([LOOP, *names]).axes
     looks = {
@@ -71,7 +71,7 @@ def test_lines_differ_without_their_colours() -> None:
 
 
 @pytest.mark.parametrize("low", [0.1, 0.11, 0.013])
-def test_an_axis_has_numbers_however_close_its_values_are(low: float) -> None:
+def test_an_axis_with_a_small_range_has_tick_labels(low: float) -> None:
     rows = [changed(LOOP, times_s=(low,) * 20), changed(at(2, 1.0), times_s=(1.4 * low,) * 20)]
     figure = pictures.draw(rows)
     figure.draw_without_rendering()
@@ -93,14 +93,14 @@ def test_the_interval_of_a_single_n_is_drawn_as_well() -> None:
     assert segment[:, 1] == pytest.approx(interval)
 
 
-def test_what_may_not_be_claimed_is_not_drawn_as_a_speedup() -> None:
+def test_inconclusive_rows_are_not_drawn_as_a_speedup() -> None:
     noisy = changed(at(2, 2.0), times_s=(0.03, 0.06) * 10)
     failed = changed(at(4, 2.0), status="failed", error="broke")
     _, below = pictures.draw([*LOOPS, at(1, 1.5), noisy, failed]).axes
     assert lines(below)["vmap"] == [(1, near(1.5))]
 
 
-def test_a_panel_without_a_speedup_says_why() -> None:
+def test_a_panel_without_a_speedup_states_the_reasons() -> None:
     busy = changed(ROWS[3], others_cpu_share=0.5)
     failed = changed(ROWS[3], strategy="jax", status="failed", error="broke")
     _, below = pictures.draw([LOOPS[0], busy, failed]).axes
@@ -111,7 +111,7 @@ def test_a_panel_without_a_speedup_says_why() -> None:
     assert not any("no speedup" in text.get_text() for text in pictures.draw(ROWS).axes[1].texts)
 
 
-def test_a_grid_has_a_column_a_size_and_a_heat_map_of_the_fastest() -> None:
+def test_a_grid_has_a_column_per_size_and_a_heat_map_of_the_fastest() -> None:
     small = [changed(row, image_size=64) for row in ROWS]
     assert len(pictures.draw([*ROWS, *small]).axes) == 4
     axes = pictures.draw_grid([*ROWS, *small]).axes[0]
@@ -124,16 +124,16 @@ def test_a_grid_has_a_column_a_size_and_a_heat_map_of_the_fastest() -> None:
     ]
 
 
-def test_a_heat_map_names_no_winner_where_the_interval_holds_one() -> None:
+def test_a_heat_map_names_no_winner_if_the_interval_contains_1() -> None:
     noisy = [changed(row, times_s=(0.0999, 0.1001) * 10) for row in curve(1.0, 1.0, 1.0)]
     (axes, *_) = pictures.draw_grid([*LOOPS, *noisy]).axes
     texts = {text.get_text() for text in axes.texts}
     assert "vmap" not in "".join(texts)
-    assert axes.images[0].get_clim() == (1, pictures.LEAST_SCALE)
+    assert axes.images[0].get_clim() == (1, pictures.MIN_COLOUR_SCALE)
 
 
 @pytest.mark.parametrize("rows", [[], [LOOP], ROWS[:1], [changed(LOOP, times_s=())]])
-def test_a_run_with_next_to_nothing_is_drawn_too(rows: list[Summary], tmp_path: Path) -> None:
+def test_an_almost_empty_run_is_drawn(rows: list[Summary], tmp_path: Path) -> None:
     pictures.save(rows, tmp_path / "p.png", tmp_path / "p_grid.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "p_grid.png").exists()

@@ -1,4 +1,4 @@
-"""The table, and the sentences before and after it."""
+"""The table, the answer and the remarks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from ensemble.bench.measurement import Roofline
 from ensemble.bench.report import exports
+from ensemble.bench.report.labels import time_lines
 from ensemble.bench.report.table import (
     WIDTH,
     render_notes,
@@ -14,7 +15,6 @@ from ensemble.bench.report.table import (
     render_table,
 )
 from ensemble.bench.report.verdict import render_answer, render_remarks
-from ensemble.bench.report.words import time_lines
 from ensemble.bench.summary import Summary
 from ensemble.strategies import STRATEGIES
 from tests.made import (
@@ -30,109 +30,111 @@ DATA = Path(__file__).parents[1] / "data"
 STORED = sorted([*DATA.glob("*.json"), *DATA.glob("allocator/*.json")])
 
 
-def said(*rows: Summary) -> str:
+def report(*rows: Summary) -> str:
     return render_answer(rows) + render_remarks(rows, ENVIRONMENT, verbose=True)
 
 
-def test_the_verdict_names_the_reference_the_direction_and_how_surely() -> None:
-    assert ("4 models: vmap is 2.00x faster than the loop (95% CI 2.00-2.00)") in said(LOOP, VMAP)
+def test_the_answer_names_the_reference_the_direction_and_the_interval() -> None:
+    assert "4 models: vmap is 2.00x faster than the loop (95% CI 2.00-2.00)" in report(LOOP, VMAP)
 
 
-def test_a_strategy_that_loses_is_called_slower() -> None:
+def test_a_slower_strategy_leaves_the_loop_the_fastest() -> None:
     slow = changed(VMAP, times_s=(0.2,) * 20)
     assert render_answer([LOOP, slow]) == (
         "4 models: the loop is the fastest; vmap is 0.50x (0.50-0.50).\n"
     )
 
 
-def test_an_interval_that_holds_one_claims_no_difference() -> None:
+def test_an_interval_that_contains_1_is_not_significantly_different() -> None:
     level = changed(VMAP, times_s=(0.099, 0.101) * 10)
-    assert "not significantly different, 1.00x" in said(LOOP, level)
+    assert "not significantly different, 1.00x" in report(LOOP, level)
     faster = changed(VMAP, times_s=(0.096, 0.101) * 10)
-    assert "no strategy is significantly faster than the loop; vmap is 1.02x" in said(LOOP, faster)
+    assert "no strategy is significantly faster than the loop; vmap is 1.02x" in report(
+        LOOP, faster
+    )
 
 
-def test_a_spread_above_a_quarter_claims_nothing_and_gives_the_number_and_advice() -> None:
+def test_a_spread_above_25_percent_is_inconclusive() -> None:
     wild = changed(VMAP, times_s=(0.05, 0.08) * 10)
-    text = said(LOOP, wild)
+    text = report(LOOP, wild)
     assert "inconclusive: vmap (too noisy)" in text
     assert "above 25%: no speedup is reported: vmap, 4 models (46%)." in text
     assert "x faster" not in text
 
 
-def test_a_spread_above_a_tenth_is_warned_of() -> None:
+def test_a_spread_above_10_percent_is_a_warning_with_advice() -> None:
     noisy = changed(VMAP, times_s=(0.05, 0.057) * 10)
-    text = said(LOOP, noisy)
+    text = report(LOOP, noisy)
     assert "raise --min_seconds: vmap, 4 models (13%)." in text
     assert "x faster" in text
 
 
-def test_other_programs_that_take_the_cpu_are_warned_of() -> None:
-    beside = changed(VMAP, others_cpu_share=0.4)
-    assert "other processes used the CPU, no speedup is reported: vmap, 4 models (40%)." in said(
-        LOOP, beside
+def test_other_processes_on_the_cpu_are_a_warning() -> None:
+    busy = changed(VMAP, others_cpu_share=0.4)
+    assert "other processes used the CPU, no speedup is reported: vmap, 4 models (40%)." in report(
+        LOOP, busy
     )
 
 
-def test_too_few_pairs_claim_nothing() -> None:
+def test_too_few_pairs_are_inconclusive() -> None:
     few = changed(VMAP, times_s=(0.05,) * 5, reference_times_s=(0.1,) * 5)
-    assert "too few pairs (5 pairs); raise --min_pairs" in said(LOOP, few)
+    assert "too few pairs (5 pairs); raise --min_pairs" in report(LOOP, few)
 
 
-def test_page_faults_that_explain_a_loss_are_named_with_the_way_out() -> None:
+def test_page_faults_that_explain_a_slowdown_are_named_with_advice() -> None:
     slow = changed(VMAP, times_s=(0.110,) * 20)  # 12,000 faults of 1 us over 2 threads: 6 of 10 ms
     assert (
         "Page faults cause about 60% of the 10 ms that vmap loses to the loop: 12,000 per call (0"
         " in the loop) at 1.0 us over 2 threads."
-    ) in said(LOOP, slow)
-    assert "--allocator retain" in said(LOOP, slow)
+    ) in report(LOOP, slow)
+    assert "--allocator retain" in report(LOOP, slow)
 
 
-def test_page_faults_of_several_cells_say_of_which() -> None:
+def test_page_faults_name_their_setup() -> None:
     slow = changed(VMAP, times_s=(0.110,) * 20)
     remarks = render_remarks([LOOP, slow, changed(slow, num_models=8)], ENVIRONMENT)
     assert "vmap with 4 models loses to the loop: 12,000 per call" in remarks
     assert "vmap with 8 models loses to the loop: 12,000 per call" in remarks
 
 
-def test_page_faults_that_explain_less_than_half_of_a_loss_are_not_blamed() -> None:
+def test_page_faults_that_explain_less_than_half_of_a_slowdown_are_not_blamed() -> None:
     slow = changed(VMAP, times_s=(0.113,) * 20)
-    assert "Page faults" not in said(LOOP, slow)
+    assert "Page faults" not in report(LOOP, slow)
 
 
-def test_first_calls_are_told_apart_from_the_steady_state() -> None:
+def test_first_calls_are_reported_separately_from_the_steady_state() -> None:
     assert (
         "Cold start: the first forward took 0.250 s, 10.0x a steady one; by first calls alone vmap"
         " would be 15.00x, not 2.00x."
-    ) in said(LOOP, VMAP)
+    ) in report(LOOP, VMAP)
 
 
 def test_the_fastest_of_several_is_named() -> None:
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
-    assert "4 models: folded_vmap is 2.50x faster" in said(LOOP, VMAP, other)
+    assert "4 models: folded_vmap is 2.50x faster" in report(LOOP, VMAP, other)
     slow = changed(VMAP, times_s=(0.2,) * 20)
-    text = said(LOOP, slow, changed(slow, strategy="folded_vmap"))
+    text = report(LOOP, slow, changed(slow, strategy="folded_vmap"))
     assert "4 models: the loop is the fastest; vmap is 0.50x" in text
 
 
-def test_the_fastest_is_named_for_each_dtype_apart() -> None:
+def test_the_fastest_is_named_per_dtype() -> None:
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
     halves = [changed(VMAP, dtype="bfloat16"), changed(other, dtype="bfloat16")]
-    text = said(LOOP, VMAP, other, *halves, changed(LOOP, dtype="bfloat16", times_s=(0.5,) * 20))
+    text = report(LOOP, VMAP, other, *halves, changed(LOOP, dtype="bfloat16", times_s=(0.5,) * 20))
     assert "4 models, float32: folded_vmap is 2.50x faster" in text
     assert "4 models, bfloat16: folded_vmap is 2.50x faster" in text
 
 
-def test_a_row_with_shorter_calls_beside_a_faster_loop_is_named() -> None:
+def test_a_row_with_shorter_calls_but_a_faster_loop_is_noted() -> None:
     drifted = changed(VMAP, strategy="folded_vmap", times_s=(0.03,) * 20)
-    text = said(LOOP, VMAP, changed(drifted, reference_times_s=(0.05,) * 20))
+    text = report(LOOP, VMAP, changed(drifted, reference_times_s=(0.05,) * 20))
     assert "Note: folded_vmap had shorter calls (30 ms, vmap 50 ms), but the loop" in text
-    assert "shorter calls" not in said(LOOP, VMAP, changed(VMAP, strategy="folded_vmap"))
+    assert "shorter calls" not in report(LOOP, VMAP, changed(VMAP, strategy="folded_vmap"))
 
 
-def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothing() -> None:
+def test_an_inconclusive_row_is_never_the_fastest_and_blames_no_page_faults() -> None:
     few = changed(VMAP, times_s=(0.11,) * 5, reference_times_s=(0.1,) * 5)
-    text = said(LOOP, few, changed(few, strategy="folded_vmap"))
+    text = report(LOOP, few, changed(few, strategy="folded_vmap"))
     assert "4 models: inconclusive: vmap (too few pairs), folded_vmap (too few pairs)." in text
     assert "Page faults" not in text
     assert "too few pairs" in render_table([few])
@@ -142,11 +144,11 @@ def test_a_figure_that_claims_nothing_is_not_called_the_fastest_and_blames_nothi
 def test_the_self_check_is_never_the_fastest() -> None:
     floor = changed(VMAP, strategy="self_check", times_s=(0.01,) * 20)
     other = changed(VMAP, strategy="folded_vmap", times_s=(0.04,) * 20)
-    assert "4 models: folded_vmap is 2.50x faster" in said(LOOP, VMAP, floor, other)
-    assert "4 models: vmap is 2.00x faster" in said(LOOP, VMAP, floor)
+    assert "4 models: folded_vmap is 2.50x faster" in report(LOOP, VMAP, floor, other)
+    assert "4 models: vmap is 2.00x faster" in report(LOOP, VMAP, floor)
 
 
-def test_time_lines_of_several_numbers_of_models_say_which() -> None:
+def test_time_lines_of_several_n_name_the_n() -> None:
     eight = changed(VMAP, num_models=8, times_s=(0.2,) * 20)
     assert time_lines([VMAP, eight])[1::2] == [
         "Time taken for prediction with vmap: 0.050000 (4 models)",
@@ -154,15 +156,15 @@ def test_time_lines_of_several_numbers_of_models_say_which() -> None:
     ]
 
 
-def test_nothing_compared_is_said_and_not_passed_over() -> None:
-    assert said(UNAVAILABLE) == "Nothing was compared with the loop.\n"
+def test_a_run_without_comparisons_is_reported_as_such() -> None:
+    assert report(UNAVAILABLE) == "Nothing was compared with the loop.\n"
 
 
 def cells(line: str) -> str:
     return " ".join(line.split())
 
 
-def test_the_table_has_a_row_a_strategy_with_its_units_and_no_cell_cut() -> None:
+def test_the_table_has_a_row_per_strategy_with_units_and_no_truncated_cell() -> None:
     lines = render_table([LOOP, VMAP, UNAVAILABLE]).splitlines()
     assert lines[0] == (
         "shared inputs, batch 1, 224 px, float32; medians; speedup over the float32 loop"
@@ -177,7 +179,7 @@ def test_the_table_has_a_row_a_strategy_with_its_units_and_no_cell_cut() -> None
     )
 
 
-def test_a_column_that_says_nothing_is_left_out_unless_all_are_asked_for() -> None:
+def test_a_column_of_defaults_is_left_out_unless_verbose() -> None:
     plain = render_table([LOOP, changed(VMAP, page_faults_per_call=0.0)])
     assert "faults" not in plain
     assert "agrees" not in plain
@@ -202,7 +204,7 @@ def test_the_default_table_of_every_stored_run_fits_ninety_columns(path: Path) -
     assert max(map(len, lines)) <= WIDTH
 
 
-def test_what_is_left_out_of_a_wide_table_is_said_and_shown_by_verbose() -> None:
+def test_columns_left_out_of_a_wide_table_are_named_and_shown_by_verbose() -> None:
     long = changed(VMAP, strategy="s" * 25)
     text = render_table([long])
     assert "faults" not in text.splitlines()[2]
@@ -211,7 +213,7 @@ def test_what_is_left_out_of_a_wide_table_is_said_and_shown_by_verbose() -> None
     assert "Left out" not in render_table([VMAP])
 
 
-def test_strategies_that_cannot_run_share_a_short_line_by_their_reason() -> None:
+def test_unavailable_strategies_are_grouped_by_reason() -> None:
     names = [name for name in STRATEGIES if name.startswith("cudagraph_")]
     rows = [changed(UNAVAILABLE, strategy=name) for name in [*names, "jax"]]
     assert render_notes([LOOP, *rows]).endswith("Not available here: cudagraph_*, jax: no CUDA\n")
@@ -219,7 +221,7 @@ def test_strategies_that_cannot_run_share_a_short_line_by_their_reason() -> None
     assert f"Not available here: {names[1]}, {names[2]}, " in render_notes([ran, *rows[1:]])
 
 
-def test_the_table_of_strategies_has_them_all_in_a_hundred_columns_and_cuts_nothing() -> None:
+def test_the_table_of_strategies_is_complete_in_100_columns() -> None:
     text = render_strategies(STRATEGIES)
     assert max(map(len, text.splitlines())) <= 100
     assert {line.split()[0] for line in text.splitlines()} >= set(STRATEGIES)
@@ -229,7 +231,7 @@ def test_the_table_of_strategies_has_them_all_in_a_hundred_columns_and_cuts_noth
         assert words >= set(f"{strategy.summary} {strategy.requires} {strategy.build_time}".split())
 
 
-def test_colour_is_for_terminals_alone_and_says_faster_slower_and_failed() -> None:
+def test_colour_marks_faster_slower_and_failed_rows_on_request() -> None:
     slow = changed(VMAP, times_s=(0.2,) * 20)
     failed = changed(VMAP, status="failed", error="broke")
     lines = render_table([LOOP, VMAP, slow, failed], colour=True).splitlines()
@@ -238,14 +240,14 @@ def test_colour_is_for_terminals_alone_and_says_faster_slower_and_failed() -> No
     assert "\x1b" not in render_table([LOOP, VMAP, slow, failed])
 
 
-def test_the_share_of_the_limit_stands_in_the_table_where_it_was_asked_for() -> None:
+def test_the_roofline_share_is_in_the_table_if_measured() -> None:
     limited = replace(VMAP, roofline=Roofline(0.02, "compute"))
     assert render_table([limited]).splitlines()[3].endswith(" 40%")
     assert render_table([limited], verbose=True).splitlines()[3].endswith("compute")
     assert "limit" not in render_table([VMAP])
 
 
-def test_notes_and_reasons_stand_under_the_table_each_once() -> None:
+def test_notes_and_reasons_are_listed_once() -> None:
     noted = changed(VMAP, notes=("slow fallback",))
     assert render_notes([noted, LOOP]).endswith("vmap, 4 models: slow fallback\n")
     both = render_notes([noted, changed(noted, num_models=1)])
@@ -262,7 +264,7 @@ def test_the_two_time_lines_come_from_the_same_pairs() -> None:
     ]
 
 
-def test_a_time_that_was_not_taken_is_said_so() -> None:
+def test_a_missing_time_is_reported_as_not_measured() -> None:
     assert time_lines([LOOP]) == [
         "Time taken for prediction without vmap: 0.100000",
         "Time taken for prediction with vmap: not measured",
@@ -270,7 +272,7 @@ def test_a_time_that_was_not_taken_is_said_so() -> None:
 
 
 def of_processes(*found: tuple[float, float]) -> Summary:
-    """A row whose processes found these speedups with these page faults per call."""
+    """A row of processes with these speedups and page faults per call."""
     processes = (
         replace(
             VMAP.measurements[0],
@@ -283,41 +285,41 @@ def of_processes(*found: tuple[float, float]) -> Summary:
     return row_of(*processes)
 
 
-def test_two_modes_are_told_with_what_tells_them_apart_and_no_winner_is_named() -> None:
+def test_a_bimodal_row_is_reported_with_the_page_faults_of_each_mode() -> None:
     row = of_processes((0.63, 37e3), (0.74, 37e3), (1.04, 0), (0.70, 37e3), (0.66, 37e3))
-    text = said(LOOP, row)
+    text = report(LOOP, row)
     assert (
         "Bimodal: vmap, 4 models: 0.63-0.74 in 4 of 5 processes (37,000 page faults per call) and"
         " 1.04 in 1 of 5 processes (0 page faults per call). The allocator behaves differently per"
         " process; use --allocator retain."
     ) in text
-    assert "Bimodal" not in said(LOOP, of_processes(*[(0.7, 0.0)] * 5))
+    assert "Bimodal" not in report(LOOP, of_processes(*[(0.7, 0.0)] * 5))
 
 
-def test_processes_that_lie_far_apart_name_no_winner_and_no_payback() -> None:
+def test_a_large_between_process_spread_is_inconclusive_and_has_no_break_even() -> None:
     wild = of_processes((2.8, 0), (2.9, 0), (2.97, 0), (3.0, 0), (20.0, 0))
     assert wild.speedup_interval is not None
     assert wild.speedup_interval[0] > 1
     assert render_answer([LOOP, wild]) == ("4 models: inconclusive: vmap (too noisy).\n")
-    assert "differ too much to report a speedup: vmap, 4" in said(LOOP, wild)
+    assert "differ too much to report a speedup: vmap, 4" in report(LOOP, wild)
     best = replace(wild, case=replace(wild.case, strategy="best"))
     answer = render_answer([LOOP, changed(VMAP, times_s=(0.08,) * 20), best])
     assert "4 models: vmap is 1.25x faster than the loop" in answer
     assert "; best is inconclusive (too noisy)." in answer
 
 
-def test_what_lies_between_processes_is_told_where_it_is_more_than_within_them() -> None:
-    text = said(LOOP, of_processes((1.0, 0), (1.1, 0), (1.2, 0), (1.3, 0), (1.4, 0)))
+def test_the_between_process_spread_is_reported_if_it_exceeds_the_within_process_one() -> None:
+    text = report(LOOP, of_processes((1.0, 0), (1.1, 0), (1.2, 0), (1.3, 0), (1.4, 0)))
     assert "vmap, 4 models (within-process CI +-0%, between-process spread +-17%)." in text
 
 
-def test_what_best_picked_stands_in_its_row_and_in_the_answer() -> None:
+def test_the_choice_of_best_is_in_its_row_and_in_the_answer() -> None:
     best = changed(VMAP, strategy="best", picked="lowered_vmap")
-    assert "4 models: best (lowered_vmap) is 2.00x faster" in said(LOOP, best)
+    assert "4 models: best (lowered_vmap) is 2.00x faster" in report(LOOP, best)
     assert "\nbest (lowered_vmap)  4  " in render_table([LOOP, best])
 
 
-def test_the_two_time_lines_of_a_run_in_another_dtype_say_which() -> None:
+def test_the_two_time_lines_name_another_dtype() -> None:
     bf16 = changed(VMAP, dtype="bfloat16")
     assert time_lines([changed(LOOP, dtype="bfloat16"), bf16]) == [
         "Time taken for prediction without vmap: 0.100000 (bfloat16)",

@@ -1,4 +1,4 @@
-"""The constants of `model`, measured between two ranks, a line of JSON.
+"""Measure the constants of the cost model between two ranks; prints one line of JSON.
 
 `torchrun --nproc_per_node 2 -m ensemble.bench.executors.ranks.calibration`
 """
@@ -28,35 +28,35 @@ from ensemble.bench.executors.ranks.group import Group
 from ensemble.machine import launch
 from ensemble.models import weights
 
-REPEATS = 200  # of an exchange
-MODELS, FORWARDS = 4, 25  # so many that no cache holds their weights, and forwards of each
+REPEATS = 200  # of a round trip
+MODELS, FORWARDS = 4, 25  # more weights than any cache holds; forwards per model
 LARGE_BYTES = 8 * CHANNELS * PX * PX * FLOAT_BYTES  # a batch of 8
-MANY = 64  # messages on their way at once, as where a gather ends
+MANY = 64  # messages in flight at once, as at the end of a gather
 TIMEOUT_S = 60.0
 
 
 def main() -> None:
-    """Measure, and let rank 0 say what it found."""
+    """Measure, and print the constants on rank 0."""
     config = parse([])
-    joined = group.join(timeout_s=TIMEOUT_S)
-    place = placement.find(
+    joined = group.init_group(timeout_s=TIMEOUT_S)
+    place = placement.resolve(
         config.run, local_rank=launch.local_rank(), local_ranks=launch.local_world_size()
     )
     placement.pin(place)
     torch.set_num_threads(place.threads)
-    found = measure(joined)
+    constants = measure(joined)
     if joined.rank == 0:
-        print(json.dumps(asdict(found)))
-    group.leave()
+        print(json.dumps(asdict(constants)))
+    group.destroy_group()
 
 
 def measure(joined: Group) -> Constants:
-    """By messages between ranks 0 and 1, to and fro: Hockney's way."""
+    """From round trips between ranks 0 and 1 (ping-pong), as Hockney does."""
     forwards = _forwards(joined)
     zeros = partial(torch.zeros, device="cpu", dtype=torch.float32)
-    nothing, large = zeros(1), zeros(LARGE_BYTES // FLOAT_BYTES)
-    small_s, large_s = (_median(joined, _to_and_fro(joined, [x])) / 2 for x in (nothing, large))
-    many_s = _median(joined, _to_and_fro(joined, list(zeros(MANY, 1)))) / 2
+    empty, large = zeros(1), zeros(LARGE_BYTES // FLOAT_BYTES)
+    small_s, large_s = (_median(joined, _ping_pong(joined, [x])) / 2 for x in (empty, large))
+    many_s = _median(joined, _ping_pong(joined, list(zeros(MANY, 1)))) / 2
     return Constants(
         model_s=statistics.median(forwards),
         spread=statistics.stdev(map(math.log, forwards)),
@@ -67,17 +67,17 @@ def measure(joined: Group) -> Constants:
 
 
 def _forwards(joined: Group) -> list[float]:
-    """Seconds of forwards of ResNet-18s in turn at 224 px, on both ranks at the same time."""
+    """Seconds of forwards of several ResNet-18 at 224 px, on both ranks at the same time."""
     models = weights.random_models(MODELS, arch="resnet18", device=torch.device("cpu"), seed=0)
     x = torch.zeros(1, CHANNELS, PX, PX, device="cpu", dtype=torch.float32)
     with torch.inference_mode():
         for model in models:
             model(x)
-        joined.meet()
+        joined.barrier()
         return [_seconds(partial(model, x)) for _ in range(FORWARDS) for model in models]
 
 
-def _to_and_fro(joined: Group, contents: Sequence[Tensor]) -> Callable[[], None]:
+def _ping_pong(joined: Group, contents: Sequence[Tensor]) -> Callable[[], None]:
     def step() -> None:
         if joined.rank == 0:
             joined.send(contents, 1)
@@ -90,10 +90,10 @@ def _to_and_fro(joined: Group, contents: Sequence[Tensor]) -> Callable[[], None]
 
 
 def _median(joined: Group, step: Callable[[], None]) -> float:
-    """Of many, each of which begins when both are there."""
+    """The median over many round trips, each after a barrier."""
     times = []
     for _ in range(REPEATS):
-        joined.meet()
+        joined.barrier()
         times.append(_seconds(step))
     return statistics.median(times)
 

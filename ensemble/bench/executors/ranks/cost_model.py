@@ -1,8 +1,8 @@
-"""The time of a call against ranks, on paper: compute, one broadcast, one gather. No torch.
+"""A cost model of a call over ranks: compute, one broadcast, one gather. No torch.
 
-After Hockney's model of a message, latency plus bytes over bandwidth (Parallel Computing 20, 1994).
-A broadcast is a tree, as gloo and NCCL do it; a gather ends at one rank, which takes a part of each
-other. The slowest rank decides: of R forwards, each of which varies, the mean of the longest.
+A message costs latency + bytes / bandwidth (Hockney, Parallel Computing 20, 1994). A broadcast is a
+tree, as in gloo and NCCL; at the end of a gather one rank receives a part from each other. The
+slowest rank determines the call: the expected maximum of R log-normal forwards.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from statistics import NormalDist
 import numpy as np
 
 CLASSES, CHANNELS, PX, FLOAT_BYTES = 1000, 3, 224, 4
-MOST_RANKS = 2**20
-DRAWS = 2000  # of the longest of R forwards
+MAX_RANKS = 2**20
+SAMPLES = 2000  # of the maximum of R forwards
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What was measured, see `constants.py`."""
+    """Measured by `calibration.py`."""
 
-    model_s: float  # one forward of one model, its weights read from memory
-    spread: float  # deviation of the logarithm of a forward's time
-    step_s: float  # a message of no size
-    part_s: float  # one more message of no size, where many come in at one rank
+    model_s: float  # a forward of one model, its weights not in cache
+    spread: float  # standard deviation of the log of a forward's time
+    step_s: float  # latency of an empty message
+    part_s: float  # each further empty message to the same rank
     bytes_per_s: float
 
 
 @dataclass(frozen=True)
-class Call:
-    """Seconds of one call, and what they consist of."""
+class CallCost:
+    """The predicted time of a call and its parts, in seconds."""
 
     compute_s: float
-    waiting_s: float  # for the slowest of all ranks, beyond a mean forward
+    waiting_s: float  # for the slowest rank, beyond a mean forward
     broadcast_s: float
     gather_s: float
 
@@ -48,22 +48,24 @@ class Call:
         return self.broadcast_s + self.gather_s
 
     @property
-    def communication(self) -> float:
-        """Its share of the call."""
+    def communication_share(self) -> float:
+        """The share of communication in the call."""
         return self.communication_s / self.whole_s
 
 
-def call(constants: Constants, *, models: int, ranks: int, batch: int = 1, px: int = PX) -> Call:
-    """One call of shared inputs, whose logits are gathered."""
+def call_cost(
+    constants: Constants, *, models: int, ranks: int, batch: int = 1, px: int = PX
+) -> CallCost:
+    """The cost of a call with shared inputs and gathered logits."""
     compute_s = math.ceil(models / ranks) * batch * constants.model_s
     if ranks == 1:
-        return Call(compute_s, 0.0, 0.0, 0.0)
+        return CallCost(compute_s, 0.0, 0.0, 0.0)
     image = batch * CHANNELS * px * px * FLOAT_BYTES
     steps = math.ceil(math.log2(ranks))
     received = (models - math.ceil(models / ranks)) * batch * CLASSES * FLOAT_BYTES
-    return Call(
+    return CallCost(
         compute_s=compute_s,
-        waiting_s=compute_s * _longest(constants.spread, ranks),
+        waiting_s=compute_s * _straggler_overhead(constants.spread, ranks),
         broadcast_s=steps * (constants.step_s + image / constants.bytes_per_s),
         gather_s=constants.step_s
         + (ranks - 2) * constants.part_s
@@ -71,27 +73,25 @@ def call(constants: Constants, *, models: int, ranks: int, batch: int = 1, px: i
     )
 
 
-def ranks_for(constants: Constants, *, share: float, models_per_rank: int) -> int | None:
-    """The fewest ranks at which communication takes `share` of a call; None where it does not up
-    to `MOST_RANKS`."""
+def ranks_at_share(constants: Constants, *, share: float, models_per_rank: int) -> int | None:
+    """The fewest ranks at which communication takes `share` of a call; None if there are none up to
+    `MAX_RANKS`."""
 
     def is_reached(ranks: int) -> bool:
-        found = call(constants, models=models_per_rank * ranks, ranks=ranks)
-        return found.communication >= share
+        cost = call_cost(constants, models=models_per_rank * ranks, ranks=ranks)
+        return cost.communication_share >= share
 
-    candidates = range(2, MOST_RANKS + 1)
-    index = bisect_left(candidates, True, key=is_reached)  # it grows with the ranks
+    candidates = range(2, MAX_RANKS + 1)
+    index = bisect_left(candidates, True, key=is_reached)  # the share grows with the ranks
     return candidates[index] if index < len(candidates) else None
 
 
-def _longest(spread: float, ranks: int) -> float:
-    """By how much of a mean forward the longest of R is longer: drawn, with a fixed seed.
+def _straggler_overhead(spread: float, ranks: int) -> float:
+    """How much longer the slowest of R forwards is, relative to the mean: Monte Carlo, fixed seed.
 
-    The longest of R uniform numbers is the R-th root of one, and a normal number of it.
+    The maximum of R uniform numbers is distributed as the R-th root of one (inverse transform).
     """
-    quantiles = np.random.default_rng(0).random(DRAWS) ** (1 / ranks)
+    quantiles = np.random.default_rng(0).random(SAMPLES) ** (1 / ranks)
     normal = NormalDist()
-    longest = [
-        math.exp(spread * normal.inv_cdf(min(quantile, 1 - 1e-12))) for quantile in quantiles
-    ]
-    return max(0.0, float(np.mean(longest)) / math.exp(spread**2 / 2) - 1)
+    maxima = [math.exp(spread * normal.inv_cdf(min(quantile, 1 - 1e-12))) for quantile in quantiles]
+    return max(0.0, float(np.mean(maxima)) / math.exp(spread**2 / 2) - 1)

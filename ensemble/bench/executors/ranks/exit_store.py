@@ -1,4 +1,4 @@
-"""Where ranks write how they ended: the store of torchrun, which outlives each of them."""
+"""The exit reason of each rank, in torchrun's store, which outlives the ranks."""
 
 from __future__ import annotations
 
@@ -11,63 +11,68 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from ensemble.machine import launch
 
-CONNECT_S = 10.0
-WAIT_S = 3.0  # for what the others write: each notices within moments that a connection is closed
-STEP_S = 0.05
-ONCE = "said"  # written by the one who says why the run ended
+CONNECT_TIMEOUT_S = 10.0
+# For the other ranks to record their reasons: each detects a closed connection within moments.
+WAIT_S = 3.0
+POLL_S = 0.05
+REPORTED = "reported"  # key, set by the rank that prints the exit reason of the run
 
 
-class Board:
-    """A connection of its own, used only where a rank joins and where the run ends."""
+class ExitStore:
+    """A separate connection to the store, used only when a rank joins and when the run ends."""
 
     def __init__(self) -> None:
         self._rank, self._ranks = launch.rank(), launch.world_size()
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        wait = timedelta(seconds=CONNECT_S)
-        store = TCPStore(address, port, is_master=False, timeout=wait)
-        self._store = PrefixStore(f"resnet_vmap/{launch.attempt()}/ended", store)
+        timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
+        store = TCPStore(address, port, is_master=False, timeout=timeout)
+        self._store = PrefixStore(f"resnet_vmap/{launch.attempt()}/exit", store)
 
-    def join(self) -> None:
-        """Write where this rank is."""
+    def record_host(self) -> None:
+        """Record the host of this rank."""
         self._store.set(f"host/{self._rank}", launch.host())
 
-    def write(self, cause: str) -> None:
-        """Write why this rank ends; nothing where it only found that another has."""
-        self._store.set(f"cause/{self._rank}", cause)
+    def record_reason(self, reason: str) -> None:
+        """Record why this rank ends; empty if it only lost another rank."""
+        self._store.set(f"reason/{self._rank}", reason)
 
-    def say(self) -> bool:
-        """Is it for this rank to say why the run ends? For the first that asks."""
-        return self._store.add(ONCE, 1) == 1
+    def claim_report(self) -> bool:
+        """Is it up to this rank to report the exit reason of the run? True for one rank only."""
+        return self._store.add(REPORTED, 1) == 1
 
-    def wait_until_said(self) -> bool:
-        """Leave it to rank 0, which may be busy; has it spoken?"""
-        return _until(lambda: self._store.check([ONCE]))
+    def wait_for_report(self) -> bool:
+        """Give rank 0, which may be busy, time to report; has a rank reported?"""
+        return _poll(lambda: self._store.check([REPORTED]))
 
-    def read(self) -> tuple[int | None, str]:
-        """The first rank that wrote a cause, and the cause; else the first that wrote nothing at
-        all and an empty one, None where all did: they only lost each other."""
-        keys = [f"cause/{rank}" for rank in range(self._ranks)]
+    def first_failure(self) -> tuple[int | None, str]:
+        """The first rank with a reason, and the reason.
 
-        def causes() -> dict[int, str]:
-            there = [rank for rank, key in enumerate(keys) if self._store.check([key])]
-            return {rank: self._store.get(keys[rank]).decode() for rank in there}
+        Else the first rank without any record, and an empty reason; None if every rank has one:
+        then they only lost each other.
+        """
+        keys = [f"reason/{rank}" for rank in range(self._ranks)]
 
-        _until(lambda: any(causes().values()) or len(causes()) == self._ranks)
-        found = causes()
-        told = [rank for rank, cause in found.items() if cause]
-        silent = [rank for rank in range(self._ranks) if rank not in found]
-        rank = next(iter(told or silent), None)
-        return rank, found.get(rank, "") if rank is not None else ""
+        def recorded() -> dict[int, str]:
+            present = [rank for rank, key in enumerate(keys) if self._store.check([key])]
+            return {rank: self._store.get(keys[rank]).decode() for rank in present}
 
-    def name(self, rank: int) -> str:
+        _poll(lambda: any(recorded().values()) or len(recorded()) == self._ranks)
+        reasons = recorded()
+        failed = [rank for rank, reason in reasons.items() if reason]
+        missing = [rank for rank in range(self._ranks) if rank not in reasons]
+        rank = next(iter(failed or missing), None)
+        return rank, reasons.get(rank, "") if rank is not None else ""
+
+    def rank_name(self, rank: int) -> str:
         """`rank 1 on host-b`."""
         key = f"host/{rank}"
         host = self._store.get(key).decode() if self._store.check([key]) else None
         return launch.rank_name(rank, host)
 
 
-def _until(condition: Callable[[], bool]) -> bool:
+def _poll(condition: Callable[[], bool]) -> bool:
+    """Poll for at most `WAIT_S`; the last value of the condition."""
     end = time.monotonic() + WAIT_S
     while not (met := condition()) and time.monotonic() < end:
-        time.sleep(STEP_S)
+        time.sleep(POLL_S)
     return met

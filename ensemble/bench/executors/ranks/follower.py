@@ -1,48 +1,48 @@
-"""All ranks but the first: take each step that rank 0 announces, and be silent."""
+"""A follower rank, any but rank 0: runs each step that the leader announces, without output."""
 
 from __future__ import annotations
 
 import logging
 
 from ensemble.bench.config import Config
-from ensemble.bench.executors.ranks import failures, group
-from ensemble.bench.executors.ranks.join import begin
-from ensemble.bench.executors.ranks.member import Member
+from ensemble.bench.executors.ranks import exit_reasons, group
+from ensemble.bench.executors.ranks.join import join
+from ensemble.bench.executors.ranks.rank_worker import RankWorker
 from ensemble.errors import InputError, RankError, first_line
 
-LEAVE = "leave"
+SHUTDOWN = "shutdown"
 
 log = logging.getLogger(__name__)
 
 
 def follow(config: Config) -> int:
-    """Be a rank until rank 0 has finished; returns the exit code."""
+    """Follow rank 0 until it has finished; returns the exit code."""
     if config.report.list_strategies or config.report.from_json:
-        return 0  # nothing is run
+        return 0  # nothing to measure
     try:
-        member, _ = begin(config, say=lambda _: None)
-        take_steps(member)
+        worker, _ = join(config, say=lambda _: None)
+        run_steps(worker)
     except RankError as error:
-        group.leave()
-        failures.noticed(first_line(error))
+        group.destroy_group()
+        exit_reasons.report_lost_rank(error)
         return 1
     except InputError:
         raise
     except Exception as error:
         log.debug("failed", exc_info=True)
-        failures.tell(f"{type(error).__name__}: {first_line(error)}")
+        exit_reasons.report_failure(f"{type(error).__name__}: {first_line(error)}")
         return 1
     finally:
-        group.leave()
+        group.destroy_group()
     return 0
 
 
-def take_steps(member: Member) -> None:
-    """Take steps until the one to leave."""
+def run_steps(worker: RankWorker) -> None:
+    """Run announced steps until shutdown."""
     while True:
-        step, arguments = member.group.tell()
-        if step == LEAVE:
+        step, arguments = worker.group.broadcast_object()
+        if step == SHUTDOWN:
             return
-        if step == Member.call.__name__:
-            member.group.meet()
-        getattr(member, step)(*arguments)
+        if step == RankWorker.call.__name__:
+            worker.group.barrier()
+        getattr(worker, step)(*arguments)

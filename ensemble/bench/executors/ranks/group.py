@@ -1,7 +1,8 @@
-"""The ranks as one group: every collective of the program, each of which may find a rank gone."""
+"""The process group of all ranks, and every collective of the program."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,89 +19,111 @@ from ensemble.machine import launch
 from ensemble.machine.devices import synchronize
 
 
-class Group:
-    """All ranks. Tensors move by the backend of the device, all else by gloo on the CPU.
+class RankTimeoutError(RankError):
+    """A collective failed after the timeout: a rank hangs, or is gone without a closed connection.
 
-    Every method is called by all ranks, in one order, and raises RankError where a rank has ended
-    or takes longer than the timeout.
+    Any other RankError means that a connection was closed: a rank has ended.
     """
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
-        self.device, self.backend = torch.device("cpu"), "gloo"
-        self._tensors: dist.ProcessGroup | None = None  # the group of all else
 
-    def use(self, device: torch.device, *, timeout_s: float) -> None:
+class Group:
+    """All ranks. Tensors move by the backend of the device, Python objects by gloo on the CPU.
+
+    All ranks call every method, in the same order. It raises RankError if a rank has ended, and
+    RankTimeoutError if it takes longer than `timeout_s`.
+    """
+
+    def __init__(self, rank: int, ranks: int, *, timeout_s: float) -> None:
+        self.rank, self.ranks, self._timeout_s = rank, ranks, timeout_s
+        self.device, self.backend = torch.device("cpu"), "gloo"
+        self._tensor_group: dist.ProcessGroup | None = None  # None: the default group
+
+    def use_device(self, device: torch.device) -> None:
         """From now on move tensors of this device, by its backend: gloo, nccl, xccl."""
         self.device, self.backend = device, dist.get_default_backend_for_device(device)
         if self.backend != "gloo":
-            timeout = timedelta(seconds=timeout_s)
-            with _found_broken():
-                tensors = dist.new_group(backend=self.backend, timeout=timeout)
-            assert isinstance(tensors, dist.ProcessGroup)  # all ranks are in it
-            self._tensors = tensors
+            timeout = timedelta(seconds=self._timeout_s)
+            with self._rank_errors():
+                group = dist.new_group(backend=self.backend, timeout=timeout)
+            assert isinstance(group, dist.ProcessGroup)  # all ranks are in it
+            self._tensor_group = group
 
     def broadcast(self, tensor: Tensor) -> None:
         """Rank 0's values to all others, in place."""
-        with _found_broken():
-            dist.broadcast(_bytes(tensor), src=0, group=self._tensors)
+        with self._rank_errors():
+            dist.broadcast(_as_bytes(tensor), src=0, group=self._tensor_group)
 
     def scatter(self, part: Tensor, parts: Sequence[Tensor] | None) -> None:
-        """Part r of rank 0 to rank r, into `part`; all parts are of its shape."""
-        with _found_broken():
-            given = [_bytes(part) for part in parts] if parts else None
-            dist.scatter(_bytes(part), given, src=0, group=self._tensors)
+        """Part r of rank 0 to rank r, into `part`; all parts have its shape."""
+        with self._rank_errors():
+            sent = [_as_bytes(part) for part in parts] if parts else None
+            dist.scatter(_as_bytes(part), sent, src=0, group=self._tensor_group)
 
     def gather(self, part: Tensor, parts: Sequence[Tensor] | None) -> None:
-        """`part` of rank r into part r of rank 0; all parts are of its shape."""
-        with _found_broken():
-            taken = [_bytes(part) for part in parts] if parts else None
-            dist.gather(_bytes(part), taken, dst=0, group=self._tensors)
+        """`part` of rank r into part r of rank 0; all parts have its shape."""
+        with self._rank_errors():
+            received = [_as_bytes(part) for part in parts] if parts else None
+            dist.gather(_as_bytes(part), received, dst=0, group=self._tensor_group)
 
-    def add(self, tensor: Tensor) -> None:
-        """The sum over the ranks, for all, in place."""
-        with _found_broken():
-            dist.all_reduce(tensor, group=self._tensors)
+    def all_reduce(self, tensor: Tensor) -> None:
+        """The sum over the ranks, on all ranks, in place."""
+        with self._rank_errors():
+            dist.all_reduce(tensor, group=self._tensor_group)
 
     def send(self, tensors: Sequence[Tensor], rank: int) -> None:
-        """All at once to one other rank, which takes them by `receive`."""
-        with _found_broken():
-            _wait([dist.isend(_bytes(tensor), rank, group=self._tensors) for tensor in tensors])
+        """Send all tensors at once to another rank, which calls `receive`."""
+        with self._rank_errors():
+            _wait(
+                [
+                    dist.isend(_as_bytes(tensor), rank, group=self._tensor_group)
+                    for tensor in tensors
+                ]
+            )
 
     def receive(self, tensors: Sequence[Tensor], rank: int) -> None:
-        """All at once from one other rank, in place."""
-        with _found_broken():
-            _wait([dist.irecv(_bytes(tensor), rank, group=self._tensors) for tensor in tensors])
+        """Receive all tensors at once from another rank, in place."""
+        with self._rank_errors():
+            _wait(
+                [
+                    dist.irecv(_as_bytes(tensor), rank, group=self._tensor_group)
+                    for tensor in tensors
+                ]
+            )
 
-    def meet(self) -> None:
-        """Wait until all ranks are here, and their devices idle."""
+    def barrier(self) -> None:
+        """Wait until all ranks are here, with idle devices."""
         synchronize(self.device)
-        with _found_broken():
+        with self._rank_errors():
             dist.barrier()
 
-    def tell(self, message: Any = None) -> Any:
-        """Rank 0's message, for all."""
+    def broadcast_object(self, message: Any = None) -> Any:
+        """Rank 0's message, on all ranks."""
         box = [message]
-        with _found_broken():
+        with self._rank_errors():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def collect(self, part: Any) -> list[Any]:
-        """What each rank has, by rank, for all."""
-        every: list[Any] = [None] * self.ranks
-        with _found_broken():
-            dist.all_gather_object(every, part)
-        return every
+    def all_gather_object(self, part: Any) -> list[Any]:
+        """The parts of all ranks, in order of rank, on all ranks."""
+        parts: list[Any] = [None] * self.ranks
+        with self._rank_errors():
+            dist.all_gather_object(parts, part)
+        return parts
+
+    @contextmanager
+    def _rank_errors(self) -> Iterator[None]:
+        with rank_errors(self._timeout_s):
+            yield
 
 
-def join(*, timeout_s: float) -> Group:
-    """Enter the group of all ranks of this start, as torchrun tells of them; tensors move by gloo.
+def init_group(*, timeout_s: float) -> Group:
+    """Join the group of all ranks of this torchrun; tensors move by gloo.
 
     Raises:
-        RankError: some rank did not come within `timeout_s`.
+        RankError: a rank did not join within `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
-    with _found_broken():
+    with rank_errors(timeout_s):
         store, rank, ranks = next(iter(rendezvous("env://", timeout=timeout)))
         dist.init_process_group(
             "gloo",
@@ -109,13 +132,27 @@ def join(*, timeout_s: float) -> Group:
             world_size=ranks,
             timeout=timeout,
         )
-    return Group(rank, ranks)
+    return Group(rank, ranks, timeout_s=timeout_s)
 
 
-def leave() -> None:
-    """Close all connections: who still waits for this rank learns of it."""
+def destroy_group() -> None:
+    """Close all connections, so that ranks that wait for this one detect its end."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def rank_errors(timeout_s: float) -> Iterator[None]:
+    """Turn a failed collective into a RankError, after `timeout_s` into a RankTimeoutError.
+
+    Backends raise one type for both, so that the elapsed time decides.
+    """
+    begin = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL have no narrower one
+        is_timeout = time.monotonic() - begin >= timeout_s
+        raise (RankTimeoutError if is_timeout else RankError)(first_line(error)) from error
 
 
 def _wait(works: Sequence[dist.Work | None]) -> None:
@@ -124,14 +161,6 @@ def _wait(works: Sequence[dist.Work | None]) -> None:
         work.wait()
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as bytes, which every backend moves, whatever the dtype."""
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor viewed as bytes, which every backend supports."""
     return tensor.view(torch.uint8)
-
-
-@contextmanager
-def _found_broken() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # gloo and NCCL have no narrower one
-        raise RankError(first_line(error)) from error

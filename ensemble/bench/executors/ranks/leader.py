@@ -1,4 +1,4 @@
-"""Rank 0's side of every step: it announces a step, and takes it with the other ranks."""
+"""The leader, rank 0: announces each step, and runs it together with the followers."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 from ensemble.bench.executors.ranks import group
-from ensemble.bench.executors.ranks.environment_check import Facts
-from ensemble.bench.executors.ranks.follower import LEAVE
-from ensemble.bench.executors.ranks.member import Member
+from ensemble.bench.executors.ranks.environment_check import RankInfo
+from ensemble.bench.executors.ranks.follower import SHUTDOWN
+from ensemble.bench.executors.ranks.rank_worker import RankWorker
 
 
 class Leader:
-    """Rank 0's side of every step."""
+    """Rank 0, with the information on all ranks."""
 
-    def __init__(self, member: Member, ranks: tuple[Facts, ...]) -> None:
-        self.member, self.ranks = member, ranks
+    def __init__(self, worker: RankWorker, ranks: tuple[RankInfo, ...]) -> None:
+        self.worker, self.ranks = worker, ranks
 
-    def all(self, step: Callable[..., Any], *arguments: object, **of_rank_0: object) -> Any:
-        """Announce a step of `Member`, and take it; `of_rank_0` is what rank 0 alone has."""
-        self.member.group.tell((step.__name__, arguments))
-        return step(*arguments, **of_rank_0)
+    def run_step(self, step: Callable[..., Any], *arguments: object, **leader_only: object) -> Any:
+        """Announce a step of `RankWorker`, and run it; `leader_only` is what only rank 0 has."""
+        self.worker.group.broadcast_object((step.__name__, arguments))
+        return step(*arguments, **leader_only)
 
     def announce_call(self, key: str, reduce: str) -> None:
-        """All ranks come together; what follows is a call."""
-        self.member.group.tell((self.member.call.__name__, (key, reduce)))
-        self.member.group.meet()
+        """Announce a call and wait at the barrier; the call itself follows."""
+        self.worker.group.broadcast_object((self.worker.call.__name__, (key, reduce)))
+        self.worker.group.barrier()
 
-    def dismiss(self) -> None:
-        """The others may leave."""
-        self.member.group.tell((LEAVE, ()))
-        group.leave()
+    def shut_down(self) -> None:
+        """Let the followers exit."""
+        self.worker.group.broadcast_object((SHUTDOWN, ()))
+        group.destroy_group()

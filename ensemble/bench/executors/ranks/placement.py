@@ -1,4 +1,4 @@
-"""Where a rank runs: its device, its threads, and on a CPU the cores that are its own."""
+"""The placement of a rank: its device, its threads, and on a CPU its pinned cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ensemble.bench.config import RunOptions
-from ensemble.bench.executors.ranks.sharding import blocks
+from ensemble.bench.executors.ranks.sharding import shard_ranges
 from ensemble.errors import InputError
 from ensemble.formatting import count
 from ensemble.machine import cores as machine_cores
@@ -18,14 +18,14 @@ from ensemble.machine.cores import THREADS
 
 
 @dataclass(frozen=True)
-class Place:
-    """The device of a rank by name, its CPU threads, and its cores where it is held to some."""
+class Placement:
+    """The device of a rank by name, its CPU threads, and its pinned cores, None if not pinned."""
 
     device: str
     threads: int
     cores: tuple[int, ...] | None
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """`cpu, 1 thread, core 0`."""
         threads = count(self.threads, "thread")
         cores = "not pinned"
@@ -35,11 +35,11 @@ class Place:
         return f"{self.device}, {threads}, {cores}"
 
 
-def find(run: RunOptions, *, local_rank: int, local_ranks: int) -> Place:
-    """The place of a rank among those of its host.
+def resolve(run: RunOptions, *, local_rank: int, local_ranks: int) -> Placement:
+    """The placement of a rank among the ranks of its host.
 
     Raises:
-        InputError: a device with an index of its own, which all ranks would share.
+        InputError: a device with an index, which all ranks would share.
     """
     kind, _, index = run.device.partition(":")
     if index:
@@ -49,44 +49,44 @@ def find(run: RunOptions, *, local_rank: int, local_ranks: int) -> Place:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         kind = accelerator.type if accelerator else "cpu"
     available = _available_cores()
-    share = share_of(available, local_rank=local_rank, local_ranks=local_ranks)
-    threads = run.threads or _asked_threads(local_ranks) or _own_threads(share, local_ranks)
-    pinned = kind == "cpu" and threads <= len(share) and hasattr(os, "sched_setaffinity")
+    cores = cores_of_rank(available, local_rank=local_rank, local_ranks=local_ranks)
+    threads = run.threads or _requested_threads(local_ranks) or _default_threads(cores, local_ranks)
+    pinned = kind == "cpu" and threads <= len(cores) and hasattr(os, "sched_setaffinity")
     device = "cpu" if kind == "cpu" else f"{kind}:{local_rank}"
-    return Place(device, threads, share if pinned else None)
+    return Placement(device, threads, cores if pinned else None)
 
 
-def pin(place: Place) -> None:
-    """Hold this thread, and those that it will start, to the cores of its place.
+def pin(place: Placement) -> None:
+    """Pin this thread, and those that it will start, to the cores of its placement.
 
-    To be called once the group is joined: gloo's own thread stays free. Held to the one core of
-    its rank it waited for that thread's time to end: half of all messages took 3.5 ms, not 0.2.
+    Call it after joining the group, so that gloo's thread stays unpinned: pinned to the single core
+    of its rank it waited for a time slice, and half of all messages took 3.5 ms, not 0.2.
     """
     if place.cores is not None:
         os.sched_setaffinity(0, place.cores)
 
 
-def share_of(cores: tuple[int, ...], *, local_rank: int, local_ranks: int) -> tuple[int, ...]:
-    """The cores of one rank: apart from the others', or one of its own where ranks are more."""
+def cores_of_rank(cores: tuple[int, ...], *, local_rank: int, local_ranks: int) -> tuple[int, ...]:
+    """The cores of one rank: disjoint ones, or one shared core if ranks outnumber cores."""
     if local_ranks > len(cores):
         return (cores[local_rank % len(cores)],)
-    share = blocks(len(cores), local_ranks)[local_rank]
-    return cores[share.start : share.stop]
+    block = shard_ranges(len(cores), local_ranks)[local_rank]
+    return cores[block.start : block.stop]
 
 
-def _own_threads(share: tuple[int, ...], local_ranks: int) -> int:
-    """One a core, and no more than the ranks' part of a quota of CPU time."""
+def _default_threads(cores: tuple[int, ...], local_ranks: int) -> int:
+    """One per core, and no more than this rank's part of a CPU quota."""
     quota = machine_cores.detect().quota
-    return len(share) if quota is None else min(len(share), max(1, math.ceil(quota / local_ranks)))
+    return len(cores) if quota is None else min(len(cores), max(1, math.ceil(quota / local_ranks)))
 
 
 def _available_cores() -> tuple[int, ...]:
     return machine_cores.affinity() or tuple(range(os.cpu_count() or 1))
 
 
-def _asked_threads(local_ranks: int) -> int | None:
-    """What the user set OMP_NUM_THREADS to. torchrun sets it to 1 for several ranks where nobody
-    has: its own environment, as it was started with, tells one from the other (Linux)."""
+def _requested_threads(local_ranks: int) -> int | None:
+    """The user's OMP_NUM_THREADS. torchrun sets it to 1 if it is unset and there are several ranks;
+    torchrun's own environment (Linux) shows which of the two it is."""
     value = os.environ.get(THREADS, "")
     if not value.isdigit() or int(value) < 1:
         return None
@@ -94,5 +94,5 @@ def _asked_threads(local_ranks: int) -> int | None:
         environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:
         return None if value == "1" and local_ranks > 1 else int(value)
-    asked = any(line.startswith(f"{THREADS}=".encode()) for line in environment)
-    return int(value) if asked else None
+    is_set = any(line.startswith(f"{THREADS}=".encode()) for line in environment)
+    return int(value) if is_set else None

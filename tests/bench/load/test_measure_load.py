@@ -1,4 +1,4 @@
-"""Rows under load of tiny models: every request its own answer, whatever fails a reason."""
+"""Load tests of tiny models: every request gets its own answer, every failure a reason."""
 
 import json
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from ensemble import strategies
 from ensemble.bench import result_file
 from ensemble.bench.case import Case
 from ensemble.bench.config import Config
-from ensemble.bench.load import batch_plans, runs
+from ensemble.bench.load import engine_builder, load_tester
 from ensemble.bench.load.batching import (
-    ALONE,
-    TOGETHER,
+    ALL_TENANTS,
+    SINGLE_TENANT,
     Batch,
-    Way,
+    BatchPlan,
 )
 from ensemble.bench.load.engine import Engine
-from ensemble.bench.load.measure import measure_under_load
+from ensemble.bench.load.measure_load import measure_under_load
 from ensemble.bench.load.request_queue import Request
 from ensemble.bench.report import curves
 from ensemble.bench.setup import Setup, local_setup
@@ -44,88 +44,95 @@ CONFIG_UNDER_LOAD = with_options(
 
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates here are asked for, not searched: a run need not last for 20 bounds."""
-    monkeypatch.setattr(runs, "BOUNDS_LONG", 0.0)
+    """Rates are given here, not searched: a run need not last for 20 bounds."""
+    monkeypatch.setattr(load_tester, "MIN_RUN_BOUNDS", 0.0)
 
 
-def case(strategy: str, inputs: str = "shared") -> Case:
+def case_of(strategy: str, inputs: str = "shared") -> Case:
     return replace(CASE, strategy=strategy, num_models=3, image_size=8, inputs=inputs)
 
 
-def prepared(asked: Case) -> Setup:
+def setup_of(case: Case) -> Setup:
     images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return local_setup([asked], tiny_models(3), lambda px: images)
+    return local_setup([case], tiny_models(3), lambda px: images)
 
 
-def measured(asked: Case, config: Config = CONFIG_UNDER_LOAD) -> Summary:
-    return measured_in(prepared(asked), asked, config)
+def measured(case: Case, config: Config = CONFIG_UNDER_LOAD) -> Summary:
+    return measured_in(setup_of(case), case, config)
 
 
-def measured_in(setup: Setup, asked: Case, config: Config = CONFIG_UNDER_LOAD) -> Summary:
+def measured_in(setup: Setup, case: Case, config: Config = CONFIG_UNDER_LOAD) -> Summary:
     assert config.load is not None
     found = measure_under_load(
-        asked, setup, config.load, config.measure, seed=0, on_stage=lambda *_: None
+        case, setup, config.load, config.measure, seed=0, on_stage=lambda *_: None
     )
     return row_of(found)
 
 
-def batches(made: Engine, lanes: int) -> list[Batch]:
-    """A batch by every way, with images and lanes that are all different."""
+def batches(engine: Engine, tenants: int) -> list[Batch]:
+    """A batch of every plan, each request with a different image and tenant."""
     found = []
-    for way in made.ways:
-        computed = tuple(range(lanes)) if way.mode == TOGETHER else (lanes - 1,)
+    for plan in engine.plans:
+        tenants_run = tuple(range(tenants)) if plan.mode == ALL_TENANTS else (tenants - 1,)
         requests = tuple(
-            tuple(Request(0, 0, 5 * lane + slot, lane, 0.0) for slot in range(way.size))
-            for lane in computed
+            tuple(Request(0, 0, 5 * tenant + slot, tenant, 0.0) for slot in range(plan.batch_size))
+            for tenant in tenants_run
         )
-        found.append(Batch(way, computed, requests))
+        found.append(Batch(plan, tenants_run, requests))
     return found
 
 
 @pytest.mark.parametrize(
     ("strategy", "inputs", "expected"),
     [
-        ("vmap", "shared", {(ALONE, 1), (ALONE, 2)}),
-        ("loop", "per_model", {(ALONE, 1), (ALONE, 2)}),
-        ("vmap", "per_model", {(TOGETHER, 1), (TOGETHER, 2)}),
-        ("hybrid", "per_model", {(ALONE, 1), (ALONE, 2), (TOGETHER, 1), (TOGETHER, 2)}),
+        ("vmap", "shared", {(SINGLE_TENANT, 1), (SINGLE_TENANT, 2)}),
+        ("loop", "per_model", {(SINGLE_TENANT, 1), (SINGLE_TENANT, 2)}),
+        ("vmap", "per_model", {(ALL_TENANTS, 1), (ALL_TENANTS, 2)}),
+        (
+            "hybrid",
+            "per_model",
+            {(SINGLE_TENANT, 1), (SINGLE_TENANT, 2), (ALL_TENANTS, 1), (ALL_TENANTS, 2)},
+        ),
     ],
 )
 @pytest.mark.usefixtures("one_thread")
-def test_every_way_gives_each_request_its_own_answer_and_a_mix_up_is_seen(
+def test_every_plan_answers_each_request_and_a_mixed_up_image_or_model_is_detected(
     strategy: str, inputs: str, expected: set[tuple[str, int]]
 ) -> None:
-    asked = case(strategy, inputs)
-    made = batch_plans.build_engine(asked, prepared(asked), max_batch=2, on_stage=lambda *_: None)
-    assert {(way.mode, way.size) for way in made.ways} == expected
-    assert made.told_apart()
-    assert (made.max_rel_error or 0.0) < 1e-5
-    lanes = 1 if inputs == "shared" else 3
-    for batch in batches(made, lanes):
-        assert made.compute(batch)[0] == 0
-    made._images = made._images[1:] + made._images[:1]  # each request gets its neighbour's image
-    for batch in batches(made, lanes):
-        assert made.compute(batch)[0] == batch.count
-    made._images = made._images[-1:] + made._images[:-1]
-    if lanes > 1:
-        made._expected = made._expected[[1, 2, 0]]  # and its neighbour's model
-        for batch in batches(made, lanes):
-            assert made.compute(batch)[0] == batch.count
+    case = case_of(strategy, inputs)
+    engine = engine_builder.build_engine(
+        case, setup_of(case), max_batch=2, on_stage=lambda *_: None
+    )
+    assert {(plan.mode, plan.batch_size) for plan in engine.plans} == expected
+    assert engine.distinguishes_images()
+    assert (engine.max_rel_error or 0.0) < 1e-5
+    tenants = 1 if inputs == "shared" else 3
+    for batch in batches(engine, tenants):
+        assert engine.execute(batch)[0] == 0
+    # Each request gets its neighbour's image, then its neighbour's model.
+    engine._images = engine._images[1:] + engine._images[:1]
+    for batch in batches(engine, tenants):
+        assert engine.execute(batch)[0] == batch.num_requests
+    engine._images = engine._images[-1:] + engine._images[:-1]
+    if tenants > 1:
+        engine._expected = engine._expected[[1, 2, 0]]
+        for batch in batches(engine, tenants):
+            assert engine.execute(batch)[0] == batch.num_requests
 
 
 @pytest.mark.parametrize(("strategy", "inputs"), [("vmap", "shared"), ("hybrid", "per_model")])
 @pytest.mark.usefixtures("one_thread")
-def test_under_loadgen_all_are_answered_rightly_and_the_files_say_so(
+def test_under_loadgen_every_request_is_answered_and_the_result_file_has_the_figures(
     strategy: str, inputs: str
 ) -> None:
     pytest.importorskip("mlperf_loadgen")
-    found = measured(case(strategy, inputs))
-    run = curves.shown(found)
+    found = measured(case_of(strategy, inputs))
+    run = curves.reported_run(found)
     assert found.error is None
     assert run is not None
     assert (run.valid, run.refused, run.failed) == (True, 0, 0)
     assert run.answered == run.requests >= 81
-    assert curves.held_qps(found) == 300.0
+    assert curves.sustained_qps(found) == 300.0
     assert run.p50_s is not None
     assert run.p90_s is not None
     assert run.p99_s is None
@@ -140,27 +147,27 @@ def test_under_loadgen_all_are_answered_rightly_and_the_files_say_so(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_at_far_more_than_is_held_requests_are_refused_and_the_accepted_do_not_wait_long() -> None:
+def test_under_overload_requests_are_refused_and_accepted_ones_keep_a_bounded_latency() -> None:
     pytest.importorskip("mlperf_loadgen")
     config = with_options(
         CONFIG_UNDER_LOAD, target_qps=20_000.0, latency_bound_ms=20.0, min_seconds=3
     )
-    found = measured(case("loop"), config)
-    run = curves.shown(found)
+    found = measured(case_of("loop"), config)
+    run = curves.reported_run(found)
     assert run is not None
     assert not run.valid
     assert run.refused > 0
     assert run.answered + run.refused == run.requests
-    assert curves.held_qps(found) is None
+    assert curves.sustained_qps(found) is None
     assert (run.most_waiting or 9999) < run.requests / 4
     assert (run.longest_s or 9.0) < 2.0  # a full queue, on a busy machine
     assert run.memory_growth_bytes is not None
-    # A number for each refused request, which is told of at the end, and the referee's own list.
+    # One number per refused request, completed at the end, and LoadGen's own list.
     assert run.memory_growth_bytes < 1_000_000 + 100 * run.refused
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
+def test_a_strategy_that_raises_during_a_run_fails_its_row_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("mlperf_loadgen")
@@ -177,12 +184,12 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
 
     monkeypatch.setitem(strategies.STRATEGIES, "breaks", Strategy("eager", "loop", "breaks"))
     monkeypatch.setattr(Strategy, "builder", lambda self, **_: breaks)
-    monkeypatch.setattr(batch_plans, "TIMED_S", 0.0)
-    asked = case("breaks")
+    monkeypatch.setattr(engine_builder, "MIN_TIMED_S", 0.0)
+    case = case_of("breaks")
     images = torch.randn(16, 3, 8, 8)
     calls = []
-    found = measured_in(local_setup([asked], tiny_models(3), lambda px: images), asked)
-    run = curves.shown(found)
+    found = measured_in(local_setup([case], tiny_models(3), lambda px: images), case)
+    run = curves.reported_run(found)
     assert found.status == "failed"
     assert run is not None
     assert run.failed > 0
@@ -191,14 +198,14 @@ def test_a_strategy_that_raises_in_the_middle_is_a_row_with_a_reason(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_bound_below_one_call_is_said_and_nothing_is_played() -> None:
+def test_a_latency_bound_shorter_than_one_call_fails_without_a_run() -> None:
     config = with_options(CONFIG_UNDER_LOAD, target_qps=None, latency_bound_ms=1e-3)
-    found = measured(case("loop"), config)
+    found = measured(case_of("loop"), config)
     assert found.status == "failed"
-    assert "expected a bound of at least one call" in str(found.error)
+    assert "the latency bound (0.001 ms) is shorter than one call (" in str(found.error)
 
 
-def test_a_batch_is_padded_to_its_way_and_counts_what_is_wasted() -> None:
+def test_a_batch_is_padded_to_its_plan_and_counts_the_padding() -> None:
     requests = ((Request(1, 0, 0, 0, 0.0),), ())
-    batch = Batch(Way(TOGETHER, 2, 1.0), (0, 1), requests)
-    assert (batch.count, batch.slots) == (1, 4)
+    batch = Batch(BatchPlan(ALL_TENANTS, 2, 1.0), (0, 1), requests)
+    assert (batch.num_requests, batch.num_slots) == (1, 4)

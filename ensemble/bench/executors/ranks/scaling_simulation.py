@@ -1,7 +1,7 @@
-"""Runs over ranks that nobody has made: drawn from the model of a call, and labelled so.
+"""Simulated scaling over ranks, from the cost model of a call; labelled as simulated.
 
-`python -m ensemble.bench.executors.ranks.simulation CONSTANTS.json PICTURE.png`, where the
-constants are what `calibration.py` printed; prints the table of `table`.
+`python -m ensemble.bench.executors.ranks.scaling_simulation CONSTANTS.json PICTURE.png` draws the
+picture and prints the table; the constants are the output of `calibration.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ensemble.bench.executors.ranks.cost_model import Constants, call, ranks_for
+from ensemble.bench.executors.ranks.cost_model import (
+    Constants,
+    call_cost,
+    ranks_at_share,
+)
 from ensemble.bench.report.pictures import (
     COLOURS,
     DASHES,
@@ -26,28 +30,28 @@ from ensemble.bench.report.pictures import (
 
 RANKS = tuple(2**power for power in range(11))  # 1 to 1,024
 MODELS_PER_RANK = (1, 4, 16)
-SHARE = 0.1
-LABEL = "simulated: a model of the time of a call, not measured"
+COMMUNICATION_SHARE = 0.1
+LABEL = "simulated by a cost model, not measured"
 
 
 def read(path: Path) -> Constants:
-    """The constants that were stored as they were printed."""
+    """The stored output of `calibration.py`."""
     return Constants(**json.loads(path.read_text()))
 
 
 def table(constants: Constants) -> str:
-    """In Markdown: at how many ranks and models communication takes a tenth of a call."""
+    """In Markdown: at how many ranks and models communication takes 10 % of a call."""
     lines = [
-        "| models a rank | ranks | models | a call (ms) | broadcast (ms) | gather (ms) |",
+        "| models per rank | ranks | models | call (ms) | broadcast (ms) | gather (ms) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for each in MODELS_PER_RANK:
-        ranks = ranks_for(constants, share=SHARE, models_per_rank=each)
+        ranks = ranks_at_share(constants, share=COMMUNICATION_SHARE, models_per_rank=each)
         if ranks is None:
             lines.append(f"| {each} | never | | | | |")
             continue
-        at = call(constants, models=each * ranks, ranks=ranks)
-        times = (at.whole_s, at.broadcast_s, at.gather_s)
+        cost = call_cost(constants, models=each * ranks, ranks=ranks)
+        times = (cost.whole_s, cost.broadcast_s, cost.gather_s)
         cells = [f"{each}", f"{ranks:,}", f"{each * ranks:,}"]
         cells += [f"{1e3 * seconds:.1f}" for seconds in times]
         lines.append(f"| {' | '.join(cells)} |")
@@ -55,18 +59,20 @@ def table(constants: Constants) -> str:
 
 
 def draw(constants: Constants, path: Path) -> None:
-    """Models per second, and the share of communication, against ranks; one line a shard size."""
+    """Forwards per second and the share of communication by ranks; a line per shard size."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.6, 4.4), layout="constrained")
         speed, share = figure.subplots(1, 2)
         for each, *look in zip(MODELS_PER_RANK, COLOURS, MARKS, DASHES, strict=False):
-            name = f"{each} model{'s' if each > 1 else ''} a rank"
-            calls = [call(constants, models=each * ranks, ranks=ranks) for ranks in RANKS]
-            rates = [each * ranks / at.whole_s for ranks, at in zip(RANKS, calls, strict=True)]
+            name = f"{each} model{'s' if each > 1 else ''} per rank"
+            costs = [call_cost(constants, models=each * ranks, ranks=ranks) for ranks in RANKS]
+            rates = [each * ranks / cost.whole_s for ranks, cost in zip(RANKS, costs, strict=True)]
             _line(speed, RANKS, rates, name, look)
-            _line(share, RANKS[1:], [100 * at.communication for at in calls[1:]], name, look)
-        share.axhline(100 * SHARE, color="black", linewidth=0.8)
-        speed.set_ylabel("forwards of a model per second")
+            _line(
+                share, RANKS[1:], [100 * cost.communication_share for cost in costs[1:]], name, look
+            )
+        share.axhline(100 * COMMUNICATION_SHARE, color="black", linewidth=0.8)
+        speed.set_ylabel("model forwards per second")
         share.set_ylabel("communication, % of a call")
         for axes in (speed, share):
             axes.set_xscale("log", base=2)

@@ -1,11 +1,11 @@
-"""Sentences as wide as the terminal."""
+"""Text wrapped to the width of the terminal."""
 
 import pytest
 
-from ensemble.bench.report.words import wrapped
+from ensemble.bench.report.labels import wrapped
 
 
-def test_lines_are_broken_between_words_and_go_on_to_the_right() -> None:
+def test_lines_are_wrapped_between_words_and_continuations_indented() -> None:
     assert wrapped("one two three four", 9) == "one two\n  three\n  four"
     assert wrapped("short\n\n  two words", 9) == "short\n\n  two\n    words"
     assert wrapped("", 9) == ""
@@ -16,7 +16,7 @@ def test_a_path_is_not_broken() -> None:
     assert wrapped(f"at {path} it is", 20) == f"at\n  {path}\n  it is"
 
 
-def test_the_width_is_the_terminals_or_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_width_is_that_of_the_terminal_or_100(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "word " * 100
     monkeypatch.setenv("COLUMNS", "60")
     assert max(map(len, wrapped(text).splitlines())) <= 60

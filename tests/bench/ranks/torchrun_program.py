@@ -1,7 +1,7 @@
-"""The program as one rank of torchrun, several runs after another: `torchrun ... ranks.py FOLDER`.
+"""The program as one rank of torchrun, several runs in sequence: `torchrun_program.py FOLDER`.
 
-FOLDER/runs.json holds the runs: a name, arguments, and more of them for rank 1 alone. What each
-rank printed, and its exit code, goes to FOLDER/NAME.RANK.json. Some strategies break on rank 1.
+FOLDER/runs.json holds the runs: a name, arguments, and extra arguments of rank 1. The output of
+each rank and its exit code go to FOLDER/NAME.RANK.json. Some strategies break on rank 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ensemble.strategies.build_result import BuildResult
 
-CALLS = 8  # of a strategy before it breaks: in the middle of its timed ones
+CALLS = 8  # of a strategy before it breaks: during the timed calls
 
 
 def kill() -> None:
@@ -38,12 +38,12 @@ def fail() -> None:
 
 
 def interrupt() -> None:
-    """As torchrun does with every rank after Ctrl-C."""
+    """As torchrun does to every rank after Ctrl-C."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def breaking(how: Callable[[], None], on: Sequence[str] = ("1",)) -> Callable[..., BuildResult]:
-    """The loop, until it breaks on some ranks."""
+    """The loop, which breaks on some ranks after some calls."""
 
     def builder(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
         from ensemble.strategies.build_result import BuildResult
@@ -62,13 +62,13 @@ def breaking(how: Callable[[], None], on: Sequence[str] = ("1",)) -> Callable[..
 
 
 def slow(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
-    """Rank 1 says nothing for longer than the run waits."""
+    """Rank 1 hangs for longer than the timeout."""
     time.sleep(7 * (os.environ["RANK"] == "1"))
     return strategies.build_unverified("loop", models, example)
 
 
 def main(folder: Path) -> int:
-    """All runs; the last one's exit code."""
+    """Run all; the exit code of the last."""
     made = {"kill": breaking(kill), "fail": breaking(fail), "slow": slow}
     made["stop"] = breaking(interrupt, on=("0", "1"))
     for name, builder in made.items():
@@ -77,7 +77,7 @@ def main(folder: Path) -> int:
 
     code = 0
     for number, run in enumerate(json.loads((folder / "runs.json").read_text())):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # each with keys of its own
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # separate store keys
         out, err = io.StringIO(), io.StringIO()
         argv = run["argv"] + (run.get("rank 1", []) if os.environ["RANK"] == "1" else [])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -85,9 +85,9 @@ def main(folder: Path) -> int:
                 code = resnet_vmap.main(argv)
             except SystemExit as ended:  # after --help
                 code = int(ended.code or 0)
-        said: dict[str, Any] = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+        output: dict[str, Any] = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
         file = folder / f"{run['name']}.{os.environ['RANK']}.json"
-        file.write_text(json.dumps(said))
+        file.write_text(json.dumps(output))
     return code
 
 

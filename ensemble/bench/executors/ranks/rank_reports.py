@@ -1,4 +1,4 @@
-"""What came of a step on one rank, as it is told to all."""
+"""What each rank reports after a step; gathered on all ranks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ensemble.strategies.build_result import Choice
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a step on one rank; `status` as in `Measurement`."""
+class RankReport:
+    """The result of a build or setup step on one rank; `status` as in `Measurement`."""
 
     status: str = "ok"
     error: str = ""
@@ -23,17 +23,20 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Division:
-    """What the rounds of `divide` took on one rank, in seconds; `failed` is why a call did."""
+class CallProfile:
+    """The times of the rounds of `profile_call` on one rank, in seconds.
+
+    The fields are those of `measurement.RankTimes`, of this rank; `error` is set if a call failed.
+    """
 
     whole_s: tuple[float, ...]
     forward_s: tuple[float, ...]
     alone_s: tuple[float, ...]
     one_rank_s: tuple[float, ...]
     notes: tuple[str, ...]
-    failed: str
+    error: str
 
 
-def failed(outcomes: Sequence[Outcome]) -> bool:
+def any_failed(reports: Sequence[RankReport]) -> bool:
     """Has a step failed on some rank?"""
-    return any(outcome.status != "ok" for outcome in outcomes)
+    return any(report.status != "ok" for report in reports)

@@ -1,9 +1,9 @@
-"""Figures of ensemble/bench/executors/ranks/README.md, made of stored files: run as a module."""
+"""Tables of ensemble/bench/executors/ranks/README.md from stored files: run as a module."""
 
 from __future__ import annotations
 
-from ensemble.bench.executors.ranks import simulation
-from ensemble.bench.executors.ranks.cost_model import Constants, call
+from ensemble.bench.executors.ranks import scaling_simulation
+from ensemble.bench.executors.ranks.cost_model import Constants, call_cost
 from ensemble.bench.measurement import RankTimes
 from ensemble.bench.report import exports
 from ensemble.bench.summary import Run, Summary
@@ -18,16 +18,16 @@ def read(name: str) -> Run:
 
 
 def constants() -> Constants:
-    """What `ensemble.bench.executors.ranks.calibration` printed."""
-    return simulation.read(DATA / "constants.json")
+    """The stored output of `ensemble.bench.executors.ranks.calibration`."""
+    return scaling_simulation.read(DATA / "constants.json")
 
 
 def measured(name: str) -> list[str]:
-    """A line a row: what its calls consist of, and beside the loop what the model says."""
+    """A line per row: the parts of its calls, and for the loop the prediction of the cost model."""
     run = read(name)
     return [
-        "| N | strategy | a call (ms) | efficiency | interference | communication | over one rank"
-        " | the model says (ms) |",
+        "| N | strategy | call (ms) | efficiency | interference | communication | over one rank"
+        " | predicted (ms) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_line(row, run.environment.ranks or 1) for row in run.results),
     ]
@@ -36,14 +36,14 @@ def measured(name: str) -> list[str]:
 def _line(row: Summary, ranks: int) -> str:
     case, times = row.case, row.ranks or RankTimes()
     over_one = times.speedup_over_one_rank
-    at = call(constants(), models=case.num_models, ranks=ranks, px=case.image_size)
+    cost = call_cost(constants(), models=case.num_models, ranks=ranks, px=case.image_size)
     cells = [
         f"{case.num_models}",
         f"`{case.strategy}`",
         f"{1e3 * (row.median_s or 0):.0f}",
         *map(_percent, (times.parallel_efficiency, times.interference, times.communication)),
         "" if over_one is None else f"{over_one:.2f}",
-        f"{1e3 * at.whole_s:.0f}" if case.is_reference else "",
+        f"{1e3 * cost.whole_s:.0f}" if case.is_reference else "",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -53,16 +53,16 @@ def _percent(share: float | None) -> str:
 
 
 def measured_constants() -> list[str]:
-    """A line a constant."""
-    found = constants()
+    """A line per constant."""
+    measured_here = constants()
     return [
-        "| constant | here |",
+        "| constant | measured |",
         "| --- | --- |",
-        f"| forward of one model, beside the other rank's | {1e3 * found.model_s:.1f} ms |",
-        f"| deviation of its logarithm | {found.spread:.3f} |",
-        f"| a message of no size | {1e6 * found.step_s:.0f} µs |",
-        f"| one more where many come in at one rank | {1e6 * found.part_s:.0f} µs |",
-        f"| bandwidth | {found.bytes_per_s / 1e9:.2f} GB/s |",
+        f"| forward of one model, both ranks busy | {1e3 * measured_here.model_s:.1f} ms |",
+        f"| standard deviation of its log | {measured_here.spread:.3f} |",
+        f"| latency of an empty message | {1e6 * measured_here.step_s:.0f} µs |",
+        f"| each further message to the same rank | {1e6 * measured_here.part_s:.0f} µs |",
+        f"| bandwidth | {measured_here.bytes_per_s / 1e9:.2f} GB/s |",
     ]
 
 
@@ -73,7 +73,7 @@ def all_lines() -> list[str]:
         *measured("two_hosts"),
         *measured("four_ranks"),
         *measured_constants(),
-        *simulation.table(constants()).splitlines(),
+        *scaling_simulation.table(constants()).splitlines(),
     ]
 
 

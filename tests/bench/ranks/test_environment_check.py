@@ -1,13 +1,13 @@
-"""Ranks that differ are refused by name, with what differs."""
+"""Ranks that differ from rank 0 are rejected by name, with the difference."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ensemble.bench.executors.ranks import backend, environment_check
-from ensemble.bench.executors.ranks.environment_check import Facts
-from ensemble.bench.executors.ranks.outcomes import Outcome
+from ensemble.bench.executors.ranks import environment_check, sharded_backend
+from ensemble.bench.executors.ranks.environment_check import RankInfo, shared_settings
+from ensemble.bench.executors.ranks.rank_reports import RankReport
 from ensemble.bench.measurement import Note
 from ensemble.errors import InputError
 from tests.made import CONFIG, with_options
@@ -16,16 +16,16 @@ from tests.tiny import tiny_models
 CPU = torch.device("cpu")
 
 
-def facts(host: str, **changes: object) -> Facts:
+def rank_info(host: str, **changes: object) -> RankInfo:
     (model,) = tiny_models(1)
-    return Facts(host, 1, shared=environment_check.shared(CONFIG, CPU, "a.pth", model) | changes)
+    return RankInfo(host, 1, settings=shared_settings(CONFIG, CPU, "a.pth", model) | changes)
 
 
-def test_ranks_that_are_alike_pass_whatever_their_host_and_what_rank_0_alone_writes() -> None:
+def test_equal_ranks_pass_whatever_their_host_and_the_outputs_of_rank_0() -> None:
     (model,) = tiny_models(1)
     other = with_options(CONFIG, export_json="a.json", image_path="elsewhere.jpg", verbose=True)
-    second = Facts("host-b", 2, shared=environment_check.shared(other, CPU, "a.pth", model))
-    environment_check.check([facts("host-a"), second])
+    second = RankInfo("host-b", 2, settings=shared_settings(other, CPU, "a.pth", model))
+    environment_check.check([rank_info("host-a"), second])
 
 
 @pytest.mark.parametrize(
@@ -39,36 +39,36 @@ def test_ranks_that_are_alike_pass_whatever_their_host_and_what_rank_0_alone_wri
         ({"classes": 7}, "expected classes 5 like rank 0, found 7"),
     ],
 )
-def test_one_that_differs_is_named_with_what_differs(
+def test_a_rank_that_differs_is_named_with_the_difference(
     changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError, match=message.replace("+", r"\+")):
-        environment_check.check([facts("host-a"), facts("host-b", **changes)])
+        environment_check.check([rank_info("host-a"), rank_info("host-b", **changes)])
 
 
-def test_a_file_that_every_rank_reads_must_be_the_same_file() -> None:
+def test_a_shared_checkpoint_must_be_the_same_on_every_rank() -> None:
     first, second = tiny_models(2)
     ranks = [
-        Facts("host-a", 1, shared=environment_check.shared(CONFIG, CPU, "a.pth", model))
+        RankInfo("host-a", 1, settings=shared_settings(CONFIG, CPU, "a.pth", model))
         for model in (first, second)
     ]
     with pytest.raises(InputError, match="rank 1 on host-a: expected checksum of the weights"):
         environment_check.check(ranks)
 
 
-def test_what_is_wrong_on_one_rank_names_it_and_what_is_wrong_on_all_names_none() -> None:
-    bad = replace(facts("host-b"), error="a.pth: broken")
+def test_an_error_of_one_rank_names_it_and_an_error_of_all_names_none() -> None:
+    bad = replace(rank_info("host-b"), error="a.pth: broken")
     with pytest.raises(InputError, match=r"^rank 1 on host-b: a\.pth: broken$"):
-        environment_check.check([facts("host-a"), bad])
+        environment_check.check([rank_info("host-a"), bad])
     with pytest.raises(InputError, match=r"^a\.pth: broken$"):
         environment_check.check([bad, bad])
 
 
-def test_a_note_that_not_all_ranks_have_says_whose_it_is() -> None:
-    def of_rank(call_ms: int) -> Outcome:
-        return Outcome(notes=(Note("folded"), Note("picked loop", f"loop {call_ms} ms")))
+def test_a_note_that_not_all_ranks_have_names_its_ranks() -> None:
+    def of_rank(call_ms: int) -> RankReport:
+        return RankReport(notes=(Note("folded"), Note("picked loop", f"loop {call_ms} ms")))
 
-    found = backend._notes([of_rank(51), of_rank(52), of_rank(52)])
+    found = sharded_backend._notes([of_rank(51), of_rank(52), of_rank(52)])
     assert tuple(map(str, found)) == (
         "folded",
         "rank 0: picked loop (loop 51 ms)",

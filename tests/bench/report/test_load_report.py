@@ -1,4 +1,4 @@
-"""Results under load in sentences, in the table and in the picture, by values."""
+"""The answer, the table and the picture of load tests, by value."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from ensemble.bench.load.record import LoadRun, LoadTest, held_range
+from ensemble.bench.load.record import LoadRun, LoadTest, sustained_range
 from ensemble.bench.measurement import Measurement
 from ensemble.bench.report import curves, load_picture, load_table
-from ensemble.bench.report.page import is_under_load, page_of
+from ensemble.bench.report.page import is_load_test, page_of
 from ensemble.bench.summary import Run, Summary
 from tests.made import CASE, CONFIG, ENVIRONMENT, row_of, with_options
 
@@ -36,16 +36,18 @@ RUN = LoadRun(
 )
 
 
-def served(strategy: str, *points: tuple[float, float], held: float, inputs: str = "shared") -> Any:
-    """A row whose server was played at (rate, tail in s), and holds a rate of them."""
+def served(
+    strategy: str, *points: tuple[float, float], sustained: float, inputs: str = "shared"
+) -> Any:
+    """A row with a run at each (rate, tail in s), which sustains one of the rates."""
     runs = tuple(
         replace(
             RUN,
-            purpose="confirm" if rate == held else "curve",
+            purpose="confirm" if rate == sustained else "curve",
             offered_qps=rate,
             tail_s=tail,
-            valid=rate <= held,
-            why_not=None if rate <= held else "late",
+            valid=rate <= sustained,
+            why_not=None if rate <= sustained else "late",
         )
         for rate, tail in points
     )
@@ -54,85 +56,95 @@ def served(strategy: str, *points: tuple[float, float], held: float, inputs: str
     return row_of(Measurement(case, build_s=1.0, first_call_s=0.5, load=test))
 
 
-LOOP = served("loop", (20.0, 0.010), (60.0, 0.08), (70.0, 0.2), held=60.0, inputs="per_model")
-VMAP = served("vmap", (30.0, 0.030), (90.0, 0.05), (110.0, 0.3), held=90.0, inputs="per_model")
+LOOP = served("loop", (20.0, 0.010), (60.0, 0.08), (70.0, 0.2), sustained=60.0, inputs="per_model")
+VMAP = served("vmap", (30.0, 0.030), (90.0, 0.05), (110.0, 0.3), sustained=90.0, inputs="per_model")
 
 
-def test_the_answer_names_whom_to_serve_with_and_where_that_changes() -> None:
+def test_the_answer_names_the_highest_sustained_rate_and_the_lowest_latency_by_rate() -> None:
     answer = load_table.render_answer([LOOP, VMAP])
     assert answer.splitlines()[0] == (
         "4 models, per-model inputs: vmap sustains 90 requests/s with p99 <= 100 ms; loop 60."
     )
-    # loop: 10 + 1.75 (rate - 20) ms; vmap: 30 + (rate - 30) / 3 ms, 5 % sooner from 32.9 on.
-    first, second = curves.changes([LOOP, VMAP])
+    # loop: 10 + 1.75 (rate - 20) ms; vmap: 30 + (rate - 30) / 3 ms, 5 % lower from 32.9 on.
+    first, second = curves.lowest_latency([LOOP, VMAP])
     assert (first.strategy, second.strategy) == ("loop", "vmap")
     assert second.from_qps == pytest.approx(32.9, abs=0.4)
     assert "loop up to 33" in answer.splitlines()[1]
 
 
-def test_one_strategy_at_every_load_is_said_so() -> None:
-    slow = served("vmap", (20.0, 0.05), (50.0, 0.09), held=50.0)
-    answer = load_table.render_answer([served("loop", (20.0, 0.01), (60.0, 0.05), held=60.0), slow])
+def test_one_strategy_with_the_lowest_latency_at_every_rate_is_named_once() -> None:
+    slow = served("vmap", (20.0, 0.05), (50.0, 0.09), sustained=50.0)
+    answer = load_table.render_answer(
+        [served("loop", (20.0, 0.01), (60.0, 0.05), sustained=60.0), slow]
+    )
     assert answer.splitlines()[1] == "Lowest p99 at every rate: loop."
 
 
-def test_a_row_that_holds_nothing_has_no_rate_and_a_reason() -> None:
-    none = served("vmap", (30.0, 0.3), held=0.0)
-    assert curves.held_qps(none) is None
+def test_a_row_without_a_valid_run_has_no_rate_and_a_reason() -> None:
+    none = served("vmap", (30.0, 0.3), sustained=0.0)
+    assert curves.sustained_qps(none) is None
     assert load_table.render_answer([none]).strip().endswith("no strategy had a valid run.")
-    assert "vmap, 4 models: not valid: late" in load_table.render_remarks([none])
+    assert "vmap, 4 models: invalid: late" in load_table.render_remarks([none])
     refused = replace(RUN, refused=7, most_waiting=9)
     test = LoadTest("server", 99.0, 0.1, (replace(refused, valid=True),))
-    said = load_table.render_remarks([row_of(Measurement(CASE, load=test))])
-    assert "7 of 800 requests were refused" in said
+    remarks = load_table.render_remarks([row_of(Measurement(CASE, load=test))])
+    assert "7 of 800 requests were refused" in remarks
 
 
-def test_the_table_has_the_figures_of_the_run_that_is_shown() -> None:
+def test_the_table_has_the_figures_of_the_reported_run() -> None:
     table = load_table.render_table([LOOP, VMAP])
     (line,) = [line for line in table.splitlines() if line.startswith("vmap")]
     figures = "vmap 4 90 20.0 30.0 50.0 1.50 25% 4.0 0.10 1.5"
     assert line.split() == figures.split()
 
 
-def test_the_row_shows_the_process_in_the_middle() -> None:
+def test_a_row_reports_the_process_with_the_median_sustained_rate() -> None:
     rates = (80.0, 100.0, 90.0)
-    row = row_of(*(served("vmap", (rate, 0.05), held=rate).processes[0] for rate in rates))
-    assert (curves.held_qps(row), held_range(row.load_tests)) == (90.0, (80.0, 100.0))
+    row = row_of(*(served("vmap", (rate, 0.05), sustained=rate).processes[0] for rate in rates))
+    assert (curves.sustained_qps(row), sustained_range(row.load_tests)) == (90.0, (80.0, 100.0))
     assert "90 [80, 100]" in load_table.render_table([row])
 
 
-def test_single_stream_and_offline_say_what_was_done() -> None:
-    for scenario, said in (
+def test_single_stream_answers_with_a_latency_and_offline_with_a_throughput() -> None:
+    for scenario, expected in (
         ("single_stream", "vmap has the lowest latency, p90 50 ms."),
         ("offline", "vmap processes 100 requests/s."),
     ):
         run = replace(RUN, purpose="asked", offered_qps=None)
         test = LoadTest(scenario, 90.0, None, (run,))
         answer = load_table.render_answer([row_of(Measurement(CASE, load=test))])
-        assert answer.strip() == f"4 models, shared inputs: {said}"
+        assert answer.strip() == f"4 models, shared inputs: {expected}"
 
 
-def test_the_picture_has_a_line_a_strategy_and_the_bound() -> None:
+def test_the_picture_has_a_curve_per_strategy_and_the_bound() -> None:
     above, below = load_picture.draw([LOOP, VMAP]).axes
     lines: dict[str, Any] = {str(line.get_label()): line for line in above.get_lines()}
     assert lines["loop"].get_xydata().tolist() == [
         [20.0, pytest.approx(10)],
         [60.0, pytest.approx(80)],
-        [70.0, pytest.approx(200)],
     ]
     drawn: list[Any] = list(above.get_lines())
     assert any(list(line.get_ydata()) == [pytest.approx(100)] * 2 for line in drawn)
+    markers = [line.get_xydata().tolist() for line in drawn if len(line.get_xydata()) == 1]
+    assert [[70.0, pytest.approx(200)]] in markers  # an invalid run is not connected
     assert below.get_xlabel() == "offered requests per second"
     assert {text.get_text() for text in above.texts} == {"loop", "vmap", "bound"}
 
 
+def test_the_curve_of_a_strategy_ends_at_its_sustained_rate_and_pools_close_rates() -> None:
+    row = served("vmap", (20.0, 0.01), (58.0, 0.09), (60.0, 0.05), (62.0, 0.04), sustained=60.0)
+    assert curves.sustained_curve(row, "tail_s") == [(20.0, 0.01), (60.0, pytest.approx(0.07))]
+    assert [rate for rate, _ in curves.latency_curve(row, "tail_s")] == [20.0, 58.0, 60.0, 62.0]
+    assert curves.sustained_curve(served("vmap", (20.0, 0.01), sustained=0.0), "tail_s") == []
+
+
 @pytest.mark.parametrize("rows", [[], [row_of(Measurement(CASE, "failed", "broke"))]])
-def test_a_run_with_nothing_in_it_is_drawn_and_told_too(
+def test_a_run_without_rows_or_valid_runs_is_drawn_and_described(
     rows: list[Summary], tmp_path: Path
 ) -> None:
     run = Run(ENVIRONMENT, with_options(CONFIG, scenario="server").plain(), tuple(rows))
-    assert is_under_load(run)
+    assert is_load_test(run)
     page = page_of(run, columns=False, sentences=True)
-    assert (page.known, page.answer) == ((), "No valid run.\n")
+    assert (page.legacy_lines, page.answer) == ((), "No valid run.\n")
     load_picture.save(rows, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

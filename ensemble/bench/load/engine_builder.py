@@ -1,0 +1,144 @@
+"""A case -> its engine: each batch plan is built, checked against the reference, and timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ensemble.bench.build import build
+from ensemble.bench.case import Case
+from ensemble.bench.load.batching import ALL_TENANTS, SINGLE_TENANT, BatchPlan, batch_sizes
+from ensemble.bench.load.engine import BuiltPlan, Engine, PlanKey
+from ensemble.bench.setup import Setup
+from ensemble.bench.stages import OnStage
+from ensemble.machine.devices import synchronize
+from ensemble.machine.timing import interleaved
+from ensemble.statistics import median
+from ensemble.strategies import HYBRIDS, STRATEGIES
+from ensemble.strategies.agreement import TOLERANCES, check
+
+MIN_TIMED_CALLS, MIN_TIMED_S = 5, 0.1  # per batch plan
+
+
+class DisagreementError(RuntimeError):
+    """The logits of a batch plan differ from the reference."""
+
+
+@dataclass(frozen=True)
+class ServingMode:
+    """The strategies that serve a case: of its single-tenant plans, its all-tenant plans, or both.
+
+    An ensemble counts as one tenant, whose requests are answered by all N models.
+    """
+
+    num_tenants: int
+    single_tenant: str | None = None
+    all_tenants: str | None = None
+
+
+def serving_mode(case: Case) -> ServingMode:
+    """How a case is served.
+
+    With per-model inputs each model is a tenant. A strategy that runs one model after another has a
+    forward per tenant, any other strategy one for all tenants; a hybrid has both, and the batcher
+    picks the faster one.
+    """
+    if case.inputs == "shared":
+        return ServingMode(1, single_tenant=case.strategy)
+    if case.strategy in HYBRIDS:
+        hybrid = HYBRIDS[case.strategy]
+        return ServingMode(case.num_models, hybrid.few, hybrid.many)
+    if STRATEGIES[case.strategy].sequential:
+        return ServingMode(case.num_models, single_tenant=case.strategy)
+    return ServingMode(case.num_models, all_tenants=case.strategy)
+
+
+def build_engine(case: Case, setup: Setup, *, max_batch: int, on_stage: OnStage) -> Engine:
+    """Build, check and time every batch plan of a case.
+
+    Raises:
+        DisagreementError: the logits of a plan differ from the reference.
+        Exception: what a strategy raises.
+    """
+    serving = serving_mode(case)
+    expected = reference_logits(setup)
+    images = setup.images.to(getattr(torch, case.dtype))
+    strategies = {SINGLE_TENANT: serving.single_tenant, ALL_TENANTS: serving.all_tenants}
+    keys = [
+        (mode, size)
+        for mode, strategy in strategies.items()
+        if strategy
+        for size in batch_sizes(max_batch)
+    ]
+    built_plans, plans, errors = dict[PlanKey, BuiltPlan](), list[BatchPlan](), list[float]()
+    for index, (mode, size) in enumerate(keys):
+        on_stage(f"build {mode} batch {size}", index / len(keys))
+        strategy = strategies[mode]
+        assert strategy is not None
+        built, plan_errors = _build_plan(
+            strategy, mode, size, serving.num_tenants, case, setup, images, expected
+        )
+        built_plans[mode, size] = built
+        errors += plan_errors
+    for (mode, size), built in built_plans.items():
+        plans.append(BatchPlan(mode, size, _time_plan(built)))
+    return Engine(built_plans, plans, expected, images, max(errors, default=None))
+
+
+def reference_logits(setup: Setup) -> Tensor:
+    """The logits of every image by the reference: `(N, images, classes)`."""
+    shape = setup.example.shape
+    inputs = (image.expand(shape).contiguous() for image in setup.images)
+    return torch.cat([setup.reference.forward(x) for x in inputs], 1)
+
+
+def _build_plan(
+    strategy: str,
+    mode: str,
+    size: int,
+    num_tenants: int,
+    case: Case,
+    setup: Setup,
+    images: Tensor,
+    expected: Tensor,
+) -> tuple[BuiltPlan, list[float]]:
+    """The forwards of a plan, checked on the first images, and the largest error of each."""
+    indices = [index % len(images) for index in range(size)]
+    example = images[indices]
+    shards = [setup.models]
+    if mode == ALL_TENANTS:
+        example = example.expand(num_tenants, *example.shape).contiguous()
+    elif num_tenants > 1 or case.inputs == "per_model":
+        shards = [setup.models[tenant : tenant + 1] for tenant in range(num_tenants)]
+    dtype = getattr(torch, case.dtype)
+    forwards, errors = [], list[float]()
+    for tenant, models in enumerate(shards):
+        built = build(strategy, models, example.float(), dtype)
+        reference = expected[tenant : tenant + 1] if len(shards) > 1 else expected
+        agreement = check(
+            built.logits, reference[: len(models), indices], tolerance=TOLERANCES[dtype]
+        )
+        if agreement.problem:
+            raise DisagreementError(f"{mode} batch {size}: {agreement.problem}")
+        errors += [agreement.max_rel_error or 0.0]
+        forwards.append(built)
+    x = example.clone()
+    slots = tuple(batch.unbind() for batch in (x if x.dim() == 5 else x[None]))
+    return BuiltPlan(tuple(forwards), x, slots), errors
+
+
+def _time_plan(built: BuiltPlan) -> float:
+    """The median seconds of a call, of the first tenant's forward for all."""
+    first = replace(built.forwards[0], example=built.input)
+    rounds = interleaved(
+        [first.call],
+        warmup=1,
+        min_rounds=MIN_TIMED_CALLS,
+        min_seconds=MIN_TIMED_S,
+        synchronize=lambda: synchronize(built.input.device),
+    )
+    seconds = median([sample.seconds for (sample,) in rounds])
+    assert seconds is not None
+    return seconds

@@ -1,0 +1,165 @@
+"""Measure one case under load: build its batch plans, then run the scenario."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from ensemble.bench.build import prepare, release_compiled
+from ensemble.bench.case import Case
+from ensemble.bench.config import LoadOptions, MeasureOptions
+from ensemble.bench.failures import explain
+from ensemble.bench.load.engine import Engine
+from ensemble.bench.load.engine_builder import DisagreementError, build_engine, serving_mode
+from ensemble.bench.load.load_tester import LoadTester
+from ensemble.bench.load.loadgen import OFFLINE, SERVER, SINGLE_STREAM
+from ensemble.bench.load.record import LoadTest
+from ensemble.bench.load.search import highest_sustained_rate
+from ensemble.bench.measurement import FAILED, OK, UNAVAILABLE, Measurement, Note
+from ensemble.bench.setup import Setup
+from ensemble.bench.stages import OnStage
+from ensemble.errors import UnavailableError
+from ensemble.formatting import milliseconds
+from ensemble.machine import memory, other_processes
+from ensemble.machine.devices import synchronize
+from ensemble.machine.timing import interleaved
+from ensemble.models import stacking
+from ensemble.statistics import median
+
+DEFAULT_BOUND_CALLS = 4.0  # the default latency bound, in calls of the loop
+CURVE_SHARES = (0.4, 0.7)  # of the sustained rate: further points of the latency curve
+SINGLE_STREAM_PERCENTILE = 90.0  # MLPerf's
+
+log = logging.getLogger(__name__)
+
+
+class TooSlowError(RuntimeError):
+    """No rate can be sustained: a single call takes longer than the latency bound."""
+
+
+def measure_under_load(
+    case: Case,
+    setup: Setup,
+    load: LoadOptions,
+    options: MeasureOptions,
+    *,
+    seed: int,
+    on_stage: OnStage,
+) -> Measurement:
+    """Measure a case under load. A failure becomes the error of the measurement.
+
+    `best` chooses a strategy per batch size. `seed` draws the arrivals.
+    """
+    release_compiled()
+    measurement, dtype = Measurement(case, notes=setup.notes), getattr(torch, case.dtype)
+    device, cpu = setup.example.device, other_processes.read()
+    serving = serving_mode(case)
+    try:
+        for strategy in filter(None, (serving.single_tenant, serving.all_tenants)):
+            prepare(strategy, device)
+        before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
+        engine = build_engine(case, setup, max_batch=load.max_batch, on_stage=on_stage)
+        measurement = replace(
+            measurement,
+            notes=measurement.notes + _notes(engine),
+            max_rel_error=engine.max_rel_error,
+        )
+        tester = LoadTester(
+            case,
+            load,
+            engine,
+            bound_s=_bound_s(case, setup, load, warmup=options.warmup),
+            min_seconds=options.min_seconds,
+            seed=seed,
+            on_stage=on_stage,
+        )
+        test = _run_scenario(load, tester)
+    except UnavailableError as error:
+        return replace(measurement, status=UNAVAILABLE, error=str(error))
+    except (DisagreementError, TooSlowError) as error:
+        return replace(measurement, status=FAILED, error=str(error))
+    except Exception as error:
+        log.debug("%s failed", case, exc_info=True)
+        strategy = serving.single_tenant or serving.all_tenants or case.strategy
+        reason = explain(error, strategy, setup.models, setup.example, dtype)
+        return replace(measurement, status=FAILED, error=reason)
+    peak = memory.peak_bytes(device) if peak_known else None
+    shared = sum(map(stacking.weight_bytes, setup.models)) if dtype == torch.float32 else 0
+    problem = next((run.problem for run in test.runs if run.problem), None)
+    return replace(
+        measurement,
+        status=FAILED if problem else OK,
+        error=problem,
+        build_s=engine.build_s,
+        first_call_s=engine.first_call_s,
+        peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
+        others_cpu_share=other_processes.share_of_others(cpu, other_processes.read()),
+        load=test,
+    )
+
+
+def _run_scenario(load: LoadOptions, tester: LoadTester) -> LoadTest:
+    """All runs of the scenario."""
+    percentile = load.latency_percentile
+    if load.scenario == SINGLE_STREAM:
+        percentile = SINGLE_STREAM_PERCENTILE
+        tester.run("asked", 1 / tester.fastest_batch_s, percentile=percentile)
+    elif load.scenario == OFFLINE:
+        tester.run("asked", tester.peak_qps)
+    elif load.target_qps is not None:
+        tester.run("asked", load.target_qps)
+    else:
+        _search_rate(tester)
+    bound_s = tester.bound_s if load.scenario == SERVER else None
+    return LoadTest(load.scenario, percentile, bound_s, tuple(tester.runs))
+
+
+def _search_rate(tester: LoadTester) -> None:
+    """Search the sustained rate, then add points to the latency curve below it."""
+    if tester.fastest_batch_s > tester.bound_s:
+        raise TooSlowError(
+            f"the latency bound ({milliseconds(tester.bound_s)}) is shorter than one call"
+            f" ({milliseconds(tester.fastest_batch_s)})"
+        )
+
+    def is_sustained(rate: float, trial: int) -> bool:
+        return tester.run("confirm" if trial else "search", rate, trial=trial).valid
+
+    sustained = highest_sustained_rate(is_sustained, tester.initial_qps())
+    if sustained is not None:
+        for share in CURVE_SHARES:
+            tester.run("curve", share * sustained)
+
+
+def _bound_s(case: Case, setup: Setup, load: LoadOptions, *, warmup: int) -> float:
+    """The requested latency bound, or four times one request by the loop."""
+    if load.latency_bound_ms is not None:
+        return 1e-3 * load.latency_bound_ms
+    one = setup.example if case.inputs == "shared" else setup.example[0]
+    models = setup.models if case.inputs == "shared" else setup.models[:1]
+
+    def call() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [model(one) for model in models]
+
+    rounds = interleaved(
+        [call],
+        warmup=warmup,
+        min_rounds=10,
+        min_seconds=0.5,
+        synchronize=lambda: synchronize(one.device),
+    )
+    return DEFAULT_BOUND_CALLS * (median([sample.seconds for (sample,) in rounds]) or 0.0)
+
+
+def _notes(engine: Engine) -> tuple[Note, ...]:
+    """Notes of the strategies, the time of each batch plan, and a weak check."""
+    times = ", ".join(
+        f"{plan.mode} batch {plan.batch_size}: {1e3 * plan.seconds:.2f} ms" for plan in engine.plans
+    )
+    notes = (*engine.notes, Note("batch plans", times))
+    if not engine.distinguishes_images():
+        notes += (Note("weak check under load: answers to different images hardly differ"),)
+    return notes
