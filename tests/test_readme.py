@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from ensemble.strategies import STRATEGIES
-from tests import load_results, results
-from tests.bench.ranks import readme_tables
+from tests.studies import load_results, rank_tables, results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -51,4 +50,4 @@ def test_the_figures_of_the_page_on_ranks_are_those_of_stored_runs() -> None:
     page = (
         (ROOT / "ensemble" / "bench" / "executors" / "ranks" / "README.md").read_text().splitlines()
     )
-    assert [line for line in readme_tables.all_lines() if line not in page] == []
+    assert [line for line in rank_tables.all_lines() if line not in page] == []

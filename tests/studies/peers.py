@@ -1,7 +1,7 @@
 """Is `best` ahead of the runtimes that people would use instead?
 
-`python -m tests.peers` times `best`, the loop, OpenVINO and ONNX Runtime in turns, so that what the
-machine does meets all of them, in fresh processes for each place (architecture, N, dtype), and
+`python -m tests.studies.peers` times `best`, the loop, OpenVINO and ONNX Runtime in turns, so that
+drift of the machine affects all of them, in fresh processes for each (architecture, N, dtype), and
 saves after each in tests/data/peers/processes.jsonl, with the page beside it: 40 minutes of a quiet
 machine with 2 cores. What is there already is not measured again; `--only NAME ...` measures these
 architectures alone.
@@ -22,7 +22,7 @@ import torch
 
 from tests.together import Times, timed, times_as_fast
 
-DATA = Path(__file__).parent / "data" / "peers"
+DATA = Path(__file__).parents[1] / "data" / "peers"
 FILE, PAGE = DATA / "processes.jsonl", DATA / "README.md"
 RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"),
@@ -122,8 +122,8 @@ def page(processes: Sequence[Process]) -> str:
             "All run in one process, in turns, each in its fastest setting; a table shows the"
             " median over the processes, and in brackets the least and the most that one of them"
             f" found. Random weights, one image of {PX} px for all models. Made by"
-            " `python -m tests.peers` on a 2-core AMD EPYC (AVX-512 with bfloat16, no AMX); raw"
-            " times: [processes.jsonl](processes.jsonl).",
+            " `python -m tests.studies.peers` on a 2-core AMD EPYC (AVX-512 with bfloat16, no AMX);"
+            " raw times: [processes.jsonl](processes.jsonl).",
             "",
             "## Every ResNet, float32",
             "",
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             done = sum(process.place == place for process in read())
             if place.arch in options.only and done <= index < wanted:
                 where = (place.arch, str(place.num_models), place.dtype)
-                command = [sys.executable, "-m", "tests.peers", "--here", *where]
+                command = [sys.executable, "-m", "tests.studies.peers", "--here", *where]
                 subprocess.run(command, check=True)
     PAGE.write_text(page(read()))
 

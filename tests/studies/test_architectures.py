@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests import architectures
-from tests.architectures import Case
+from tests.studies import architectures
+from tests.studies.architectures import Case
 
 TIMES = {
     "loop": [4.0, 8.0, 4.0],

@@ -1,8 +1,8 @@
 """Is `best` the fastest of our own rows, on every family of torchvision's classifiers?
 
-`python -m tests.architectures` measures what tests/data/architectures/cases.jsonl lacks, a process
-for each architecture, saves after each case, and writes the page beside it: 40 cases, a quarter of
-an hour of a quiet machine with 2 cores. `--only NAME ...` measures these alone.
+`python -m tests.studies.architectures` measures what tests/data/architectures/cases.jsonl lacks, in
+a process per architecture, saves after each case, and writes the page: 40 cases, a quarter of an
+hour of a quiet machine with 2 cores. `--only NAME ...` measures these alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.together import timed, times_as_fast
 
-DATA = Path(__file__).parent / "data" / "architectures"
+DATA = Path(__file__).parents[1] / "data" / "architectures"
 FILE, PAGE = DATA / "cases.jsonl", DATA / "README.md"
 
 ARCHITECTURES = (
@@ -113,7 +113,7 @@ def page(cases: Sequence[Case]) -> str:
         f"`best` was within {1 - CLOSE:.0%} of the fastest of our own rows in {close} of"
         f" {len(cases)} cases, and behind the loop in {behind}. A cell: what it picked, its speed"
         " in times of the loop, and in brackets in times of the fastest other row. Made by"
-        " `python -m tests.architectures`; raw times: [cases.jsonl](cases.jsonl).",
+        " `python -m tests.studies.architectures`; raw times: [cases.jsonl](cases.jsonl).",
         "",
         f"| float32, batch 1 | {header} |",
         "| --- |" + " --- |" * len(columns),
@@ -157,7 +157,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for arch in options.only:
         missing = [place for place in places(arch, every=options.all) if place not in read()]
         if missing and not options.here:
-            command = [sys.executable, "-m", "tests.architectures", "--here", "--only", arch]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.studies.architectures",
+                "--here",
+                "--only",
+                arch,
+            ]
             subprocess.run([*command, *(["--all"] if options.all else [])], check=True)
             continue
         for place in missing:

@@ -1,17 +1,17 @@
-"""The page of stored load tests, tests/data/load/README.md: `python -m tests.load_results`."""
+"""Render tests/data/load/README.md: `python -m tests.studies.load_results`."""
 
 from ensemble.bench.report import exports
 from ensemble.bench.report.page import page_of
 from ensemble.bench.summary import Run
-from tests.results import DATA, machine
+from tests.studies.results import DATA, machine
 
 FOLDER = DATA / "load"
 PAGE = FOLDER / "README.md"
 
 HEAD = """# Load tests: stored runs
 
-`python -m tests.load_results` generates this page from the stored files, and a test keeps them in
-sync. Method: [ensemble/bench/load](../../../ensemble/bench/load/README.md).
+`python -m tests.studies.load_results` generates this page from the stored files, and a test keeps
+them in sync. Method: [ensemble/bench/load](../../../ensemble/bench/load/README.md).
 
 {machine}; a shared machine, one process per row. The
 latency bound of a run is given, so that all its rows have the same. In a picture a filled marker is

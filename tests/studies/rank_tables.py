@@ -7,7 +7,7 @@ from ensemble.bench.executors.ranks.cost_model import Constants, call_cost
 from ensemble.bench.measurement import RankTimes
 from ensemble.bench.report import exports
 from ensemble.bench.summary import Run, Summary
-from tests import results
+from tests.studies import results
 
 DATA = results.DATA / "distributed"
 

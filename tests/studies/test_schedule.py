@@ -3,8 +3,8 @@
 import pytest
 
 from ensemble.compiler.runtime.work_stealing import team_size
-from tests import schedule
-from tests.schedule import Measured
+from tests.studies import schedule
+from tests.studies.schedule import Measured
 
 NETS = schedule.read()
 EVEN = Measured("made up", 224, 0, {size: 1.0 / size for size in range(1, 65)})  # shared for free

@@ -1,8 +1,8 @@
 """How `lowered_vmap` would run on more cores than there are here: a simulation of its schedule.
 
-`python -m tests.schedule --measure` times, on one core of this machine, the part of every step that
-a worker of a team of each size has, and writes tests/data/schedule/steps.json; without it the page
-of figures is printed from that file. It simulates `ensemble.compiler.runtime.work_stealing`: how
+`python -m tests.studies.schedule --measure` times, on one core of this machine, the part of every
+step that a worker of a team of each size has, and writes tests/data/schedule/steps.json; without it
+the figures are printed from that file. It simulates `ensemble.compiler.runtime.work_stealing`: how
 models are distributed to cores, which of them are shared, and the barrier after each shared step.
 It ignores that cores share memory and caches, so the times are those of a machine whose memory is
 as fast for each core as it is here for one.
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-FILE = Path(__file__).parent / "data" / "schedule" / "steps.json"
+FILE = Path(__file__).parents[1] / "data" / "schedule" / "steps.json"
 NETS = (("resnet18", 224), ("resnet18", 64), ("resnet50", 224))
 MODELS, REPEATS = 4, 3  # more than one, so that no weights are left in a cache from the last time
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--measure", action="store_true", help="time the shares on this machine")
     if parser.parse_args(argv).measure:
         nets = [measure(*net) for net in NETS]
-        content: dict[str, Any] = {"made_with": "python -m tests.schedule --measure"}
+        content: dict[str, Any] = {"made_with": "python -m tests.studies.schedule --measure"}
         content["nets"] = [asdict(net) for net in nets]
         FILE.write_text(json.dumps(content, indent=1) + "\n")
     from ensemble.compiler.runtime.work_stealing import team_size

@@ -1,4 +1,4 @@
-"""The results page, tests/data/README.md, made of the stored runs: `python -m tests.results`."""
+"""Render tests/data/README.md of the stored runs: `python -m tests.studies.results`."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from ensemble.bench.report import exports, sweep
 from ensemble.bench.report.table import render_notes, render_table
 from ensemble.bench.report.verdict import render_answer
 from ensemble.bench.summary import Run, Summary
-from tests import peers
+from tests.studies import peers
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 PAGE = DATA / "README.md"
 README = DATA.parents[1] / "README.md"
-BEGIN, END = "<!-- begin results: python -m tests.results -->", "<!-- end results -->"
+BEGIN, END = "<!-- begin results: python -m tests.studies.results -->", "<!-- end results -->"
 FIRST_SCREEN = {
     "loop": "`loop`: a Python loop, the reference",
     "vmap": "`vmap`: functorch",
@@ -132,7 +132,7 @@ def machine(run: Run) -> str:
 
 TEMPLATE = """# Results: stored runs
 
-`python -m tests.results` computes every figure here from a stored result file, and a test holds the page to them.
+`python -m tests.studies.results` computes every figure here from a stored result file, and a test holds the page to them.
 `python resnet_vmap.py --from_json tests/data/float32_n4.json` shows one with all its rows. Speedups are over the float32
 loop, with 95 % intervals: of the processes, or where there is one, of its pairs. An empty cell was not run.
 

@@ -4,8 +4,8 @@ from statistics import geometric_mean, median
 
 import pytest
 
-from tests import peers
-from tests.peers import Place, Process
+from tests.studies import peers
+from tests.studies.peers import Place, Process
 
 TIMES = {
     "loop": [4.0, 8.0, 4.0],

@@ -1,0 +1,1 @@
+"""Programs that measure or render the stored runs in tests/data, and their tests."""
