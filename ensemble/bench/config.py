@@ -318,5 +318,5 @@ def outputs(name: str, path: str) -> tuple[str, ...]:
 
 
 def grid_path(path: str) -> Path:
-    """Where the heat map of a grid goes, beside the picture at `path`."""
+    """The path of the heat map of a grid, next to the picture at `path`."""
     return Path(path).with_stem(Path(path).stem + "_grid")

@@ -1,4 +1,4 @@
-"""Result files in JSON: measurements as raw values, statistics beside them. Imports no torch.
+"""Result files in JSON: measurements as raw values, with their statistics. Imports no torch.
 
 Statistics are derived again when a file is read, so that a picture can be drawn again, and a figure
 argued about.

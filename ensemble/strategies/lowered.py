@@ -64,6 +64,6 @@ def _compile_accurately(
         del found  # one at a time is held
         found = _compile(models, example, error_bound)
         outputs = found.forward(serial_copy.contiguous(example))
-        notes = [f"{left} fast kernels: quiet outputs lay beside loud ones"]
+        notes = [f"{left} fast kernels: small outputs lost digits next to large ones"]
     accuracy.check(outputs)
     return found, [*found.rejections, *notes]

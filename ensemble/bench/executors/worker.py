@@ -43,7 +43,7 @@ def main() -> None:
         _import_for(*needed)
     send({"stage": READY})
     line = sys.stdin.readline()
-    if not line:  # the parent has ended, or given up
+    if not line:  # the parent has ended, or timed out
         return
     job = json.loads(line)
     config, task = config_of(job["config"]), task_of(job["task"])
