@@ -55,9 +55,9 @@ def is_grid(results: Sequence[Summary]) -> bool:
 def draw(results: Sequence[Summary]) -> Figure:
     """Two rows of panels, time above and speedup below; a column per dtype, batch and image size.
 
-    A line is a strategy. Its band is the inter-quartile range of the times, or the confidence
+    A line is a strategy. Its band is the interquartile range of the times, or the confidence
     interval of the speedup, with a dot per process. Inconclusive and failed rows have no speedup; a
-    panel without any states the reasons.
+    panel without any states the reasons. A single N is drawn as bars: see `_draw_bars`.
     """
     timed = [row for row in results if row.times_s and not row.case.is_self_check]
     panel_keys = list(dict.fromkeys(_panel_key(row) for row in timed if not row.case.is_reference))
@@ -66,6 +66,8 @@ def draw(results: Sequence[Summary]) -> Figure:
     )
     names = list(dict.fromkeys(row.case.strategy for row in timed if not row.case.is_reference))
     looks = dict(zip(names, zip(cycle(COLOURS), cycle(MARKS), cycle(DASHES)), strict=False))
+    if len({row.case.num_models for row in timed}) == 1:
+        return _draw_bars(results, timed, panel_keys)
     figure = Figure(figsize=(5.2 * len(panel_keys) + 0.6, 7.6), layout="constrained")
     panels = figure.subplots(2, len(panel_keys), squeeze=False, sharex="col")
     for column, key in enumerate(panel_keys):
@@ -90,6 +92,77 @@ def draw(results: Sequence[Summary]) -> Figure:
             _explain_empty_panel(below, here)
         below.set_xlabel("number of models")
     return figure
+
+
+def _draw_bars(
+    results: Sequence[Summary], timed: Sequence[Summary], panel_keys: Sequence[PanelKey]
+) -> Figure:
+    """Time on the left and speedup on the right, a bar per strategy; a row of panels per dtype,
+    batch and image size. Whiskers are quartiles and confidence intervals."""
+    groups = [
+        [row for row in timed if row.case.is_reference and row.case.cell[1:] == key[1:]]
+        + [row for row in timed if not row.case.is_reference and _panel_key(row) == key]
+        for key in panel_keys
+    ]
+    heights = [len(rows) + 2 for rows in groups]
+    figure = Figure(figsize=(10.4, 0.36 * sum(heights) + 0.4), layout="constrained")
+    panels = figure.subplots(
+        *(len(groups), 2), squeeze=False, sharey="row", gridspec_kw={"height_ratios": heights}
+    )
+    for (left, right), rows, key in zip(panels, groups, panel_keys, strict=True):
+        dtype, batch, px = key
+        count = rows[0].case.num_models
+        left.set_title(f"N = {count}, {dtype}, batch {batch}, {px} px", fontsize=10, loc="left")
+        times = [(row.median_s, *_quartiles(row)) for row in rows]
+        in_ms = [[1e3 * (value or 0.0) for value in one] for one in times]
+        _bars(left, in_ms, rows, "time per call (ms)", "{:.3g}")
+        shown = [
+            [row.speedup or 0.0, *row.speedup_interval]
+            if row.speedup_interval and not row.inconclusive
+            else None
+            for row in rows
+        ]
+        _bars(right, shown, rows, f"speedup over the loop ({CONFIDENCE:.0%} interval)", "{:.2f}")
+        right.axvline(1, color="black", linewidth=1)
+        if not any(shown):
+            here = [row for row in results if _panel_key(row) == key and not row.case.is_reference]
+            _explain_empty_panel(right, here)
+    return figure
+
+
+def _bars(
+    axes: Axes,
+    values: Sequence[Sequence[float] | None],
+    rows: Sequence[Summary],
+    what: str,
+    text: str,
+) -> None:
+    """A horizontal bar of (value, low, high) per row, from the top; none where it is None."""
+    for place, (row, value) in enumerate(zip(rows, values, strict=True)):
+        if value is None:
+            continue
+        middle, low, high = value
+        colour = "black" if row.case.is_reference else COLOURS[(place - 1) % len(COLOURS)]
+        whiskers = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+        axes.barh(place, middle, color=colour, alpha=0.75, xerr=whiskers, ecolor="dimgrey")
+        axes.annotate(
+            text.format(middle),
+            (max(middle, high), place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8},
+        )
+    names = ["loop (reference)" if row.case.is_reference else row.name for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.12)
+    axes.set_xlabel(what, fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines["right"].set_visible(False)
+    axes.grid(axis="x", linewidth=0.4, alpha=0.5)
 
 
 def draw_grid(results: Sequence[Summary]) -> Figure:

@@ -12,6 +12,7 @@ from ensemble.bench.report import pictures
 from ensemble.bench.summary import Summary
 from tests.made import (
     LOOP,
+    VMAP,
     at,
     changed,
     curve,
@@ -91,6 +92,15 @@ def test_the_interval_of_a_single_n_is_drawn_as_well() -> None:
     interval = at(2, 1.5).speedup_interval
     assert interval is not None
     assert segment[:, 1] == pytest.approx(interval)
+
+
+def test_a_single_n_is_drawn_as_bars_with_their_intervals() -> None:
+    times, speedups = pictures.draw([LOOP, VMAP, changed(VMAP, strategy="jax")]).axes
+    widths = [[bar.get_width() for bar in axes.patches] for axes in (times, speedups)]  # type: ignore[attr-defined]
+    assert widths == [pytest.approx([100, 50, 50]), pytest.approx([2, 2])]
+    names = [label.get_text() for label in times.get_yticklabels()]
+    assert names == ["loop (reference)", "vmap", "jax"]
+    assert [text.get_text() for text in speedups.texts] == ["2.00", "2.00"]
 
 
 def test_inconclusive_rows_are_not_drawn_as_a_speedup() -> None:
