@@ -157,9 +157,11 @@ def default_device(device: torch.device) -> contextlib.AbstractContextManager[ob
     No context unless the caller has set another default: each is a function mode, under which torch
     takes other paths, such as plain instead of fused attention.
     """
-    if torch.get_default_device().type == device.type:
-        return contextlib.nullcontext()
-    return device
+    try:
+        is_default = torch.get_default_device().type == device.type
+    except RuntimeError:  # it makes a tensor there, which fails for a device without a driver
+        is_default = False
+    return contextlib.nullcontext() if is_default else device
 
 
 def stack_outputs(outputs: Any, num_models: int) -> Tensor:
