@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # `python -P`, `-I` and PYTHONSAFEPATH leave this folder out
     sys.path[:0] = [folder for folder in [os.path.dirname(__file__)] if folder not in sys.path]
 
-from ensemble.errors import InputError, exit_code, import_errors_as_input_errors
+from ensemble.errors import (
+    InputError,
+    exit_code,
+    import_errors_as_input_errors,
+    interrupt_behind,
+)
 
 try:
     with import_errors_as_input_errors():
@@ -50,14 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         with signals.stop_on_signals(), streams.flush_on_exit():
             return run(cli.parse(argv))
     except InputError as error:
+        if interrupt := interrupt_behind(error):
+            return interrupted(interrupt)
         print(f"error: {cli.in_flags(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(str(error) or "interrupted", file=sys.stderr)
-        return exit_code(error)
+        return interrupted(error)
     except BrokenPipeError:  # `| head`: who reads the output has read enough
         streams.discard()
         return 1
+
+
+def interrupted(error: KeyboardInterrupt) -> int:
+    """Print what stopped the program; returns the exit code."""
+    print(str(error) or "interrupted", file=sys.stderr)
+    return exit_code(error)
 
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:

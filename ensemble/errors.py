@@ -44,6 +44,18 @@ def exit_code(error: KeyboardInterrupt) -> int:
     return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
 
 
+def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The KeyboardInterrupt that `error` is, or that was raised before it on the same way out.
+
+    Foreign code may replace it: torch's zip writer, which is closed while it propagates, raises a
+    RuntimeError.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
 @contextmanager
 def import_errors_as_input_errors() -> Iterator[None]:
     """Convert failing imports of installed packages to InputError.

@@ -1,5 +1,8 @@
 """Workers: rows in processes of their own, and what one that dies costs."""
 
+from __future__ import annotations
+
+import io
 import os
 import re
 import signal
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -26,11 +30,14 @@ from ensemble.bench.measurement import Measurement, Note
 from ensemble.bench.report import exports, resuming
 from ensemble.bench.summary import Run, Summary, merged
 from ensemble.bench.workload import Workload
-from ensemble.errors import InputError
+from ensemble.errors import InputError, Stopped
 from ensemble.strategies import STRATEGIES, best
 from tests.bench import strategies_that_die
 from tests.made import CASE, CONFIG, ENVIRONMENT, ONE, ROW, changed, row_of, with_options
 from tests.tiny import tiny_models
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 ROOT = Path(resnet_vmap.__file__).parent
 QUICK = with_options(
@@ -512,6 +519,26 @@ def test_a_file_that_no_longer_fits_while_it_is_written_is_said_too(
     monkeypatch.setattr("ensemble.files.anonymous_file", lambda *_, **__: file)
     with pytest.raises(InputError, match="No space left on device"), workers.jobs(QUICK, workload):
         pass
+
+
+@pytest.mark.parametrize("write", [1, 2, 9])
+def test_an_interrupt_while_the_shared_file_is_written_stays_one(
+    write: int, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's writer raises a RuntimeError of its own as it propagates."""
+    calls = iter(range(1, 10**6))
+
+    class Interrupted(io.FileIO):
+        def write(self, data: Buffer) -> int:
+            if next(calls) == write:
+                raise Stopped(signal.SIGTERM)
+            return super().write(data) or 0
+
+    file = Interrupted(os.open(os.devnull, os.O_RDWR), "w+")
+    monkeypatch.setattr("ensemble.files.anonymous_file", lambda *_, **__: file)
+    run = Run(ENVIRONMENT, QUICK.plain(), ())
+    done = session.measure_all(QUICK, run, workload, save=lambda _: None, say=lambda _: None)
+    assert (done.stopped, done.exit_code) == ("stopped by SIGTERM", 143)
 
 
 def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload) -> None:

@@ -30,7 +30,7 @@ from ensemble.bench.measurement import FAILED, Measurement
 from ensemble.bench.result_file import measurement_of
 from ensemble.bench.stages import OnStage
 from ensemble.bench.workload import Workload
-from ensemble.errors import InputError
+from ensemble.errors import InputError, interrupt_behind
 from ensemble.machine import memory
 
 PACKAGE = Path(ensemble.__file__)
@@ -98,6 +98,8 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
         except (OSError, RuntimeError) as error:  # torch's writer makes the latter of the former
             with contextlib.suppress(OSError):  # it cannot be flushed either
                 stack.close()
+            if interrupt := interrupt_behind(error):
+                raise interrupt from None
             raise InputError(
                 f"{size / 1e6:,.0f} MB for the models and images of the workers cannot be written"
                 f" to the temporary folder ({files.temporary_directory()}) or to memory:"
