@@ -17,8 +17,11 @@ import resnet_vmap
 from ensemble.bench import summary, workload
 from ensemble.bench.case import Case
 from ensemble.bench.cli import parse
+from ensemble.bench.config import ReportOptions
 from ensemble.bench.report import exports, show
 from ensemble.bench.summary import Run
+from ensemble.errors import InputError
+from ensemble.files import write_atomically
 from ensemble.machine import cores, memory, timing
 from ensemble.machine.cores import Cores
 from ensemble.models import pretrained
@@ -342,6 +345,45 @@ def test_a_file_that_can_no_longer_be_written_costs_no_result(
     captured = capsys.readouterr()
     assert "\n2 models: " in captured.out
     assert captured.err.endswith("run.json cannot be written: No space left on device\n")
+
+
+def test_a_file_that_cannot_be_written_is_warned_of_once_and_tried_at_each_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, runs = tmp_path / "run.json", [Run(ENVIRONMENT, {}, rows) for rows in ((LOOP,), (VMAP,))]
+    room = iter([False, False, True, False, True, False])
+
+    def now_and_then(path: Path, content: str) -> None:
+        if not next(room):
+            raise OSError(28, "No space left on device")
+        write_atomically(path, content)
+
+    monkeypatch.setattr("ensemble.bench.report.exports.write_atomically", now_and_then)
+    files = show.Files(ReportOptions(export_json=str(path)))
+    for run in (*runs, *runs):
+        files.save(run)
+    warning = f"Warning: {path} cannot be written: No space left on device; each later save tries"
+    assert capsys.readouterr().err == f"{warning} again\n"
+    with pytest.raises(InputError, match="cannot be written"):
+        files.check()
+    files.finish(runs[1])
+    files.check()
+    assert exports.read(str(path), argument="") == runs[1]
+    files.finish(runs[0])
+    with pytest.raises(InputError, match="cannot be written"):
+        files.check()
+
+
+def test_a_file_that_another_program_puts_there_meanwhile_is_named_without_an_argument(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.json"
+    files = show.Files(ReportOptions(export_json=str(path)))
+    path.write_text("of another program")
+    files.finish(Run(ENVIRONMENT, {}, (LOOP,)))
+    with pytest.raises(InputError, match=r"run\.json cannot be written: expected a new file"):
+        files.check()
+    assert path.read_text() == "of another program"
 
 
 def test_the_default_image_is_found_from_any_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Collection, Sequence
@@ -103,7 +104,8 @@ def has_failed(config: Config, run: Run) -> bool:
 class Files:
     """The requested output files, rewritten atomically after each row and at the end.
 
-    A file that cannot be written costs no result: the error is reported after the results.
+    One that cannot be written costs no result: each save tries it again, the first failure is a
+    warning on stderr, and `check` raises an error for those that failed at the end.
 
     Raises:
         InputError: a path holds a file that this program did not write.
@@ -111,29 +113,39 @@ class Files:
 
     def __init__(self, options: ReportOptions) -> None:
         self._options, self._problems = options, dict[str, str]()
+        self._warned = set[str]()
         if not options.overwrite:
             for name in OUTPUTS:
                 _check_own(name, getattr(options, name))
 
     def save(self, run: Run) -> None:
-        """Write the run in each requested format, unless an earlier attempt has failed."""
-        self._try({f"export_{form}": form for form in exports.FORMATS}, run)
+        """Write the run in each format that has a path."""
+        before = set(self._problems)
+        self._try_exports(run)
+        for name in self._problems.keys() - before - self._warned:
+            self._warned.add(name)
+            text = f"Warning: {self._problems[name]}; each later save tries again"
+            with contextlib.suppress(OSError):  # stderr may be on the same full disk
+                print(text, file=sys.stderr, flush=True)
 
     def finish(self, run: Run) -> None:
         """Write all files, including pictures, unless the run has no rows."""
         if run.results:
-            self.save(run)
+            self._try_exports(run)
             self._try({"plot": ""}, run)
 
     def check(self) -> None:
-        """Raise InputError if a file could not be written."""
+        """Raise InputError for the files whose last write failed."""
         if self._problems:
             raise InputError("; ".join(self._problems.values()))
+
+    def _try_exports(self, run: Run) -> None:
+        self._try({f"export_{form}": form for form in exports.FORMATS}, run)
 
     def _try(self, forms: dict[str, str], run: Run) -> None:
         for name, form in forms.items():
             path = getattr(self._options, name)
-            if path is None or name in self._problems:
+            if path is None:
                 continue
             try:
                 if not self._options.overwrite:
@@ -142,8 +154,10 @@ class Files:
                     exports.save(run, {form: path})
                 else:
                     _draw(run, path)
+                self._problems.pop(name, None)
             except Exception as error:
-                self._problems[name] = f"{path} cannot be written: {reason(error)}"
+                why = error.message if isinstance(error, InputError) else reason(error)
+                self._problems[name] = f"{path} cannot be written: {why}"
 
 
 def _check_own(name: str, path: str | None) -> None:
