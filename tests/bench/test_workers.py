@@ -8,12 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ensemble
 import resnet_vmap
+from ensemble import files
 from ensemble.bench import result_file, schedule, session
 from ensemble.bench.case import Case, Task
 from ensemble.bench.config import Config
@@ -539,6 +541,42 @@ def test_an_interrupt_while_the_shared_file_is_written_stays_one(
     run = Run(ENVIRONMENT, QUICK.plain(), ())
     done = session.measure_all(QUICK, run, workload, save=lambda _: None, say=lambda _: None)
     assert (done.stopped, done.exit_code) == ("stopped by SIGTERM", 143)
+
+
+def test_workers_that_cannot_be_started_cost_their_own_rows(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second finds no process (`ulimit -u`), the third no thread, the fourth no file."""
+    started: list[subprocess.Popen[str]] = []
+    popen, thread, file = subprocess.Popen, threading.Thread.start, files.anonymous_file
+
+    def start_process(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        if arguments[0][-2] == "crash":
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    def start_thread(self: threading.Thread) -> None:
+        if started[-1].args[-2] == "leave":  # type: ignore[index]
+            raise RuntimeError("can't start new thread")
+        thread(self)
+
+    def open_file(size: int = 0, **options: Any) -> BinaryIO:
+        if len(started) == 2:
+            raise OSError(24, "Too many open files")
+        return file(size, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start_process)
+    monkeypatch.setattr(threading.Thread, "start", start_thread)
+    monkeypatch.setattr(files, "anonymous_file", open_file)
+    rows, _ = measured(QUICK, workload, "vmap", "crash", "leave", "kill")
+    assert rows["vmap"].status == "ok", rows["vmap"].error
+    assert [(rows[name].status, rows[name].error) for name in ("crash", "leave", "kill")] == [
+        ("failed", "the worker cannot be started: Resource temporarily unavailable"),
+        ("failed", "the worker cannot be started: can't start new thread"),
+        ("failed", "the worker cannot be started: Too many open files"),
+    ]
+    assert all(process.returncode is not None for process in started)
 
 
 def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload) -> None:

@@ -76,6 +76,41 @@ def test_a_full_disk_for_stdout_is_a_one_line_error_and_files_are_still_written(
     assert len(table.read_text().splitlines()) == 3
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("options", [(), ("-u",)])
+@pytest.mark.parametrize(
+    ("redirect", "message"),
+    [
+        (">/dev/full", "standard output is not writable: No space left on device\n"),
+        ("2>/dev/full", ""),  # nobody reads it
+    ],
+)
+def test_an_error_of_a_stream_is_attributed_to_it(
+    redirect: str, message: str, options: tuple[str, ...]
+) -> None:
+    program = (
+        "import sys\n"
+        "from ensemble.errors import InputError\n"
+        "from ensemble.machine import streams\n"
+        "streams.prepare()\n"
+        "try:\n"
+        "    with streams.flush_on_exit():\n"
+        "        print(99999 * 'long')\n"
+        "        print('short', file=sys.stderr)\n"
+        "except InputError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "    sys.exit(2)\n"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, *options, "-c", program],
+        cwd=PROGRAM.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, message)
+
+
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -114,10 +149,17 @@ def test_file_names_that_are_not_utf8_work_in_every_output(
             FileNotFoundError(2, "No such file or directory"),
             "^the working directory no longer exists$",
         ),
+        (  # of a fork
+            BlockingIOError(11, "Resource temporarily unavailable"),
+            r"^a system call failed: Resource temporarily unavailable \(a limit of ulimit -a\?\)$",
+        ),
+        (OSError(24, "Too many open files"), "^a system call failed: Too many open files"),
+        (OSError(5, "Input/output error"), "^a system call failed: Input/output error$"),
+        (RuntimeError("can't start new thread"), "^can't start new thread"),
     ],
 )
 def test_errors_of_other_files_are_not_attributed_to_standard_output(
-    error: OSError, message: str
+    error: Exception, message: str
 ) -> None:
     with pytest.raises(InputError, match=message), streams.flush_on_exit():
         raise error

@@ -108,12 +108,30 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
         yield Job(config, path, inherited, device, timeout_s)
 
 
+class StartError(Exception):
+    """A worker cannot be started: the system refuses a process, a thread or a file."""
+
+
 class Worker:
-    """A process that measures one case. However its use ends, it has ended too."""
+    """A process that measures one case. However its use ends, it has ended too.
+
+    Raises:
+        StartError: it cannot be started; nothing of it is left.
+    """
 
     def __init__(self, job: Job, strategy: str) -> None:
-        self._job = job
-        self._errors = files.anonymous_file()  # closed by __exit__
+        self._job, self._is_silent = job, False
+        with contextlib.ExitStack() as opened:
+            try:
+                self._start(job, strategy, opened)
+            except (OSError, RuntimeError) as error:  # of threading: can't start new thread
+                message = f"the worker cannot be started: {files.reason(error)}"
+                raise StartError(message) from error
+            opened.pop_all()  # closed by __exit__
+
+    def _start(self, job: Job, strategy: str, opened: contextlib.ExitStack) -> None:
+        """Start the process and the thread that reads from it; `opened` is given what to close."""
+        self._errors = opened.enter_context(files.anonymous_file())
         where = str(PACKAGE.parents[1]), str(PACKAGE)
         # In a session of its own: Ctrl-C reaches this process alone, which ends it.
         self._process = subprocess.Popen(
@@ -127,8 +145,9 @@ class Worker:
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
+        opened.enter_context(self._process)
+        opened.callback(_kill, self._process)
         self._messages = _read(self._process)
-        self._is_silent = False
 
     def __enter__(self) -> Worker:
         return self
@@ -203,15 +222,28 @@ def execute(
         (task.picked if (task := task_of(case)) else None) or case.strategy for case in cases
     ]
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(job, strategy)) for strategy in strategies]
+        workers = [_worker(job, strategy, stack) for strategy in strategies]
         on_progress(cases[0], "start", 0.0)
         for worker in workers:
-            worker.wait()
+            if isinstance(worker, Worker):
+                worker.wait()
         for worker, case in zip(workers, cases, strict=True):
+            task = task_of(case)
+            if isinstance(worker, StartError):
+                if task is not None:
+                    yield [Measurement(case, FAILED, str(worker))]
+                continue
             with worker:
-                task = task_of(case)
                 if task is not None:
                     yield worker.measure(task, partial(on_progress, case))
+
+
+def _worker(job: Job, strategy: str, stack: contextlib.ExitStack) -> Worker | StartError:
+    """A worker that `stack` ends, or why it cannot be started."""
+    try:
+        return stack.enter_context(Worker(job, strategy))
+    except StartError as error:
+        return error
 
 
 def _read(process: subprocess.Popen[str]) -> queue.SimpleQueue[str]:
