@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import tempfile
 from math import inf
 from pathlib import Path
@@ -56,6 +57,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def is_write_protected(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's owner has cleared its write permission, or this process has none: renaming
+    another file over it would need neither, and root passes every check of permissions."""
+    return not os.stat(path).st_mode & stat.S_IWUSR or not os.access(path, os.W_OK)
 
 
 def anonymous_file(size: int = 0, *, free_memory: float = inf) -> BinaryIO:

@@ -225,6 +225,14 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--model_path", "no/such.pth"], "no/such.pth: expected a checkpoint file, but no"),
         (["--export_json", "no/such/run.json"], "--export_json: expected a folder at no/such"),
         (["--export_json", "."], "--export_json: expected a file at ., found a directory"),
+        (["--plot", "."], "--plot: expected a name that ends in .png or .svg, found ."),
+        (["--plot", "./"], "--plot: expected a name that ends in .png or .svg, found ./"),
+        (["--plot", "/"], "--plot: expected a name that ends in .png or .svg, found /"),
+        (["--plot", "a/.."], "--plot: expected a name that ends in .png or .svg, found a/.."),
+        (["--export_json", 300 * "a"], "--export_json: aaa"),
+        (["--export_csv", f"{300 * 'a'}/run.csv"], "/run.csv: File name too long"),
+        (["--export_markdown", 3000 * "a/"], "/: File name too long"),
+        (["--plot", f"{249 * 'a'}.png"], "_grid.png: File name too long"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(
@@ -299,6 +307,55 @@ def test_only_a_file_of_the_same_kind_is_replaced_unless_it_is_asked_for(
     target.write_text("")  # as mktemp makes it
     assert resnet_vmap.main(argv) == 0
     assert target.read_bytes() == own
+
+
+@pytest.mark.parametrize("name", ["export_json", "export_csv", "export_markdown", "plot"])
+def test_a_write_protected_file_is_replaced_only_if_it_is_asked_for(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, target = tmp_path / "run.json", tmp_path / "target.png"
+    exports.save(Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP)), {"json": str(saved)})
+    argv = ["--from_json", str(saved), f"--{name}", str(target)]
+    assert resnet_vmap.main(argv) == 0
+    target.chmod(0o444)
+    before = target.stat().st_ino
+    message = f"--{name}: expected a writable file at {target}, got a write-protected one; --overwr"
+    assert message in error_of(capsys, *argv)
+    assert target.stat().st_ino == before
+    assert resnet_vmap.main([*argv, "--overwrite"]) == 0
+    assert target.stat().st_ino != before
+    assert target.stat().st_mode & 0o777 == 0o444
+
+
+def test_a_write_protected_file_is_not_continued_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    exports.save(Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP)), {"json": str(path)})
+    path.chmod(0o444)
+    argv = ["--image_path", KITTEN, "--resume", str(path)]
+    assert "got a write-protected one" in error_of(capsys, *argv)
+
+
+def test_a_link_into_a_folder_that_is_missing_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "run.json"
+    link.symlink_to(tmp_path / "gone" / "run.json")
+    argv = ["--image_path", KITTEN, "--export_json", str(link)]
+    message = f"--export_json: expected a folder at {tmp_path / 'gone'}, found none"
+    assert message in error_of(capsys, *argv)
+    (tmp_path / "gone").mkdir()
+    parse(argv)
+
+
+def test_a_link_into_a_folder_that_is_not_writable_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "run.json"
+    link.symlink_to("/proc/run.json")
+    argv = ["--image_path", KITTEN, "--export_json", str(link)]
+    assert "--export_json: expected to write in /proc" in error_of(capsys, *argv)
 
 
 def test_more_views_than_memory_holds_are_refused(
@@ -739,6 +796,12 @@ def test_a_baseline_without_a_row_of_the_run_is_refused_before_anything_is_measu
             "--batch_size: cannot be combined with",
         ),
         (["--scenario", "server", "--load_log", KITTEN], "--load_log: expected a folder, found"),
+        (
+            ["--scenario", "server", "--load_log", f"{KITTEN}/a/b"],
+            f"--load_log: expected a folder, found a file at {KITTEN}",
+        ),
+        (["--scenario", "server", "--load_log", "/proc/logs/a"], "expected to write in /proc"),
+        (["--scenario", "server", "--load_log", 300 * "a"], "aaa: File name too long"),
     ],
 )
 def test_load_that_makes_no_sense_is_one_clear_line(

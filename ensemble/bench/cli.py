@@ -7,7 +7,8 @@ import os
 import site
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -246,11 +247,22 @@ def _check_load(typed: dict[str, Any]) -> None:
         for name in sorted(hybrids):
             raise InputError(f"{name} requires --inputs per_model", argument="strategies")
     log = typed.get("load_log")
-    if log is not None and Path(log).exists() and not Path(log).is_dir():
-        raise InputError(f"expected a folder, found a file at {log}", argument="load_log")
+    if log is not None:
+        _check_log_folder(log)
     if find_spec("mlperf_loadgen") is None:
         message = "requires the package mlcommons-loadgen: pip install -r requirements-peers.txt"
         raise InputError(message, argument="scenario")
+
+
+def _check_log_folder(path: str) -> None:
+    """Raise InputError unless the folder, or the nearest one above it that exists, is writable."""
+    folder = Path(path).absolute()
+    with _os_errors_as_input_errors(path, "load_log"):
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise InputError(f"expected a folder, found a file at {folder}", argument="load_log")
+    _check_writable("load_log", folder)
 
 
 def check_paths(config: Config) -> None:
@@ -272,8 +284,21 @@ def check_paths(config: Config) -> None:
 
 
 def _check_output(name: str, path: str, taken: dict[str, str]) -> None:
+    with _os_errors_as_input_errors(path, name):
+        folder, problem = _output_folder(path), _problem_of_output(name, path, taken)
+    if problem:
+        raise InputError(problem, argument=name)
+    _check_writable(name, folder)
+
+
+def _output_folder(path: str) -> Path:
+    """The folder that an output is written to: a symbolic link is followed."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path).parent
+
+
+def _problem_of_output(name: str, path: str, taken: dict[str, str]) -> str:
     other = taken.get(os.path.realpath(path))
-    suffix, folder = Path(path).suffix.lower(), Path(path).parent
+    suffix, folder = Path(path).suffix.lower(), _output_folder(path)
     problem = ""
     if other is not None:
         problem = f"expected a file of its own, found {other}"
@@ -286,8 +311,20 @@ def _check_output(name: str, path: str, taken: dict[str, str]) -> None:
         problem = f"expected a folder at {folder}, found none"
     elif Path(path).exists() and not Path(path).is_file():
         problem = f"expected a file at {path}, found a directory or a device"
-    if problem:
-        raise InputError(problem, argument=name)
+    return problem
+
+
+@contextmanager
+def _os_errors_as_input_errors(path: str, argument: str) -> Iterator[None]:
+    """Convert the errors of looking at a path, such as a name that is too long."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}", argument=argument) from error
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Raise InputError unless files can be created in the folder."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -314,7 +314,8 @@ def default_text(option: Field[Any]) -> str:
 
 def outputs(name: str, path: str) -> tuple[str, ...]:
     """The files that an output option writes: a plot of a grid has a second one."""
-    return (path, str(grid_path(path))) if name == "plot" else (path,)
+    has_grid = name == "plot" and Path(path).name  # "." and "/" have no file name
+    return (path, str(grid_path(path))) if has_grid else (path,)
 
 
 def grid_path(path: str) -> Path:

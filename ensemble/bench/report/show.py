@@ -17,7 +17,7 @@ from ensemble.bench.report.page import is_load_test, page_of
 from ensemble.bench.report.table import render_strategies
 from ensemble.bench.summary import Run
 from ensemble.errors import InputError
-from ensemble.files import reason
+from ensemble.files import is_write_protected, reason
 from ensemble.strategies import HYBRIDS, STRATEGIES
 
 INCONCLUSIVE = 3  # exit code of a gate that neither passed nor failed
@@ -171,6 +171,12 @@ def _check_own(name: str, path: str | None) -> None:
         if not own:
             raise InputError(
                 f"expected no file or an earlier output at {written}, found another file;"
+                " --overwrite replaces it",
+                argument=name,
+            )
+        if Path(written).exists() and is_write_protected(written):
+            raise InputError(
+                f"expected a writable file at {written}, got a write-protected one;"
                 " --overwrite replaces it",
                 argument=name,
             )
