@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ensemble import files
@@ -19,6 +19,8 @@ from ensemble.models.vision import torchvision
 
 # Resizing the shorter side makes an image of extreme aspect ratio huge, as a large size does any.
 _MAX_RESIZED_PIXELS = 100_000_000
+_MAX_TEXT_BYTES = 2**28  # of a PNG, decompressed; Pillow's default rejects more than 1 MB
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 _TO_UPRIGHT: dict[object, Image.Transpose] = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,13 +39,13 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """The image at `path` in RGB, fully decoded, with its EXIF orientation applied.
 
     Raises:
-        InputError: the file does not exist, is not an image, is corrupted, or is a decompression
-            bomb.
+        InputError: the file does not exist, is not an image, is corrupted, is a decompression
+            bomb, or has pixels of unknown range.
     """
     path = Path(path)
     head = files.first_bytes(path, kind="an image file", count=file_formats.HEAD_BYTES)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _long_texts():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
@@ -53,14 +55,17 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
                     image.load()
                 if 0 in image.size:
                     raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
-                return _to_rgb(_upright(image))
+                unscaled = _unscaled_pixels(image)
+                if not unscaled:
+                    return _to_rgb(_upright(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         most = Image.MAX_IMAGE_PIXELS
         message = f"{path}: expected at most {most} pixels, got a decompression bomb ({error})"
         raise InputError(message) from error
     except UnidentifiedImageError as error:
         if kind := file_formats.image(head):
-            message = f"{path}: expected a valid image file, got a corrupted {kind} file"
+            message = f"{path}: expected a valid image file, got a corrupted {kind} file or an"
+            message += " unsupported variant; convert it to an 8-bit PNG"
             raise InputError(message) from error
         unknown = "an unknown format; convert it to JPEG or PNG"
         found = file_formats.identify(head, wanted="image")
@@ -70,6 +75,10 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         reason = first_line(error)
         message = f"{path}: expected a valid image file, got a corrupted one ({reason})"
         raise InputError(message) from error
+    raise InputError(
+        f"{path}: expected pixels of 8 or 16 bits, got {unscaled} pixels, whose range is unknown;"
+        " scale them to 0-255 and save an 8-bit PNG"
+    )
 
 
 def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
@@ -160,6 +169,17 @@ def _shorter_side(image_size: int) -> int:
 
 
 @contextmanager
+def _long_texts() -> Iterator[None]:
+    """Have Pillow read PNGs with long texts, such as the workflow that a generator embeds."""
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT_BYTES
+    try:
+        yield
+    finally:
+        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
+
+
+@contextmanager
 def _no_stderr() -> Iterator[None]:
     """Silence libtiff, which prints its errors to file descriptor 2."""
     try:
@@ -188,9 +208,22 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+def _unscaled_pixels(image: Image.Image) -> str:
+    """The kind of pixels whose black and white the file does not define; empty for all others."""
+    if image.mode == "F":
+        return "floating-point"
+    if image.mode != "I":
+        return ""
+    # Formats with at most 16 bits per sample have this mode too.
+    tags = getattr(image, "tag_v2", {})
+    is_16_bit = image.format in ("PNG", "PPM") or tags.get(_BITS_PER_SAMPLE) == (16,)
+    if not is_16_bit:
+        return "32-bit integer"
+    lowest = image.getextrema()[0]
+    return "negative" if isinstance(lowest, int | float) and lowest < 0 else ""
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit gray, which the conversion to RGB would clip to 8 bits
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels of unknown range")
     return image.convert("RGB")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 from torchvision.transforms._presets import ImageClassification
 
 from ensemble.errors import InputError
@@ -436,9 +436,49 @@ def test_a_decompression_bomb_is_rejected_whether_pillow_warns_or_raises(
     assert_refused(path, rf"expected at most {most} pixels, got a decompression bomb \(.*1536")
 
 
-def test_floating_point_pixels_of_unknown_range_are_rejected(tmp_path: Path) -> None:
-    path = saved(Image.new("F", (8, 8), 0.5), tmp_path / "floating.tif")
-    assert_refused(path, "expected a valid image file, .*floating-point pixels of unknown range")
+@pytest.mark.parametrize(
+    ("mode", "value", "kind"),
+    [("F", 0.5, "floating-point"), ("I", 200, "32-bit integer"), ("I", 10**6, "32-bit integer")],
+)
+def test_pixels_of_unknown_range_are_rejected_with_advice(
+    tmp_path: Path, mode: str, value: float, kind: str
+) -> None:
+    path = saved(Image.new(mode, (8, 8), value), tmp_path / "deep.tif")
+    message = f"expected pixels of 8 or 16 bits, got {kind} pixels, whose range is unknown; scale"
+    assert_refused(path, message)
+
+
+@pytest.mark.parametrize(("lowest", "is_read"), [(0, True), (-1, False)])
+def test_signed_16_bit_gray_is_read_where_nothing_is_negative(
+    tmp_path: Path, lowest: int, is_read: bool
+) -> None:
+    grey = np.full((4, 4), 257 * 100, np.int16)
+    grey[0, 0] = lowest
+    content = io.BytesIO()
+    Image.fromarray(grey.astype(np.uint16)).save(content, "TIFF", tiffinfo={339: 2})
+    path = tmp_path / "signed.tif"
+    path.write_bytes(content.getvalue())
+    with Image.open(path) as image:
+        assert image.mode == "I"
+    if is_read:
+        assert read(path)[1, 1].tolist() == [100] * 3
+    else:
+        assert_refused(path, "expected pixels of 8 or 16 bits, got negative pixels, whose")
+
+
+def test_16_bit_pixels_of_a_pgm_are_scaled(tmp_path: Path) -> None:
+    path = tmp_path / "deep.pgm"
+    path.write_bytes(b"P5 2 1 65535 " + np.array([257, 65535], ">u2").tobytes())
+    assert read(path)[0, :, 0].tolist() == [1, 255]
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_a_png_with_a_long_text_is_read(tmp_path: Path, is_compressed: bool) -> None:
+    text, limits = PngImagePlugin.PngInfo(), PngImagePlugin.MAX_TEXT_CHUNK
+    text.add_text("workflow", 70_000_000 * "x", zip=is_compressed)
+    path = saved(gradient(), tmp_path / "text.png", pnginfo=text)
+    assert np.array_equal(read(path), pixels(gradient()))
+    assert limits == PngImagePlugin.MAX_TEXT_CHUNK
 
 
 # Augmented images
