@@ -24,6 +24,10 @@ _LEGACY_NAMES = (  # in torchvision's published files
     (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),  # VisionTransformer
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
 )
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# In a folder, most likely first; the index of a sharded checkpoint before the shards.
+_IN_FOLDERS = ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt")
+_DISTRIBUTED = re.compile(r"__\d+_\d+\.distcp")  # rank, number of the file
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\.\w+)")  # Hugging Face's naming
 
 
@@ -37,6 +41,7 @@ def read(path: str | os.PathLike[str]) -> State:
         InputError: the file does not exist, is not readable, or is not a checkpoint.
     """
     path = Path(path)
+    _check_is_whole(path)
     if shard := _SHARD.fullmatch(path.name):
         index = path.with_name(f"{shard[1]}{shard[3]}.index.json")
         if os.path.exists(index):  # Path.exists raises if the name is too long
@@ -47,6 +52,27 @@ def read(path: str | os.PathLike[str]) -> State:
     shards = _shards(path)
     content = _read_file(path) if shards is None else _read_shards(path, shards)
     return _validated(_unwrap(content, path), path)
+
+
+def _check_is_whole(path: Path) -> None:
+    """Raise InputError for a folder with a checkpoint in it, or a file of a distributed one."""
+    is_folder = os.path.isdir(path)
+    folder = path if is_folder else path.parent
+    is_part = os.path.isfile(path) and (
+        _DISTRIBUTED.fullmatch(path.name) or path.name == ".metadata"
+    )
+    if is_part or (is_folder and os.path.isfile(folder / ".metadata")):
+        what = "the folder" if is_folder else "one file"
+        raise InputError(
+            f"{path}: expected a checkpoint file, got {what} of a torch.distributed.checkpoint;"
+            " convert it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+            f"({str(folder)!r}, OTHER)"
+        )
+    if is_folder:
+        inside = [file for pattern in _IN_FOLDERS for file in sorted(folder.glob(pattern))]
+        if inside:
+            message = f"{path}: expected a checkpoint file, got a directory"
+            raise InputError(f"{message}; pass {inside[0]} instead")
 
 
 def _read_file(path: Path) -> object:
@@ -85,7 +111,7 @@ def _read_safetensors(path: Path) -> object:
 def _shards(path: Path) -> dict[str, str] | None:
     """Tensor name -> file name, from a Hugging Face index; None if the file is not an index."""
     head = files.first_bytes(path, kind="a checkpoint file", count=file_formats.HEAD_BYTES)
-    if not head.lstrip().startswith(b"{"):
+    if not head.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"{"):
         return None
     try:
         content = json.loads(path.read_bytes())

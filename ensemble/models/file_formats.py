@@ -15,7 +15,9 @@ _TEXTS = (  # matched after a byte order mark and white space
     (rb"<svg|<\?xml[^>]*>\s*(?:<!--.*?-->\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?<svg", "an SVG drawing"),
     (rb"<\?xml", f"an XML document {_DOWNLOAD}"),
     (rb"<", f"an HTML page {_DOWNLOAD}"),
-    (rb"\{\s*(?:[\"}]|$)|\[\s*[\[{\"\d\]]", f"a JSON document {_DOWNLOAD}"),
+    (rb'\{\s*"schema":\s*\d+,\s*"environment"', "a result file of this program"),
+    (rb'\[?\s*\{\s*"(?:errors?|message|detail|code|status)"', f"a JSON document {_DOWNLOAD}"),
+    (rb"\{\s*(?:[\"}]|$)|\[\s*[\[{\"\d\]]", "a JSON document"),
 )
 _MAGIC = (
     (rb"\x1f\x8b", f"a gzip archive; {_UNPACK} (gunzip, or tar -xzf)"),

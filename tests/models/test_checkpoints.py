@@ -107,6 +107,50 @@ def test_without_an_index_a_shard_like_name_is_an_ordinary_name(tmp_path: Path) 
     assert_same(checkpoints.read(path))
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_folder_is_rejected_and_the_error_names_the_file_to_pass(
+    tmp_path: Path, suffix: str
+) -> None:
+    message = "expected a checkpoint file, got a directory"
+    assert_refused(tmp_path, f"{message} or a device")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training_args.bin").touch()
+    whole = tmp_path / "model.safetensors"
+    save_file(STATE, whole)
+    assert_refused(tmp_path, f"{message}; pass {re.escape(str(whole))} instead$")
+    index = write_shards(tmp_path, suffix=suffix)
+    assert_refused(tmp_path, f"{message}; pass {re.escape(str(index))} instead$")
+
+
+def test_an_index_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    index = write_shards(tmp_path)
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
+    assert_same(checkpoints.read(index))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_distributed_checkpoint_is_rejected_with_the_function_that_converts_it(
+    tmp_path: Path,
+) -> None:
+    from torch.distributed.checkpoint import format_utils, state_dict_saver
+
+    folder, whole = tmp_path / "step", tmp_path / "whole.pth"
+    state_dict_saver.save(dict(STATE), checkpoint_id=folder, no_dist=True)
+    converter = "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+    advice = f"convert it with {converter}({str(folder)!r}, OTHER)"
+    for path, what in (
+        (folder, "the folder"),
+        (folder / "__0_0.distcp", "one file"),
+        (folder / ".metadata", "one file"),
+    ):
+        message = f"expected a checkpoint file, got {what} of a torch.distributed.checkpoint; "
+        assert_refused(path, re.escape(message + advice))
+    format_utils.dcp_to_torch_save(folder, whole)
+    assert_same(checkpoints.read(whole))
+    save_file(STATE, tmp_path / "mine.distcp")
+    assert_same(checkpoints.read(tmp_path / "mine.distcp"))
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     index, part = write_shards(tmp_path), tmp_path / "model-00002-of-00002.safetensors"
     part.unlink()

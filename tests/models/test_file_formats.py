@@ -59,6 +59,12 @@ OTHER_FORMATS = {
     "html-bom": (b"\xef\xbb\xbf<html>", "an HTML page"),
     "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML document"),
     "json": (b'{"error": "Repository not found"}', "a JSON document .*; download the file itself"),
+    "json-bom": (b'\xef\xbb\xbf{"message": "404"}', "a JSON document .*; download the file itself"),
+    "json-config": (b'{\n  "architectures": ["ResNet"]\n}', "a JSON document$"),
+    "result": (
+        b'{\n "schema": 3,\n "environment": {\n  "date": "2026"}}',
+        "a result file of this program$",
+    ),
     "json-list": (b'[{"error": 404}]', "a JSON document"),
     "gzip": (gzip.compress(checkpoint()), r"a gzip archive; unpack it first \(gunzip"),
     "bzip2": (bz2.compress(checkpoint()), "a bzip2 archive; unpack it first"),
