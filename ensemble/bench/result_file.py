@@ -130,7 +130,7 @@ def read(path: str, *, argument: str) -> Run:
     """
     try:
         first_bytes(path, kind="a result file")
-        run = from_json(Path(path).read_text(encoding="utf-8"))
+        run = from_json(Path(path).read_text(encoding="utf-8-sig"))
         if not {row.status for row in run.results} <= {OK, FAILED, UNAVAILABLE}:
             raise ValueError("expected a result file, found one with an unknown status")
         return run

@@ -1,5 +1,6 @@
 """Write results: JSON with raw values, a CSV summary, a Markdown report. Imports no torch."""
 
+import codecs
 import csv
 import io
 import json
@@ -133,7 +134,7 @@ def is_own(form: str, path: Path) -> bool:
     Only such a file may be replaced. Pictures carry a mark in their metadata.
     """
     with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
+        head = file.read(_HEAD_BYTES).removeprefix(codecs.BOM_UTF8)  # an editor may add one
         if not head:
             return True
         if form == "plot":

@@ -99,7 +99,16 @@ def test_an_invalid_result_file_is_rejected_with_its_flag_and_path(
     assert str(caught.value).startswith(f"baseline: {path}: ")
 
 
-def test_a_binary_file_is_rejected(tmp_path: Path) -> None:
+def test_a_result_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """As an editor on Windows writes it; it stays a file of this program, which it replaces."""
+    for form, write in exports.FORMATS.items():
+        path = tmp_path / f"run.{form}"
+        path.write_text(write(RUN), encoding="utf-8-sig")
+        assert exports.is_own(form, path)
+    assert exports.read(str(tmp_path / "run.json"), argument="") == RUN
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="resume: "):
