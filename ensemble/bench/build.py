@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ensemble import strategies
 from ensemble.bench.measurement import Note
-from ensemble.machine import memory
+from ensemble.machine import jit, memory
 from ensemble.machine.devices import synchronize
 from ensemble.models import stacking
 from ensemble.strategies import TUNE_SECONDS
@@ -108,7 +107,7 @@ def prepare(name: str, device: torch.device) -> None:
     """
     strategy = strategies.STRATEGIES[name]
     strategy.builder()
-    if strategy.has_kernels and device.type == "cpu" and find_spec("numba"):
+    if strategy.has_kernels and device.type == "cpu" and jit.is_usable():
         from ensemble.compiler import kernels
 
         kernels.load()

@@ -12,6 +12,8 @@ from ensemble.compiler.graph.batching_rules import looped_note
 from ensemble.compiler.pipeline import CompiledForward, compile_vmapped
 from ensemble.compiler.planning.kernel_accuracy import ErrorBound
 from ensemble.compiler.runtime import serial_copy
+from ensemble.errors import UnavailableError
+from ensemble.machine import jit
 from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import OutputAccuracy
 from ensemble.strategies.build_result import BuildResult
@@ -19,7 +21,13 @@ from ensemble.strategies.compiled import as_one_graph
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
-    """One forward of all models, with the fastest kernels that keep the outputs accurate."""
+    """One forward of all models, with the fastest kernels that keep the outputs accurate.
+
+    Raises:
+        UnavailableError: the outputs are not those of the models, or numba cannot compile here.
+    """
+    if reason := jit.why_not():
+        raise UnavailableError(f"the kernels are compiled by numba, but {reason}")
     found, notes = _compile_accurately(models, agreement.informative(example))
     kinds = Counter(step.kind.label for step in found.steps)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())

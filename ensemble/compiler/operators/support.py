@@ -5,8 +5,10 @@ from torch import Tensor
 
 from ensemble.compiler.planning.step import Geometry, Kind
 from ensemble.compiler.planning.vector_layout import in_vectors
+from ensemble.machine import jit
 
 try:
+    jit.require()
     from ensemble.compiler import kernels
 except ImportError:  # every operator then takes torch's own batching rule
     kernels = None  # type: ignore[assignment]

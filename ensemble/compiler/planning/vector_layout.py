@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ensemble.compiler.planning.step import Geometry, Kind
+from ensemble.machine import jit
 
 try:
+    jit.require()
     from numba.extending import register_jitable  # kernels call these functions too
 
     from ensemble.compiler.codegen.simd import WIDTH
