@@ -438,7 +438,7 @@ def test_a_file_that_another_program_puts_there_meanwhile_is_named_without_an_ar
     files = show.Files(ReportOptions(export_json=str(path)))
     path.write_text("of another program")
     files.finish(Run(ENVIRONMENT, {}, (LOOP,)))
-    with pytest.raises(InputError, match=r"run\.json cannot be written: expected a new file"):
+    with pytest.raises(InputError, match=r"run\.json cannot be written: expected no file"):
         files.check()
     assert path.read_text() == "of another program"
 

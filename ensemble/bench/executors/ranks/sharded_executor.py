@@ -22,6 +22,7 @@ from ensemble.bench.executors.ranks.sharding import shard_ranges
 from ensemble.bench.setup import Setup, SetupError, make_example, make_setup
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError, RankError
+from ensemble.formatting import count
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class ShardedWorkload(Workload):
         hosts = list(dict.fromkeys(info.host for info in self.leader.ranks))
         placements = "; ".join(dict.fromkeys(info.placement for info in self.leader.ranks))
         backend = self.leader.worker.group.backend
-        return f"{len(self.leader.ranks)} ranks on {', '.join(hosts)} by {backend}: {placements}"
+        ranks = count(len(self.leader.ranks), "rank")
+        return f"{ranks} on {', '.join(hosts)} by {backend}: {placements}"
 
     def describe(self, config: Config, *, first_forward_s: float) -> Environment:
         ranks = self.leader.ranks
