@@ -170,7 +170,7 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
             ["--num_models", "0"],
             "argument --num_models: expected a whole number from 1 to 1,000,000",
         ),
-        (["--num_models", "two"], "found 'two'"),
+        (["--num_models", "two"], "got 'two'"),
         (
             ["--batch_size", "-1"],
             "argument --batch_size: expected a whole number from 1 to 1,000,000",
@@ -187,14 +187,14 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--image_size", "32", "90000"], "--image_size: expected at most 100,000,000 pixels"),
         (["--image_size", "1" + 400 * "0"], "expected a whole number from 1 to 1,000,000"),
         (["--timeout_minutes", "1e10"], "--timeout_minutes: expected a number of minutes"),
-        (["--plot", ""], "--plot: expected a value, found an empty one"),
-        (["--from_json", ""], "--from_json: expected a value, found an empty one"),
-        (["--model_path", ""], "--model_path: expected a value, found an empty one"),
-        (["--export_json", KITTEN], "--export_json: expected a file of its own, found the input"),
-        (["--export_json", "resnet18-f37072fd.pth"], "to write, found a checkpoint's name"),
-        (["--export_csv", "a", "--export_json", "a"], "expected a file of its own, found --export"),
+        (["--plot", ""], "--plot: expected a value, got an empty one"),
+        (["--from_json", ""], "--from_json: expected a value, got an empty one"),
+        (["--model_path", ""], "--model_path: expected a value, got an empty one"),
+        (["--export_json", KITTEN], "--export_json: expected a file of its own, got the input"),
+        (["--export_json", "resnet18-f37072fd.pth"], "to write, got a checkpoint's name"),
+        (["--export_csv", "a", "--export_json", "a"], "expected a file of its own, got --export"),
         (["--export_csv", "a_grid.png", "--plot", "a.png"], "--plot: expected a file of its own"),
-        (["--plot", "a.gif"], "--plot: expected a name that ends in .png or .svg, found a.gif"),
+        (["--plot", "a.gif"], "--plot: expected a name that ends in .png or .svg, got a.gif"),
         (["--resume", "a.json", "--export_csv", "a.json"], "--export_csv: expected a file of its"),
         (["--fail_above", "5"], "--fail_above: requires --baseline"),
         (["--reduce", "mean", "--inputs", "per_model"], "--reduce: mean requires --inputs shared"),
@@ -224,11 +224,11 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--image_path", "no/such.jpg"], "no/such.jpg: expected an image file, but no such"),
         (["--model_path", "no/such.pth"], "no/such.pth: expected a checkpoint file, but no"),
         (["--export_json", "no/such/run.json"], "--export_json: expected a folder at no/such"),
-        (["--export_json", "."], "--export_json: expected a file at ., found a directory"),
-        (["--plot", "."], "--plot: expected a name that ends in .png or .svg, found ."),
-        (["--plot", "./"], "--plot: expected a name that ends in .png or .svg, found ./"),
-        (["--plot", "/"], "--plot: expected a name that ends in .png or .svg, found /"),
-        (["--plot", "a/.."], "--plot: expected a name that ends in .png or .svg, found a/.."),
+        (["--export_json", "."], "--export_json: expected a file at ., got a directory"),
+        (["--plot", "."], "--plot: expected a name that ends in .png or .svg, got ."),
+        (["--plot", "./"], "--plot: expected a name that ends in .png or .svg, got ./"),
+        (["--plot", "/"], "--plot: expected a name that ends in .png or .svg, got /"),
+        (["--plot", "a/.."], "--plot: expected a name that ends in .png or .svg, got a/.."),
         (["--export_json", 300 * "a"], "--export_json: aaa"),
         (["--export_csv", f"{300 * 'a'}/run.csv"], "/run.csv: File name too long"),
         (["--export_markdown", 3000 * "a/"], "/: File name too long"),
@@ -343,7 +343,7 @@ def test_a_link_into_a_folder_that_is_missing_is_refused_before_anything_is_meas
     link = tmp_path / "run.json"
     link.symlink_to(tmp_path / "gone" / "run.json")
     argv = ["--image_path", KITTEN, "--export_json", str(link)]
-    message = f"--export_json: expected a folder at {tmp_path / 'gone'}, found none"
+    message = f"--export_json: expected a folder at {tmp_path / 'gone'}, got none"
     assert message in error_of(capsys, *argv)
     (tmp_path / "gone").mkdir()
     parse(argv)
@@ -654,10 +654,10 @@ def finished_run(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"environment": {"cores": 99}}, "--resume: expected a result file of this machine, found"),
+        ({"environment": {"cores": 99}}, "--resume: expected a result file of this machine, got"),
         ({"environment": {"torch": "1.0"}}, "--resume: expected the settings of"),
-        ({"config": {"seed": 9}}, "found seed: 0, was 9"),
-        ({"config": {"processes": 5}}, "found processes: 0, was 5"),
+        ({"config": {"seed": 9}}, "got seed: 0, was 9"),
+        ({"config": {"processes": 5}}, "got processes: 0, was 5"),
     ],
 )
 def test_a_run_of_another_machine_version_or_setting_is_not_resumed(
@@ -781,24 +781,24 @@ def test_a_baseline_without_a_row_of_the_run_is_refused_before_anything_is_measu
     [
         (["--target_qps", "9"], "--target_qps: requires --scenario"),
         (["--strategies", "hybrid"], "--strategies: hybrid requires --scenario"),
-        (["--scenario", "server", "--target_qps", "0"], "requests per second above 0, found '0'"),
-        (["--scenario", "server", "--latency_bound_ms", "-1"], "milliseconds above 0, found '-1'"),
-        (["--scenario", "server", "--latency_percentile", "100"], "from 50 to 99.9, found '100'"),
-        (["--scenario", "server", "--skew", "nan"], "from 0 to 10, found 'nan'"),
+        (["--scenario", "server", "--target_qps", "0"], "requests per second above 0, got '0'"),
+        (["--scenario", "server", "--latency_bound_ms", "-1"], "milliseconds above 0, got '-1'"),
+        (["--scenario", "server", "--latency_percentile", "100"], "from 50 to 99.9, got '100'"),
+        (["--scenario", "server", "--skew", "nan"], "from 0 to 10, got 'nan'"),
         (["--scenario", "server", "--skew", "1"], "--skew: requires --inputs per_model"),
         (["--scenario", "server", "--strategies", "hybrid"], "hybrid requires --inputs per_model"),
         (
             ["--scenario", "offline", "--target_qps", "9"],
-            "requires --scenario server, found",
+            "requires --scenario server, got",
         ),
         (
             ["--scenario", "server", "--batch_size", "2"],
             "--batch_size: cannot be combined with",
         ),
-        (["--scenario", "server", "--load_log", KITTEN], "--load_log: expected a folder, found"),
+        (["--scenario", "server", "--load_log", KITTEN], "--load_log: expected a folder, got"),
         (
             ["--scenario", "server", "--load_log", f"{KITTEN}/a/b"],
-            f"--load_log: expected a folder, found a file at {KITTEN}",
+            f"--load_log: expected a folder, got a file at {KITTEN}",
         ),
         (["--scenario", "server", "--load_log", "/proc/logs/a"], "expected to write in /proc"),
         (["--scenario", "server", "--load_log", 300 * "a"], "aaa: File name too long"),

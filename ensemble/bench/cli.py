@@ -154,7 +154,7 @@ def _config(typed: dict[str, Any]) -> Config:
         models = replace(models, num_models=(files if files > 1 else DEFAULT_NUM_MODELS,))
     if files > 1 and models.num_models != (files,):
         asked = " ".join(map(str, models.num_models))
-        raise InputError(f"expected {files}, one per file, found {asked}", argument="num_models")
+        raise InputError(f"expected {files}, one per file, got {asked}", argument="num_models")
     if models.image_path == DEFAULT_IMAGE and not Path(DEFAULT_IMAGE).exists():
         models = replace(models, image_path=str(default_image()))
     if ALL in run.strategies:
@@ -179,7 +179,7 @@ def _check_not_empty(options: dict[str, Any]) -> None:
     """Raise InputError for an empty string, as an unset shell variable gives."""
     for name, value in options.items():
         if "" in (value if isinstance(value, list) else [value]):
-            raise InputError("expected a value, found an empty one", argument=name)
+            raise InputError("expected a value, got an empty one", argument=name)
 
 
 def warn_of_threads(run: RunOptions) -> None:
@@ -238,7 +238,7 @@ def _check_load(typed: dict[str, Any]) -> None:
         return
     of_server = {"target_qps", "latency_percentile", "latency_bound_ms"}
     for name in sorted(typed.keys() & of_server if scenario != "server" else ()):
-        raise InputError(f"requires --scenario server, found {scenario}", argument=name)
+        raise InputError(f"requires --scenario server, got {scenario}", argument=name)
     for name in sorted(typed.keys() & set(NOT_UNDER_LOAD)):
         raise InputError("cannot be combined with --scenario", argument=name)
     if typed.get("inputs") != "per_model":
@@ -261,7 +261,7 @@ def _check_log_folder(path: str) -> None:
         while not folder.exists():
             folder = folder.parent
         if not folder.is_dir():
-            raise InputError(f"expected a folder, found a file at {folder}", argument="load_log")
+            raise InputError(f"expected a folder, got a file at {folder}", argument="load_log")
     _check_writable("load_log", folder)
 
 
@@ -301,16 +301,16 @@ def _problem_of_output(name: str, path: str, taken: dict[str, str]) -> str:
     suffix, folder = Path(path).suffix.lower(), _output_folder(path)
     problem = ""
     if other is not None:
-        problem = f"expected a file of its own, found {other}"
+        problem = f"expected a file of its own, got {other}"
     elif suffix in CHECKPOINT_SUFFIXES:  # the default weights file, named by mistake
-        problem = f"expected a file to write, found a checkpoint's name, {path}"
+        problem = f"expected a file to write, got a checkpoint's name, {path}"
     elif name == "plot" and suffix not in PICTURE_SUFFIXES:
         known = " or ".join(sorted(PICTURE_SUFFIXES))
-        problem = f"expected a name that ends in {known}, found {path}"
+        problem = f"expected a name that ends in {known}, got {path}"
     elif not folder.is_dir():
-        problem = f"expected a folder at {folder}, found none"
+        problem = f"expected a folder at {folder}, got none"
     elif Path(path).exists() and not Path(path).is_file():
-        problem = f"expected a file at {path}, found a directory or a device"
+        problem = f"expected a file at {path}, got a directory or a device"
     return problem
 
 

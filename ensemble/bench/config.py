@@ -37,7 +37,7 @@ def _within(
         except (ValueError, OverflowError):
             value = None
         if value is None or not least <= value < beyond:
-            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
     return parse_number
@@ -278,7 +278,10 @@ class Config:
 
 
 PARTS = (ModelOptions, RunOptions, MeasureOptions, LoadOptions, ReportOptions)
-OUTPUTS = ("export_json", "export_csv", "export_markdown", "plot")
+OUTPUTS = (
+    *(option.name for option in fields(ReportOptions) if option.name.startswith("export_")),
+    "plot",
+)
 
 
 def config_of(values: Mapping[str, Any]) -> Config:

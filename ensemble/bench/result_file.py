@@ -102,12 +102,12 @@ def from_json(text: str) -> Run:
         content = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
-            f"expected a JSON file, found a truncated or different one: {error}"
+            f"expected a JSON file, got a truncated or different one: {error}"
         ) from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema not in READ_SCHEMAS:
         known = ", ".join(map(str, READ_SCHEMAS))
-        raise ValueError(f"expected a result file of schema {known}, found {schema}")
+        raise ValueError(f"expected a result file of schema {known}, got {schema}")
     try:
         about = dict(content["environment"])
         if about["first_forward_s"] is None:  # other programs write null for NaN
@@ -118,7 +118,7 @@ def from_json(text: str) -> Run:
         for result in results:
             _check_times(result)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"expected a result file, found one without {error}") from error
+        raise ValueError(f"expected a result file, got one without {error}") from error
     return run
 
 
@@ -132,12 +132,12 @@ def read(path: str, *, argument: str) -> Run:
         first_bytes(path, kind="a result file")
         run = from_json(Path(path).read_text(encoding="utf-8-sig"))
         if not {row.status for row in run.results} <= {OK, FAILED, UNAVAILABLE}:
-            raise ValueError("expected a result file, found one with an unknown status")
+            raise ValueError("expected a result file, got one with an unknown status")
         return run
     except InputError as error:
         raise InputError(str(error), argument=argument) from error
     except UnicodeDecodeError as error:
-        message = f"{path}: expected a result file, found a binary file"
+        message = f"{path}: expected a result file, got a binary file"
         raise InputError(message, argument=argument) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}", argument=argument) from error
@@ -244,5 +244,5 @@ def _check_times(result: Summary) -> None:
         numbers = all(isinstance(time, int | float) for time in times)
         if not numbers or not all(0 < time < math.inf for time in times):
             raise ValueError(
-                f"expected times in seconds above 0, found others in row {result.case.strategy}"
+                f"expected times in seconds above 0, got others in row {result.case.strategy}"
             )

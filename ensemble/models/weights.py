@@ -58,7 +58,7 @@ def load_models(
         raise InputError(message, argument="paths")
     expected = stacking.named_tensors(build_skeleton(arch, None))
     states = (
-        (str(path), _unwrapped(checkpoints.read(path), expected, source=str(path), say=say))
+        (str(path), _strip_and_report(checkpoints.read(path), expected, source=str(path), say=say))
         for path in paths
     )
     copies = wanted if len(paths) == 1 else 1
@@ -209,7 +209,7 @@ def _check_finite(state: State, source: str) -> None:
             raise InputError(f"{source}: expected finite weights, got NaN or infinity in {name}")
 
 
-def _unwrapped(
+def _strip_and_report(
     state: State, expected: Collection[str], *, source: str, say: Callable[[str], None]
 ) -> State:
     """`strip_prefix`, with a line for the user."""

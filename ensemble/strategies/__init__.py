@@ -66,7 +66,6 @@ class Hybrid:
     build_time: str = "of both"
 
 
-# Names: [cudagraph_][compiled_|prepacked_|folded_|lowered_]loop, vmap or concurrent.
 STRATEGIES = {
     "loop": Strategy(
         "eager", "loop", "one eager forward per model; the reference", sequential=True
@@ -104,7 +103,7 @@ STRATEGIES = {
         "vmap",
         "vmap over convolutions with numba kernels for N models",
         "CPU, numba",
-        "seconds; 15 s once",
+        "seconds; up to 1 min once",
         uses_fast_algorithms=True,
         has_kernels=True,
     ),

@@ -72,6 +72,4 @@ compiled_loop = partial(_captured, compiled.loop)
 compiled_vmap = partial(_captured, compiled.vmap)
 eager_concurrent = partial(_captured, concurrent.eager)  # streams become branches of the graph
 compiled_concurrent = partial(_captured, concurrent.compiled)
-compiled_im2col_vmap = partial(
-    _captured, lowered.compiled
-)  # by `ensemble.compiler.operators.matmul`
+compiled_im2col_vmap = partial(_captured, lowered.compiled)  # by `compiler.operators.im2col`

@@ -88,7 +88,7 @@ def next_batch(queue: RequestQueue, plans: Sequence[BatchPlan]) -> Batch:
     """Remove the next batch from a queue that holds at least one request."""
     oldest = queue.oldest()
     if oldest is None:
-        raise ValueError("expected a queued request, found none")
+        raise ValueError("expected a queued request, got none")
     lengths = queue.lengths()
     plan = select_plan(plans, lengths, oldest.tenant)
     tenants = (oldest.tenant,) if plan.mode == SINGLE_TENANT else tuple(range(len(lengths)))

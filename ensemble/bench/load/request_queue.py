@@ -24,7 +24,7 @@ class RequestQueue:
     def __init__(self, num_tenants: int, capacity: int) -> None:
         if num_tenants < 1 or capacity < 1:
             raise ValueError(
-                f"expected num_tenants and capacity of at least 1, found {num_tenants}, {capacity}"
+                f"expected num_tenants and capacity of at least 1, got {num_tenants}, {capacity}"
             )
         self._fifos: list[deque[Request]] = [deque() for _ in range(num_tenants)]
         self._capacity, self._length, self._max_length = capacity, 0, 0

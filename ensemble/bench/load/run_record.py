@@ -35,7 +35,7 @@ def make_record(
     elif counters.wrong:
         problem = f"outputs disagree under load: {counters.wrong} of {counters.answered} answers"
     elif counted != issued:
-        problem = f"expected {issued} requests to be accounted for, found {counted}"
+        problem = f"expected {issued} requests to be accounted for, got {counted}"
     answered, slots = counters.answered, counters.slots
     return LoadRun(
         purpose=purpose,

@@ -85,7 +85,7 @@ def check_machine(here: Environment, other: Environment, *, argument: str, path:
         ours, theirs = getattr(here, name), getattr(other, name)
         if ours != theirs:
             raise InputError(
-                f"expected a result file of this machine, found one of another: {path} has {name}"
+                f"expected a result file of this machine, got one of another: {path} has {name}"
                 f" {theirs}, this machine {ours}",
                 argument=argument,
             )

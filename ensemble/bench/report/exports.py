@@ -4,7 +4,8 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def save(run: Run, paths: Mapping[str, str | None]) -> None:
     """Write the run in each format of `paths`, `{"json": path, ...}`, with a path."""
     for form, path in paths.items():
         if path is not None:
-            write_atomically(Path(path), FORMATS[form](run))
+            write_atomically(Path(path), FORMATS[form].write(run))
 
 
 def is_own(form: str, path: Path) -> bool:
@@ -139,12 +140,28 @@ def is_own(form: str, path: Path) -> bool:
             return True
         if form == "plot":
             return MARK.encode() in head
-        if form == "csv":
-            return head.startswith(",".join(_FIRST_COLUMNS).encode())
         text = (head + file.read()).decode(errors="replace")
-    if form == "markdown":
-        text = text.rpartition(DETAILS)[2].partition("\n```")[0]
-    return result_file.is_result_file(text)
+    return FORMATS[form].is_own(text)
 
 
-FORMATS = {"json": result_file.to_json, "csv": to_csv, "markdown": to_markdown}
+def _is_csv(text: str) -> bool:
+    return text.startswith(",".join(_FIRST_COLUMNS))
+
+
+def _is_markdown(text: str) -> bool:
+    return result_file.is_result_file(text.rpartition(DETAILS)[2].partition("\n```")[0])
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a run is written, and whether a text was written so by some version of this program."""
+
+    write: Callable[[Run], str]
+    is_own: Callable[[str], bool]
+
+
+FORMATS = {
+    "json": Format(result_file.to_json, result_file.is_result_file),
+    "csv": Format(to_csv, _is_csv),
+    "markdown": Format(to_markdown, _is_markdown),
+}

@@ -21,7 +21,7 @@ def resume(config: Config, new: Run, earlier: Run | None) -> Run:
     path = str(config.measure.resume)
     check_machine(new.environment, earlier.environment, argument="resume", path=path)
     for difference in [*differences(new, earlier), *_process_difference(config, earlier)]:
-        message = f"expected the settings of {path}, found {difference}"
+        message = f"expected the settings of {path}, got {difference}"
         raise InputError(message, argument="resume")
     finished = tuple(row for row in earlier.results if row.status != "failed")
     first_forward_s = earlier.environment.first_forward_s  # of the process of the finished rows

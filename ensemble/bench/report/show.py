@@ -88,7 +88,7 @@ def check_baseline(
         timed = {case for case in timed if not case.is_reference}
     if timed.isdisjoint(cases):
         raise InputError(
-            f"expected a row of this run in {path}, found none with the same strategy, N, batch,"
+            f"expected a row of this run in {path}, got none with the same strategy, N, batch,"
             " px, dtype and inputs: there is nothing to compare",
             argument="baseline",
         )
@@ -170,7 +170,7 @@ def _check_own(name: str, path: str | None) -> None:
             own = False
         if not own:
             raise InputError(
-                f"expected no file or an earlier output at {written}, found another file;"
+                f"expected no file or an earlier output at {written}, got another file;"
                 " --overwrite replaces it",
                 argument=name,
             )

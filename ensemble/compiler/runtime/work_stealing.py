@@ -102,7 +102,7 @@ def _spin_until(state, counter, count):
 
 
 # The serial fraction of a model's time, and the largest team that still gains: for ResNets, whose
-# steps were timed part by part (tests/schedule.py).
+# steps were timed part by part (tests/studies/schedule.py).
 SERIAL_FRACTION, MAX_TEAM = 0.15, 8
 _SIZES = MAX_TEAM + 1  # the number of team sizes, with 0
 

@@ -52,7 +52,7 @@ def test_a_full_queue_refuses_requests_until_one_is_popped() -> None:
 
 
 def test_a_queue_without_capacity_or_tenants_is_rejected() -> None:
-    with pytest.raises(ValueError, match="at least 1, found 0, 5"):
+    with pytest.raises(ValueError, match="at least 1, got 0, 5"):
         RequestQueue(0, 5)
 
 
@@ -123,7 +123,7 @@ def test_requests_are_dispatched_at_once_unless_there_is_a_batching_delay() -> N
     assert dispatch_time_s(queue, max_batch=2, batching_delay_s=0.5) == 0.5
     assert dispatch_time_s(queue_of(0, 0), max_batch=2, batching_delay_s=0.5) == 0.0
     assert dispatch_time_s(RequestQueue(1, 1), max_batch=2, batching_delay_s=0.5) is None
-    with pytest.raises(ValueError, match="found none"):
+    with pytest.raises(ValueError, match="got none"):
         next_batch(RequestQueue(1, 1), [BatchPlan(SINGLE_TENANT, 1, 1.0)])
 
 

@@ -110,7 +110,7 @@ def test_wrong_answers_and_lost_requests_are_problems_and_few_requests_have_no_p
     server.counters.wrong = 0
     two = LoadGenResult(True, None, (0.0,) * 2, (0.1,) * 2, 0.0, 1.0)
     lost = make_record("asked", settings, two, server.counters, 1, 1.0)
-    assert lost.problem == "expected 2 requests to be accounted for, found 1"
+    assert lost.problem == "expected 2 requests to be accounted for, got 1"
 
 
 def test_the_batching_delay_ends_on_time() -> None:

@@ -70,23 +70,23 @@ def test_a_markdown_report_has_table_answer_machine_and_command() -> None:
     [
         ("", "got an empty file"),
         ("not json", "expected a JSON file"),
-        (result_file.to_json(RUN)[:500], "expected a JSON file, found a truncated"),
-        ("[]", "expected a result file of schema 1, 2, 3, found None"),
-        ('{"schema": 4}', "expected a result file of schema 1, 2, 3, found 4"),
-        ('{"schema": 1}', "expected a result file, found one without 'environment'"),
+        (result_file.to_json(RUN)[:500], "expected a JSON file, got a truncated"),
+        ("[]", "expected a result file of schema 1, 2, 3, got None"),
+        ('{"schema": 4}', "expected a result file of schema 1, 2, 3, got 4"),
+        ('{"schema": 1}', "expected a result file, got one without 'environment'"),
         (
             json.dumps(
                 json.loads(result_file.to_json(RUN))
                 | {"results": [{"strategy": "loop", "measurements": []}]}
             ),
-            "found one without 'num_models'",
+            "got one without 'num_models'",
         ),
         (
             json.dumps(json.loads(result_file.to_json(RUN)) | {"results": 5}),
-            "expected a result file, found one without",
+            "expected a result file, got one without",
         ),
         (result_file.to_json(RUN).replace("4.0", '"4"', 1), "expected times in seconds above 0"),
-        (result_file.to_json(RUN).replace("4.0", "0.0", 1), "found others in row vmap"),
+        (result_file.to_json(RUN).replace("4.0", "0.0", 1), "got others in row vmap"),
     ],
 )
 def test_an_invalid_result_file_is_rejected_with_its_flag_and_path(
@@ -101,9 +101,9 @@ def test_an_invalid_result_file_is_rejected_with_its_flag_and_path(
 
 def test_a_result_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     """As an editor on Windows writes it; it stays a file of this program, which it replaces."""
-    for form, write in exports.FORMATS.items():
+    for form, kind in exports.FORMATS.items():
         path = tmp_path / f"run.{form}"
-        path.write_text(write(RUN), encoding="utf-8-sig")
+        path.write_text(kind.write(RUN), encoding="utf-8-sig")
         assert exports.is_own(form, path)
     assert exports.read(str(tmp_path / "run.json"), argument="") == RUN
 
@@ -159,8 +159,8 @@ def own(tmp_path: Path, form: str, content: str | bytes) -> bool:
 
 def test_only_files_of_this_program_are_its_own(tmp_path: Path) -> None:
     run = Run(ENVIRONMENT, CONFIG.plain(), (LOOP, VMAP))
-    for form, write in exports.FORMATS.items():
-        assert own(tmp_path, form, write(run))
+    for form, kind in exports.FORMATS.items():
+        assert own(tmp_path, form, kind.write(run))
         assert own(tmp_path, form, "")
     pictures.save(run.results, tmp_path / "p.png", tmp_path / "grid.png")
     pictures.save(run.results, tmp_path / "p.svg", tmp_path / "grid.svg")

@@ -72,7 +72,7 @@ def check(ranks: Sequence[RankInfo]) -> None:
         for name, found in info.settings.items():
             if found != expected[name]:
                 wanted = f"expected {name} {_text(expected[name])} like rank 0"
-                raise InputError(f"{rank_name(rank, info)}: {wanted}, found {_text(found)}")
+                raise InputError(f"{rank_name(rank, info)}: {wanted}, got {_text(found)}")
 
 
 def rank_name(rank: int, info: RankInfo) -> str:

@@ -44,7 +44,7 @@ def resolve(run: RunOptions, *, local_rank: int, local_ranks: int) -> Placement:
     kind, _, index = run.device.partition(":")
     if index:
         message = f"expected {kind} under torchrun: a rank takes the device of its local rank"
-        raise InputError(f"{message}, found {run.device}", argument="device")
+        raise InputError(f"{message}, got {run.device}", argument="device")
     if kind == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         kind = accelerator.type if accelerator else "cpu"

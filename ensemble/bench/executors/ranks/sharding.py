@@ -10,7 +10,7 @@ def shard_ranges(num_models: int, ranks: int) -> tuple[range, ...]:
         InputError: fewer models than ranks.
     """
     if num_models < ranks:
-        message = f"expected at least {ranks}, one for each rank, found {num_models}"
+        message = f"expected at least {ranks}, one for each rank, got {num_models}"
         raise InputError(message, argument="num_models")
     least, remainder = divmod(num_models, ranks)
     ends = [least * (rank + 1) + min(rank + 1, remainder) for rank in range(ranks)]

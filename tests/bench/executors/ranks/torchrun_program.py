@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble import strategies
-from tests.bench.strategies_that_die import Made
+from tests.bench.executors.dying_strategies import Made
 
 if TYPE_CHECKING:
     import torch

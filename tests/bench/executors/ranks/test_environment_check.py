@@ -31,12 +31,12 @@ def test_equal_ranks_pass_whatever_their_host_and_the_outputs_of_rank_0() -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"torch": "1.0"}, "rank 1 on host-b: expected torch 2.* like rank 0, found 1.0"),
-        ({"device_name": "a GPU"}, "rank 1 on host-b: expected device_name .* found a GPU"),
-        ({"--batch_size": (1, 2)}, "rank 1 on host-b: expected --batch_size 1 .* found 1 2"),
-        ({"program": "abc+"}, "rank 1 on host-b: expected program .* found abc+"),
-        ({"weights": "random"}, "expected weights a.pth like rank 0, found random"),
-        ({"classes": 7}, "expected classes 5 like rank 0, found 7"),
+        ({"torch": "1.0"}, "rank 1 on host-b: expected torch 2.* like rank 0, got 1.0"),
+        ({"device_name": "a GPU"}, "rank 1 on host-b: expected device_name .* got a GPU"),
+        ({"--batch_size": (1, 2)}, "rank 1 on host-b: expected --batch_size 1 .* got 1 2"),
+        ({"program": "abc+"}, "rank 1 on host-b: expected program .* got abc+"),
+        ({"weights": "random"}, "expected weights a.pth like rank 0, got random"),
+        ({"classes": 7}, "expected classes 5 like rank 0, got 7"),
     ],
 )
 def test_a_rank_that_differs_is_named_with_the_difference(

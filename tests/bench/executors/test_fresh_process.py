@@ -34,7 +34,7 @@ from ensemble.bench.summary import Run, Summary, merged
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError, Stopped
 from ensemble.strategies import STRATEGIES, best
-from tests.bench import strategies_that_die
+from tests.bench.executors import dying_strategies
 from tests.made import CASE, CONFIG, ENVIRONMENT, ONE, ROW, changed, row_of, with_options
 from tests.tiny import tiny_models
 
@@ -58,11 +58,11 @@ QUICK = with_options(
 @pytest.fixture(autouse=True)
 def dying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The registry of this process, and of every worker, has the strategies that die."""
-    code = "from tests.bench.strategies_that_die import install; install()\n"
+    code = "from tests.bench.executors.dying_strategies import install; install()\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     before = dict(STRATEGIES)
-    strategies_that_die.install()
+    dying_strategies.install()
     yield
     STRATEGIES.clear()
     STRATEGIES.update(before)

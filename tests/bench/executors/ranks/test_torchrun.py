@@ -189,10 +189,10 @@ def a_mean_is_reduced_and_a_rank_that_raises_fails_its_row_only(ranks: Ranks) ->
 
 def an_error_of_one_rank_is_reported_by_its_name_before_anything_is_timed(ranks: Ranks) -> None:
     assert "rank 1 on " in ranks.error("bad")
-    assert "bad.pth: expected a checkpoint file, found an HTML page" in ranks.error("bad")
-    assert "expected --seed 0 like rank 0, found 1" in ranks.error("seeds")
+    assert "bad.pth: expected a checkpoint file, got an HTML page" in ranks.error("bad")
+    assert "expected --seed 0 like rank 0, got 1" in ranks.error("seeds")
     assert ranks.error("few") == (
-        "error: --num_models: expected at least 2, one for each rank, found 1"
+        "error: --num_models: expected at least 2, one for each rank, got 1"
     )
 
 

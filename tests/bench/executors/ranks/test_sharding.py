@@ -39,7 +39,7 @@ def test_shards_partition_the_models_and_differ_by_at_most_one(ranks: int, more:
 @given(ranks=st.integers(2, 100), lack=st.integers(1, 99))
 def test_fewer_models_than_ranks_are_rejected_with_both_numbers(ranks: int, lack: int) -> None:
     found = max(0, ranks - lack)
-    with pytest.raises(InputError, match=f"expected at least {ranks}, .* found {found}"):
+    with pytest.raises(InputError, match=f"expected at least {ranks}, .* got {found}"):
         shard_ranges(found, ranks)
 
 

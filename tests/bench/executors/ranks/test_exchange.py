@@ -63,5 +63,5 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch)
             with_options(CONFIG, device=name).run, local_rank=3, local_ranks=4
         )
         assert (found.device, found.cores) == ("cuda:3", None)
-    with pytest.raises(InputError, match=r"expected cuda under torchrun: .* found cuda:1"):
+    with pytest.raises(InputError, match=r"expected cuda under torchrun: .* got cuda:1"):
         placement.resolve(with_options(CONFIG, device="cuda:1").run, local_rank=0, local_ranks=4)
