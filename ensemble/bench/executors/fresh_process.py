@@ -36,8 +36,10 @@ from ensemble.machine import memory
 PACKAGE = Path(ensemble.__file__)
 # The start of a worker: this package is imported from its own file, because `-m` and an entry of
 # PYTHONPATH would also import `copy.py` or `ensemble.py` of the user's working folder. Its folder
-# comes last, for processes that a worker starts in turn.
+# comes last, for processes that a worker starts in turn. Scripts for earlier versions look for the
+# first line by `pgrep -f`.
 START = """\
+# a worker: ensemble.measure.worker
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 root, package = sys.argv[1:3]
