@@ -148,19 +148,19 @@ class MeasureOptions:
 
     warmup: int = flag("warm-up calls", type=not_negative, default=1, metavar="CALLS")
     min_pairs: int = flag(
-        "minimum pairs of strategy and reference", type=positive, default=20, metavar="P"
+        "minimum pairs of strategy and reference per row", type=positive, default=35, metavar="P"
     )
-    min_seconds: float = flag("minimum duration of them", type=seconds, default=2.0, metavar="S")
+    min_seconds: float = flag("minimum duration of them", type=seconds, default=3.0, metavar="S")
     processes: int = flag(
-        "maximum fresh processes per row; 0: measure in this process, for a debugger",
+        "fresh processes per row; 0: measure in this process, for a debugger",
         type=not_negative,
-        default=4,
+        default=5,
         metavar="P",
     )
-    max_ci_percent: float = flag(
-        "add processes beyond 3 until the 95%% CI half-width is below this",
+    max_ci_percent: float | None = flag(
+        "plan further processes, at most 30 per row, from the spread of the first ones, for a 95%%"
+        " CI half-width below this",
         type=percent,
-        default=5.0,
         metavar="PERCENT",
         aliases=("precision",),
     )

@@ -1,19 +1,21 @@
-"""Which cases are measured next: in rounds of fresh processes, then where the CI is too wide."""
+"""Which cases are measured next: in rounds of fresh processes, as many as planned."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
+from math import atanh, ceil, log
 
 from ensemble.bench.case import Case
-from ensemble.bench.config import Config, MeasureOptions
+from ensemble.bench.config import Config
 from ensemble.bench.measurement import OK
 from ensemble.bench.summary import Summary
-from ensemble.statistics import half_width
+from ensemble.statistics import log_mean
 
-FIRST_ROUNDS = 3  # processes of each case before the spread between them is considered
+# Processes of a load test: each of them searches a rate, which takes minutes.
+LOAD_PROCESSES = 3
+MAX_PLANNED = 30  # processes of a row, where --max_ci_percent asks for more than --processes
 # Workers that start together. What they import takes 1.8 to 2.8 s of one core each: with two of
 # them, one waited for the other while its core was idle.
 WORKERS_AT_ONCE = 3
@@ -27,7 +29,7 @@ def batches(
     """Groups of cases that an executor measures together. `summaries` is read as it grows.
 
     In this process, and on ranks: the cases of a cell, each once. In fresh processes: a few at a
-    time, one process each, until every CI is narrow enough or its case has had all its processes.
+    time, one process each, until every case has had its processes.
     """
     if not config.measure.processes:
         missing = (case for case in cases if case not in summaries)
@@ -42,69 +44,74 @@ def batches(
 def _rounds(
     cases: Sequence[Case], summaries: Summaries, config: Config
 ) -> Iterator[Iterator[Case]]:
-    """The first rounds that every case gets, then rounds of those whose CI is too wide.
+    """A process of each case in every round, until no case wants more.
 
     In a round cases follow one another, so that the processes of a case are spread over the run: a
-    slow minute of the machine does not hit one case alone. Later rounds start with the widest CI.
-    The reference has no process of its own where it is timed in pairs with another strategy of its
-    cell; a load test has no pairs.
+    slow minute of the machine does not hit one case alone. The reference has no process of its own
+    where it is timed in pairs with another strategy of its cell; a load test has no pairs.
     """
-    options, under_load = config.measure, config.load is not None
+    under_load = config.load is not None
     alone = {case.cell for case in cases} - {case.cell for case in cases if not case.is_reference}
     timed = [case for case in cases if under_load or not case.is_reference or case.cell in alone]
-    first = first_rounds(options)
-    yield (
-        case
-        for number in range(first)
-        for case in timed
-        if (row := summaries.get(case)) is None or (row.status == OK and _count(row) <= number)
-    )
-    for _ in range(options.processes - first):
-        wide = [case for case in timed if wants_more(summaries.get(case), options)]
-        yield iter(sorted(wide, key=lambda case: -_width(summaries.get(case))))
+    done = 0
+    while any(wants_more(summaries.get(case), config) for case in timed):
+        done += 1
+        yield (
+            case
+            for case in timed
+            if wants_more(row := summaries.get(case), config)
+            and (row is None or _count(row) < done)
+        )
     # Where every strategy that the reference was paired with has failed.
     yield (case for case in cases if case.is_reference and case not in summaries)
 
 
-def wants_more(summary: Summary | None, options: MeasureOptions) -> bool:
+def wants_more(summary: Summary | None, config: Config) -> bool:
     """Does a case need another process?"""
     if summary is None:
         return True
-    done = _count(summary)
-    if summary.status != OK or done >= options.processes:
-        return False
-    if done < first_rounds(options):
-        return True
-    interval = summary.speedup_interval
-    return interval is not None and 100 * half_width(interval) > options.max_ci_percent
+    return summary.status == OK and _count(summary) < _planned(summary, config)
 
 
-def missing(cases: Sequence[Case], summaries: Summaries, options: MeasureOptions) -> list[Case]:
+def _planned(summary: Summary, config: Config) -> int:
+    """How many processes a case gets: a fixed number, or planned once, from the first ones.
+
+    Never decided by the interval as it grows: rows that stop because theirs happens to be narrow
+    would hold the truth in half of all runs. The plan is that of Stein (A two-sample test for a
+    linear hypothesis whose power is independent of the variance, Annals of Mathematical Statistics
+    1945).
+    """
+    first, limit = processes(config), config.measure.max_ci_percent
+    pilot = log_mean(summary.process_speedups[:first])
+    if limit is None or config.load or pilot is None or _count(summary) < first:
+        return first
+    low, high = pilot.interval()
+    narrower = log(high / low) / 2 / atanh(min(max(limit, 0.1), 99.0) / 100)
+    return max(first, min(MAX_PLANNED, ceil(first * narrower**2)))
+
+
+def missing(cases: Sequence[Case], summaries: Summaries, config: Config) -> list[Case]:
     """The cases that were not measured, or by too few processes."""
-    return [case for case in cases if wants_more(summaries.get(case), options)]
+    return [case for case in cases if wants_more(summaries.get(case), config)]
 
 
-def first_rounds(options: MeasureOptions) -> int:
+def processes(config: Config) -> int:
     """How many processes every case gets; 1 where cases are measured in this process."""
-    return max(1, min(FIRST_ROUNDS, options.processes))
+    most = LOAD_PROCESSES if config.load else config.measure.processes
+    return max(1, min(most, config.measure.processes))
 
 
 def of_one_process(config: Config) -> Config:
-    """The configuration of a worker: the first rounds share the minimum pairs and seconds.
+    """The configuration of a worker: processes share the minimum pairs and seconds.
 
     A load test is judged by its own duration, which is not shared.
     """
     if config.load is not None:
         return config
-    rounds, options = first_rounds(config.measure), config.measure
-    pairs, seconds = -(-options.min_pairs // rounds), options.min_seconds / rounds
+    count, options = processes(config), config.measure
+    pairs, seconds = -(-options.min_pairs // count), options.min_seconds / count
     return replace(config, measure=replace(options, min_pairs=pairs, min_seconds=seconds))
 
 
 def _count(summary: Summary) -> int:
     return len(summary.processes)
-
-
-def _width(summary: Summary | None) -> float:
-    interval = summary and summary.speedup_interval
-    return half_width(interval) if interval else math.inf

@@ -41,21 +41,21 @@ class _Rows:
     def __init__(
         self, config: Config, run: Run, workload: Workload, save: Callable[[Run], None]
     ) -> None:
-        self._options, self._workload, self._save = config.measure, workload, save
+        self._config, self._workload, self._save = config, workload, save
         self.run, self.plan = run, config.plan()
         self.summaries = {row.case: row for row in run.results}
         self._places = {case: index for index, case in enumerate(self.plan)}
-        dtypes = [case for case in self.missing() if self._options.roofline]
+        dtypes = [case for case in self.missing() if config.measure.roofline]
         self._limits = roofline.limits_of(dtypes, workload.device)
 
     def missing(self) -> list[Case]:
         """The cases that were not measured, or by too few processes."""
-        return schedule.missing(self.plan, self.summaries, self._options)
+        return schedule.missing(self.plan, self.summaries, self._config)
 
     def task_of(self, case: Case) -> Task | None:
         """The next task of a case, None where it needs no further process."""
         summary = self.summaries.get(case)
-        if not schedule.wants_more(summary, self._options):
+        if not schedule.wants_more(summary, self._config):
             return None
         return Task(case, len(summary.processes), summary.picked) if summary else Task(case)
 
@@ -64,10 +64,10 @@ class _Rows:
         for measurement in measurements:
             case = measurement.case
             before = self.summaries.get(case)
-            if case not in self._places or not schedule.wants_more(before, self._options):
+            if case not in self._places or not schedule.wants_more(before, self._config):
                 continue  # the reference, which was measured often enough
             summary = merged(before, measurement)
-            if self._options.roofline and before is None:
+            if self._config.measure.roofline and before is None:
                 found = roofline.of_case(case, self._limits, self._workload)
                 summary = replace(summary, roofline=found)
             self.summaries[case] = summary
@@ -116,7 +116,7 @@ def measure_all(
     stopped, code = "", 0
     try:
         with (
-            show(len(missing) * schedule.first_rounds(options)) as update,
+            show(len(missing) * schedule.processes(config)) as update,
             executor(config, workload) as execute,
         ):
             on_progress = partial(_report_progress, update, rows, bool(options.processes))

@@ -13,11 +13,14 @@ from ensemble.bench.measurement import OK, Measurement, Note, RankTimes, Rooflin
 from ensemble.statistics import (
     TOO_NOISY,
     TOO_WIDE,
+    LogMean,
     between_process_interval,
     bootstrap_interval,
     half_width,
     iqr,
+    log_mean,
     median,
+    of_interval,
 )
 
 # Share of the CPU that other processes may use before a row carries a warning, and before its
@@ -177,6 +180,28 @@ class Summary:
         if len(self.process_speedups) == 1:
             return bootstrap_interval(next(one.ratios for one in self.measurements if one.ratios))
         return between_process_interval(self.process_speedups)
+
+    @cached_property
+    def log_speedup(self) -> LogMean | None:
+        """The mean logarithm of the speedup, of conclusive rows: to compare rows with each other.
+
+        Over processes; of one process, from the bootstrap of its pairs.
+        """
+        if self.inconclusive or self.speedup is None:
+            return None
+        interval = self.speedup_interval
+        if len(self.process_speedups) > 1:
+            return log_mean(self.process_speedups)
+        return of_interval(interval) if interval else None
+
+    @cached_property
+    def log_time(self) -> LogMean | None:
+        """The mean logarithm of the time of a call over processes; of one process, of its calls."""
+        times = [time for one in self.measurements if (time := median(one.times_s))]
+        if len(times) > 1:
+            return log_mean(times)
+        interval = bootstrap_interval(self.times_s)
+        return of_interval(interval) if interval else None
 
     @cached_property
     def process_speedups(self) -> tuple[float, ...]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 from ensemble.bench.summary import Summary
+from ensemble.statistics import CONFIDENCE
 
 Line = tuple[str, str, int, int]  # strategy, dtype, batch, px
 SetupKey = tuple[int, int, int]  # N, batch, px
@@ -61,19 +63,74 @@ def is_significantly_faster(row: Summary) -> bool:
     return interval is not None and not row.inconclusive and interval[0] > 1
 
 
-def fastest(rows: Sequence[Summary]) -> Summary | None:
-    """The row of a setup with the largest conclusive speedup, the reference included.
+@dataclass(frozen=True)
+class Leaders:
+    """The fastest row of a setup, and the rows that are not significantly slower: a tie.
 
-    None if no other row is conclusive.
+    `speedup` is the geometric mean of the rows, and `interval` contains the interval of each. The
+    maximum of several equal rows would be too high, and its own interval would miss the truth too
+    often (the winner's curse).
     """
-    conclusive = [
-        row
-        for row in rows
-        if row.speedup is not None and not row.inconclusive and not row.case.is_self_check
-    ]
-    if all(row.case.is_reference for row in conclusive):
+
+    rows: tuple[Summary, ...]  # the fastest first
+    speedup: float
+    interval: tuple[float, float]
+
+    @property
+    def is_faster(self) -> bool:
+        """Are all of them significantly faster than the reference?"""
+        return self.interval[0] > 1
+
+    @property
+    def is_slower(self) -> bool:
+        return self.interval[1] < 1
+
+
+def leaders(rows: Sequence[Summary]) -> Leaders | None:
+    """The leaders of a setup, of its conclusive rows besides the reference; None without any.
+
+    Rows are compared by Welch's t-test over their processes, all of them with the fastest at level
+    `CONFIDENCE` (Bonferroni correction).
+    """
+    found = [(row, row.log_speedup) for row in rows if not _is_baseline(row)]
+    conclusive = [(row, log) for row, log in found if log is not None]
+    if not conclusive:
         return None
-    return max(conclusive, key=lambda row: row.speedup or 0.0)
+    fastest, log = max(conclusive, key=lambda both: both[0].speedup or 0.0)
+    confidence = 1 - (1 - CONFIDENCE) / max(1, len(conclusive) - 1)
+    tied = [
+        row
+        for row, other in conclusive
+        if row is fastest or log.over(other).interval(confidence)[0] <= 1
+    ]
+    ordered = sorted(tied, key=lambda row: -(row.speedup or 0.0))
+    intervals = [row.speedup_interval for row in tied if row.speedup_interval]
+    return Leaders(
+        tuple(ordered),
+        geometric_mean(row.speedup or 1.0 for row in tied),
+        (min(low for low, _ in intervals), max(high for _, high in intervals)),
+    )
+
+
+def _is_baseline(row: Summary) -> bool:
+    return row.case.is_reference or row.case.is_self_check
+
+
+def disordered(rows: Sequence[Summary]) -> list[tuple[Summary, Summary]]:
+    """Pairs of rows of a setup of which the first has the larger speedup, but longer calls, either
+    beyond the intervals: the reference was faster in the pairs of the second."""
+    timed = [
+        (row, row.speedup_interval, row.log_time.interval())
+        for row in rows
+        if not _is_baseline(row) and not row.inconclusive and row.log_time
+    ]
+    return [
+        (row, other)
+        for row, speedup, time_s in timed
+        for other, other_speedup, other_time_s in timed
+        if speedup and other_speedup
+        if speedup[0] > other_speedup[1] and time_s[0] > other_time_s[1]
+    ]
 
 
 def break_even_calls(row: Summary, reference: Summary) -> float | None:

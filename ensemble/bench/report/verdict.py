@@ -7,7 +7,7 @@ from ensemble.bench.report import sweep
 from ensemble.bench.report.labels import case_name, setup_name, varying_fields
 from ensemble.bench.summary import BUSY, Summary
 from ensemble.formatting import count, milliseconds
-from ensemble.statistics import CONFIDENCE, NOISY, TOO_NOISY, median, modes
+from ensemble.statistics import CONFIDENCE, MODE_GAP, NOISY, TOO_NOISY, median, modes
 
 NOTHING_COMPARED = "Nothing was compared with the loop."
 
@@ -44,6 +44,7 @@ def render_remarks(
             lines += [_sentence(row, case_name(row.case, varying))] if verbose else []
             lines += _bimodality(row, case_name(row.case, varying))
             lines += [] if row.inconclusive else _page_faults(row, where, environment)
+        lines += _disorder(rows, varying)
         if index == 0:  # only the first setup has cold starts
             lines += _cold_start(rows, environment)
     lines += _noise([row for row in results if row.speedup is not None], varying)
@@ -55,26 +56,43 @@ def _fastest(
 ) -> str:
     """The fastest of the rows of one dtype, its confidence interval, and its cost."""
     label = setup_name(rows[0].case, varying)
-    best = sweep.fastest([*references, *rows])
-    if best is None or (_inconclusive(rows) and (best.speedup or 0) <= 1):
+    lead = sweep.leaders(rows)
+    if lead is None or (_inconclusive(rows) and lead.speedup <= 1):
         return f"{label}: inconclusive: {_inconclusive(rows)}.{_beyond_contention(rows)}"
-    plain = next((row for row in rows if row.case.strategy == "vmap" and row is not best), None)
-    vmap = f"; vmap is {_speedup(plain)}" if plain else ""
-    if (best.speedup or 0) <= 1:
-        if not plain:
-            vmap = f"; no strategy exceeds {max(row.speedup or 0.0 for row in rows):.2f}x"
-        return f"{label}: the loop is the fastest{vmap}."
-    if not sweep.is_significantly_faster(best):
-        found = f"{best.name} is {_speedup(best)}"
-        return f"{label}: no strategy is significantly faster than the loop; {found}{vmap}."
-    low, high = best.speedup_interval or (0.0, 0.0)
-    answer = (
-        f"{label}: {best.name} is {best.speedup:.2f}x faster than the loop"
-        f" ({CONFIDENCE:.0%} CI {low:.2f}-{high:.2f}){_break_even_calls(best, references)}{vmap}"
+    others = [
+        row
+        for row in rows
+        if (row.case.strategy == "vmap" and row not in lead.rows)
+        or (row.inconclusive and (row.speedup or 0) > lead.speedup)
+    ]
+    rest = "".join(f"; {row.name} is {_speedup(row)}" for row in others)
+    low, high = lead.interval
+    is_tie = len(lead.rows) > 1
+    speedups = [f"{row.speedup:.2f}" for row in (lead.rows[-1], lead.rows[0])]
+    at = "-".join(dict.fromkeys(speedups))
+    figure = f"{_names(lead.rows)} {'tie at' if is_tie else 'is'} {at}x"
+    if lead.is_slower:
+        return f"{label}: the loop is the fastest; {figure} ({low:.2f}-{high:.2f}){rest}."
+    if not lead.is_faster:
+        nothing = "no strategy is significantly faster than the loop"
+        return f"{label}: {nothing}; {figure} ({low:.2f}-{high:.2f}){rest}."
+    who = f"; {lead.rows[0].name}" if is_tie else " and"
+    cost = _cost(lead.rows[0], references, who)
+    return (
+        f"{label}: {figure} {'the speed of' if is_tie else 'faster than'} the loop"
+        f" ({CONFIDENCE:.0%} CI {low:.2f}-{high:.2f}){cost}{rest}."
     )
-    faster = [row for row in rows if row is not plain and (row.speedup or 0) > (best.speedup or 0)]
-    others = "".join(f"; {row.name} is {_speedup(row)}" for row in faster)
-    return f"{answer}{others}.{_shorter_calls(best, rows)}"
+
+
+MAX_NAMES = 3  # of rows that tie, in a sentence
+
+
+def _names(rows: Sequence[Summary]) -> str:
+    """`a`, `a and b`, `a, b and 3 others`."""
+    names = [row.name for row in rows]
+    if len(names) > MAX_NAMES:
+        names[MAX_NAMES - 1 :] = [f"{len(names) - MAX_NAMES + 1} others"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _inconclusive(rows: Sequence[Summary]) -> str:
@@ -99,30 +117,29 @@ def _speedup(row: Summary) -> str:
     return f"{row.speedup:.2f}x ({interval[0]:.2f}-{interval[1]:.2f})"
 
 
-def _break_even_calls(best: Summary, references: Sequence[Summary]) -> str:
+def _cost(best: Summary, references: Sequence[Summary], who: str) -> str:
     """After how many calls the fastest strategy breaks even, and its extra memory."""
     text = ""
     for reference in references:
         calls = sweep.break_even_calls(best, reference)
         extra = sweep.extra_memory(best, reference)
         if calls is not None:
-            text += f" and breaks even after {count(round(calls), 'call')}"
+            text += f"{who} breaks even after {count(round(calls), 'call')}"
         if extra is not None:
             more = "more" if extra >= 0 else "less"
             text += f", with {abs(extra) / 1e6:,.0f} MB {more} memory"
     return text
 
 
-def _shorter_calls(best: Summary, rows: Sequence[Summary]) -> str:
-    """A note if another row had shorter calls than the fastest: its loop was faster too."""
-    quiet = [row for row in rows if row.median_s and not row.inconclusive]
-    shortest = min(quiet, key=lambda row: row.median_s or 0.0, default=best)
-    if not best.median_s or (shortest.median_s or 0.0) > (1 - NOISY) * best.median_s:
-        return ""
-    return (
-        f" Note: {shortest.name} had shorter calls ({milliseconds(shortest.median_s or 0.0)},"
-        f" {best.name} {milliseconds(best.median_s)}), but the loop in its pairs was faster too."
-    )
+def _disorder(rows: Sequence[Summary], varying: Collection[str]) -> list[str]:
+    """A note on rows whose order by speedup is not that by time."""
+    return [
+        f"Note: {case_name(other.case, varying)} had shorter calls"
+        f" ({milliseconds(other.median_s or 0.0)}) than {row.name}"
+        f" ({milliseconds(row.median_s or 0.0)}) at a smaller speedup: the loop in its pairs was"
+        " faster too."
+        for row, other in sweep.disordered(rows)
+    ]
 
 
 def _break_even(rows: Sequence[Summary]) -> str:
@@ -170,23 +187,43 @@ def _ranks(row: Summary, label: str, environment: Environment) -> list[str]:
 
 def _bimodality(row: Summary, label: str) -> list[str]:
     """A bimodal speedup: two groups of processes disagree."""
+    measured = [one for one in row.measurements if one.speedup is not None]
+    faults = [one.page_faults_per_call for one in measured]
     groups = modes(row.process_speedups)
     if len(groups) < 2:
+        groups = _by_page_faults(row.process_speedups, faults)
+    if len(groups) < 2:
         return []
-    measured = [one for one in row.measurements if one.speedup is not None]
     parts = []
     for group in groups:
         speedups = sorted(row.process_speedups[index] for index in group)
         low, high = f"{speedups[0]:.2f}", f"{speedups[-1]:.2f}"
         found = low if low == high else f"{low}-{high}"
         known = [number for i in group if (number := measured[i].page_faults_per_call) is not None]
-        faults = median(known)
-        counted = "" if faults is None else f" ({faults:,.0f} page faults per call)"
+        typical = median(known)
+        counted = "" if typical is None else f" ({typical:,.0f} page faults per call)"
         parts.append(f"{found} in {len(group)} of {len(measured)} processes{counted}")
     advice = ""
-    if _page_faults_differ([measured[group[0]].page_faults_per_call for group in groups]):
+    if _page_faults_differ([faults[group[0]] for group in groups]):
         advice = " The allocator behaves differently per process; use --allocator retain."
     return [f"Bimodal: {label}: {' and '.join(parts)}.{advice}"]
+
+
+def _by_page_faults(speedups: Sequence[float], faults: Sequence[float | None]) -> list[list[int]]:
+    """The process indices of two modes that page faults explain, the larger mode first.
+
+    With a cause that is known, one process is a mode.
+    """
+    known = [number for number in faults if number is not None]
+    everything = [list(range(len(speedups)))]
+    if len(known) < len(speedups) or not _page_faults_differ(known):
+        return everything
+    middle = (min(known) + max(known)) / 2
+    few = [index for index, number in enumerate(known) if number <= middle]
+    many = [index for index, number in enumerate(known) if number > middle]
+    slow, fast = sorted([few, many], key=lambda group: speedups[group[0]])
+    gap = min(speedups[index] for index in fast) / max(speedups[index] for index in slow) - 1
+    return sorted([few, many], key=len, reverse=True) if gap > MODE_GAP else everything
 
 
 def _page_faults_differ(faults: Sequence[float | None]) -> bool:
