@@ -131,7 +131,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     config = _config(typed)
     models, report = config.models, config.report
     if models.reduce == "mean" and models.inputs == "per_model":
-        raise InputError("mean requires --inputs shared, found per_model", argument="reduce")
+        raise InputError("mean requires --inputs shared, got per_model", argument="reduce")
     if config.measure.resume and not report.export_json:  # continue in the same file
         report = replace(report, export_json=config.measure.resume)
         config = replace(config, report=report)
