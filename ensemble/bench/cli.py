@@ -23,10 +23,8 @@ from ensemble.bench.config import (
     PARTS,
     Config,
     LoadOptions,
-    MeasureOptions,
-    ModelOptions,
-    ReportOptions,
     RunOptions,
+    config_of,
     default_text,
     outputs,
 )
@@ -143,12 +141,8 @@ def parse(argv: Sequence[str] | None) -> Config:
 
 def _config(typed: dict[str, Any]) -> Config:
     """The configuration of the typed options, with the defaults that depend on others."""
-
-    def part(kind: type[Any]) -> Any:
-        names = {option.name for option in fields(kind)} & typed.keys()
-        return kind(**{name: _plain(name, typed[name]) for name in names})
-
-    models, run = part(ModelOptions), part(RunOptions)
+    config = config_of({name: _without_repeats(name, value) for name, value in typed.items()})
+    models, run = config.models, config.run
     files = len(models.model_path or ())
     if models.num_models is None:
         models = replace(models, num_models=(files if files > 1 else DEFAULT_NUM_MODELS,))
@@ -159,20 +153,12 @@ def _config(typed: dict[str, Any]) -> Config:
         models = replace(models, image_path=str(default_image()))
     if ALL in run.strategies:
         run = replace(run, strategies=tuple(STRATEGIES))
-    return Config(
-        models=models,
-        run=run,
-        measure=part(MeasureOptions),
-        load=part(LoadOptions) if "scenario" in typed else None,
-        report=part(ReportOptions),
-    )
+    return replace(config, models=models, run=run)
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A list as a tuple, without what it repeats; several paths may be the same file."""
-    if not isinstance(value, list):
-        return value
-    return tuple(value if name == "model_path" else dict.fromkeys(value))
+def _without_repeats(name: str, value: Any) -> Any:
+    """A list without its repeated values; several paths may be the same file."""
+    return list(dict.fromkeys(value)) if isinstance(value, list) and name != "model_path" else value
 
 
 def _check_not_empty(options: dict[str, Any]) -> None:

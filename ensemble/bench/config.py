@@ -285,17 +285,12 @@ OUTPUTS = (
 
 
 def config_of(values: Mapping[str, Any]) -> Config:
-    """The configuration of values as `Config.plain` gives them; unknown names are ignored."""
+    """The configuration of values as `Config.plain` gives them; unknown names are ignored, and
+    missing ones have their defaults."""
 
     def part(kind: type[Any]) -> Any:
-        known = {option.name for option in fields(kind)}
-        return kind(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-                if name in known
-            }
-        )
+        names = {option.name for option in fields(kind)} & values.keys()
+        return kind(**{name: _hashable(values[name]) for name in names})
 
     return Config(
         models=part(ModelOptions),
@@ -304,6 +299,10 @@ def config_of(values: Mapping[str, Any]) -> Config:
         load=part(LoadOptions) if values.get("scenario") else None,
         report=part(ReportOptions),
     )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def default_text(option: Field[Any]) -> str:
