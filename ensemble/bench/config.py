@@ -255,14 +255,14 @@ class Config:
     report: ReportOptions
 
     def plan(self) -> list[Case]:
-        """The cases to measure, in their order: cell by cell of the grid, each once."""
+        """The cases to measure, in their order: one grid point after another, each case once."""
         names = [(name, dtype) for dtype, name in product(self.run.dtype, self.run.strategies)]
         names += [(SELF_CHECK, "float32")] if self.measure.self_check else []
         models = self.models
-        cells = product(models.image_size, models.batch_size, models.num_models)
+        grid_points = product(models.image_size, models.batch_size, models.num_models)
         return [
             Case(name, num_models, batch_size, image_size, dtype, models.inputs)
-            for image_size, batch_size, num_models in cells
+            for image_size, batch_size, num_models in grid_points
             for name, dtype in dict.fromkeys(names)
         ]
 

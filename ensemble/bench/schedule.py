@@ -26,13 +26,14 @@ def batches(
 ) -> Iterator[Sequence[Case]]:
     """Groups of cases that an executor measures together. `summaries` is read as it grows.
 
-    In this process, and on ranks: the cases of a cell, each once. In fresh processes: a few at a
-    time, one process each, until every CI is narrow enough or its case has had all its processes.
+    In this process, and on ranks: the cases of a grid point, each once. In fresh processes: a few
+    at a time, one process each, until every CI is narrow enough or its case has had all its
+    processes.
     """
     if not config.measure.processes:
         missing = (case for case in cases if case not in summaries)
-        for _, group in groupby(missing, key=lambda case: case.cell):
-            yield tuple(group)
+        for _, at_one_point in groupby(missing, key=lambda case: case.grid_point):
+            yield tuple(at_one_point)
         return
     for group in _rounds(cases, summaries, config):
         while batch := tuple(islice(group, WORKERS_AT_ONCE)):
@@ -46,12 +47,12 @@ def _rounds(
 
     In a round cases follow one another, so that the processes of a case are spread over the run: a
     slow minute of the machine does not hit one case alone. Later rounds start with the widest CI.
-    The reference has no process of its own where it is timed in pairs with another strategy of its
-    cell; a load test has no pairs.
+    The reference has no process of its own where it is timed in pairs with another strategy at its
+    grid point; a load test has no pairs.
     """
-    options, under_load = config.measure, config.load is not None
-    alone = {case.cell for case in cases} - {case.cell for case in cases if not case.is_reference}
-    timed = [case for case in cases if under_load or not case.is_reference or case.cell in alone]
+    options, has_pairs = config.measure, config.load is None
+    paired = {case.grid_point for case in cases if has_pairs and not case.is_reference}
+    timed = [case for case in cases if not case.is_reference or case.grid_point not in paired]
     first = first_rounds(options)
     yield (
         case

@@ -43,7 +43,7 @@ def execute(
     task_of: TaskOf,
     on_progress: OnProgress,
 ) -> Generator[Sequence[Measurement]]:
-    """Measure the cases of one cell in a setup that `make` gives."""
+    """Measure the cases of one grid point in a setup that `make` gives."""
     on_progress(cases[0], "reference", 0.0)
     try:
         setup = make(cases)

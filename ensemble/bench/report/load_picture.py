@@ -30,19 +30,19 @@ def save(results: Sequence[Summary], path: Path) -> None:
 
 
 def draw(results: Sequence[Summary]) -> Figure:
-    """A column per setup: the requested latency percentile above, the median below.
+    """A column per grid point: the requested latency percentile above, the median below.
 
     A curve is a strategy, through the median of each rate up to the sustained one. A filled marker
     is a valid run, an empty one an invalid run. A dotted vertical line is the sustained rate, a
     horizontal line the latency bound.
     """
     drawable = [row for row in results if latency_curve(row, "p50_s")]
-    setups = list(sweep.by_setup(drawable).items()) or [((0, 0, 0), [])]
+    grid_points = list(sweep.by_grid_point(drawable).items()) or [((0, 0, 0), [])]
     names = list(dict.fromkeys(row.case.strategy for row in drawable if not row.case.is_reference))
     looks = dict(zip(names, zip(COLOURS, cycle(MARKS[1:]), cycle(DASHES[1:])), strict=False))
-    figure = Figure(figsize=(5.6 * len(setups) + 0.6, 7.6), layout="constrained")
-    panels = figure.subplots(2, len(setups), squeeze=False, sharex="col")
-    for column, ((num_models, _, px), rows) in enumerate(setups):
+    figure = Figure(figsize=(5.6 * len(grid_points) + 0.6, 7.6), layout="constrained")
+    panels = figure.subplots(2, len(grid_points), squeeze=False, sharex="col")
+    for column, ((num_models, _, px), rows) in enumerate(grid_points):
         above, below = panels[0][column], panels[1][column]
         is_ensemble = bool(rows) and rows[0].case.inputs == "shared"
         kind = f"ensemble of {num_models} models" if is_ensemble else f"{num_models} tenants"

@@ -7,7 +7,7 @@ from ensemble.bench.report import sweep
 from ensemble.bench.report.curves import lowest_latency, reported_run, sustained_qps
 from ensemble.bench.report.labels import (
     case_name,
-    setup_name,
+    grid_point_name,
     shared_fields,
     varying_fields,
 )
@@ -15,10 +15,10 @@ from ensemble.bench.report.table import (
     UNKNOWN,
     CellText,
     Column,
+    case_columns,
     grid,
     non_empty,
     number,
-    setup_columns,
 )
 from ensemble.bench.summary import Summary
 
@@ -26,10 +26,10 @@ NO_VALID_RUN = "No valid run."
 
 
 def render_answer(results: Sequence[Summary]) -> str:
-    """A line per setup: the best strategy, the others, and the lowest latency by rate."""
+    """A line per grid point: the best strategy, the others, and the lowest latency by rate."""
     varying = varying_fields([row.case for row in results])
     lines = []
-    for rows in sweep.by_setup(results).values():
+    for rows in sweep.by_grid_point(results).values():
         loads = [row.load for row in rows if row.load is not None]
         if loads:
             lines += _answer(rows, loads[0], varying)
@@ -38,7 +38,7 @@ def render_answer(results: Sequence[Summary]) -> str:
 
 def render_table(results: Sequence[Summary], *, verbose: bool = False, colour: bool = False) -> str:
     """One table, a row per strategy."""
-    every = [*setup_columns(results), *COLUMNS]
+    every = [*case_columns(results), *COLUMNS]
     rows = [row for row in results if verbose or row.status != "unavailable"]
     columns = every if verbose else non_empty(every, results)
     cases = [row.case for row in results]
@@ -67,7 +67,7 @@ def render_remarks(results: Sequence[Summary], *, verbose: bool = False) -> str:
 
 def _answer(rows: Sequence[Summary], load: LoadTest, varying: Collection[str]) -> list[str]:
     inputs = rows[0].case.inputs.replace("_", "-")
-    label = f"{setup_name(rows[0].case, varying)}, {inputs} inputs"
+    label = f"{grid_point_name(rows[0].case, varying)}, {inputs} inputs"
     valid = [row for row in rows if sustained_qps(row) is not None and row.status == "ok"]
     if not valid:
         return [f"{label}: no strategy had a valid run."]

@@ -48,8 +48,8 @@ def write(picture: Callable[[], Figure], path: Path) -> None:
 
 def is_grid(results: Sequence[Summary]) -> bool:
     """Do the results vary in N and in batch or image size?"""
-    setups = [row.case.cell for row in results]
-    return len({setup[0] for setup in setups}) > 1 and len({setup[1:] for setup in setups}) > 1
+    points = [row.case.grid_point for row in results]
+    return len({point[0] for point in points}) > 1 and len({point[1:] for point in points}) > 1
 
 
 def draw(results: Sequence[Summary]) -> Figure:
@@ -74,7 +74,9 @@ def draw(results: Sequence[Summary]) -> Figure:
         above, below = panels[0][column], panels[1][column]
         dtype, batch, px = key
         above.set_title(f"{dtype}, batch {batch}, {px} px", fontsize=10)
-        reference = [row for row in timed if row.case.is_reference and row.case.cell[1:] == key[1:]]
+        reference = [
+            row for row in timed if row.case.is_reference and row.case.grid_point[1:] == key[1:]
+        ]
         _draw_strategy(above, reference, "loop (reference)", ("black", "o", "-"), speedup=False)
         below.axhline(1, color="black", linewidth=1)
         for strategy in names:
@@ -100,7 +102,7 @@ def _draw_bars(
     """Time on the left and speedup on the right, a bar per strategy; a row of panels per dtype,
     batch and image size. Whiskers are quartiles and confidence intervals."""
     groups = [
-        [row for row in timed if row.case.is_reference and row.case.cell[1:] == key[1:]]
+        [row for row in timed if row.case.is_reference and row.case.grid_point[1:] == key[1:]]
         + [row for row in timed if not row.case.is_reference and _panel_key(row) == key]
         for key in panel_keys
     ]
@@ -170,14 +172,14 @@ def draw_grid(results: Sequence[Summary]) -> Figure:
 
     It is not named unless it is significantly faster.
     """
-    setups = sweep.by_setup([row for row in results if not row.case.is_self_check])
-    counts = sorted({setup[0] for setup in setups})
-    sizes = sorted({setup[1:] for setup in setups})
+    points = sweep.by_grid_point([row for row in results if not row.case.is_self_check])
+    counts = sorted({point[0] for point in points})
+    sizes = sorted({point[1:] for point in points})
     figure = Figure(
         figsize=(1.5 * len(counts) + 2.6, 0.75 * len(sizes) + 1.8), layout="constrained"
     )
     axes = figure.subplots()
-    best = {setup: sweep.fastest(rows) for setup, rows in setups.items()}
+    best = {point: sweep.fastest(rows) for point, rows in points.items()}
     values = [
         [
             (row.speedup or float("nan")) if (row := best.get((n, *size))) else float("nan")

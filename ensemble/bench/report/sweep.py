@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ensemble.bench.summary import Summary
 
 Line = tuple[str, str, int, int]  # strategy, dtype, batch, px
-SetupKey = tuple[int, int, int]  # N, batch, px
+GridPoint = tuple[int, int, int]  # N, batch, px
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ def by_line(results: Sequence[Summary]) -> dict[Line, list[Summary]]:
     return {line: sorted(rows, key=lambda row: row.case.num_models) for line, rows in found.items()}
 
 
-def by_setup(results: Sequence[Summary]) -> dict[SetupKey, list[Summary]]:
-    """The rows of each setup of the grid, in their order."""
-    rows_by_setup: dict[SetupKey, list[Summary]] = {}
+def by_grid_point(results: Sequence[Summary]) -> dict[GridPoint, list[Summary]]:
+    """The rows of each grid point, in their order."""
+    rows_of: dict[GridPoint, list[Summary]] = {}
     for row in results:
-        rows_by_setup.setdefault(row.case.cell, []).append(row)
-    return rows_by_setup
+        rows_of.setdefault(row.case.grid_point, []).append(row)
+    return rows_of
 
 
 def break_even(rows: Sequence[Summary]) -> BreakEven:
@@ -62,7 +62,7 @@ def is_significantly_faster(row: Summary) -> bool:
 
 
 def fastest(rows: Sequence[Summary]) -> Summary | None:
-    """The row of a setup with the largest conclusive speedup, the reference included.
+    """The row of a grid point with the largest conclusive speedup, the reference included.
 
     None if no other row is conclusive.
     """
@@ -81,16 +81,16 @@ def break_even_calls(row: Summary, reference: Summary) -> float | None:
 
     The reference has a build and first call too. None unless the strategy is significantly faster.
     """
-    setup_times = [row.build_s, row.first_call_s, reference.build_s, reference.first_call_s]
+    startup_times = [row.build_s, row.first_call_s, reference.build_s, reference.first_call_s]
     call, reference_call = row.median_s, row.reference_median_s
     if (
-        None in setup_times
+        None in startup_times
         or call is None
         or reference_call is None
         or not is_significantly_faster(row)
     ):
         return None
-    build, first, reference_build, reference_first = (float(value or 0) for value in setup_times)
+    build, first, reference_build, reference_first = (float(value or 0) for value in startup_times)
     return max(0.0, (build + first - reference_build - reference_first) / (reference_call - call))
 
 

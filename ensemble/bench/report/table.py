@@ -157,11 +157,11 @@ def _kind(row: Summary) -> str:
 
 
 def _columns(results: Sequence[Summary], *, verbose: bool) -> list[Column]:
-    every = [*setup_columns(results), *COLUMNS]
+    every = [*case_columns(results), *COLUMNS]
     return [*every, *VERBOSE_COLUMNS] if verbose else non_empty(every, results)
 
 
-def setup_columns(results: Sequence[Summary]) -> list[Column]:
+def case_columns(results: Sequence[Summary]) -> list[Column]:
     """N, and the fields that vary between rows."""
     varying = varying_fields([row.case for row in results])
     fields = [

@@ -90,7 +90,7 @@ def test_page_faults_that_explain_a_slowdown_are_named_with_advice() -> None:
     assert "--allocator retain" in report(LOOP, slow)
 
 
-def test_page_faults_name_their_setup() -> None:
+def test_page_faults_name_their_grid_point() -> None:
     slow = changed(VMAP, times_s=(0.110,) * 20)
     remarks = render_remarks([LOOP, slow, changed(slow, num_models=8)], ENVIRONMENT)
     assert "vmap with 4 models loses to the loop: 12,000 per call" in remarks

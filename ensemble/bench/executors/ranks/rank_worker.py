@@ -72,7 +72,7 @@ class RankWorker:
             self._num_models = num_models
 
     def configure(self, num_models: int, shape: tuple[int, ...]) -> list[RankReport]:
-        """Switch to a setup of the grid: N models, and inputs of this shape."""
+        """Switch to a grid point: N models, and inputs of this shape."""
         self._strategies.clear()
         self._shape = torch.Size(shape)
         try:
