@@ -21,9 +21,7 @@ WORKERS_AT_ONCE = 3
 Summaries = Mapping[Case, Summary]
 
 
-def batches(
-    cases: Sequence[Case], summaries: Summaries, config: Config
-) -> Iterator[Sequence[Case]]:
+def groups(cases: Sequence[Case], summaries: Summaries, config: Config) -> Iterator[Sequence[Case]]:
     """Groups of cases that an executor measures together. `summaries` is read as it grows.
 
     In this process, and on ranks: the cases of a grid point, each once. In fresh processes: a few
@@ -35,9 +33,9 @@ def batches(
         for _, at_one_point in groupby(missing, key=lambda case: case.grid_point):
             yield tuple(at_one_point)
         return
-    for group in _rounds(cases, summaries, config):
-        while batch := tuple(islice(group, WORKERS_AT_ONCE)):
-            yield batch
+    for one_round in _rounds(cases, summaries, config):
+        while group := tuple(islice(one_round, WORKERS_AT_ONCE)):
+            yield group
 
 
 def _rounds(

@@ -210,8 +210,8 @@ def run_rounds(
     """How many processes each strategy gets, where its processes find these speedups."""
     cases = [case(name) for name in ("loop", *speedups)]
     rows: dict[Case, Summary] = {}
-    for batch in schedule.batches(cases, rows, config):
-        for asked in batch:
+    for group in schedule.groups(cases, rows, config):
+        for asked in group:
             if not schedule.wants_more(rows.get(asked), config.measure):
                 continue
             before = rows.get(asked)
@@ -248,8 +248,8 @@ def test_a_row_that_failed_gets_no_more_and_the_reference_then_runs_by_itself() 
 
 def test_the_processes_of_a_row_are_spread_over_the_run() -> None:
     cases = [case(name) for name in ("loop", "vmap", "folded_vmap")]
-    batches = schedule.batches(cases, {}, with_options(QUICK, processes=5))
-    first = [asked.strategy for asked in (*next(batches), *next(batches))]
+    groups = schedule.groups(cases, {}, with_options(QUICK, processes=5))
+    first = [asked.strategy for asked in (*next(groups), *next(groups))]
     assert first == ["vmap", "folded_vmap"] * 3
 
 
@@ -267,7 +267,7 @@ def test_the_most_unsure_row_comes_first_in_the_later_rounds() -> None:
         )
         for name, spread in spreads.items()
     }
-    later = next(schedule.batches(cases, rows, with_options(QUICK, processes=5)))
+    later = next(schedule.groups(cases, rows, with_options(QUICK, processes=5)))
     assert [wide.strategy for wide in later] == ["concurrent", "vmap"]
 
 
