@@ -1,4 +1,4 @@
-"""Every flag of the command line, with its default, grouped by what it serves. Imports no torch."""
+"""Every flag of the command line, with its default, grouped by purpose. Imports no torch."""
 
 from __future__ import annotations
 

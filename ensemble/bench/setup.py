@@ -88,7 +88,7 @@ def local_setup(
 
     def begin(name: str, dtype: torch.dtype) -> BuiltStrategy:
         built = build(name, chosen, example, dtype, tune_seconds=tune_seconds)
-        return replace(built, serve=with_reduction(built.forward, reduce))
+        return replace(built, timed_forward=with_reduction(built.forward, reduce))
 
     backend = Backend(
         build=begin,

@@ -214,7 +214,9 @@ class RankWorker:
         all_models = range(self._num_models)
         self._all = self._all or self._read(self._num_models, all_models, lambda _: None)[0]
         alone = build(strategy.name, self._all, x.float(), x.dtype)
-        return replace(alone, serve=with_reduction(alone.forward, self.config.models.reduce))
+        return replace(
+            alone, timed_forward=with_reduction(alone.forward, self.config.models.reduce)
+        )
 
     def _exchange(self, dtype: torch.dtype) -> Exchange:
         shards = shard_ranges(self._num_models, self.group.ranks)
