@@ -36,14 +36,14 @@ def render_answer(results: Sequence[Summary]) -> str:
     return "\n".join(lines or [NO_VALID_RUN]) + "\n"
 
 
-def render_table(results: Sequence[Summary], *, verbose: bool = False, colour: bool = False) -> str:
+def render_table(results: Sequence[Summary], *, verbose: bool = False, color: bool = False) -> str:
     """One table, a row per strategy."""
     every = [*case_columns(results), *COLUMNS]
     rows = [row for row in results if verbose or row.status != "unavailable"]
     columns = every if verbose else non_empty(every, results)
     cases = [row.case for row in results]
     head = f"{shared_fields(cases)}; latencies from the scheduled arrival"
-    return "\n".join([head, *grid(rows, columns, colour=colour)]) + "\n"
+    return "\n".join([head, *grid(rows, columns, color=color)]) + "\n"
 
 
 def render_remarks(results: Sequence[Summary], *, verbose: bool = False) -> str:

@@ -231,10 +231,10 @@ def test_the_table_of_strategies_is_complete_in_100_columns() -> None:
         assert words >= set(f"{strategy.summary} {strategy.requires} {strategy.build_time}".split())
 
 
-def test_colour_marks_faster_slower_and_failed_rows_on_request() -> None:
+def test_color_marks_faster_slower_and_failed_rows_on_request() -> None:
     slow = changed(VMAP, times_s=(0.2,) * 20)
     failed = changed(VMAP, status="failed", error="broke")
-    lines = render_table([LOOP, VMAP, slow, failed], colour=True).splitlines()
+    lines = render_table([LOOP, VMAP, slow, failed], color=True).splitlines()
     codes = [("32m" in line and "green") or ("31m" in line and "red") or "" for line in lines[3:7]]
     assert codes == ["", "green", "red", "red"]
     assert "\x1b" not in render_table([LOOP, VMAP, slow, failed])
