@@ -127,9 +127,9 @@ def measure_all(
 
     print("Serving multiple models")
     print(f"Running on {workload.device_name(config)}")
-    load = config.load
-    if load and load.scenario == "server" and load.target_qps is None:
-        show.print_wrapped(search.announcement(load, config.measure.min_seconds))
+    options = config.load
+    if options and options.scenario == "server" and options.target_qps is None:
+        show.print_wrapped(search.announcement(options, config.measure.min_seconds))
     return session.measure_all(
         config, begun, workload, save=files.save, say=show.print_wrapped, executor=executor
     )

@@ -30,9 +30,9 @@ def render_answer(results: Sequence[Summary]) -> str:
     varying = varying_fields([row.case for row in results])
     lines = []
     for rows in sweep.by_grid_point(results).values():
-        loads = [row.load for row in rows if row.load is not None]
-        if loads:
-            lines += _answer(rows, loads[0], varying)
+        load_tests = [row.load for row in rows if row.load is not None]
+        if load_tests:
+            lines += _answer(rows, load_tests[0], varying)
     return "\n".join(lines or [NO_VALID_RUN]) + "\n"
 
 
@@ -65,39 +65,39 @@ def render_remarks(results: Sequence[Summary], *, verbose: bool = False) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _answer(rows: Sequence[Summary], load: LoadTest, varying: Collection[str]) -> list[str]:
+def _answer(rows: Sequence[Summary], load_test: LoadTest, varying: Collection[str]) -> list[str]:
     inputs = rows[0].case.inputs.replace("_", "-")
     label = f"{grid_point_name(rows[0].case, varying)}, {inputs} inputs"
     valid = [row for row in rows if sustained_qps(row) is not None and row.status == "ok"]
     if not valid:
         return [f"{label}: no strategy had a valid run."]
-    if load.scenario == "single_stream":
+    if load_test.scenario == "single_stream":
         best, *others = sorted(valid, key=_tail_s)
-        found = f"has the lowest latency, p{load.percentile:g} {_tail(best)} ms"
+        found = f"has the lowest latency, p{load_test.percentile:g} {_tail(best)} ms"
         rest = [f"{row.case.strategy} {_tail(row)} ms" for row in others]
     else:
         best, *others = sorted(valid, key=lambda row: sustained_qps(row) or 0.0, reverse=True)
-        verb = "sustains" if load.scenario == "server" else "processes"
+        verb = "sustains" if load_test.scenario == "server" else "processes"
         found = f"{verb} {_rate(sustained_qps(best))} requests/s"
-        if load.bound_s is not None:
-            found += f" with p{load.percentile:g} <= {_ms(load.bound_s)} ms"
+        if load_test.bound_s is not None:
+            found += f" with p{load_test.percentile:g} <= {_ms(load_test.bound_s)} ms"
         rest = [f"{row.case.strategy} {_rate(sustained_qps(row))}" for row in others]
     others_text = f"; {', '.join(rest)}" if rest else ""
     lines = [f"{label}: {best.case.strategy} {found}{others_text}."]
-    return lines + (_lowest_latency(rows, load) if load.scenario == "server" else [])
+    return lines + (_lowest_latency(rows, load_test) if load_test.scenario == "server" else [])
 
 
-def _lowest_latency(rows: Sequence[Summary], load: LoadTest) -> list[str]:
+def _lowest_latency(rows: Sequence[Summary], load_test: LoadTest) -> list[str]:
     """The strategy with the lowest latency, by rate."""
     segments = lowest_latency(rows)
     if not segments:
         return []
     first, *later = segments
     if not later:
-        return [f"Lowest p{load.percentile:g} at every rate: {first.strategy}."]
+        return [f"Lowest p{load_test.percentile:g} at every rate: {first.strategy}."]
     by_rate = [f"{first.strategy} up to {_rate(later[0].from_qps)} requests/s"]
     by_rate += [f"{segment.strategy} from {_rate(segment.from_qps)}" for segment in later]
-    return [f"Lowest p{load.percentile:g} by rate: {', '.join(by_rate)}."]
+    return [f"Lowest p{load_test.percentile:g} by rate: {', '.join(by_rate)}."]
 
 
 def _describe(run: LoadRun) -> str:
