@@ -287,7 +287,7 @@ def _problem_of_output(name: str, path: str, taken: dict[str, str]) -> str:
     suffix, folder = Path(path).suffix.lower(), _output_folder(path)
     problem = ""
     if other is not None:
-        problem = f"expected a file of its own, got {other}"
+        problem = f"expected a separate file, got {other}"
     elif suffix in CHECKPOINT_SUFFIXES:  # the default weights file, named by mistake
         problem = f"expected a file to write, got a checkpoint's name, {path}"
     elif name == "plot" and suffix not in PICTURE_SUFFIXES:

@@ -45,7 +45,7 @@ def _rounds(
 
     In a round cases follow one another, so that the processes of a case are spread over the run: a
     slow minute of the machine does not hit one case alone. Later rounds start with the widest CI.
-    The reference has no process of its own where it is timed in pairs with another strategy at its
+    The reference has no separate process where it is timed in pairs with another strategy at its
     grid point; a load test has no pairs.
     """
     options, has_pairs = config.measure, config.load is None

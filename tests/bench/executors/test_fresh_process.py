@@ -1,4 +1,4 @@
-"""Workers: rows in processes of their own, and what one that dies costs."""
+"""Workers: rows in separate processes, and what one that dies costs."""
 
 from __future__ import annotations
 
@@ -516,7 +516,7 @@ def test_without_room_anywhere_the_place_and_the_way_out_are_said(
 def test_a_file_that_no_longer_fits_while_it_is_written_is_said_too(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's writer makes a RuntimeError of its own of what the system said."""
+    """torch's writer makes its own RuntimeError of what the system said."""
     file = Path("/dev/full").open("wb")  # noqa: SIM115  # closed by what it is given to
     monkeypatch.setattr("ensemble.files.anonymous_file", lambda *_, **__: file)
     with pytest.raises(InputError, match="No space left on device"), workers.jobs(QUICK, workload):
@@ -527,7 +527,7 @@ def test_a_file_that_no_longer_fits_while_it_is_written_is_said_too(
 def test_an_interrupt_while_the_shared_file_is_written_stays_one(
     write: int, workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's writer raises a RuntimeError of its own as it propagates."""
+    """torch's writer raises its own RuntimeError as it propagates."""
     calls = iter(range(1, 10**6))
 
     class Interrupted(io.FileIO):
