@@ -98,7 +98,7 @@ def run(
     here = workload.describe(config, first_forward_s=math.nan)  # nothing ran yet
     show.check_baseline(config, here, config.plan(), baseline)
     begun = resuming.resume(config, Run(here, config.plain(), ()), earlier)
-    session = serve(config, workload, predict(config, workload, begun), files, executor)
+    session = measure_all(config, workload, predict(config, workload, begun), files, executor)
     code = finish(config, session.run, baseline, files)
     show.show_missing(session.stopped, session.left, session.planned)
     return session.exit_code or code
@@ -118,7 +118,7 @@ def predict(config: Config, workload: Workload, begun: Run) -> Run:
     return replace(begun, environment=replace(begun.environment, first_forward_s=first_forward_s))
 
 
-def serve(
+def measure_all(
     config: Config, workload: Workload, begun: Run, files: show.Files, executor: Executor | None
 ) -> Session:
     """Measure each strategy: build it, compare it with the loop, time it in pairs with the loop."""
@@ -127,9 +127,9 @@ def serve(
 
     print("Serving multiple models")
     print(f"Running on {workload.device_name(config)}")
-    load = config.load
-    if load and load.scenario == "server" and load.target_qps is None:
-        show.print_wrapped(search.announcement(load, config.measure.min_seconds))
+    options = config.load
+    if options and options.scenario == "server" and options.target_qps is None:
+        show.print_wrapped(search.announcement(options, config.measure.min_seconds))
     return session.measure_all(
         config, begun, workload, save=files.save, say=show.print_wrapped, executor=executor
     )

@@ -115,7 +115,7 @@ def small_model() -> nn.Module:
 
 @pytest.fixture
 def small_state(small_model: nn.Module) -> dict[str, Tensor]:
-    """Its state dict; a dict of its own for each test, with shared tensors."""
+    """Its state dict; a new dict for each test, with shared tensors."""
     return dict(small_model.state_dict())
 
 

@@ -504,7 +504,7 @@ HEADS: dict[str, Callable[[Tensor, bool], nn.Module]] = {
 
 
 def models(net: Net, count: int, dtype: torch.dtype) -> list[nn.Module]:
-    """Eval-mode models of a net, each with weights and batch statistics of its own."""
+    """Eval-mode models of a net, each with its own weights and batch statistics."""
     made: list[nn.Module] = []
     for seed in range(count):
         model = RandomNet(net).eval().requires_grad_(False)

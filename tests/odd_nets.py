@@ -36,7 +36,7 @@ Maker = Callable[[Tensor], Callable[[Tensor], Any]]  # from a value like those t
 
 
 class Image(Tensor):
-    """A tensor of a class of its own, as torchvision's are."""
+    """A tensor of its own class, as torchvision's are."""
 
 
 class Holding(nn.Module):

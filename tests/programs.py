@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def assert_passes(module: str) -> None:
-    """Run a module in a process of its own: a wrong kernel may hang or crash it."""
+    """Run a module in a separate process: a wrong kernel may hang or crash it."""
     done = subprocess.run(
         [sys.executable, "-m", module],
         cwd=Path(__file__).parent.parent,

@@ -1,4 +1,4 @@
-"""The real command: in this process where that shows the same, else as a process of its own."""
+"""The real command: in this process where that shows the same, else as a separate process."""
 
 import json
 import os
@@ -190,12 +190,15 @@ def test_the_default_file_is_used_where_it_lies_in_the_working_folder(
         (["--plot", ""], "--plot: expected a value, got an empty one"),
         (["--from_json", ""], "--from_json: expected a value, got an empty one"),
         (["--model_path", ""], "--model_path: expected a value, got an empty one"),
-        (["--export_json", KITTEN], "--export_json: expected a file of its own, got the input"),
+        (["--export_json", KITTEN], "--export_json: expected a separate file, got the input"),
         (["--export_json", "resnet18-f37072fd.pth"], "to write, got a checkpoint's name"),
-        (["--export_csv", "a", "--export_json", "a"], "expected a file of its own, got --export"),
-        (["--export_csv", "a_grid.png", "--plot", "a.png"], "--plot: expected a file of its own"),
+        (["--export_csv", "a", "--export_json", "a"], "expected a separate file, got --export"),
+        (["--export_csv", "a_grid.png", "--plot", "a.png"], "--plot: expected a separate file"),
         (["--plot", "a.gif"], "--plot: expected a name that ends in .png or .svg, got a.gif"),
-        (["--resume", "a.json", "--export_csv", "a.json"], "--export_csv: expected a file of its"),
+        (
+            ["--resume", "a.json", "--export_csv", "a.json"],
+            "--export_csv: expected a separate file",
+        ),
         (["--fail_above", "5"], "--fail_above: requires --baseline"),
         (["--reduce", "mean", "--inputs", "per_model"], "--reduce: mean requires --inputs shared"),
         (["--max_minutes", "0"], "expected a number of minutes above 0"),

@@ -53,7 +53,7 @@ def call_at_once(forwards: Sequence[Forward], xs: Sequence[Tensor], *, seconds: 
     """Call all forwards from each of several threads, in other orders; the number of calls.
 
     Raises:
-        AssertionError: a call gave other logits than the same call by itself.
+        AssertionError: a call gave other logits than the same call alone.
     """
     jobs = [(forward, x, forward(x)) for forward in forwards for x in xs]
     end, calls, wrong = time.monotonic() + seconds, [0] * CALLERS, list[str]()

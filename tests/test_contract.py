@@ -639,7 +639,7 @@ def _in_thread(function: Callable[[], Any]) -> Any:
 
 
 def _at_once(functions: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What each gives, called in a thread of its own; what the first raises that does."""
+    """What each gives, called in a separate thread; what the first raises that does."""
     results: dict[int, Any] = {}
     errors: dict[int, BaseException] = {}
     barrier = threading.Barrier(len(functions))

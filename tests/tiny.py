@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class TinyNet(nn.Module):
-    """(B, 3, H, W) -> (B, 5): convolution, batch norm with statistics of its own, residual."""
+    """(B, 3, H, W) -> (B, 5): convolution, batch norm with its own statistics, residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def tiny_models(count: int) -> list[nn.Module]:
 
 
 def independent(models: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """What each model by itself makes of its own input, without any code of `ensemble`."""
+    """What each model alone makes of its own input, without any code of `ensemble`."""
     inputs = x if x.dim() == 5 else [x] * len(models)
     with torch.no_grad():
         return torch.stack([model(batch) for model, batch in zip(models, inputs, strict=True)])

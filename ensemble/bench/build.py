@@ -33,12 +33,12 @@ def _is_ready() -> None:
 class BuiltStrategy:
     """A strategy after its build and first two calls.
 
-    `forward` gives logits `(N, B, classes)`; `serve`, which is timed, their reduction. `ready` runs
-    before each call, untimed: the barrier of ranks.
+    `forward` gives logits `(N, B, classes)`; `timed_forward`, which is timed, their reduction.
+    `ready` runs before each call, untimed: the barrier of ranks.
     """
 
     forward: ForwardFn
-    serve: ForwardFn
+    timed_forward: ForwardFn
     example: Tensor
     logits: Tensor
     build_s: float
@@ -51,7 +51,7 @@ class BuiltStrategy:
     def call(self, example: Tensor | None = None) -> Tensor:
         """The result for the example, or for another like it."""
         self.ready()
-        return self.serve(self.example if example is None else example)
+        return self.timed_forward(self.example if example is None else example)
 
 
 def build(
@@ -88,7 +88,7 @@ def build(
     shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
     return BuiltStrategy(
         forward=built.forward,
-        serve=built.forward,
+        timed_forward=built.forward,
         example=own_example,
         logits=logits,
         build_s=ready - begin,

@@ -1,4 +1,4 @@
-"""What is measured: one strategy in one cell of the grid."""
+"""What is measured: one strategy at one grid point."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ SELF_CHECK = "self_check"  # the reference against itself: the noise floor of th
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a strategy, in one cell of the grid, in one dtype."""
+    """One row of the table: a strategy, at one grid point, in one dtype."""
 
     strategy: str
     num_models: int
@@ -18,8 +18,8 @@ class Case:
     inputs: str  # shared, or per_model
 
     @property
-    def cell(self) -> tuple[int, int, int]:
-        """The cell of the grid: (N, batch, px). Its rows share models, images and reference."""
+    def grid_point(self) -> tuple[int, int, int]:
+        """(N, batch, px). Its rows share models, images and reference."""
         return self.num_models, self.batch_size, self.image_size
 
     @property

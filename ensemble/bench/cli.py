@@ -23,10 +23,8 @@ from ensemble.bench.config import (
     PARTS,
     Config,
     LoadOptions,
-    MeasureOptions,
-    ModelOptions,
-    ReportOptions,
     RunOptions,
+    config_of,
     default_text,
     outputs,
 )
@@ -131,7 +129,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     config = _config(typed)
     models, report = config.models, config.report
     if models.reduce == "mean" and models.inputs == "per_model":
-        raise InputError("mean requires --inputs shared, found per_model", argument="reduce")
+        raise InputError("mean requires --inputs shared, got per_model", argument="reduce")
     if config.measure.resume and not report.export_json:  # continue in the same file
         report = replace(report, export_json=config.measure.resume)
         config = replace(config, report=report)
@@ -143,12 +141,8 @@ def parse(argv: Sequence[str] | None) -> Config:
 
 def _config(typed: dict[str, Any]) -> Config:
     """The configuration of the typed options, with the defaults that depend on others."""
-
-    def part(kind: type[Any]) -> Any:
-        names = {option.name for option in fields(kind)} & typed.keys()
-        return kind(**{name: _plain(name, typed[name]) for name in names})
-
-    models, run = part(ModelOptions), part(RunOptions)
+    config = config_of({name: _without_repeats(name, value) for name, value in typed.items()})
+    models, run = config.models, config.run
     files = len(models.model_path or ())
     if models.num_models is None:
         models = replace(models, num_models=(files if files > 1 else DEFAULT_NUM_MODELS,))
@@ -159,20 +153,12 @@ def _config(typed: dict[str, Any]) -> Config:
         models = replace(models, image_path=str(default_image()))
     if ALL in run.strategies:
         run = replace(run, strategies=tuple(STRATEGIES))
-    return Config(
-        models=models,
-        run=run,
-        measure=part(MeasureOptions),
-        load=part(LoadOptions) if "scenario" in typed else None,
-        report=part(ReportOptions),
-    )
+    return replace(config, models=models, run=run)
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A list as a tuple, without what it repeats; several paths may be the same file."""
-    if not isinstance(value, list):
-        return value
-    return tuple(value if name == "model_path" else dict.fromkeys(value))
+def _without_repeats(name: str, value: Any) -> Any:
+    """A list without its repeated values; several paths may be the same file."""
+    return list(dict.fromkeys(value)) if isinstance(value, list) and name != "model_path" else value
 
 
 def _check_not_empty(options: dict[str, Any]) -> None:
@@ -301,7 +287,7 @@ def _problem_of_output(name: str, path: str, taken: dict[str, str]) -> str:
     suffix, folder = Path(path).suffix.lower(), _output_folder(path)
     problem = ""
     if other is not None:
-        problem = f"expected a file of its own, got {other}"
+        problem = f"expected a separate file, got {other}"
     elif suffix in CHECKPOINT_SUFFIXES:  # the default weights file, named by mistake
         problem = f"expected a file to write, got a checkpoint's name, {path}"
     elif name == "plot" and suffix not in PICTURE_SUFFIXES:

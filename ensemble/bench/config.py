@@ -1,4 +1,4 @@
-"""Every flag of the command line, with its default, grouped by what it serves. Imports no torch."""
+"""Every flag of the command line, with its default, grouped by purpose. Imports no torch."""
 
 from __future__ import annotations
 
@@ -255,14 +255,14 @@ class Config:
     report: ReportOptions
 
     def plan(self) -> list[Case]:
-        """The cases to measure, in their order: cell by cell of the grid, each once."""
+        """The cases to measure, in their order: one grid point after another, each case once."""
         names = [(name, dtype) for dtype, name in product(self.run.dtype, self.run.strategies)]
         names += [(SELF_CHECK, "float32")] if self.measure.self_check else []
         models = self.models
-        cells = product(models.image_size, models.batch_size, models.num_models)
+        grid_points = product(models.image_size, models.batch_size, models.num_models)
         return [
             Case(name, num_models, batch_size, image_size, dtype, models.inputs)
-            for image_size, batch_size, num_models in cells
+            for image_size, batch_size, num_models in grid_points
             for name, dtype in dict.fromkeys(names)
         ]
 
@@ -285,17 +285,12 @@ OUTPUTS = (
 
 
 def config_of(values: Mapping[str, Any]) -> Config:
-    """The configuration of values as `Config.plain` gives them; unknown names are ignored."""
+    """The configuration of values as `Config.plain` gives them; unknown names are ignored, and
+    missing ones have their defaults."""
 
     def part(kind: type[Any]) -> Any:
-        known = {option.name for option in fields(kind)}
-        return kind(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-                if name in known
-            }
-        )
+        names = {option.name for option in fields(kind)} & values.keys()
+        return kind(**{name: _hashable(values[name]) for name in names})
 
     return Config(
         models=part(ModelOptions),
@@ -304,6 +299,10 @@ def config_of(values: Mapping[str, Any]) -> Config:
         load=part(LoadOptions) if values.get("scenario") else None,
         report=part(ReportOptions),
     )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def default_text(option: Field[Any]) -> str:

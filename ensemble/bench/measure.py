@@ -49,7 +49,7 @@ def measure(
         timed = _timed(found, built, setup, options, on_stage)
         ranks, notes = setup.backend.rank_times(built, case)
         # Later calls may differ from the first: freed memory is only now overwritten.
-        if problem := _problem_served(built, setup, reduce):
+        if problem := _problem_of_result(built, setup, reduce):
             return _failed(found, f"after its timed calls, {problem}")
         return replace(timed, ranks=ranks, notes=found.notes + tuple(map(Note, notes)))
     except UnavailableError as error:
@@ -109,11 +109,11 @@ def _checked(found: Measurement, built: BuiltStrategy, setup: Setup, reduce: str
     )
     problem = agreement.problem
     if not problem and reduce != "none":
-        problem = _problem_served(built, setup, reduce)
+        problem = _problem_of_result(built, setup, reduce)
     return _failed(found, problem) if problem else found
 
 
-def _problem_served(built: BuiltStrategy, setup: Setup, reduce: str) -> str | None:
+def _problem_of_result(built: BuiltStrategy, setup: Setup, reduce: str) -> str | None:
     """What is wrong with the result of a call: logits, or the mean of their probabilities."""
     return check_reduced(
         built.call(),
@@ -135,7 +135,7 @@ def _timed(
     both = [reference] if found.case.is_reference else [reference, built]
     rounds, begin, before = [], time.perf_counter(), other_processes.read(own)
     for samples in interleaved(
-        [partial(one.serve, one.example) for one in both],
+        [partial(one.timed_forward, one.example) for one in both],
         ready=[one.ready for one in both],
         warmup=options.warmup,
         min_rounds=options.min_pairs,

@@ -69,8 +69,8 @@ def document(run: Run) -> dict[str, Any]:
 
 def plain_summary(row: Summary) -> dict[str, Any]:
     """A row without its raw values: the case, its status, and its statistics."""
-    load, ranks = row.load, row.ranks
-    shown = load.reported_run if load else None
+    load_test, ranks = row.load, row.ranks
+    shown = load_test.reported_run if load_test else None
     return {
         **asdict(row.case),
         "status": row.status,
@@ -81,8 +81,8 @@ def plain_summary(row: Summary) -> dict[str, Any]:
         "pairs": len(row.ratios),
         **{name: getattr(row, name) for name in STATISTICS},
         **{name: getattr(ranks, name, None) for name in OF_RANKS},
-        "scenario": load.scenario if load else None,
-        "held_qps": load.sustained_qps if load else None,
+        "scenario": load_test.scenario if load_test else None,
+        "held_qps": load_test.sustained_qps if load_test else None,
         **{name: getattr(shown, name, None) for name in OF_LOAD_RUN},
     }
 
@@ -158,14 +158,14 @@ def is_result_file(text: str) -> bool:
 
 def measurement_of(values: Mapping[str, Any]) -> Measurement:
     """The measurement of its plain values."""
-    load, ranks = values.get("load"), values.get("ranks")
+    load_test, ranks = values.get("load"), values.get("ranks")
     return _record(
         Measurement,
         {
             **values,
             "case": _record(Case, values["case"]),
             "notes": [Note(**note) for note in values.get("notes", [])],
-            "load": _load_of(load) if load else None,
+            "load": _load_test_of(load_test) if load_test else None,
             "ranks": _record(RankTimes, ranks) if ranks else None,
         },
     )
@@ -197,7 +197,7 @@ def _summary_before_schema_3(row: Mapping[str, Any]) -> Summary:
     measurements: list[Measurement] = []
     for values in processes or [{"times_s": [], "reference_times_s": []}]:
         ranks = {field.name: tuple(values.get(field.name, ())) for field in fields(RankTimes)}
-        load = values.get("load")
+        load_test = values.get("load")
         measurements.append(
             _record(
                 Measurement,
@@ -205,7 +205,7 @@ def _summary_before_schema_3(row: Mapping[str, Any]) -> Summary:
                     **{name: values[name] for name in _OF_PROCESS if name in values},
                     **({} if measurements else shared),
                     "case": case,
-                    "load": _load_of(load) if load else None,
+                    "load": _load_test_of(load_test) if load_test else None,
                     "ranks": RankTimes(**ranks) if any(ranks.values()) else None,
                 },
             )
@@ -220,7 +220,7 @@ _OF_PROCESS = (
 )
 
 
-def _load_of(values: Mapping[str, Any]) -> LoadTest:
+def _load_test_of(values: Mapping[str, Any]) -> LoadTest:
     return _record(LoadTest, {**values, "runs": [_record(LoadRun, run) for run in values["runs"]]})
 
 

@@ -23,22 +23,20 @@ WORKERS_AT_ONCE = 3
 Summaries = Mapping[Case, Summary]
 
 
-def batches(
-    cases: Sequence[Case], summaries: Summaries, config: Config
-) -> Iterator[Sequence[Case]]:
+def groups(cases: Sequence[Case], summaries: Summaries, config: Config) -> Iterator[Sequence[Case]]:
     """Groups of cases that an executor measures together. `summaries` is read as it grows.
 
-    In this process, and on ranks: the cases of a cell, each once. In fresh processes: a few at a
-    time, one process each, until every case has had its processes.
+    In this process, and on ranks: the cases of a grid point, each once. In fresh processes: a few
+    at a time, one process each, until every case has had its processes.
     """
     if not config.measure.processes:
         missing = (case for case in cases if case not in summaries)
-        for _, group in groupby(missing, key=lambda case: case.cell):
-            yield tuple(group)
+        for _, at_one_point in groupby(missing, key=lambda case: case.grid_point):
+            yield tuple(at_one_point)
         return
-    for group in _rounds(cases, summaries, config):
-        while batch := tuple(islice(group, WORKERS_AT_ONCE)):
-            yield batch
+    for one_round in _rounds(cases, summaries, config):
+        while group := tuple(islice(one_round, WORKERS_AT_ONCE)):
+            yield group
 
 
 def _rounds(
@@ -48,11 +46,15 @@ def _rounds(
 
     In a round cases follow one another, so that the processes of a case are spread over the run: a
     slow minute of the machine does not hit one case alone. The reference has no process of its own
-    where it is timed in pairs with another strategy of its cell; a load test has no pairs.
+    where it is timed in pairs with another strategy of its grid point; a load test has no pairs.
     """
     under_load = config.load is not None
-    alone = {case.cell for case in cases} - {case.cell for case in cases if not case.is_reference}
-    timed = [case for case in cases if under_load or not case.is_reference or case.cell in alone]
+    paired = {case.grid_point for case in cases if not case.is_reference}
+    timed = [
+        case
+        for case in cases
+        if under_load or not case.is_reference or case.grid_point not in paired
+    ]
     done = 0
     while any(wants_more(summaries.get(case), config) for case in timed):
         done += 1

@@ -120,8 +120,8 @@ def measure_all(
             executor(config, workload) as execute,
         ):
             on_progress = partial(_report_progress, update, rows, bool(options.processes))
-            for batch in schedule.batches(rows.plan, rows.summaries, config):
-                with closing(execute(batch, rows.task_of, on_progress)) as tasks:
+            for group in schedule.groups(rows.plan, rows.summaries, config):
+                with closing(execute(group, rows.task_of, on_progress)) as tasks:
                     for measurements in tasks:
                         rows.add(measurements)
                         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""A cell of the grid, prepared: models, images, and the reference to compare with."""
+"""A grid point, prepared: models, images, and the reference to compare with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEAK = Note("the check is weak: with these weights the logits hardly depend on t
 
 
 class SetupError(RuntimeError):
-    """The reference of a cell failed: none of its cases can be measured. The text is the reason."""
+    """The reference failed: no case of the grid point can be measured. The text is the reason."""
 
 
 def _no_rank_times(built: BuiltStrategy, case: Case) -> tuple[RankTimes | None, tuple[str, ...]]:
@@ -30,7 +30,7 @@ def _no_rank_times(built: BuiltStrategy, case: Case) -> tuple[RankTimes | None, 
 
 @dataclass(frozen=True)
 class Backend:
-    """Where the models of a cell run: on this device, or on the ranks of torchrun."""
+    """Where the models run: on this device, or on the ranks of torchrun."""
 
     build: Callable[[str, torch.dtype], BuiltStrategy]
     explain: Callable[[Exception, str, torch.dtype], str]  # why a build or a call failed
@@ -44,10 +44,10 @@ class Backend:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all cases of a cell share.
+    """What all cases of a grid point share.
 
     `images` are all that there are, `(count, 3, px, px)`; `example` is made of the first of them.
-    `float64_logits` are `(N, B, classes)`, None unless a case of the cell is compared to them.
+    `float64_logits` are `(N, B, classes)`, None unless a case is compared to them.
     """
 
     backend: Backend
@@ -71,7 +71,7 @@ def local_setup(
     """The setup of these cases on the device of the models.
 
     Args:
-        cases: cases of one cell.
+        cases: cases of one grid point.
         models: float32 models, at least N of them.
         images_of: px -> `(count, 3, px, px)` float32 on the device of the models.
         reduce: see `strategies.reduction.with_reduction`.
@@ -88,7 +88,7 @@ def local_setup(
 
     def begin(name: str, dtype: torch.dtype) -> BuiltStrategy:
         built = build(name, chosen, example, dtype, tune_seconds=tune_seconds)
-        return replace(built, serve=with_reduction(built.forward, reduce))
+        return replace(built, timed_forward=with_reduction(built.forward, reduce))
 
     backend = Backend(
         build=begin,

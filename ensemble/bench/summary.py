@@ -24,8 +24,8 @@ from ensemble.statistics import (
 )
 
 # Share of the CPU that other processes may use before a row carries a warning, and before its
-# speedup is inconclusive: threads that wait for each other lose whole time slices. Beside a program
-# that kept one of two cores busy, a loop of many short kernels once took 200 times one long call.
+# speedup is inconclusive: a preempted thread stalls all that wait for it. When another program kept
+# one of two cores busy, a loop of many short kernels once took 200 times as long as one long call.
 BUSY, TOO_BUSY = 0.05, 0.25
 # By how much the fastest calls of strategy and reference must differ to claim `faster` all the
 # same: contention slows the fastest calls least. See bench/README.md.

@@ -201,7 +201,7 @@ def build(
     copy the weights. All other strategies hold transformed weights: updates are not visible, and
     the models may be freed. `best` behaves like the strategy it selects.
 
-    A process forked afterwards may call the forward and build others. torch's thread pool does not
+    A process forked afterward may call the forward and build others. torch's thread pool does not
     survive a fork, so it computes on one thread there (`lowered_vmap` and the concurrent strategies
     use as many as in the parent).
 

@@ -114,22 +114,22 @@ def informative(example: Tensor) -> Tensor:
     return torch.randn(example.shape, generator=generator, **options)
 
 
-def check_reduced(served: Tensor, reference: Tensor, *, reduce: str, tolerance: float) -> Check:
+def check_reduced(result: Tensor, reference: Tensor, *, reduce: str, tolerance: float) -> Check:
     """Compare the reduced output of a strategy with the reduced logits of the reference.
 
     Args:
-        served: logits `(N, B, classes)`, or mean probabilities `(B, classes)`, see
+        result: logits `(N, B, classes)`, or mean probabilities `(B, classes)`, see
             `strategies.reduction`.
         reference: the reference's logits `(N, B, classes)`.
         tolerance: of logits. If every logit has an absolute error of at most d, probabilities and
             their means have a relative error of at most expm1(2 d).
     """
     if reduce == "none":
-        return check(served, reference, tolerance=tolerance)
+        return check(result, reference, tolerance=tolerance)
     expected = reduce_logits(reference.double(), reduce)
     largest = float(reference.abs().max())
     limit = math.expm1(min(2 * tolerance * largest, 1.0)) if math.isfinite(largest) else tolerance
-    found = check(served.unsqueeze(0), expected.unsqueeze(0), tolerance=limit)
+    found = check(result.unsqueeze(0), expected.unsqueeze(0), tolerance=limit)
     problem = found.problem and found.problem.replace("model 0", "the mean over models")
     return replace(found, problem=problem)
 

@@ -45,7 +45,7 @@ def partition(num_models: int, cores: int) -> list[tuple[list[int], int]]:
     """Assign models to workers: (indices of the worker's models, threads of the worker).
 
     Single-threaded workers, one per core, share the largest multiple of `cores` models. Each
-    remaining model gets a worker of its own, with the cores divided among these.
+    remaining model gets its own worker, with the cores divided among these.
     """
     whole = num_models // cores * cores
     plan = [(list(range(core, whole, cores)), 1) for core in range(cores) if core < whole]

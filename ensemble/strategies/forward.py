@@ -1,4 +1,4 @@
-"""The callable that `build` returns: it checks its input and returns memory of its own."""
+"""The callable that `build` returns: it checks its input; the caller owns its output."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ ROOT = Path(resnet_vmap.__file__).parent
 
 
 def output_of(program: str, **environment: str) -> str:
-    """What a program prints in a process of its own: numba reads its variables once."""
+    """What a program prints in a separate process: numba reads its variables once."""
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,

@@ -58,8 +58,8 @@ def test_preprocess_matches_torchvisions_preset(kitten: Path, size: int) -> None
 
 def test_white_and_black_are_normalized_with_imagenets_statistics() -> None:
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    for colour, value in (("white", 1.0), ("black", 0.0)):
-        found = images.preprocess(Image.new("RGB", (40, 30), colour), image_size=16)
+    for color, value in (("white", 1.0), ("black", 0.0)):
+        found = images.preprocess(Image.new("RGB", (40, 30), color), image_size=16)
         expected = ((value - mean) / deviation)[:, None, None].expand(3, 16, 16)
         torch.testing.assert_close(found, expected)
 
@@ -90,13 +90,13 @@ def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P"])
 def test_gray_images_have_three_equal_channels(tmp_path: Path, mode: str) -> None:
-    grey = gradient().convert("L")
+    gray = gradient().convert("L")
     if mode == "1":
-        grey = grey.point(lambda value: 255 * (value > 100))
-    path = saved(grey.convert(mode, dither=Image.Dither.NONE), tmp_path / "grey.png")
+        gray = gray.point(lambda value: 255 * (value > 100))
+    path = saved(gray.convert(mode, dither=Image.Dither.NONE), tmp_path / "gray.png")
     with Image.open(path) as image:
         assert image.mode == mode
-    assert np.array_equal(read(path), np.stack([np.asarray(grey)] * 3, axis=2))
+    assert np.array_equal(read(path), np.stack([np.asarray(gray)] * 3, axis=2))
 
 
 def test_an_alpha_channel_is_dropped_and_colors_are_kept(tmp_path: Path) -> None:
@@ -130,16 +130,16 @@ def test_a_palette_image_has_the_colors_of_its_palette(
 
 
 def test_16_bit_gray_is_scaled_to_8_bit_gray(tmp_path: Path) -> None:
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    path = saved(Image.fromarray(grey.astype(np.uint16) * 257), tmp_path / "deep.png")
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    path = saved(Image.fromarray(gray.astype(np.uint16) * 257), tmp_path / "deep.png")
     with Image.open(path) as image:
         assert image.mode == "I;16"
-    assert np.array_equal(read(path), np.stack([grey] * 3, axis=2))
+    assert np.array_equal(read(path), np.stack([gray] * 3, axis=2))
 
 
 def test_big_endian_16_bit_gray_is_scaled_to_8_bit_gray(tmp_path: Path) -> None:
-    grey = np.arange(256, dtype=np.uint8)
-    content = (grey.astype(">u2") * np.uint16(257)).astype(">u2").tobytes()
+    gray = np.arange(256, dtype=np.uint8)
+    content = (gray.astype(">u2") * np.uint16(257)).astype(">u2").tobytes()
     tags = [(256, 16), (257, 16), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16)]
     tags += [(279, len(content))]
     directory = b"".join(struct.pack(">HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
@@ -148,7 +148,7 @@ def test_big_endian_16_bit_gray_is_scaled_to_8_bit_gray(tmp_path: Path) -> None:
     path.write_bytes(head + content + struct.pack(">H", len(tags)) + directory + bytes(4))
     with Image.open(path) as image:
         assert image.mode == "I;16B"
-    assert np.array_equal(read(path), np.stack([grey.reshape(16, 16)] * 3, axis=2))
+    assert np.array_equal(read(path), np.stack([gray.reshape(16, 16)] * 3, axis=2))
 
 
 @pytest.mark.skipif(not features.check("webp"), reason="needs a Pillow with WebP")
@@ -452,10 +452,10 @@ def test_pixels_of_unknown_range_are_rejected_with_advice(
 def test_signed_16_bit_gray_is_read_where_nothing_is_negative(
     tmp_path: Path, lowest: int, is_read: bool
 ) -> None:
-    grey = np.full((4, 4), 257 * 100, np.int16)
-    grey[0, 0] = lowest
+    gray = np.full((4, 4), 257 * 100, np.int16)
+    gray[0, 0] = lowest
     content = io.BytesIO()
-    Image.fromarray(grey.astype(np.uint16)).save(content, "TIFF", tiffinfo={339: 2})
+    Image.fromarray(gray.astype(np.uint16)).save(content, "TIFF", tiffinfo={339: 2})
     path = tmp_path / "signed.tif"
     path.write_bytes(content.getvalue())
     with Image.open(path) as image:

@@ -67,7 +67,7 @@ class Job:
 
 @contextmanager
 def fresh_processes(config: Config, workload: Workload) -> Iterator[Execute]:
-    """An executor that measures each case in a process of its own."""
+    """An executor that measures each case in a fresh process."""
     with jobs(schedule.of_one_process(config), workload) as job:
         yield partial(execute, job)
 
@@ -135,7 +135,7 @@ class Worker:
         """Start the process and the thread that reads from it; `opened` is given what to close."""
         self._errors = opened.enter_context(files.anonymous_file())
         where = str(PACKAGE.parents[1]), str(PACKAGE)
-        # In a session of its own: Ctrl-C reaches this process alone, which ends it.
+        # In a new session: Ctrl-C reaches only this process, which ends the worker.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", START, *where, str(os.getpid()), strategy, job.device],
             stdin=subprocess.PIPE,
@@ -215,10 +215,10 @@ class Worker:
 def execute(
     job: Job, cases: Sequence[Case], task_of: TaskOf, on_progress: OnProgress
 ) -> Generator[Sequence[Measurement]]:
-    """Each case in a worker of its own.
+    """Measure each case in a separate worker.
 
-    All workers start together, because importing torch keeps one core busy for seconds; they then
-    wait, and measure one after another.
+    All workers start together, because importing torch keeps one core busy for seconds. Then they
+    wait, and measure one at a time.
     """
     strategies = [
         (task.picked if (task := task_of(case)) else None) or case.strategy for case in cases

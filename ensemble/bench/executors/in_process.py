@@ -19,17 +19,21 @@ from ensemble.bench.workload import Workload
 @contextmanager
 def in_process(config: Config, workload: Workload) -> Iterator[Execute]:
     """An executor of this process."""
+    yield partial(execute, partial(setup_of, config, workload), config)
 
-    def make(cases: Sequence[Case]) -> Setup:
-        return local_setup(
-            cases,
-            workload.models,
-            workload.images,
-            reduce=config.models.reduce,
-            tune_seconds=config.measure.tune_seconds,
-        )
 
-    yield partial(execute, make, config)
+def setup_of(
+    config: Config, workload: Workload, cases: Sequence[Case], *, is_first: bool = True
+) -> Setup:
+    """The setup of cases as configured; see `local_setup`."""
+    return local_setup(
+        cases,
+        workload.models,
+        workload.images,
+        reduce=config.models.reduce,
+        tune_seconds=config.measure.tune_seconds,
+        is_first=is_first,
+    )
 
 
 def execute(
@@ -39,7 +43,7 @@ def execute(
     task_of: TaskOf,
     on_progress: OnProgress,
 ) -> Generator[Sequence[Measurement]]:
-    """Measure the cases of one cell in a setup that `make` gives."""
+    """Measure the cases of one grid point in a setup that `make` gives."""
     on_progress(cases[0], "reference", 0.0)
     try:
         setup = make(cases)

@@ -34,11 +34,11 @@ def main() -> None:
 
     with gc_pause.paused_then_frozen():
         from ensemble.bench import workload
-        from ensemble.bench.executors.in_process import measure_task
+        from ensemble.bench.executors.in_process import measure_task, setup_of
         from ensemble.bench.measure import measurement_of_reference
         from ensemble.bench.measurement import FAILED, Measurement
         from ensemble.bench.result_file import plain_measurement
-        from ensemble.bench.setup import SetupError, local_setup
+        from ensemble.bench.setup import SetupError
 
         _import_for(*needed)
     send({"stage": READY})
@@ -49,14 +49,7 @@ def main() -> None:
     config, task = config_of(job["config"]), task_of(job["task"])
     shared = workload.load_shared(job["shared"], config, device=job["device"])
     try:
-        setup = local_setup(
-            [task.case],
-            shared.models,
-            shared.images,
-            reduce=config.models.reduce,
-            tune_seconds=config.measure.tune_seconds,
-            is_first=task.process == 0,
-        )
+        setup = setup_of(config, shared, [task.case], is_first=task.process == 0)
     except SetupError as error:
         failed = Measurement(task.case, FAILED, str(error))
         send({"measurement": plain_measurement(failed), "reference": None})

@@ -43,7 +43,7 @@ class LoadTester:
     def __init__(
         self,
         case: Case,
-        load: LoadOptions,
+        load_options: LoadOptions,
         engine: Engine,
         *,
         bound_s: float,
@@ -51,10 +51,10 @@ class LoadTester:
         seed: int,
         on_stage: OnStage,
     ) -> None:
-        self._case, self._load, self._engine, self._seed = case, load, engine, seed
+        self._case, self._load_options, self._engine, self._seed = case, load_options, engine, seed
         self._on_stage, self.bound_s, self._min_run_s = on_stage, bound_s, min_seconds
         self._num_tenants = serving_mode(case).num_tenants
-        self._tenant_shares = tenant_shares(self._num_tenants, load.skew)
+        self._tenant_shares = tenant_shares(self._num_tenants, load_options.skew)
         self._samples = sample_library(engine.num_images, self._tenant_shares)
         self.fastest_batch_s = min(plan.seconds for plan in engine.plans)
         self.peak_qps = peak_throughput_qps(engine.plans, self._num_tenants)
@@ -68,10 +68,10 @@ class LoadTester:
         estimate = queue_simulation.estimate_sustained_qps(
             self._engine.plans,
             tenant_shares=self._tenant_shares,
-            percentile=self._load.latency_percentile,
+            percentile=self._load_options.latency_percentile,
             bound_s=self.bound_s,
-            max_batch=self._load.max_batch,
-            batching_delay_s=1e-3 * self._load.max_wait_ms,
+            max_batch=self._load_options.max_batch,
+            batching_delay_s=1e-3 * self._load_options.max_wait_ms,
         )
         return max(estimate, self.peak_qps / 20)
 
@@ -79,8 +79,8 @@ class LoadTester:
         self, purpose: str, rate_qps: float, *, trial: int = 0, percentile: float | None = None
     ) -> LoadRun:
         """Run LoadGen once; `trial` selects the arrivals of the seed."""
-        scenario = self._load.scenario
-        percentile = self._load.latency_percentile if percentile is None else percentile
+        scenario = self._load_options.scenario
+        percentile = self._load_options.latency_percentile if percentile is None else percentile
         settings = self._settings(scenario, purpose, rate_qps, trial, percentile / 100)
         server = self._server(scenario)
         stage = f"{purpose} {rate_qps:.4g} per second" if scenario == SERVER else scenario
@@ -130,32 +130,34 @@ class LoadTester:
 
     def _min_seconds(self, purpose: str) -> float:
         """The minimum duration of a run."""
-        if self._load.scenario != SERVER or purpose == "curve":
+        if self._load_options.scenario != SERVER or purpose == "curve":
             return self._min_run_s
         return max(self._min_run_s, MIN_RUN_BOUNDS * self.bound_s)
 
     def _server(self, scenario: str) -> Server:
         capacity = maxsize  # in the other scenarios LoadGen bounds the queue length itself
         if scenario == SERVER:
-            two_full_batches = 2 * self._num_tenants * self._load.max_batch
+            two_full_batches = 2 * self._num_tenants * self._load_options.max_batch
             capacity = max(
                 two_full_batches, ceil(QUEUE_CAPACITY_BOUNDS * self.bound_s * self.peak_qps)
             )
         policy = BatchingPolicy(
             plans=self._engine.plans,
             num_tenants=self._num_tenants,
-            max_batch=self._load.max_batch,
-            batching_delay_s=1e-3 * self._load.max_wait_ms,
+            max_batch=self._load_options.max_batch,
+            batching_delay_s=1e-3 * self._load_options.max_wait_ms,
             queue_capacity=capacity,
         )
         return Server(policy, execute=self._engine.execute, complete=loadgen.complete)
 
     def _log_dir(self) -> Path | None:
-        if self._load.load_log is None:
+        if self._load_options.load_log is None:
             return None
         case = self._case
         name = f"{case.strategy}_{case.num_models}x{case.image_size}px_{case.dtype}"
-        return Path(self._load.load_log) / name / f"seed{self._seed}_run{len(self.runs) + 1}"
+        return (
+            Path(self._load_options.load_log) / name / f"seed{self._seed}_run{len(self.runs) + 1}"
+        )
 
 
 def _progress(begin: float, expected_s: float) -> float:

@@ -42,7 +42,7 @@ class TooSlowError(RuntimeError):
 def measure_under_load(
     case: Case,
     setup: Setup,
-    load: LoadOptions,
+    load_options: LoadOptions,
     options: MeasureOptions,
     *,
     seed: int,
@@ -60,7 +60,7 @@ def measure_under_load(
         for strategy in filter(None, (serving.single_tenant, serving.all_tenants)):
             prepare(strategy, device)
         before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
-        engine = build_engine(case, setup, max_batch=load.max_batch, on_stage=on_stage)
+        engine = build_engine(case, setup, max_batch=load_options.max_batch, on_stage=on_stage)
         measurement = replace(
             measurement,
             notes=measurement.notes + _notes(engine),
@@ -68,14 +68,14 @@ def measure_under_load(
         )
         tester = LoadTester(
             case,
-            load,
+            load_options,
             engine,
-            bound_s=_bound_s(case, setup, load, warmup=options.warmup),
+            bound_s=_bound_s(case, setup, load_options, warmup=options.warmup),
             min_seconds=options.min_seconds,
             seed=seed,
             on_stage=on_stage,
         )
-        test = _run_scenario(load, tester)
+        load_test = _run_scenario(load_options, tester)
     except UnavailableError as error:
         return replace(measurement, status=UNAVAILABLE, error=str(error))
     except (DisagreementError, TooSlowError) as error:
@@ -87,7 +87,7 @@ def measure_under_load(
         return replace(measurement, status=FAILED, error=reason)
     peak = memory.peak_bytes(device) if peak_known else None
     shared = sum(map(stacking.weight_bytes, setup.models)) if dtype == torch.float32 else 0
-    problem = next((run.problem for run in test.runs if run.problem), None)
+    problem = next((run.problem for run in load_test.runs if run.problem), None)
     return replace(
         measurement,
         status=FAILED if problem else OK,
@@ -96,24 +96,24 @@ def measure_under_load(
         first_call_s=engine.first_call_s,
         peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
         others_cpu_share=other_processes.share_of_others(cpu, other_processes.read()),
-        load=test,
+        load=load_test,
     )
 
 
-def _run_scenario(load: LoadOptions, tester: LoadTester) -> LoadTest:
+def _run_scenario(load_options: LoadOptions, tester: LoadTester) -> LoadTest:
     """All runs of the scenario."""
-    percentile = load.latency_percentile
-    if load.scenario == SINGLE_STREAM:
+    percentile = load_options.latency_percentile
+    if load_options.scenario == SINGLE_STREAM:
         percentile = SINGLE_STREAM_PERCENTILE
         tester.run("asked", 1 / tester.fastest_batch_s, percentile=percentile)
-    elif load.scenario == OFFLINE:
+    elif load_options.scenario == OFFLINE:
         tester.run("asked", tester.peak_qps)
-    elif load.target_qps is not None:
-        tester.run("asked", load.target_qps)
+    elif load_options.target_qps is not None:
+        tester.run("asked", load_options.target_qps)
     else:
         _search_rate(tester)
-    bound_s = tester.bound_s if load.scenario == SERVER else None
-    return LoadTest(load.scenario, percentile, bound_s, tuple(tester.runs))
+    bound_s = tester.bound_s if load_options.scenario == SERVER else None
+    return LoadTest(load_options.scenario, percentile, bound_s, tuple(tester.runs))
 
 
 def _search_rate(tester: LoadTester) -> None:
@@ -133,10 +133,10 @@ def _search_rate(tester: LoadTester) -> None:
             tester.run("curve", share * sustained)
 
 
-def _bound_s(case: Case, setup: Setup, load: LoadOptions, *, warmup: int) -> float:
+def _bound_s(case: Case, setup: Setup, load_options: LoadOptions, *, warmup: int) -> float:
     """The requested latency bound, or four times one request by the loop."""
-    if load.latency_bound_ms is not None:
-        return 1e-3 * load.latency_bound_ms
+    if load_options.latency_bound_ms is not None:
+        return 1e-3 * load_options.latency_bound_ms
     one = setup.example if case.inputs == "shared" else setup.example[0]
     models = setup.models if case.inputs == "shared" else setup.models[:1]
 

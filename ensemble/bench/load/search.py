@@ -19,9 +19,9 @@ TYPICAL_RUNS = 8
 EXAMPLE_QPS = 10.0
 
 
-def announcement(load: LoadOptions, min_seconds: float) -> str:
+def announcement(load_options: LoadOptions, min_seconds: float) -> str:
     """How long a search will take, and what makes it shorter."""
-    requests = queries_needed(load.latency_percentile / 100, LATE_REQUESTS)
+    requests = queries_needed(load_options.latency_percentile / 100, LATE_REQUESTS)
     minutes = TYPICAL_RUNS * max(requests / EXAMPLE_QPS, min_seconds) / 60
     p90_requests = queries_needed(0.9, LATE_REQUESTS)
     return (

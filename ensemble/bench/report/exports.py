@@ -112,7 +112,7 @@ def read(path: str, *, argument: str) -> Run:
         " ".join(run.environment.argv)
     except Exception as error:
         found = f"{type(error).__name__}: {first_line(error)}"
-        message = f"{path}: expected a result file, found invalid values ({found})"
+        message = f"{path}: expected a result file, got invalid values ({found})"
         raise InputError(message, argument=argument) from error
     return run
 

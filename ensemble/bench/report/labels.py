@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from textwrap import fill
 
 from ensemble.bench.case import Case
-from ensemble.bench.report.sweep import by_setup
+from ensemble.bench.report.sweep import by_grid_point
 from ensemble.bench.summary import Summary
 from ensemble.formatting import count
 
@@ -50,10 +50,10 @@ def varying_fields(cases: Sequence[Case]) -> dict[str, str]:
 
 def case_name(case: Case, varying: Collection[str] = ()) -> str:
     """The label of a case: its strategy, N, and the varying fields."""
-    return f"{case.strategy}, {setup_name(case, varying)}"
+    return f"{case.strategy}, {grid_point_name(case, varying)}"
 
 
-def setup_name(case: Case, varying: Collection[str] = ()) -> str:
+def grid_point_name(case: Case, varying: Collection[str] = ()) -> str:
     """The label of a case without its strategy."""
     parts = [text for header, text in _field_labels(case).items() if header in varying]
     return ", ".join([count(case.num_models, "model"), *parts])
@@ -77,20 +77,20 @@ def shared_fields(cases: Sequence[Case]) -> str:
 
 
 def time_lines(results: Sequence[Summary]) -> list[str]:
-    """The two lines of the original script, per setup: medians in seconds.
+    """The two lines of the original script, per grid point: medians in seconds.
 
     Both come from the pairs of the row `vmap`. A dtype other than float32 is named; the paired loop
     is always in float32.
     """
     lines = []
-    setups = by_setup(results)
+    grid_points = by_grid_point(results)
     varying = varying_fields([row.case for row in results]).keys() - {"dtype"}
-    for rows in setups.values() or [[]]:
+    for rows in grid_points.values() or [[]]:
         by_dtype = sorted(rows, key=lambda row: row.case.dtype != "float32")
         vmapped = next((row for row in by_dtype if row.case.strategy == "vmap"), None)
         looped = next((row for row in by_dtype if row.case.strategy == "loop"), None)
         shown = vmapped or looped
-        parts = [setup_name(rows[0].case, varying)] if len(setups) > 1 else []
+        parts = [grid_point_name(rows[0].case, varying)] if len(grid_points) > 1 else []
         parts += [shown.case.dtype] if shown and shown.case.dtype != "float32" else []
         suffix = f" ({', '.join(parts)})" if parts else ""
         without = looped.median_s if looped else None

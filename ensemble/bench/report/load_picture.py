@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 from ensemble.bench.report import sweep
 from ensemble.bench.report.curves import latency_curve, server_runs, sustained_curve, sustained_qps
 from ensemble.bench.report.pictures import (
-    COLOURS,
+    COLORS,
     DASHES,
     MARKS,
     label_ends,
@@ -30,19 +30,19 @@ def save(results: Sequence[Summary], path: Path) -> None:
 
 
 def draw(results: Sequence[Summary]) -> Figure:
-    """A column per setup: the requested latency percentile above, the median below.
+    """A column per grid point: the requested latency percentile above, the median below.
 
     A curve is a strategy, through the median of each rate up to the sustained one. A filled marker
     is a valid run, an empty one an invalid run. A dotted vertical line is the sustained rate, a
     horizontal line the latency bound.
     """
     drawable = [row for row in results if latency_curve(row, "p50_s")]
-    setups = list(sweep.by_setup(drawable).items()) or [((0, 0, 0), [])]
+    grid_points = list(sweep.by_grid_point(drawable).items()) or [((0, 0, 0), [])]
     names = list(dict.fromkeys(row.case.strategy for row in drawable if not row.case.is_reference))
-    looks = dict(zip(names, zip(COLOURS, cycle(MARKS[1:]), cycle(DASHES[1:])), strict=False))
-    figure = Figure(figsize=(5.6 * len(setups) + 0.6, 7.6), layout="constrained")
-    panels = figure.subplots(2, len(setups), squeeze=False, sharex="col")
-    for column, ((num_models, _, px), rows) in enumerate(setups):
+    looks = dict(zip(names, zip(COLORS, cycle(MARKS[1:]), cycle(DASHES[1:])), strict=False))
+    figure = Figure(figsize=(5.6 * len(grid_points) + 0.6, 7.6), layout="constrained")
+    panels = figure.subplots(2, len(grid_points), squeeze=False, sharex="col")
+    for column, ((num_models, _, px), rows) in enumerate(grid_points):
         above, below = panels[0][column], panels[1][column]
         is_ensemble = bool(rows) and rows[0].case.inputs == "shared"
         kind = f"ensemble of {num_models} models" if is_ensemble else f"{num_models} tenants"
@@ -62,7 +62,7 @@ def draw(results: Sequence[Summary]) -> Figure:
 
 def _draw_strategy(axes: Axes, row: Summary, field: str, look: Look) -> None:
     """The curve of one strategy, and a marker per run."""
-    colour, mark, dash = look
+    color, mark, dash = look
     label = f"{row.case.strategy}" + (", bfloat16" if row.case.dtype == "bfloat16" else "")
     points = sustained_curve(row, field)
     if not points:  # nothing to connect: label the highest rate
@@ -70,21 +70,21 @@ def _draw_strategy(axes: Axes, row: Summary, field: str, look: Look) -> None:
     if not points:
         return
     rates, values = zip(*((rate, 1e3 * seconds) for rate, seconds in points), strict=True)
-    axes.plot(rates, values, dash, color=colour, linewidth=1.6, label=label)
+    axes.plot(rates, values, dash, color=color, linewidth=1.6, label=label)
     for run in server_runs(row):
         value = getattr(run, field)
         if value is not None and run.offered_qps is not None:
-            face = colour if run.valid else "white"
+            face = color if run.valid else "white"
             point = ([run.offered_qps], [1e3 * value])
-            axes.plot(*point, mark, color=colour, markerfacecolor=face, markersize=5)
+            axes.plot(*point, mark, color=color, markerfacecolor=face, markersize=5)
     sustained = sustained_qps(row)
     if sustained is not None:
-        axes.axvline(sustained, color=colour, linewidth=0.8, linestyle=":", alpha=0.8)
+        axes.axvline(sustained, color=color, linewidth=0.8, linestyle=":", alpha=0.8)
 
 
 def _draw_bound(axes: Axes, bound_s: float | None) -> None:
     if bound_s is not None:
-        axes.axhline(1e3 * bound_s, color="grey", linewidth=0.8)
+        axes.axhline(1e3 * bound_s, color="gray", linewidth=0.8)
         axes.annotate(
             "bound",
             (0.0, 1e3 * bound_s),
@@ -92,7 +92,7 @@ def _draw_bound(axes: Axes, bound_s: float | None) -> None:
             xytext=(4, 3),
             textcoords="offset points",
             fontsize=8,
-            color="grey",
+            color="gray",
         )
 
 

@@ -7,7 +7,7 @@ from ensemble.bench.report import sweep
 from ensemble.bench.report.curves import lowest_latency, reported_run, sustained_qps
 from ensemble.bench.report.labels import (
     case_name,
-    setup_name,
+    grid_point_name,
     shared_fields,
     varying_fields,
 )
@@ -15,10 +15,10 @@ from ensemble.bench.report.table import (
     UNKNOWN,
     CellText,
     Column,
+    case_columns,
     grid,
     non_empty,
     number,
-    setup_columns,
 )
 from ensemble.bench.summary import Summary
 
@@ -26,24 +26,24 @@ NO_VALID_RUN = "No valid run."
 
 
 def render_answer(results: Sequence[Summary]) -> str:
-    """A line per setup: the best strategy, the others, and the lowest latency by rate."""
+    """A line per grid point: the best strategy, the others, and the lowest latency by rate."""
     varying = varying_fields([row.case for row in results])
     lines = []
-    for rows in sweep.by_setup(results).values():
-        loads = [row.load for row in rows if row.load is not None]
-        if loads:
-            lines += _answer(rows, loads[0], varying)
+    for rows in sweep.by_grid_point(results).values():
+        load_tests = [row.load for row in rows if row.load is not None]
+        if load_tests:
+            lines += _answer(rows, load_tests[0], varying)
     return "\n".join(lines or [NO_VALID_RUN]) + "\n"
 
 
-def render_table(results: Sequence[Summary], *, verbose: bool = False, colour: bool = False) -> str:
+def render_table(results: Sequence[Summary], *, verbose: bool = False, color: bool = False) -> str:
     """One table, a row per strategy."""
-    every = [*setup_columns(results), *COLUMNS]
+    every = [*case_columns(results), *COLUMNS]
     rows = [row for row in results if verbose or row.status != "unavailable"]
     columns = every if verbose else non_empty(every, results)
     cases = [row.case for row in results]
     head = f"{shared_fields(cases)}; latencies from the scheduled arrival"
-    return "\n".join([head, *grid(rows, columns, colour=colour)]) + "\n"
+    return "\n".join([head, *grid(rows, columns, color=color)]) + "\n"
 
 
 def render_remarks(results: Sequence[Summary], *, verbose: bool = False) -> str:
@@ -65,39 +65,39 @@ def render_remarks(results: Sequence[Summary], *, verbose: bool = False) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _answer(rows: Sequence[Summary], load: LoadTest, varying: Collection[str]) -> list[str]:
+def _answer(rows: Sequence[Summary], load_test: LoadTest, varying: Collection[str]) -> list[str]:
     inputs = rows[0].case.inputs.replace("_", "-")
-    label = f"{setup_name(rows[0].case, varying)}, {inputs} inputs"
+    label = f"{grid_point_name(rows[0].case, varying)}, {inputs} inputs"
     valid = [row for row in rows if sustained_qps(row) is not None and row.status == "ok"]
     if not valid:
         return [f"{label}: no strategy had a valid run."]
-    if load.scenario == "single_stream":
+    if load_test.scenario == "single_stream":
         best, *others = sorted(valid, key=_tail_s)
-        found = f"has the lowest latency, p{load.percentile:g} {_tail(best)} ms"
+        found = f"has the lowest latency, p{load_test.percentile:g} {_tail(best)} ms"
         rest = [f"{row.case.strategy} {_tail(row)} ms" for row in others]
     else:
         best, *others = sorted(valid, key=lambda row: sustained_qps(row) or 0.0, reverse=True)
-        verb = "sustains" if load.scenario == "server" else "processes"
+        verb = "sustains" if load_test.scenario == "server" else "processes"
         found = f"{verb} {_rate(sustained_qps(best))} requests/s"
-        if load.bound_s is not None:
-            found += f" with p{load.percentile:g} <= {_ms(load.bound_s)} ms"
+        if load_test.bound_s is not None:
+            found += f" with p{load_test.percentile:g} <= {_ms(load_test.bound_s)} ms"
         rest = [f"{row.case.strategy} {_rate(sustained_qps(row))}" for row in others]
     others_text = f"; {', '.join(rest)}" if rest else ""
     lines = [f"{label}: {best.case.strategy} {found}{others_text}."]
-    return lines + (_lowest_latency(rows, load) if load.scenario == "server" else [])
+    return lines + (_lowest_latency(rows, load_test) if load_test.scenario == "server" else [])
 
 
-def _lowest_latency(rows: Sequence[Summary], load: LoadTest) -> list[str]:
+def _lowest_latency(rows: Sequence[Summary], load_test: LoadTest) -> list[str]:
     """The strategy with the lowest latency, by rate."""
     segments = lowest_latency(rows)
     if not segments:
         return []
     first, *later = segments
     if not later:
-        return [f"Lowest p{load.percentile:g} at every rate: {first.strategy}."]
+        return [f"Lowest p{load_test.percentile:g} at every rate: {first.strategy}."]
     by_rate = [f"{first.strategy} up to {_rate(later[0].from_qps)} requests/s"]
     by_rate += [f"{segment.strategy} from {_rate(segment.from_qps)}" for segment in later]
-    return [f"Lowest p{load.percentile:g} by rate: {', '.join(by_rate)}."]
+    return [f"Lowest p{load_test.percentile:g} by rate: {', '.join(by_rate)}."]
 
 
 def _describe(run: LoadRun) -> str:

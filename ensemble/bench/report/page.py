@@ -24,21 +24,21 @@ def is_load_test(run: Run) -> bool:
     return run.config.get("scenario") is not None
 
 
-def page_of(run: Run, *, columns: bool, sentences: bool, colour: bool = False) -> Page:
+def page_of(run: Run, *, columns: bool, sentences: bool, color: bool = False) -> Page:
     """The page of a run; with all `columns`, and a sentence per row if `sentences`."""
     results, environment = run.results, run.environment
     if is_load_test(run):
         return Page(
             (),
             load_table.render_answer(results),
-            load_table.render_table(results, verbose=columns, colour=colour),
+            load_table.render_table(results, verbose=columns, color=color),
             render_notes(results),
             load_table.render_remarks(results, verbose=sentences),
         )
     return Page(
         tuple(time_lines(results)),
         verdict.render_answer(results),
-        render_table(results, verbose=columns, colour=colour),
+        render_table(results, verbose=columns, color=color),
         render_notes(results),
         verdict.render_remarks(results, environment, verbose=sentences),
     )

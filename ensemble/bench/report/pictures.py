@@ -18,16 +18,16 @@ from ensemble.bench.summary import Summary
 from ensemble.files import write_atomically
 from ensemble.statistics import CONFIDENCE
 
-# A palette for colour-blind readers; markers and dashes keep lines distinct in greyscale. Source:
+# A palette for color-blind readers; markers and dashes keep lines distinct in grayscale. Source:
 # Okabe and Ito, Color Universal Design (2008). Black is the reference.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", "-.", ":")
 LABEL_GAP = 0.055  # minimum distance of two labels, as a share of the panel height
 LABEL_WIDTH = 0.2  # labels closer than this, as a share of the panel width, may overlap
 STYLE: Any = {"svg.hashsalt": "ensemble", "font.size": 10, "axes.spines.top": False}
 DPI = 150
-MIN_COLOUR_SCALE = 1.25  # of the heat map, so that noise does not look like a difference
+MIN_COLOR_SCALE = 1.25  # of the heat map, so that noise does not look like a difference
 WRAP = 52  # characters per line of text in a panel
 
 PanelKey = tuple[str, int, int]  # dtype, batch, px: one column of panels
@@ -48,8 +48,8 @@ def write(picture: Callable[[], Figure], path: Path) -> None:
 
 def is_grid(results: Sequence[Summary]) -> bool:
     """Do the results vary in N and in batch or image size?"""
-    setups = [row.case.cell for row in results]
-    return len({setup[0] for setup in setups}) > 1 and len({setup[1:] for setup in setups}) > 1
+    points = [row.case.grid_point for row in results]
+    return len({point[0] for point in points}) > 1 and len({point[1:] for point in points}) > 1
 
 
 def draw(results: Sequence[Summary]) -> Figure:
@@ -65,7 +65,7 @@ def draw(results: Sequence[Summary]) -> Figure:
         panel_keys or list(dict.fromkeys(_panel_key(row) for row in timed)) or [("float32", 1, 0)]
     )
     names = list(dict.fromkeys(row.case.strategy for row in timed if not row.case.is_reference))
-    looks = dict(zip(names, zip(cycle(COLOURS), cycle(MARKS), cycle(DASHES)), strict=False))
+    looks = dict(zip(names, zip(cycle(COLORS), cycle(MARKS), cycle(DASHES)), strict=False))
     if len({row.case.num_models for row in timed}) == 1:
         return _draw_bars(results, timed, panel_keys)
     figure = Figure(figsize=(5.2 * len(panel_keys) + 0.6, 7.6), layout="constrained")
@@ -74,7 +74,9 @@ def draw(results: Sequence[Summary]) -> Figure:
         above, below = panels[0][column], panels[1][column]
         dtype, batch, px = key
         above.set_title(f"{dtype}, batch {batch}, {px} px", fontsize=10)
-        reference = [row for row in timed if row.case.is_reference and row.case.cell[1:] == key[1:]]
+        reference = [
+            row for row in timed if row.case.is_reference and row.case.grid_point[1:] == key[1:]
+        ]
         _draw_strategy(above, reference, "loop (reference)", ("black", "o", "-"), speedup=False)
         below.axhline(1, color="black", linewidth=1)
         for strategy in names:
@@ -100,7 +102,7 @@ def _draw_bars(
     """Time on the left and speedup on the right, a bar per strategy; a row of panels per dtype,
     batch and image size. Whiskers are quartiles and confidence intervals."""
     groups = [
-        [row for row in timed if row.case.is_reference and row.case.cell[1:] == key[1:]]
+        [row for row in timed if row.case.is_reference and row.case.grid_point[1:] == key[1:]]
         + [row for row in timed if not row.case.is_reference and _panel_key(row) == key]
         for key in panel_keys
     ]
@@ -142,9 +144,9 @@ def _bars(
         if value is None:
             continue
         middle, low, high = value
-        colour = "black" if row.case.is_reference else COLOURS[(place - 1) % len(COLOURS)]
+        color = "black" if row.case.is_reference else COLORS[(place - 1) % len(COLORS)]
         whiskers = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
-        axes.barh(place, middle, color=colour, alpha=0.75, xerr=whiskers, ecolor="dimgrey")
+        axes.barh(place, middle, color=color, alpha=0.75, xerr=whiskers, ecolor="dimgray")
         axes.annotate(
             text.format(middle),
             (max(middle, high), place),
@@ -170,14 +172,14 @@ def draw_grid(results: Sequence[Summary]) -> Figure:
 
     It is not named unless it is significantly faster.
     """
-    setups = sweep.by_setup([row for row in results if not row.case.is_self_check])
-    counts = sorted({setup[0] for setup in setups})
-    sizes = sorted({setup[1:] for setup in setups})
+    points = sweep.by_grid_point([row for row in results if not row.case.is_self_check])
+    counts = sorted({point[0] for point in points})
+    sizes = sorted({point[1:] for point in points})
     figure = Figure(
         figsize=(1.5 * len(counts) + 2.6, 0.75 * len(sizes) + 1.8), layout="constrained"
     )
     axes = figure.subplots()
-    best = {setup: _fastest(rows) for setup, rows in setups.items()}
+    best = {point: _fastest(rows) for point, rows in points.items()}
     values = [
         [
             (row.speedup or float("nan")) if (row := best.get((n, *size))) else float("nan")
@@ -190,7 +192,7 @@ def draw_grid(results: Sequence[Summary]) -> Figure:
         cmap=mpl.colormaps["cividis"].with_extremes(bad="white"),
         aspect="auto",
         vmin=1,
-        vmax=max([MIN_COLOUR_SCALE, *(value for row in values for value in row if value == value)]),
+        vmax=max([MIN_COLOR_SCALE, *(value for row in values for value in row if value == value)]),
     )
     for y, size in enumerate(sizes):
         for x, count in enumerate(counts):
@@ -244,15 +246,15 @@ def _draw_strategy(
     scale = 1 if speedup else 1e3
     counts = [point[0] for point in points]
     middle, low, high = ([(point[i] or 0) * scale for point in points] for i in (1, 2, 3))
-    colour, mark, dash = look
-    axes.fill_between(counts, low, high, color=colour, alpha=0.2, linewidth=0)
+    color, mark, dash = look
+    axes.fill_between(counts, low, high, color=color, alpha=0.2, linewidth=0)
     axes.vlines(
-        counts, low, high, color=colour, alpha=0.6, linewidth=1
+        counts, low, high, color=color, alpha=0.6, linewidth=1
     )  # the whole band if there is only one N
     if dots:
-        axes.plot(*zip(*dots, strict=True), ".", color=colour, markersize=3, alpha=0.7)
+        axes.plot(*zip(*dots, strict=True), ".", color=color, markersize=3, alpha=0.7)
     axes.plot(
-        counts, middle, dash, color=colour, marker=mark, markersize=5, linewidth=1.6, label=label
+        counts, middle, dash, color=color, marker=mark, markersize=5, linewidth=1.6, label=label
     )
 
 
@@ -301,7 +303,7 @@ def _finish(axes: Axes, counts: Sequence[int], what: str) -> None:
 
 
 def label_ends(axes: Axes) -> None:
-    """Label each line at its end, in its colour, without overlaps."""
+    """Label each line at its end, in its color, without overlaps."""
     lines: list[Any] = [
         line for line in axes.get_lines() if not str(line.get_label()).startswith("_")
     ]

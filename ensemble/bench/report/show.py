@@ -25,7 +25,7 @@ INCONCLUSIVE = 3  # exit code of a gate that neither passed nor failed
 
 def show(run: Run, *, verbose: bool) -> None:
     """Print the two lines of the original script, the answer, the table and remarks."""
-    page = page_of(run, columns=verbose, sentences=verbose, colour=_may_colour())
+    page = page_of(run, columns=verbose, sentences=verbose, color=_may_color())
     for line in page.legacy_lines:
         print(line)
     print_wrapped(page.answer)
@@ -192,5 +192,5 @@ def _draw(run: Run, path: str) -> None:
         pictures.save(run.results, Path(path), grid_path(path))
 
 
-def _may_colour() -> bool:
+def _may_color() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -8,7 +8,7 @@ from ensemble.bench.summary import Summary
 from ensemble.statistics import CONFIDENCE
 
 Line = tuple[str, str, int, int]  # strategy, dtype, batch, px
-SetupKey = tuple[int, int, int]  # N, batch, px
+GridPoint = tuple[int, int, int]  # N, batch, px
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ def by_line(results: Sequence[Summary]) -> dict[Line, list[Summary]]:
     return {line: sorted(rows, key=lambda row: row.case.num_models) for line, rows in found.items()}
 
 
-def by_setup(results: Sequence[Summary]) -> dict[SetupKey, list[Summary]]:
-    """The rows of each setup of the grid, in their order."""
-    rows_by_setup: dict[SetupKey, list[Summary]] = {}
+def by_grid_point(results: Sequence[Summary]) -> dict[GridPoint, list[Summary]]:
+    """The rows of each grid point, in their order."""
+    rows_of: dict[GridPoint, list[Summary]] = {}
     for row in results:
-        rows_by_setup.setdefault(row.case.cell, []).append(row)
-    return rows_by_setup
+        rows_of.setdefault(row.case.grid_point, []).append(row)
+    return rows_of
 
 
 def break_even(rows: Sequence[Summary]) -> BreakEven:
@@ -65,7 +65,7 @@ def is_significantly_faster(row: Summary) -> bool:
 
 @dataclass(frozen=True)
 class Leaders:
-    """The fastest row of a setup, and the rows that are not significantly slower: a tie.
+    """The fastest row of a grid point, and the rows that are not significantly slower: a tie.
 
     `speedup` is the geometric mean of the rows, and `interval` contains the interval of each. The
     maximum of several equal rows would be too high, and its own interval would miss the truth too
@@ -87,7 +87,7 @@ class Leaders:
 
 
 def leaders(rows: Sequence[Summary]) -> Leaders | None:
-    """The leaders of a setup, of its conclusive rows besides the reference; None without any.
+    """The leaders among the conclusive rows besides the reference; None without any.
 
     Rows are compared by Welch's t-test over their processes, all of them with the fastest at level
     `CONFIDENCE` (Bonferroni correction).
@@ -117,8 +117,8 @@ def _is_baseline(row: Summary) -> bool:
 
 
 def disordered(rows: Sequence[Summary]) -> list[tuple[Summary, Summary]]:
-    """Pairs of rows of a setup of which the first has the larger speedup, but longer calls, either
-    beyond the intervals: the reference was faster in the pairs of the second."""
+    """Pairs of rows of which the first has the larger speedup, but longer calls, either beyond the
+    intervals: the reference was faster in the pairs of the second."""
     timed = [
         (row, row.speedup_interval, row.log_time.interval())
         for row in rows
@@ -138,16 +138,16 @@ def break_even_calls(row: Summary, reference: Summary) -> float | None:
 
     The reference has a build and first call too. None unless the strategy is significantly faster.
     """
-    setup_times = [row.build_s, row.first_call_s, reference.build_s, reference.first_call_s]
+    startup_times = [row.build_s, row.first_call_s, reference.build_s, reference.first_call_s]
     call, reference_call = row.median_s, row.reference_median_s
     if (
-        None in setup_times
+        None in startup_times
         or call is None
         or reference_call is None
         or not is_significantly_faster(row)
     ):
         return None
-    build, first, reference_build, reference_first = (float(value or 0) for value in setup_times)
+    build, first, reference_build, reference_first = (float(value or 0) for value in startup_times)
     return max(0.0, (build + first - reference_build - reference_first) / (reference_call - call))
 
 

@@ -35,16 +35,16 @@ class Column:
     default: str = UNKNOWN
 
 
-def render_table(results: Sequence[Summary], *, verbose: bool = False, colour: bool = False) -> str:
+def render_table(results: Sequence[Summary], *, verbose: bool = False, color: bool = False) -> str:
     """One table, a row per strategy; with `verbose` all columns and all rows.
 
     Unavailable strategies appear in `render_notes` only. The default table leaves columns out until
-    it fits `WIDTH`, and names them. `colour` adds escape sequences for a terminal.
+    it fits `WIDTH`, and names them. `color` adds escape sequences for a terminal.
     """
     shown = [row for row in results if verbose or row.status != "unavailable"]
     every = _columns(results, verbose=verbose)
     columns, left_out = (every, list[str]()) if verbose else _fitting(every, shown)
-    lines = grid(shown, columns, colour=colour)
+    lines = grid(shown, columns, color=color)
     if left_out:
         lines.append(f"Left out for width: {', '.join(left_out)}; --verbose shows all.")
     return "\n".join([title([row.case for row in results]), *lines]) + "\n"
@@ -63,26 +63,26 @@ def _fitting(columns: Sequence[Column], rows: Sequence[Summary]) -> tuple[list[C
     return kept, left_out
 
 
-def grid(rows: Sequence[Summary], columns: Sequence[Column], *, colour: bool = False) -> list[str]:
+def grid(rows: Sequence[Summary], columns: Sequence[Column], *, color: bool = False) -> list[str]:
     """The two header lines and the rows of a table of any width."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold" if colour else "")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold" if color else "")
     table.add_column("\nstrategy", no_wrap=True)
     for column in columns:
         table.add_column(column.header, justify="right", no_wrap=True)
     for row in rows:
         cells = (column.cell(row) for column in columns)
         table.add_row(row.name, *cells, style=STYLES.get(_kind(row), ""))
-    return _render(table, MAX_WIDTH, colour=colour)
+    return _render(table, MAX_WIDTH, color=color)
 
 
-def _render(table: Table, width: int, *, colour: bool = False) -> list[str]:
+def _render(table: Table, width: int, *, color: bool = False) -> list[str]:
     text = io.StringIO()
     Console(
         file=text,
         width=width,
         highlight=False,
-        force_terminal=colour,
-        color_system="standard" if colour else None,
+        force_terminal=color,
+        color_system="standard" if color else None,
     ).print(table)
     return [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
 
@@ -157,11 +157,11 @@ def _kind(row: Summary) -> str:
 
 
 def _columns(results: Sequence[Summary], *, verbose: bool) -> list[Column]:
-    every = [*setup_columns(results), *COLUMNS]
+    every = [*case_columns(results), *COLUMNS]
     return [*every, *VERBOSE_COLUMNS] if verbose else non_empty(every, results)
 
 
-def setup_columns(results: Sequence[Summary]) -> list[Column]:
+def case_columns(results: Sequence[Summary]) -> list[Column]:
     """N, and the fields that vary between rows."""
     varying = varying_fields([row.case for row in results])
     fields = [

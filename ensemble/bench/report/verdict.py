@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from ensemble.bench.environment import Environment
 from ensemble.bench.report import sweep
-from ensemble.bench.report.labels import case_name, setup_name, varying_fields
+from ensemble.bench.report.labels import case_name, grid_point_name, varying_fields
 from ensemble.bench.summary import BUSY, Summary
 from ensemble.formatting import count, milliseconds
 from ensemble.statistics import CONFIDENCE, MODE_GAP, NOISY, TOO_NOISY, median, modes
@@ -13,11 +13,11 @@ NOTHING_COMPARED = "Nothing was compared with the loop."
 
 
 def render_answer(results: Sequence[Summary]) -> str:
-    """The answer, a line per setup and dtype: the fastest strategy, its speedup over the loop, and
-    that of vmap; of a sweep over N also the break-even of each strategy."""
+    """The answer, a line per grid point and dtype: the fastest strategy, its speedup over the
+    loop, and that of vmap; of a sweep over N also the break-even of each strategy."""
     varying = varying_fields([row.case for row in results])
     lines = []
-    for rows in sweep.by_setup(results).values():
+    for rows in sweep.by_grid_point(results).values():
         references = [row for row in rows if row.case.is_reference]
         compared = [row for row in rows if row.speedup is not None and not row.case.is_reference]
         compared = [row for row in compared if not row.case.is_self_check]
@@ -34,9 +34,9 @@ def render_remarks(
 ) -> str:
     """Caveats: noise, page faults, cold starts; with `verbose` a sentence per row. May be empty."""
     varying = varying_fields([row.case for row in results])
-    setups, lines = sweep.by_setup(results), []
-    for index, rows in enumerate(setups.values()):
-        where = f" with {setup_name(rows[0].case, varying)}" if len(setups) > 1 else ""
+    grid_points, lines = sweep.by_grid_point(results), []
+    for index, rows in enumerate(grid_points.values()):
+        where = f" with {grid_point_name(rows[0].case, varying)}" if len(grid_points) > 1 else ""
         for row in rows:
             lines += _ranks(row, case_name(row.case, varying), environment)
             if row.speedup is None or row.case.is_reference:
@@ -45,7 +45,7 @@ def render_remarks(
             lines += _bimodality(row, case_name(row.case, varying))
             lines += [] if row.inconclusive else _page_faults(row, where, environment)
         lines += _disorder(rows, varying)
-        if index == 0:  # only the first setup has cold starts
+        if index == 0:  # only the first grid point has cold starts
             lines += _cold_start(rows, environment)
     lines += _noise([row for row in results if row.speedup is not None], varying)
     return "".join(f"{line}\n" for line in lines)
@@ -55,7 +55,7 @@ def _fastest(
     rows: Sequence[Summary], references: Sequence[Summary], varying: Collection[str]
 ) -> str:
     """The fastest of the rows of one dtype, its confidence interval, and its cost."""
-    label = setup_name(rows[0].case, varying)
+    label = grid_point_name(rows[0].case, varying)
     lead = sweep.leaders(rows)
     if lead is None or (_inconclusive(rows) and lead.speedup <= 1):
         return f"{label}: inconclusive: {_inconclusive(rows)}.{_beyond_contention(rows)}"

@@ -1,8 +1,8 @@
 """A SIMD vector of floats as a numba type, as wide as this CPU's registers, and its intrinsics.
 
-numba vectorizes loops by itself, but not across 36 rows of memory that may alias. Here a vector is
-a value: `load`, `store`, `+`, `-`, `*`, `maximum`. Addresses are integers, in bytes. The builders
-of LLVM IR at the end are what the microkernels (`gemm`, `depthwise`) consist of.
+numba vectorizes loops, but not across 36 rows of memory that may alias. Here a vector is a value:
+`load`, `store`, `+`, `-`, `*`, `maximum`. Addresses are integers, in bytes. The builders of LLVM IR
+at the end are what the microkernels (`gemm`, `depthwise`) consist of.
 """
 
 import operator

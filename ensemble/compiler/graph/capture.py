@@ -46,7 +46,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[str
     if draws and _called(one, example)[1]:  # twice: another thread may have drawn
         raise UnavailableError("this model draws random numbers at each call")
     if not isinstance(result, Tensor):
-        raise ValueError(f"expected one tensor from each model, found {type(result).__name__}")
+        raise ValueError(f"expected one tensor from each model, got {type(result).__name__}")
     if _has_attention(one) and type(example) is Tensor:
         _check_attention(one, example)
     try:
@@ -54,7 +54,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[str
     finally:
         if outputs and not isinstance(outputs[-1], Tensor):
             found = type(outputs[-1]).__name__
-            raise ValueError(f"expected one tensor from each model, found {found}")
+            raise ValueError(f"expected one tensor from each model, got {found}")
     if any(map(is_random, module.graph.nodes)):
         raise UnavailableError("this model draws random numbers at each call")
     *placeholders, _ = module.graph.find_nodes(op="placeholder")

@@ -1,7 +1,7 @@
 """Constant folding: whatever depends on the weights only is computed once, at build.
 
-The pass interprets the graph on the example. The values of dynamic nodes, which depend on x, serve
-one purpose: each convolution by a fast kernel is checked on the inputs that it really gets.
+The pass interprets the graph on the example. The values of dynamic nodes, which depend on x, are
+used to check each convolution by a fast kernel on the inputs that it really gets.
 """
 
 from __future__ import annotations

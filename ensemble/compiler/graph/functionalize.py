@@ -65,7 +65,7 @@ def trace_functional(
         raise UnavailableError(f"torch cannot trace this model: {reason}") from error
     if mutations := _mutations(module):
         name = mutations[0]
-        raise UnavailableError(f"this model writes over a tensor in a way of its own: {name}")
+        raise UnavailableError(f"this model mutates a tensor by an unsupported operator: {name}")
     if any(_has_unknown_size(node) for node in module.graph.nodes):
         raise UnavailableError("torch cannot trace this model: a size in it depends on values")
     if module.graph.find_nodes(op="call_function", target=aten.as_strided.default):

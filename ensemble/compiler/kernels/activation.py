@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # numba infers the types of these functions from the arguments of `run`.
-"""Activations: a step by itself, or the epilogue of another kernel.
+"""Activations: a separate step, or the epilogue of another kernel.
 
 They turn large numbers into NaN: see `Program`.
 """

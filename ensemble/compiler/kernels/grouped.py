@@ -3,7 +3,7 @@
 """Grouped convolution, down to depthwise: a product per tap, without im2col.
 
 An output reads few inputs, so im2col would cost more than it saves. Instead tiles of image rows are
-copied with their zero padding, so that the pixels which neighbouring outputs read at a tap are
+copied with their zero padding, so that the pixels which neighboring outputs read at a tap are
 contiguous.
 """
 
@@ -136,7 +136,7 @@ def _copy_tile(step, image, channel, planes, first_y, lines, phase_width, tile):
     """Copy `lines` rows of some channels, from first_y (which may lie above the image) on.
 
     Each vector of channels is a plane. A row holds the columns 0, stride, 2 stride, ... then 1,
-    1 + stride, ...: the pixels that neighbouring outputs read at a tap are contiguous.
+    1 + stride, ...: the pixels that neighboring outputs read at a tap are contiguous.
     """
     pixel_bytes = step.channels * FLOAT_BYTES
     plane_bytes = lines * phase_width * step.stride_x * VECTOR_BYTES

@@ -99,7 +99,7 @@ def jit(function: Any) -> Any:
 def jit_inline(function: Any) -> Any:
     """`jit`, inlined by numba into its caller.
 
-    LLVM optimises a callee again within each caller, so a thin wrapper around large code would
+    LLVM optimizes a callee again within each caller, so a thin wrapper around large code would
     dominate the compile time.
     """
     return njit(nogil=True, error_model="numpy", inline="always")(function)

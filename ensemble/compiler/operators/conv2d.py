@@ -199,7 +199,7 @@ def _grouped_conv2d(
 def pack_weight(weight: Tensor, kind: int, groups: int = 1) -> Tensor:
     """`(N, K, C, R, S)` -> the weights of N models in the layout of the kernel `kind`.
 
-    An operator of its own, so that constant folding packs weights once, at build.
+    A separate operator, so that constant folding packs weights once, at build.
     """
     padded = weight_in_vectors(weight, Kind(kind), groups)
     return support.kernels.pack(padded, Kind(kind))

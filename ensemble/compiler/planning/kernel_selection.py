@@ -26,7 +26,7 @@ def select_kernels(
 ) -> list[Run]:
     """Maximal runs of consecutive dynamic nodes with kernels, each node with its steps.
 
-    A run needs one of our operators: torch runs its own, by themselves, as fast.
+    A run needs one of our operators: without one, torch is as fast.
     """
     runs: list[Run] = [{}]
     for node in graph.nodes:

@@ -51,7 +51,7 @@ _FAST_CANDIDATES = {
 
 
 class Activation(IntEnum):
-    """An elementwise activation function: a step by itself, or the epilogue of a kernel."""
+    """An elementwise activation function: a separate step, or the epilogue of a kernel."""
 
     NONE = 0
     RELU = 1

@@ -16,7 +16,7 @@ from ensemble.compiler.runtime.work_stealing import new_state, work
 def _make_run(sources: str) -> Any:
     """`run`, cached for as long as the hash of its sources holds.
 
-    numba by itself invalidates the cache only if this file changes. The hash of all sources takes
+    numba alone invalidates the cache only if this file changes. The hash of all sources takes
     part as a closure variable: it must be a string, since compiled functions differ from process to
     process.
     """

@@ -134,7 +134,7 @@ class Program(nn.Module):
         if not fits or x.dtype != self._dtype or x.device.type != "cpu":
             raise ValueError(
                 f"expected an input of shape {expected}, or {(self._num_models, *expected)}, in"
-                f" {self._dtype} on the CPU, found {tuple(x.shape)} in {x.dtype} on {x.device}"
+                f" {self._dtype} on the CPU, got {tuple(x.shape)} in {x.dtype} on {x.device}"
             )
         held: dict[int, Tensor] = {}  # by padded channels in NHWC; 0: NCHW
         for index, operand in self._uses[value]:

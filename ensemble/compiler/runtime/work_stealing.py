@@ -209,7 +209,7 @@ def _run_model(table, first, model, arena, scratch, state, shared, worker, prefe
     return True
 
 
-# The phases of a worker: models of its own, then stealing, then teams for the models left over.
+# The phases of a worker: its own models, then stealing, then teams for the models left over.
 _ALONE, _STEALING, _IN_TEAM = range(3)
 
 

@@ -1,4 +1,4 @@
-"""Workers: rows in processes of their own, and what one that dies costs."""
+"""Workers: rows in separate processes, and what one that dies costs."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def run_rounds(
     """How many processes each strategy gets, where its processes find these speedups."""
     cases = [case(name) for name in ("loop", *speedups)]
     rows: dict[Case, Summary] = {}
-    for batch in schedule.batches(cases, rows, config):
+    for batch in schedule.groups(cases, rows, config):
         for asked in batch:
             if not schedule.wants_more(rows.get(asked), config):
                 continue
@@ -263,8 +263,8 @@ def test_a_row_that_failed_gets_no_more_and_the_reference_then_runs_by_itself() 
 
 def test_the_processes_of_a_row_are_spread_over_the_run() -> None:
     cases = [case(name) for name in ("loop", "vmap", "folded_vmap")]
-    batches = schedule.batches(cases, {}, with_options(QUICK, processes=5))
-    assert [asked.strategy for asked in next(batches)] == ["vmap", "folded_vmap"]
+    groups = schedule.groups(cases, {}, with_options(QUICK, processes=5))
+    assert [asked.strategy for asked in next(groups)] == ["vmap", "folded_vmap"]
 
 
 def test_what_the_processes_of_a_row_share_is_asked_of_them_together() -> None:
@@ -512,7 +512,7 @@ def test_without_room_anywhere_the_place_and_the_way_out_are_said(
 def test_a_file_that_no_longer_fits_while_it_is_written_is_said_too(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's writer makes a RuntimeError of its own of what the system said."""
+    """torch's writer makes its own RuntimeError of what the system said."""
     file = Path("/dev/full").open("wb")  # noqa: SIM115  # closed by what it is given to
     monkeypatch.setattr("ensemble.files.anonymous_file", lambda *_, **__: file)
     with pytest.raises(InputError, match="No space left on device"), workers.jobs(QUICK, workload):
@@ -523,7 +523,7 @@ def test_a_file_that_no_longer_fits_while_it_is_written_is_said_too(
 def test_an_interrupt_while_the_shared_file_is_written_stays_one(
     write: int, workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's writer raises a RuntimeError of its own as it propagates."""
+    """torch's writer raises its own RuntimeError as it propagates."""
     calls = iter(range(1, 10**6))
 
     class Interrupted(io.FileIO):

@@ -63,7 +63,7 @@ def run(config: Config) -> list[Summary]:
 
 
 def started(config: Config, models: Sequence[nn.Module], images: Tensor) -> Iterator[Summary]:
-    """The rows of a configuration of one cell, as they come."""
+    """The rows of a configuration of one grid point, as they come."""
     with in_process(config, made_up(models, images)) as execute:
         for measurements in execute(config.plan(), Task, lambda *_: None):
             yield from (merged(None, one) for one in measurements)
@@ -396,7 +396,7 @@ def test_an_interrupt_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch
         next(rows)
 
 
-def test_a_grid_is_run_cell_by_cell_and_each_row_stands_where_its_cell_says() -> None:
+def test_a_grid_is_run_point_by_point_and_each_row_stands_where_its_point_says() -> None:
     config = with_options(
         QUICK,
         num_models=(1, 2),
@@ -406,19 +406,19 @@ def test_a_grid_is_run_cell_by_cell_and_each_row_stands_where_its_cell_says() ->
     )
     rows = run(config)
     assert [row.status for row in rows] == ["ok"] * 32
-    assert [row.case.cell for row in rows[:8]] == [(1, 1, 8)] * 4 + [(2, 1, 8)] * 4
+    assert [row.case.grid_point for row in rows[:8]] == [(1, 1, 8)] * 4 + [(2, 1, 8)] * 4
     assert [(row.case.strategy, row.case.dtype) for row in rows[:4]] == [
         ("loop", "float32"),
         ("vmap", "float32"),
         ("loop", "bfloat16"),
         ("vmap", "bfloat16"),
     ]
-    assert rows[-1].case.cell == (2, 2, 12)
+    assert rows[-1].case.grid_point == (2, 2, 12)
     assert all(len(row.top1 or []) == row.case.num_models for row in rows)
     assert all(len((row.top1 or [[]])[0]) == row.case.batch_size for row in rows)
 
 
-def test_the_reference_of_a_cell_is_built_once_for_all_dtypes(
+def test_the_reference_of_a_grid_point_is_built_once_for_all_dtypes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[torch.dtype] = []

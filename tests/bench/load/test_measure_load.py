@@ -109,7 +109,7 @@ def test_every_plan_answers_each_request_and_a_mixed_up_image_or_model_is_detect
     tenants = 1 if inputs == "shared" else 3
     for batch in batches(engine, tenants):
         assert engine.execute(batch)[0] == 0
-    # Each request gets its neighbour's image, then its neighbour's model.
+    # Each request gets its neighbor's image, then its neighbor's model.
     engine._images = engine._images[1:] + engine._images[:1]
     for batch in batches(engine, tenants):
         assert engine.execute(batch)[0] == batch.num_requests

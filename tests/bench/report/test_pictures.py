@@ -50,7 +50,7 @@ def test_times_are_drawn_above_and_speedups_below() -> None:
     assert any(list(line.get_ydata()) == [1, 1] for line in drawn)
 
 
-def test_every_line_is_labelled_at_its_end_without_overlaps() -> None:
+def test_every_line_is_labeled_at_its_end_without_overlaps() -> None:
     above, _ = pictures.draw(ROWS).axes
     placed = {text.get_text(): text.xy[1] for text in above.texts}  # type: ignore[attr-defined]
     assert set(placed) == {"loop (reference)", "vmap", "jax"}
@@ -60,7 +60,7 @@ def test_every_line_is_labelled_at_its_end_without_overlaps() -> None:
     assert above.get_legend() is None
 
 
-def test_lines_are_distinct_in_greyscale() -> None:
+def test_lines_are_distinct_in_grayscale() -> None:
     names = [changed(at(2, 1.0), strategy=f"s{index}") for index in range(9)]
     _, below = pictures.draw([LOOP, *names]).axes
     looks = {
@@ -139,7 +139,7 @@ def test_a_heat_map_names_no_winner_if_the_interval_contains_1() -> None:
     (axes, *_) = pictures.draw_grid([*LOOPS, *noisy]).axes
     texts = {text.get_text() for text in axes.texts}
     assert "vmap" not in "".join(texts)
-    assert axes.images[0].get_clim() == (1, pictures.MIN_COLOUR_SCALE)
+    assert axes.images[0].get_clim() == (1, pictures.MIN_COLOR_SCALE)
 
 
 @pytest.mark.parametrize("rows", [[], [LOOP], ROWS[:1], [changed(LOOP, times_s=())]])

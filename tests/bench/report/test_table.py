@@ -90,7 +90,7 @@ def test_page_faults_that_explain_a_slowdown_are_named_with_advice() -> None:
     assert "--allocator retain" in report(LOOP, slow)
 
 
-def test_page_faults_name_their_setup() -> None:
+def test_page_faults_name_their_grid_point() -> None:
     slow = changed(VMAP, times_s=(0.110,) * 20)
     remarks = render_remarks([LOOP, slow, changed(slow, num_models=8)], ENVIRONMENT)
     assert "vmap with 4 models loses to the loop: 12,000 per call" in remarks
@@ -231,10 +231,10 @@ def test_the_table_of_strategies_is_complete_in_100_columns() -> None:
         assert words >= set(f"{strategy.summary} {strategy.requires} {strategy.build_time}".split())
 
 
-def test_colour_marks_faster_slower_and_failed_rows_on_request() -> None:
+def test_color_marks_faster_slower_and_failed_rows_on_request() -> None:
     slow = changed(VMAP, times_s=(0.2,) * 20)
     failed = changed(VMAP, status="failed", error="broke")
-    lines = render_table([LOOP, VMAP, slow, failed], colour=True).splitlines()
+    lines = render_table([LOOP, VMAP, slow, failed], color=True).splitlines()
     codes = [("32m" in line and "green") or ("31m" in line and "red") or "" for line in lines[3:7]]
     assert codes == ["", "green", "red", "red"]
     assert "\x1b" not in render_table([LOOP, VMAP, slow, failed])

@@ -394,7 +394,7 @@ def switched_dropout(self: Any, x: Tensor) -> Tensor:
     return functional.dropout(self.a(x), 0.5, training=self.training)
 
 
-# Tied tensors, hooks, classes of their own
+# Tied tensors, hooks, custom classes
 
 
 def tie(self: Any) -> None:

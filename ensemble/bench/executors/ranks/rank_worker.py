@@ -72,7 +72,7 @@ class RankWorker:
             self._num_models = num_models
 
     def configure(self, num_models: int, shape: tuple[int, ...]) -> list[RankReport]:
-        """Switch to a setup of the grid: N models, and inputs of this shape."""
+        """Switch to a grid point: N models, and inputs of this shape."""
         self._strategies.clear()
         self._shape = torch.Size(shape)
         try:
@@ -214,7 +214,9 @@ class RankWorker:
         all_models = range(self._num_models)
         self._all = self._all or self._read(self._num_models, all_models, lambda _: None)[0]
         alone = build(strategy.name, self._all, x.float(), x.dtype)
-        return replace(alone, serve=with_reduction(alone.forward, self.config.models.reduce))
+        return replace(
+            alone, timed_forward=with_reduction(alone.forward, self.config.models.reduce)
+        )
 
     def _exchange(self, dtype: torch.dtype) -> Exchange:
         shards = shard_ranges(self._num_models, self.group.ranks)

@@ -1,4 +1,4 @@
-"""Simulated scaling over ranks, from the cost model of a call; labelled as simulated.
+"""Simulated scaling over ranks, from the cost model of a call; labeled as simulated.
 
 `python -m ensemble.bench.executors.ranks.scaling_simulation CONSTANTS.json PICTURE.png` draws the
 picture and prints the table; the constants are the output of `calibration.py`.
@@ -21,7 +21,7 @@ from ensemble.bench.executors.ranks.cost_model import (
     ranks_at_share,
 )
 from ensemble.bench.report.pictures import (
-    COLOURS,
+    COLORS,
     DASHES,
     DPI,
     MARKS,
@@ -63,7 +63,7 @@ def draw(constants: Constants, path: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.6, 4.4), layout="constrained")
         speed, share = figure.subplots(1, 2)
-        for each, *look in zip(MODELS_PER_RANK, COLOURS, MARKS, DASHES, strict=False):
+        for each, *look in zip(MODELS_PER_RANK, COLORS, MARKS, DASHES, strict=False):
             name = f"{each} model{'s' if each > 1 else ''} per rank"
             costs = [call_cost(constants, models=each * ranks, ranks=ranks) for ranks in RANKS]
             rates = [each * ranks / cost.whole_s for ranks, cost in zip(RANKS, costs, strict=True)]
@@ -88,8 +88,8 @@ def draw(constants: Constants, path: Path) -> None:
 def _line(
     axes: Axes, ranks: Sequence[int], values: Sequence[float], name: str, look: Sequence[str]
 ) -> None:
-    colour, mark, dash = look
-    axes.plot(ranks, values, label=name, color=colour, marker=mark, linestyle=dash, markersize=4)
+    color, mark, dash = look
+    axes.plot(ranks, values, label=name, color=color, marker=mark, linestyle=dash, markersize=4)
 
 
 if __name__ == "__main__":

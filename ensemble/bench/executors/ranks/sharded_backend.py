@@ -65,7 +65,7 @@ def _build(
     peaks = [report.peak_memory_bytes for report in reports if report.peak_memory_bytes is not None]
     return BuiltStrategy(
         forward=forward,
-        serve=lambda x: call(x, reduce),
+        timed_forward=lambda x: call(x, reduce),
         example=own_example,
         logits=forward(own_example),
         build_s=max(report.build_s for report in reports),

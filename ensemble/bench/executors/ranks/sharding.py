@@ -20,7 +20,7 @@ def shard_ranges(num_models: int, ranks: int) -> tuple[range, ...]:
 def equal_ranges(shards: tuple[range, ...]) -> tuple[range, ...]:
     """For each rank a range that contains its shard and has the length of the largest shard.
 
-    A scatter needs parts of equal size: a smaller shard is extended by a neighbour, so that each
+    A scatter needs parts of equal size: a smaller shard is extended by a neighbor, so that each
     part is a view and nothing is copied for padding.
     """
     largest, count = max(map(len, shards)), shards[-1].stop
