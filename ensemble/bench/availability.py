@@ -10,7 +10,7 @@ from ensemble.bench.case import Case
 from ensemble.bench.config import Config
 from ensemble.bench.measurement import UNAVAILABLE, Measurement
 from ensemble.machine import dtypes
-from ensemble.strategies import STRATEGIES, peers
+from ensemble.strategies import STRATEGIES, find, peers
 
 CUDA = "CUDA"  # as `Strategy.requires` has it
 
@@ -42,7 +42,7 @@ def warnings(cases: Sequence[Case], device: torch.device) -> list[str]:
 
 
 def _why_not(case: Case, device: torch.device) -> str:
-    strategy = STRATEGIES.get(case.strategy)
+    strategy = find(case.strategy)
     if strategy is not None and strategy.requires == CUDA and device.type != "cuda":
         return f"CUDA graphs require a CUDA device, got {device}"
     return peers.why_not(case.strategy, getattr(torch, case.dtype), device)
@@ -57,6 +57,6 @@ def _why_slow(case: Case, device: torch.device) -> str:
 def _is_slow(case: Case, device: torch.device) -> bool:
     """Does a strategy compute in a dtype that the CPU emulates? Our kernels, and so `best`, do not:
     they compute in float32."""
-    strategy = STRATEGIES.get(case.strategy)
+    strategy = find(case.strategy)
     has_kernels = strategy is not None and strategy.has_kernels
     return not has_kernels and dtypes.is_emulated(getattr(torch, case.dtype), device)

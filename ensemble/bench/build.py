@@ -105,7 +105,9 @@ def prepare(name: str, device: torch.device) -> None:
     Raises:
         UnavailableError: what it needs is not installed.
     """
-    strategy = strategies.STRATEGIES[name]
+    strategy = strategies.find(name)
+    if strategy is None:
+        return  # which `build` reports
     strategy.builder()
     if strategy.has_kernels and device.type == "cpu" and jit.is_usable():
         from ensemble.compiler import kernels

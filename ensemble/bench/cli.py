@@ -30,7 +30,7 @@ from ensemble.bench.config import (
 )
 from ensemble.errors import InputError
 from ensemble.machine import cores, launch
-from ensemble.strategies import HYBRIDS, STRATEGIES
+from ensemble.strategies import HYBRIDS, STRATEGIES, user
 
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 PICTURE_SUFFIXES = {".png", ".svg"}
@@ -63,6 +63,8 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.dest == "strategies" and user.is_user_strategy(value):
+            return
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             near = get_close_matches(str(value), choices, n=1)
@@ -133,6 +135,9 @@ def parse(argv: Sequence[str] | None) -> Config:
     if config.measure.resume and not report.export_json:  # continue in the same file
         report = replace(report, export_json=config.measure.resume)
         config = replace(config, report=report)
+    for name in filter(user.is_user_strategy, config.run.strategies):
+        own = user.user_strategy(name)
+        user.load(own.module, own.function)
     if launch.rank() == 0:
         check_paths(config)
         warn_of_threads(config.run)

@@ -120,7 +120,8 @@ class RunOptions:
         metavar="DTYPE",
     )
     strategies: tuple[str, ...] = flag(
-        f"names of --list_strategies; {BEST}: the autotuned fastest; {ALL}: every one",
+        f"names of --list_strategies; {BEST}: the autotuned fastest; {ALL}: every one; your own:"
+        " PATH.py:FUNCTION",
         choices=(*STRATEGIES, *HYBRIDS, ALL),
         nargs="+",
         default=("loop", "vmap", BEST),
@@ -158,8 +159,7 @@ class MeasureOptions:
         metavar="P",
     )
     max_ci_percent: float | None = flag(
-        "plan further processes, at most 30 per row, from the spread of the first ones, for a 95%%"
-        " CI half-width below this",
+        "plan further processes (at most 30 per row) for a 95%% CI half-width below this",
         type=percent,
         metavar="PERCENT",
         aliases=("precision",),

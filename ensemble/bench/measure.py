@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -16,17 +15,22 @@ from ensemble.bench.config import MeasureOptions
 from ensemble.bench.measurement import FAILED, UNAVAILABLE, Measurement, Note
 from ensemble.bench.setup import Setup
 from ensemble.bench.stages import BUILDING, TIMING, OnStage, reported_compilation
+from ensemble.bench.timed_calls import TimedCalls, leak, remarks
 from ensemble.errors import UnavailableError
-from ensemble.machine import other_processes
+from ensemble.machine import memory, other_processes
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import Sample, interleaved
 from ensemble.statistics import median
-from ensemble.strategies.agreement import TOLERANCES, check, check_reduced
+from ensemble.strategies.agreement import TOLERANCES, check, check_reduced, check_same
 
 # Cores that a forward on an accelerator keeps busy: kernel launches, and the driver.
 LAUNCHING = 2
 
 log = logging.getLogger(__name__)
+
+
+class WrongAnswerError(RuntimeError):
+    """A timed call of a strategy gave a wrong answer; the text says how."""
 
 
 def measure(
@@ -46,12 +50,14 @@ def measure(
         found = _checked(found, built, setup, reduce)
         if found.error:
             return found
-        timed = _timed(found, built, setup, options, on_stage)
+        timed = _timed(found, built, setup, options, reduce, on_stage)
         ranks, notes = setup.backend.rank_times(built, case)
         # Later calls may differ from the first: freed memory is only now overwritten.
         if problem := _problem_of_result(built, setup, reduce):
             return _failed(found, f"after its timed calls, {problem}")
-        return replace(timed, ranks=ranks, notes=found.notes + tuple(map(Note, notes)))
+        return replace(timed, ranks=ranks, notes=timed.notes + tuple(map(Note, notes)))
+    except WrongAnswerError as error:
+        return _failed(found, str(error))
     except UnavailableError as error:
         return replace(found, status=UNAVAILABLE, error=str(error))
     except Exception as error:
@@ -128,24 +134,39 @@ def _timed(
     built: BuiltStrategy,
     setup: Setup,
     options: MeasureOptions,
+    reduce: str,
     on_stage: OnStage,
 ) -> Measurement:
-    """Time the strategy in pairs with the reference; the reference alone."""
+    """Time the strategy in pairs with the reference, and compare each of its answers with the
+    reference's; the reference alone.
+
+    Raises:
+        WrongAnswerError: an answer is wrong.
+    """
     reference, own = setup.reference, setup.backend.own_processes
+    device = reference.example.device
     both = [reference] if found.case.is_reference else [reference, built]
+    calls = [TimedCalls(one, setup.example) for one in both]
+    used_bytes, numbers, errors = list[int | None](), list[int](), [found.max_rel_error or 0.0]
     rounds, begin, before = [], time.perf_counter(), other_processes.read(own)
     for samples in interleaved(
-        [partial(one.timed_forward, one.example) for one in both],
+        calls,
         ready=[one.ready for one in both],
+        renew=[one.renew for one in calls],
         warmup=options.warmup,
         min_rounds=options.min_pairs,
         min_seconds=options.min_seconds,
-        synchronize=lambda: synchronize(reference.example.device),
+        synchronize=lambda: synchronize(device),
     ):
         rounds.append(samples)
+        used_bytes.append(memory.used_bytes(device))
+        numbers.append(calls[-1].calls)
+        if len(calls) > 1:
+            errors.append(_error_of_answer(calls, built, setup, reduce))
         waited = (time.perf_counter() - begin) / options.min_seconds if options.min_seconds else 1.0
         on_stage(TIMING, min(1.0, waited, len(rounds) / options.min_pairs))
-    after, is_cpu = other_processes.read(own), reference.example.device.type == "cpu"
+    after, is_cpu = other_processes.read(own), device.type == "cpu"
+    left_behind = remarks(leak(used_bytes, numbers), other_processes.busy_cores(own))
     ours = [samples[-1] for samples in rounds]
     paired = [] if found.case.is_reference else [samples[0] for samples in rounds]
     return replace(
@@ -157,7 +178,33 @@ def _timed(
         others_cpu_share=other_processes.share_of_others(
             before, after, needed=None if is_cpu else LAUNCHING
         ),
+        max_rel_error=max(errors),
+        notes=found.notes + tuple(map(Note, left_behind)),
     )
+
+
+def _error_of_answer(
+    calls: Sequence[TimedCalls], built: BuiltStrategy, setup: Setup, reduce: str
+) -> float:
+    """The error of the strategy's last timed answer, relative to the largest logit.
+
+    Raises:
+        WrongAnswerError: it is wrong.
+    """
+    reference, strategy = calls
+    assert reference.result is not None
+    assert strategy.result is not None
+    found = check_same(
+        strategy.result,
+        reference.result,
+        reduce=reduce,
+        tolerance=TOLERANCES[built.example.dtype],
+        largest=float(setup.reference.logits.abs().max()),
+    )
+    if found.problem:
+        cause = "its answer to the input before; " if strategy.repeats else ""
+        raise WrongAnswerError(f"in a timed call with a new input, {cause}{found.problem}")
+    return found.max_rel_error or 0.0
 
 
 def _page_faults(samples: Sequence[Sample]) -> float | None:

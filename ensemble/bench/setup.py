@@ -13,7 +13,7 @@ from ensemble.bench.build import BuiltStrategy, build, release_compiled
 from ensemble.bench.case import REFERENCE, Case
 from ensemble.bench.failures import explain, optional
 from ensemble.bench.measurement import Note, RankTimes
-from ensemble.strategies import STRATEGIES, TUNE_SECONDS, eager
+from ensemble.strategies import TUNE_SECONDS, eager, find
 from ensemble.strategies.agreement import TOLERANCES, check
 from ensemble.strategies.reduction import with_reduction
 
@@ -139,7 +139,8 @@ def make_example(images: Tensor, case: Case) -> Tensor:
 
 def uses_fast_algorithms(case: Case) -> bool:
     """Does the strategy multiply less than the loop (Winograd, Strassen) and round otherwise?"""
-    return case.strategy in STRATEGIES and STRATEGIES[case.strategy].uses_fast_algorithms
+    strategy = find(case.strategy)
+    return strategy is not None and strategy.uses_fast_algorithms
 
 
 def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:

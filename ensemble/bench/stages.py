@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ensemble import strategies
 from ensemble.machine import jit
-from ensemble.strategies import STRATEGIES
 
 # Called with a stage, and the share of it that is done (0 to 1).
 OnStage = Callable[[str, float], None]
@@ -21,7 +21,8 @@ def reported_compilation(strategy: str, on_stage: OnStage) -> Iterator[None]:
 
     The compilation of a function contains those of all that it calls: that is one report.
     """
-    if not STRATEGIES[strategy].has_kernels or not jit.is_usable():
+    found = strategies.find(strategy)
+    if found is None or not found.has_kernels or not jit.is_usable():
         yield
         return
     from numba.core import event

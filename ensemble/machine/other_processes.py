@@ -1,8 +1,9 @@
-"""CPU utilization by other processes: timings on a busy machine are unreliable."""
+"""CPU time of this program and of other processes: timings on a busy machine are unreliable."""
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def read(own_pids: Sequence[int] = ()) -> Reading:
 
     own_pids: further processes of this program, whose CPU time counts as its own.
     """
-    own_s = time.process_time() + sum(map(_cpu_seconds, own_pids))
+    own_s = own_cpu_s(own_pids)
     try:
         # user nice system idle iowait irq softirq steal. steal: taken by other VMs on the host.
         ticks = [int(value) for value in _STAT.read_text().split("\n", 1)[0].split()[1:9]]
@@ -33,6 +34,27 @@ def read(own_pids: Sequence[int] = ()) -> Reading:
     except (OSError, ValueError, IndexError):
         busy = None
     return Reading(time.perf_counter(), own_s, busy)
+
+
+def own_cpu_s(own_pids: Sequence[int] = ()) -> float:
+    """CPU time so far of this process, its descendants, and further processes of this program."""
+    ended = os.times()
+    pids = {*own_pids, *_descendants(os.getpid())}
+    own = time.process_time() + ended.children_user + ended.children_system
+    return own + sum(map(_cpu_seconds, pids))
+
+
+def busy_cores(
+    own_pids: Sequence[int] = (), *, after_s: float = 0.02, for_s: float = 0.06
+) -> float:
+    """How many cores this program keeps busy while this thread sleeps.
+
+    after_s: threads of OpenMP spin for some 5 ms after a parallel loop, which does not count.
+    """
+    time.sleep(after_s)
+    before, begin = own_cpu_s(own_pids), time.perf_counter()
+    time.sleep(for_s)
+    return (own_cpu_s(own_pids) - before) / (time.perf_counter() - begin)
 
 
 def share_of_others(before: Reading, after: Reading, needed: int | None = None) -> float | None:
@@ -47,6 +69,15 @@ def share_of_others(before: Reading, after: Reading, needed: int | None = None) 
     needed = min(needed or found.machine, found.max_threads or found.machine)
     others = ((after.all_s - before.all_s) - (after.own_s - before.own_s)) / wall
     return min(1.0, max(0.0, (others - (found.machine - needed)) / needed))
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    """The processes that a process started, and theirs; none where the platform does not tell."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended
+            for child in map(int, path.read_text().split()):
+                yield child
+                yield from _descendants(child)
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -67,6 +67,7 @@ def interleaved(
     min_seconds: float,
     synchronize: Callable[[], None],
     ready: Sequence[Callable[[], None]] | None = None,
+    renew: Sequence[Callable[[], None]] | None = None,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
     page_faults: Callable[[], int | None] = memory.page_faults,
@@ -74,8 +75,9 @@ def interleaved(
     """Yield rounds of samples; each round times every function once, in random order.
 
     The samples of a round are in the order of `functions`. Every function first runs `warmup`
-    untimed calls. Stops after at least `min_rounds` rounds and `min_seconds` seconds. `ready`, if
-    given, has a callback per function that runs untimed before each of its calls.
+    untimed calls. Stops after at least `min_rounds` rounds and `min_seconds` seconds. `ready` and
+    `renew`, if given, have a callback per function: the former runs untimed before each of its
+    calls, the latter before each timed one.
     """
     before = ready or [lambda: None for _ in functions]
     untimed = [partial(_call_both, *both) for both in zip(before, functions, strict=True)]
@@ -93,6 +95,8 @@ def interleaved(
                 sleep(SETTLE_S)
             else:
                 _settle(untimed[index], synchronize, clock)
+            if renew is not None:
+                renew[index]()
             before[index]()
             samples[index] = timed(functions[index])
             last[index] = samples[index].seconds

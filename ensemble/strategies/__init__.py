@@ -182,6 +182,28 @@ HYBRIDS = {
 }
 
 
+def find(name: str) -> Strategy | None:
+    """The strategy of a name, from the registry or from a file of the user; None if unknown."""
+    from ensemble.strategies import user
+
+    if user.is_user_strategy(name):
+        return user.user_strategy(name)
+    return STRATEGIES.get(name)
+
+
+def _get(name: str) -> Strategy:
+    """The strategy of a name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    strategy = find(name)
+    if strategy is None:
+        expected = f"{', '.join(STRATEGIES)}, or PATH.py:FUNCTION"
+        raise ValueError(f"expected a strategy of {expected}, got {name!r}")
+    return strategy
+
+
 def build(
     name: str,
     models: Sequence[nn.Module],
@@ -206,7 +228,8 @@ def build(
     use as many as in the parent).
 
     Args:
-        name: a key of `STRATEGIES`; `best` autotunes over the likely candidates.
+        name: a key of `STRATEGIES`, or `PATH.py:FUNCTION` (see `strategies.user`); `best` autotunes
+            over the likely candidates.
         models: N eval-mode models of one class, on one device, in one dtype, each called with one
             tensor.
         example: `(B, channels, H, W)`, shared by all models, or `(N, B, channels, H, W)`, one batch
@@ -231,8 +254,7 @@ def build(
     from ensemble.strategies.forward import Forward
     from ensemble.strategies.verification import Behavior
 
-    if name not in STRATEGIES:
-        raise ValueError(f"expected a strategy of {', '.join(STRATEGIES)}, got {name!r}")
+    _get(name)
     models, example = arguments.validated(models, example)
     behavior = verification.behavior(models[0], example)
     if behavior is Behavior.USES_AUTOGRAD:
@@ -263,11 +285,10 @@ def build_unverified(
     from ensemble.machine.per_process import use_one_thread_after_fork
     from ensemble.strategies import arguments, forward
 
-    if name not in STRATEGIES:
-        raise ValueError(f"expected a strategy of {', '.join(STRATEGIES)}, got {name!r}")
+    strategy = _get(name)
     models, example = arguments.validated(models, example)
     use_one_thread_after_fork()
-    builder = STRATEGIES[name].builder(tune_seconds=tune_seconds)
+    builder = strategy.builder(tune_seconds=tune_seconds)
     with forward.execution_context(example.device), forward.default_device(example.device):
         try:
             built = builder(models, example)

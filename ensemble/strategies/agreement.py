@@ -124,10 +124,24 @@ def check_reduced(result: Tensor, reference: Tensor, *, reduce: str, tolerance: 
         tolerance: of logits. If every logit has an absolute error of at most d, probabilities and
             their means have a relative error of at most expm1(2 d).
     """
-    if reduce == "none":
-        return check(result, reference, tolerance=tolerance)
-    expected = reduce_logits(reference.double(), reduce)
+    expected = reference if reduce == "none" else reduce_logits(reference.double(), reduce)
     largest = float(reference.abs().max())
+    return check_same(result, expected, reduce=reduce, tolerance=tolerance, largest=largest)
+
+
+def check_same(
+    result: Tensor, expected: Tensor, *, reduce: str, tolerance: float, largest: float
+) -> Check:
+    """Compare two outputs of the same reduction.
+
+    Args:
+        result: as in `check_reduced`.
+        expected: the reference's, reduced likewise.
+        tolerance: as in `check_reduced`.
+        largest: the largest absolute logit.
+    """
+    if reduce == "none":
+        return check(result, expected, tolerance=tolerance)
     limit = math.expm1(min(2 * tolerance * largest, 1.0)) if math.isfinite(largest) else tolerance
     found = check(result.unsqueeze(0), expected.unsqueeze(0), tolerance=limit)
     problem = found.problem and found.problem.replace("model 0", "the mean over models")

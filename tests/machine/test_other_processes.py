@@ -1,8 +1,11 @@
 """CPU utilization by other processes."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,22 +48,46 @@ def test_an_unavailable_reading_yields_no_share(
     assert share_of_others(other_processes.read(), other_processes.read()) is None
 
 
+@pytest.fixture
+def orphan() -> Iterator[int]:
+    """The pid of a busy process that is no descendant of this one: its parent has ended."""
+    shell = f"{sys.executable} -c 'while True: pass' > /dev/null 2>&1 & echo $!"
+    pid = int(subprocess.run(["sh", "-c", shell], capture_output=True, text=True).stdout)
+    yield pid
+    os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
-def test_a_busy_process_is_counted_unless_it_belongs_to_this_program() -> None:
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        took = -other_processes._cpu_seconds(busy.pid)
-        before = other_processes.read(), other_processes.read([busy.pid])
-        time.sleep(1.0)
-        after = other_processes.read(), other_processes.read([busy.pid])
-        took += other_processes._cpu_seconds(busy.pid)
-        share, ours = map(share_of_others, before, after)
-    finally:
-        busy.kill()
-        busy.wait()
+def test_a_busy_process_is_counted_unless_it_belongs_to_this_program(orphan: int) -> None:
+    took = -other_processes._cpu_seconds(orphan)
+    before = other_processes.read(), other_processes.read([orphan])
+    time.sleep(1.0)
+    after = other_processes.read(), other_processes.read([orphan])
+    took += other_processes._cpu_seconds(orphan)
+    share, ours = map(share_of_others, before, after)
     assert share is not None
     assert ours is not None
     expected = took / (cores.detect().max_threads or 1)  # of 1 s; on a busy machine it gets less
     assert took > 0.1
     assert share > 0.7 * expected
     assert share == 1.0 or share - ours > 0.7 * expected - 0.05  # clamped to 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_this_program_has_started_counts_as_its_own() -> None:
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    busy = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 30
+        while (found := other_processes.busy_cores(for_s=0.2)) < 0.3:
+            assert time.monotonic() < deadline
+        before = other_processes.own_cpu_s()
+    finally:
+        os.killpg(busy.pid, signal.SIGKILL)
+        busy.wait()
+    assert found < 2.5
+    assert before > 0
+
+
+def test_a_program_that_waits_keeps_no_core_busy() -> None:
+    assert other_processes.busy_cores() < 0.2

@@ -78,16 +78,16 @@ def _import_for(strategy: str, device: str) -> None:
     """
     import torch
 
-    from ensemble.strategies import BEST, HYBRIDS, STRATEGIES, best
+    from ensemble.strategies import BEST, HYBRIDS, best, find
 
     names = {strategy}
     if strategy in HYBRIDS:
         names = {HYBRIDS[strategy].few, HYBRIDS[strategy].many}
     elif strategy == BEST:
         names.update(best.candidates(torch.device(device), torch.float32))
-    for name in STRATEGIES.keys() & names:
+    for found in filter(None, map(find, names)):
         with contextlib.suppress(Exception):
-            STRATEGIES[name].builder()
+            found.builder()
 
 
 def _own_output() -> IO[str]:

@@ -16,7 +16,7 @@ from ensemble.bench.stages import OnStage
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import interleaved
 from ensemble.statistics import median
-from ensemble.strategies import HYBRIDS, STRATEGIES
+from ensemble.strategies import HYBRIDS, find
 from ensemble.strategies.agreement import TOLERANCES, check
 
 MIN_TIMED_CALLS, MIN_TIMED_S = 5, 0.1  # per batch plan
@@ -50,7 +50,8 @@ def serving_mode(case: Case) -> ServingMode:
     if case.strategy in HYBRIDS:
         hybrid = HYBRIDS[case.strategy]
         return ServingMode(case.num_models, hybrid.few, hybrid.many)
-    if STRATEGIES[case.strategy].sequential:
+    strategy = find(case.strategy)
+    if strategy is not None and strategy.sequential:
         return ServingMode(case.num_models, single_tenant=case.strategy)
     return ServingMode(case.num_models, all_tenants=case.strategy)
 
