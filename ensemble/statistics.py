@@ -44,6 +44,20 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return percentile_interval(resampled_medians(values, np.random.default_rng(0)))
 
 
+def bootstrap_ratio_interval(
+    above: Sequence[float], below: Sequence[float]
+) -> tuple[float, float] | None:
+    """As above, of median(above) / median(below): both samples are resampled independently.
+
+    Source: Efron and Tibshirani, chapter 8.3 (two samples).
+    """
+    if min(len(above), len(below)) < MIN_PAIRS_FOR_INTERVAL:
+        return None
+    generator = np.random.default_rng(0)
+    medians = [resampled_medians(values, generator) for values in (above, below)]
+    return percentile_interval(medians[0] / medians[1])
+
+
 def resampled_medians(values: Sequence[float], generator: np.random.Generator) -> np.ndarray:
     """Medians `(RESAMPLES,)` of samples with replacement, each of the size of `values`."""
     picks = generator.integers(len(values), size=(RESAMPLES, len(values)))

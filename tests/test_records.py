@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
+
+from ensemble.bench.report.comparison import compare
 from ensemble.bench.report.table import render_table
 from ensemble.bench.report.verdict import render_answer, render_remarks
-from ensemble.bench.summary import Summary
+from ensemble.bench.summary import Run, Summary
 from tests.made import (
     ENVIRONMENT,
     LOOP,
@@ -88,3 +91,63 @@ def test_rows_that_are_noisy_in_the_same_way_share_a_line() -> None:
     remarks = render_remarks([LOOP, first, second], ENVIRONMENT)
     assert remarks.count("Warning") == 1
     assert "reported: vmap, 4 models (40%); vmap, 8 models (50%).\n" in remarks
+
+
+def with_alone(*speedups: float, beside: float = 1.0) -> Summary:
+    """A row whose loop takes 0.1 s alone, and `beside` times that in turns with it."""
+    one = VMAP.measurements[0]
+    return row_of(
+        *(
+            replace(
+                one,
+                times_s=(0.1 / speedup,) * 8,
+                reference_times_s=(0.1 * beside + 1e-4 * k,) * 8,
+                reference_alone_times_s=(0.1,) * 6,
+            )
+            for k, speedup in enumerate(speedups)
+        )
+    )
+
+
+def test_the_speedup_is_over_the_reference_alone() -> None:
+    row = with_alone(2.0, 2.1, 1.9, beside=1.3)
+    assert row.process_speedups == pytest.approx((2.0, 2.1, 1.9))
+    assert row.speedup == pytest.approx(2.0)
+    assert row.reference_median_s == 0.1
+    one = with_alone(2.0, beside=1.3)
+    assert one.speedup_interval == pytest.approx((2.0, 2.0))
+    wide = replace(
+        one.measurements[0],
+        times_s=(0.05, 0.06, 0.05, 0.04) * 2,
+        reference_alone_times_s=(0.09, 0.1, 0.11) * 2,
+    )
+    low, high = row_of(wide).speedup_interval or (0, 0)
+    assert low < 1.8 < 2.0 < 2.2 < high  # both medians vary
+
+
+def test_a_loop_that_a_strategy_slows_is_noted() -> None:
+    slowed = with_alone(2.0, 2.0, 2.0, beside=1.3)
+    remarks = render_remarks([LOOP, slowed], ENVIRONMENT)
+    assert (
+        "Note: vmap, 4 models: in turns with it the loop takes 1.30x as long as alone, before it"
+        " was built; the speedup is over the loop alone." in remarks
+    )
+    near = with_alone(2.0, 2.0, 2.0, beside=1.05)
+    assert "in turns" not in render_remarks([LOOP, near, VMAP], ENVIRONMENT)
+
+
+def test_a_baseline_without_times_of_the_loop_alone_is_compared_by_its_pairs() -> None:
+    old = row_of(
+        *(
+            replace(one, reference_alone_times_s=())
+            for one in with_alone(2.0, 2.01, 1.99).measurements
+        )
+    )
+    runs = [
+        Run(ENVIRONMENT, {}, (row,))
+        for row in (with_alone(2.0, 2.01, 1.99, beside=1.3), with_alone(2.0, 2.01, 1.99))
+    ]
+    (by_pairs,) = compare(runs[0], Run(ENVIRONMENT, {}, (old,)))
+    assert by_pairs.ratio == pytest.approx(1 / 1.3, rel=0.01)
+    (alone,) = compare(*runs)
+    assert alone.ratio == pytest.approx(1.0)

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from ensemble.bench.case import Case
 from ensemble.bench.load.record import LoadTest
-from ensemble.statistics import median
+from ensemble.statistics import bootstrap_interval, bootstrap_ratio_interval, median
 
 OK, FAILED, UNAVAILABLE = "ok", "failed", "unavailable"
 
@@ -62,6 +62,8 @@ class Measurement:
     `status` is `ok`, `failed` (it raised, or its outputs disagree) or `unavailable` (it cannot run
     on this machine); `error` says why where it is not `ok`. `times_s` and `reference_times_s` are
     pairs, in the order in which they were measured; the reference itself has no pairs.
+    `reference_alone_times_s` are calls of the reference before the strategy was built: what a
+    program takes that runs nothing else. In files of earlier versions there are none.
     """
 
     case: Case
@@ -69,6 +71,7 @@ class Measurement:
     error: str | None = None
     times_s: tuple[float, ...] = ()
     reference_times_s: tuple[float, ...] = ()
+    reference_alone_times_s: tuple[float, ...] = ()
     build_s: float | None = None
     first_call_s: float | None = None
     peak_memory_bytes: int | None = None
@@ -98,8 +101,23 @@ class Measurement:
 
     @cached_property
     def speedup(self) -> float | None:
-        """The median of the ratios."""
-        return median(self.ratios)
+        """Time of the reference alone / time of the strategy, both medians; the median of the
+        pairs where the former is not known."""
+        if not self.reference_alone_times_s:
+            return median(self.ratios)
+        return _ratio(median(self.reference_alone_times_s), median(self.times_s))
+
+    @cached_property
+    def speedup_interval(self) -> tuple[float, float] | None:
+        """The bootstrap interval of the speedup: how precisely this process knows its own."""
+        if not self.reference_alone_times_s:
+            return bootstrap_interval(self.ratios)
+        return bootstrap_ratio_interval(self.reference_alone_times_s, self.times_s)
+
+    @cached_property
+    def slowdown_of_reference(self) -> float | None:
+        """Time of the reference in the pairs / alone."""
+        return _ratio(median(self.reference_times_s), median(self.reference_alone_times_s))
 
 
 @dataclass(frozen=True)

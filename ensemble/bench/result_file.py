@@ -240,7 +240,8 @@ def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
 
 
 def _check_times(result: Summary) -> None:
-    for times in (result.times_s, result.reference_times_s):
+    alone = [time for one in result.measurements for time in one.reference_alone_times_s]
+    for times in (result.times_s, result.reference_times_s, alone):
         numbers = all(isinstance(time, int | float) for time in times)
         if not numbers or not all(0 < time < math.inf for time in times):
             raise ValueError(

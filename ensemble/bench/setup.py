@@ -13,6 +13,7 @@ from ensemble.bench.build import BuiltStrategy, build, release_compiled
 from ensemble.bench.case import REFERENCE, Case
 from ensemble.bench.failures import explain, optional
 from ensemble.bench.measurement import Note, RankTimes
+from ensemble.machine.timing import Sample
 from ensemble.strategies import TUNE_SECONDS, eager, find
 from ensemble.strategies.agreement import TOLERANCES, check
 from ensemble.strategies.reduction import with_reduction
@@ -57,6 +58,7 @@ class Setup:
     reference: BuiltStrategy
     float64_logits: Tensor | None
     notes: tuple[Note, ...]
+    reference_alone: tuple[Sample, ...] = ()  # calls before anything else was built
 
 
 def local_setup(

@@ -156,7 +156,15 @@ class Summary:
 
     @cached_property
     def reference_median_s(self) -> float | None:
-        return median(self.reference_times_s)
+        """The median time of the reference: alone, or in the pairs where that is not known."""
+        alone = [time for one in self.measurements for time in one.reference_alone_times_s]
+        return median(alone or self.reference_times_s)
+
+    @cached_property
+    def slowdown_of_reference(self) -> LogMean | None:
+        """Time of the reference in the pairs / alone, over processes; None for fewer than two."""
+        known = self._known("slowdown_of_reference")
+        return log_mean(known)
 
     @cached_property
     def iqr_s(self) -> float | None:
@@ -164,7 +172,7 @@ class Summary:
 
     @cached_property
     def speedup(self) -> float | None:
-        """Reference time / strategy time: the median over processes of their medians over pairs.
+        """Time of the reference / time of the strategy: the median over processes.
 
         1 for the reference.
         """
@@ -174,11 +182,11 @@ class Summary:
 
     @cached_property
     def speedup_interval(self) -> tuple[float, float] | None:
-        """The 95 % confidence interval over processes; of one process, a bootstrap of its pairs."""
+        """The 95 % confidence interval over processes; of one process, a bootstrap of its calls."""
         if self.status != OK:
             return None
         if len(self.process_speedups) == 1:
-            return bootstrap_interval(next(one.ratios for one in self.measurements if one.ratios))
+            return next(one.speedup_interval for one in self.measurements if one.speedup)
         return between_process_interval(self.process_speedups)
 
     @cached_property
@@ -212,7 +220,7 @@ class Summary:
     @cached_property
     def within_processes(self) -> float | None:
         """Half-width of the confidence interval within a process, the median over processes."""
-        intervals = (bootstrap_interval(one.ratios) for one in self.measurements)
+        intervals = (one.speedup_interval for one in self.measurements)
         return median([half_width(interval) for interval in intervals if interval is not None])
 
     @cached_property

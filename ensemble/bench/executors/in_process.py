@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
-from ensemble.bench.case import Case, Task
+import torch
+
+from ensemble.bench.case import REFERENCE, Case, Task
 from ensemble.bench.config import Config
 from ensemble.bench.executors.executor import Execute, OnProgress, TaskOf
-from ensemble.bench.measure import measure
+from ensemble.bench.measure import measure, time_alone
 from ensemble.bench.measurement import FAILED, Measurement
 from ensemble.bench.setup import Setup, SetupError, local_setup
 from ensemble.bench.stages import OnStage
@@ -25,8 +28,8 @@ def in_process(config: Config, workload: Workload) -> Iterator[Execute]:
 def setup_of(
     config: Config, workload: Workload, cases: Sequence[Case], *, is_first: bool = True
 ) -> Setup:
-    """The setup of cases as configured; see `local_setup`."""
-    return local_setup(
+    """The setup of cases as configured; see `local_setup` and `with_reference_alone`."""
+    setup = local_setup(
         cases,
         workload.models,
         workload.images,
@@ -34,6 +37,22 @@ def setup_of(
         tune_seconds=config.measure.tune_seconds,
         is_first=is_first,
     )
+    return with_reference_alone(setup, cases, config)
+
+
+def with_reference_alone(setup: Setup, cases: Sequence[Case], config: Config) -> Setup:
+    """The setup with calls of the reference, timed before anything else is built.
+
+    Raises:
+        SetupError: a call failed.
+    """
+    if config.load is not None or all(case.is_reference for case in cases):
+        return setup
+    try:
+        return replace(setup, reference_alone=time_alone(setup, config.measure))
+    except Exception as error:
+        why = setup.backend.explain(error, REFERENCE, torch.float32)
+        raise SetupError(f"the reference failed: {why}") from error
 
 
 def execute(

@@ -2,10 +2,8 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from math import exp, inf, log
+from math import exp, inf, log, nan
 from typing import Any
-
-import numpy as np
 
 from ensemble.bench.case import Case
 from ensemble.bench.environment import Environment
@@ -18,6 +16,7 @@ from ensemble.statistics import (
     LogMean,
     bootstrap_interval,
     log_mean,
+    median,
     of_interval,
 )
 
@@ -41,9 +40,9 @@ LABEL_FIELDS = ("batch", "px", "dtype")  # of a case, besides its strategy and N
 class Comparison:
     """A row against its baseline. `ratio` is new time / old time: above 1 it is slower.
 
-    A strategy's time is relative to its paired reference, so that a slower machine is not a slower
-    strategy; the reference's own is in seconds. `interval` has one-sided confidence bounds,
-    simultaneous ones of all rows of the comparison.
+    A strategy's time is relative to the reference of its own processes, so that a slower machine is
+    not a slower strategy; the reference's own is in seconds. `interval` has one-sided confidence
+    bounds, simultaneous ones of all rows of the comparison.
     """
 
     row: Summary
@@ -106,21 +105,31 @@ def _option(run: Run, name: str) -> Any:
     return run.config.get(name, OLD_DEFAULTS.get(name))
 
 
-def mean_of(row: Summary) -> LogMean | None:
-    """The time of a row relative to its paired reference, of a reference in seconds.
+def mean_of(row: Summary, *, alone: bool) -> LogMean | None:
+    """The time of a row relative to the reference, of a reference in seconds.
 
     Of one process the spread of its calls is known; that between processes is taken to be
     `ASSUMED_SPREAD`. None if it has too few calls.
+
+    alone: relative to the reference alone, else to the paired one.
     """
-    if len(row.processes) > 1:
-        return log_mean(_medians(row))
-    times = _times(row.processes[0])
-    interval = bootstrap_interval(times)
+    times = [_time(process, alone) for process in row.processes if process.times_s]
+    if len(times) > 1:
+        return log_mean(times)
+    process = row.processes[0]
+    if row.case.is_reference:
+        interval = bootstrap_interval(process.times_s)
+    else:
+        interval = process.speedup_interval if alone else bootstrap_interval(process.ratios)
     if interval is None:
         return None
-    return LogMean(
-        log(float(np.median(times))), of_interval(interval).variance + ASSUMED_SPREAD**2, inf
-    )
+    return LogMean(log(times[0]), of_interval(interval).variance + ASSUMED_SPREAD**2, inf)
+
+
+def _time(process: Measurement, alone: bool) -> float:
+    """The time of a process relative to the reference; in seconds for the reference itself."""
+    speedup = process.speedup if alone else median(process.ratios)
+    return 1 / speedup if speedup else median(process.times_s) or nan
 
 
 def inconclusive_cases(
@@ -178,10 +187,11 @@ def render(
 
 
 def _compare(row: Summary, old: Summary, confidence: float) -> Comparison:
-    means = mean_of(row), mean_of(old)
+    alone = all(one.reference_alone_times_s for one in (*row.processes, *old.processes))
+    means = mean_of(row, alone=alone), mean_of(old, alone=alone)
     inconclusive = row.inconclusive or old.inconclusive
     if means[0] is None or means[1] is None:
-        ratio = _typical(row) / _typical(old)
+        ratio = _typical(row, alone) / _typical(old, alone)
         return Comparison(row, ratio, None, inconclusive or TOO_FEW)
     quotient = means[0].over(means[1])
     low, high = quotient.interval(confidence)
@@ -190,19 +200,8 @@ def _compare(row: Summary, old: Summary, confidence: float) -> Comparison:
     return Comparison(row, exp(quotient.mean), (low, high), inconclusive)
 
 
-def _typical(row: Summary) -> float:
-    return float(np.median(_medians(row)))
-
-
-def _medians(row: Summary) -> list[float]:
-    """The median of each process with times."""
-    return [float(np.median(_times(process))) for process in row.processes if process.times_s]
-
-
-def _times(process: Measurement) -> list[float]:
-    """Times relative to the paired reference; in seconds for a row without pairs."""
-    pairs = zip(process.times_s, process.reference_times_s, strict=False)
-    return [time / other for time, other in pairs] or list(process.times_s)
+def _typical(row: Summary, alone: bool) -> float:
+    return median([_time(one, alone) for one in row.processes if one.times_s]) or nan
 
 
 def _sentence(comparison: Comparison, fail_above: float | None) -> str:

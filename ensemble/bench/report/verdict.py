@@ -1,6 +1,7 @@
 """Results -> the answer in sentences: the fastest strategy, its confidence interval, caveats."""
 
 from collections.abc import Collection, Sequence
+from math import exp
 
 from ensemble.bench.environment import Environment
 from ensemble.bench.report import sweep
@@ -9,6 +10,7 @@ from ensemble.bench.summary import BUSY, Summary
 from ensemble.formatting import count, milliseconds
 from ensemble.statistics import CONFIDENCE, MODE_GAP, NOISY, TOO_NOISY, median, modes
 
+INTERFERENCE = 0.1  # of the loop's time, from which on a strategy's effect on it is reported
 NOTHING_COMPARED = "Nothing was compared with the loop."
 
 
@@ -44,6 +46,7 @@ def render_remarks(
             lines += [_sentence(row, case_name(row.case, varying))] if verbose else []
             lines += _bimodality(row, case_name(row.case, varying))
             lines += [] if row.inconclusive else _page_faults(row, where, environment)
+            lines += _interference(row, case_name(row.case, varying))
         lines += _disorder(rows, varying)
         if index == 0:  # only the first grid point has cold starts
             lines += _cold_start(rows, environment)
@@ -136,8 +139,8 @@ def _disorder(rows: Sequence[Summary], varying: Collection[str]) -> list[str]:
     return [
         f"Note: {case_name(other.case, varying)} had shorter calls"
         f" ({milliseconds(other.median_s or 0.0)}) than {row.name}"
-        f" ({milliseconds(row.median_s or 0.0)}) at a smaller speedup: the loop in its pairs was"
-        " faster too."
+        f" ({milliseconds(row.median_s or 0.0)}) at a smaller speedup: the loop was faster too in"
+        " its processes."
         for row, other in sweep.disordered(rows)
     ]
 
@@ -224,6 +227,21 @@ def _by_page_faults(speedups: Sequence[float], faults: Sequence[float | None]) -
     slow, fast = sorted([few, many], key=lambda group: speedups[group[0]])
     gap = min(speedups[index] for index in fast) / max(speedups[index] for index in slow) - 1
     return sorted([few, many], key=len, reverse=True) if gap > MODE_GAP else everything
+
+
+def _interference(row: Summary, label: str) -> list[str]:
+    """A remark if the loop is slower, or faster, in turns with a strategy than alone."""
+    slowdown = row.slowdown_of_reference
+    if slowdown is None:
+        return []
+    low, high = slowdown.interval()
+    factor = exp(slowdown.mean)
+    if low <= 1 <= high or 1 / (1 + INTERFERENCE) < factor < 1 + INTERFERENCE:
+        return []
+    return [
+        f"Note: {label}: in turns with it the loop takes {factor:.2f}x as long as alone, before it"
+        " was built; the speedup is over the loop alone."
+    ]
 
 
 def _page_faults_differ(faults: Sequence[float | None]) -> bool:

@@ -1,8 +1,10 @@
 """Rows from build to times: each failure costs its own row, with a reason."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from statistics import median
 
 import pytest
 import torch
@@ -190,6 +192,42 @@ def test_logits_that_go_wrong_after_the_timed_calls_fail_the_row(
     assert row.status == "failed"
     assert (row.error or "").startswith("after its timed calls, ")
     assert row.times_s == ()
+
+
+def test_the_reference_is_timed_alone_before_a_strategy_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A strategy slows the loop from its build on: the speedup is over the loop of before."""
+    loop, slowed = STRATEGIES["loop"].builder(), list[bool]()
+
+    def slowed_loop(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        forward = loop(models, example).forward
+
+        def call(x: Tensor) -> Tensor:
+            time.sleep(0.02 if slowed else 0.005)
+            return stack_outputs(forward(x), len(models))
+
+        return call
+
+    def builder(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        slowed.append(True)
+        forward = loop(models, example).forward
+
+        def call(x: Tensor) -> Tensor:
+            time.sleep(0.005)
+            return stack_outputs(forward(x), len(models))
+
+        return call
+
+    monkeypatch.setitem(STRATEGIES, "loop", Made(slowed_loop))
+    monkeypatch.setitem(STRATEGIES, "vmap", Made(builder))
+    _, row = run(with_options(QUICK, strategies=("loop", "vmap"), min_seconds=0.1))
+    (one,) = row.measurements
+    assert len(one.reference_alone_times_s) >= 6
+    assert median(one.reference_times_s) > 0.02
+    assert median(one.reference_alone_times_s) < 0.015
+    assert row.speedup == pytest.approx(1.0, abs=0.4)
+    assert row.reference_median_s == median(one.reference_alone_times_s)
 
 
 def test_the_roofline_is_measured_once_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,5 +178,5 @@ def test_rows_ordered_differently_by_speedup_and_by_time_are_noted() -> None:
     remarks = render_remarks([LOOP, fast_loop, slow_loop], ENVIRONMENT)
     assert (
         "Note: jax, 4 models had shorter calls (18 ms) than folded_vmap (19.2 ms) at a smaller"
-        " speedup: the loop in its pairs was faster too." in remarks
+        " speedup: the loop was faster too in its processes." in remarks
     )

@@ -99,7 +99,8 @@ def over_ranks(config: Config, workload: Workload) -> Iterator[Execute]:
         if reason:
             raise SetupError(reason)
         backend = sharded_backend.make_backend(leader, example, config.models.reduce)
-        return make_setup(cases, backend, workload.models, images)
+        setup = make_setup(cases, backend, workload.models, images)
+        return in_process.with_reference_alone(setup, cases, config)
 
     with _diagnosed():
         yield partial(in_process.execute, make, config)
