@@ -149,9 +149,9 @@ class MeasureOptions:
 
     warmup: int = flag("warm-up calls", type=not_negative, default=1, metavar="CALLS")
     min_pairs: int = flag(
-        "minimum pairs of strategy and reference per row", type=positive, default=35, metavar="P"
+        "minimum pairs of strategy and reference per row", type=positive, default=30, metavar="P"
     )
-    min_seconds: float = flag("minimum duration of them", type=seconds, default=3.0, metavar="S")
+    min_seconds: float = flag("minimum duration of them", type=seconds, default=2.0, metavar="S")
     processes: int = flag(
         "fresh processes per row; 0: measure in this process, for a debugger",
         type=not_negative,

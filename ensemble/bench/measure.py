@@ -142,6 +142,7 @@ def time_alone(setup: Setup, options: MeasureOptions) -> tuple[Sample, ...]:
     rounds = interleaved(
         [calls],
         ready=[reference.ready],
+        untimed=[calls.repeat],
         renew=[calls.renew],
         warmup=options.warmup,
         min_rounds=MIN_PAIRS_FOR_INTERVAL,
@@ -174,6 +175,7 @@ def _timed(
     for samples in interleaved(
         calls,
         ready=[one.ready for one in both],
+        untimed=[one.repeat for one in calls],
         renew=[one.renew for one in calls],
         warmup=options.warmup,
         min_rounds=options.min_pairs,
@@ -226,7 +228,7 @@ def _error_of_answer(
         largest=float(setup.reference.logits.abs().max()),
     )
     if found.problem:
-        cause = "its answer to the input before; " if strategy.repeats else ""
+        cause = "the answer to an earlier input; " if strategy.repeats else ""
         raise WrongAnswerError(f"in a timed call with a new input, {cause}{found.problem}")
     return found.max_rel_error or 0.0
 

@@ -15,41 +15,56 @@ from ensemble.statistics import median
 # A leak is reported if at least so many of the rounds grew, by so much in all and per call.
 MIN_GROWING_SHARE, MIN_GROWTH_BYTES, MIN_LEAK_BYTES = 0.8, 4 * 2**20, 2**18
 BUSY_CORES = 0.2  # of a core, while this program waits
+KEPT_ANSWERS = 3  # that a result is compared with: there are two buffers for inputs
 
 
 class TimedCalls:
-    """The timed calls of a built strategy: each has an input that no call before has had.
+    """The calls of a built strategy: each timed one has an input that no call before has had.
 
-    `renew` and `renewed` are not timed; the calls that precede a timed one have its predecessor's
-    input.
+    Of `interleaved`: `renew` makes the next input, untimed calls have the one before it. It is made
+    before those, since the threads of OpenMP that make it spin for some 5 ms.
     """
 
     def __init__(self, built: BuiltStrategy, example: Tensor) -> None:
         """example: in float32; the strategy is called in the dtype of its own."""
         self._built, self._example = built, example
         self._varied = torch.empty_like(example)
-        self._input = built.example.clone()
-        self._number = 0
-        self._before: Tensor | None = None
+        self._input, self._next = built.example.clone(), built.example.clone()
+        self._number = self._next_number = 0
+        self._answers = dict[int, Tensor]()  # number of an input -> result; the last few
         self.calls = 0
         self.result: Tensor | None = None
 
     def renew(self) -> None:
         """Make the next input, and forget the last result."""
-        self._number += 1
-        vary(self._example, self._number, out=self._varied)
-        self._input.copy_(self._varied)
-        self._before, self.result = self.result, None
+        self._next_number += 1
+        vary(self._example, self._next_number, out=self._varied)
+        self._next.copy_(self._varied)
+        self.result = None
+
+    def repeat(self) -> None:
+        """A call with the input of the last timed one."""
+        self.calls += 1
+        self._answers[self._number] = self._built.timed_forward(self._input)
+        while len(self._answers) > KEPT_ANSWERS:
+            del self._answers[min(self._answers)]
 
     def __call__(self) -> None:
+        """A call with the next input."""
         self.calls += 1
+        self._input, self._next = self._next, self._input
+        self._number = self._next_number
         self.result = self._built.timed_forward(self._input)
 
     @property
     def repeats(self) -> bool:
-        """Is the result that of the input before, to the last bit?"""
-        before, result = self._before, self.result
-        return before is not None and result is not None and torch.equal(before, result)
+        """Is the result that of an earlier input, to the last bit?"""
+        result = self.result
+        return result is not None and any(
+            torch.equal(answer, result)
+            for number, answer in self._answers.items()
+            if number != self._number
+        )
 
 
 def leak(used_bytes: Sequence[int | None], calls: Sequence[int]) -> float | None:

@@ -67,6 +67,7 @@ def interleaved(
     min_seconds: float,
     synchronize: Callable[[], None],
     ready: Sequence[Callable[[], None]] | None = None,
+    untimed: Sequence[Callable[[], object]] | None = None,
     renew: Sequence[Callable[[], None]] | None = None,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
@@ -75,13 +76,18 @@ def interleaved(
     """Yield rounds of samples; each round times every function once, in random order.
 
     The samples of a round are in the order of `functions`. Every function first runs `warmup`
-    untimed calls. Stops after at least `min_rounds` rounds and `min_seconds` seconds. `ready` and
-    `renew`, if given, have a callback per function: the former runs untimed before each of its
-    calls, the latter before each timed one.
+    untimed calls. Stops after at least `min_rounds` rounds and `min_seconds` seconds.
+
+    These, if given, have a callback per function:
+        ready: runs untimed before each of its calls.
+        untimed: is called in its place where it is not timed.
+        renew: prepares its next timed call, before the untimed ones that precede it.
     """
     before = ready or [lambda: None for _ in functions]
-    untimed = [partial(_call_both, *both) for both in zip(before, functions, strict=True)]
-    for call in untimed:
+    settling = [
+        partial(_call_both, *both) for both in zip(before, untimed or functions, strict=True)
+    ]
+    for call in settling:
         for _ in range(warmup):
             call()
     timed = partial(time_call, synchronize=synchronize, clock=clock, page_faults=page_faults)
@@ -91,12 +97,12 @@ def interleaved(
         generator.shuffle(order)
         samples = {}
         for index in order:
+            if renew is not None:
+                renew[index]()
             if last.get(index, 0.0) >= LONG_S:
                 sleep(SETTLE_S)
             else:
-                _settle(untimed[index], synchronize, clock)
-            if renew is not None:
-                renew[index]()
+                _settle(settling[index], synchronize, clock)
             before[index]()
             samples[index] = timed(functions[index])
             last[index] = samples[index].seconds

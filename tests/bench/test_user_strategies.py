@@ -54,8 +54,11 @@ def test_an_own_strategy_is_measured_like_any_other(here: list[str]) -> None:
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        ("caches_by_object", "in a timed call with a new input, its answer to the input before"),
-        ("answers_with_a_constant", "in a timed call with a new input, its answer to the input"),
+        ("caches_by_object", "in a timed call with a new input, the answer to an earlier input"),
+        (
+            "answers_with_a_constant",
+            "in a timed call with a new input, the answer to an earlier input",
+        ),
         ("wrong_from_the_third_call_on", "in a timed call with a new input, outputs disagree"),
         ("wrong_in_every_third_call", "in a timed call with a new input, outputs disagree"),
         ("computes_later", "outputs disagree"),
@@ -81,21 +84,21 @@ def test_a_cache_of_inputs_gains_nothing(here: list[str]) -> None:
 @pytest.mark.parametrize(
     ("function", "remark"),
     [
-        ("leaks", "memory grows by 20.0 MB per call"),
-        ("spins", "keeps 1 core busy between calls"),
-        ("leaves_a_process_busy", "keeps 1 core busy between calls"),
+        ("leaks", " MB per call"),
+        ("spins", "busy between calls"),
+        ("leaves_a_process_busy", "busy between calls"),
     ],
 )
 def test_what_a_strategy_leaves_behind_is_a_note(
     here: list[str], function: str, remark: str
 ) -> None:
-    row = row_of(here, function)
-    user.load(str(PLANTED), "stop")()
-    assert row.status == "ok"
-    if "core" in remark:  # on a busy machine it gets less
-        assert any("busy between calls" in note for note in row.notes), row.notes
-    else:
-        assert any(note.startswith("memory grows by 2") for note in row.notes), row.notes
+    for _ in range(5):  # on a busy machine what is left behind may get no time
+        row = row_of(here, function)
+        user.load(str(PLANTED), "stop")()
+        assert row.status == "ok"
+        if found := [note for note in row.notes if note.endswith(remark)]:
+            break
+    assert found, row.notes
 
 
 def test_an_honest_strategy_leaves_nothing_behind(here: list[str]) -> None:

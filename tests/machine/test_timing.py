@@ -185,3 +185,30 @@ def test_synchronizing_an_unavailable_device_raises() -> None:
     synchronize(torch.device("cpu"))
     with pytest.raises((RuntimeError, ValueError)):
         synchronize(torch.device("meta"))
+
+
+def test_a_timed_call_is_prepared_before_the_untimed_ones_that_precede_it() -> None:
+    clock, calls = FakeClock(), list[str]()
+
+    def spend(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            calls.append(name)
+            clock.spend(seconds)
+
+        return call
+
+    rounds = interleaved(
+        [spend("timed", 0.5 * SETTLE_S)],
+        untimed=[spend("untimed", 0.75 * SETTLE_S)],
+        renew=[spend("renew", 7.0)],
+        ready=[spend("ready", 0.0)],
+        warmup=1,
+        min_rounds=2,
+        min_seconds=0,
+        synchronize=nothing,
+        clock=clock,
+        page_faults=no_faults,
+    )
+    assert [sample.seconds for (sample,) in rounds] == pytest.approx([0.5 * SETTLE_S] * 2)
+    one_round = ["renew", *["ready", "untimed"] * 2, "ready", "timed"]
+    assert calls == ["ready", "untimed", *one_round * 2]

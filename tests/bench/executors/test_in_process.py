@@ -226,7 +226,7 @@ def test_the_reference_is_timed_alone_before_a_strategy_is_built(
     assert len(one.reference_alone_times_s) >= 6
     assert median(one.reference_times_s) > 0.02
     assert median(one.reference_alone_times_s) < 0.015
-    assert row.speedup == pytest.approx(1.0, abs=0.4)
+    assert 0.5 < (row.speedup or 0) < 2  # over the slowed loop 4
     assert row.reference_median_s == median(one.reference_alone_times_s)
 
 

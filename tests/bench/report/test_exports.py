@@ -42,7 +42,7 @@ def test_the_json_file_follows_its_schema() -> None:
     assert document["results"][0]["speedup"] == 1.5
     assert document["results"][0]["speedup_interval"] is None
     assert document["environment"]["git_commit"] is None
-    assert document["config"]["min_pairs"] == 35
+    assert document["config"]["min_pairs"] == 30
     assert document["config"]["image_size"] == [224]
 
 
