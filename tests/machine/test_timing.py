@@ -187,7 +187,10 @@ def test_synchronizing_an_unavailable_device_raises() -> None:
         synchronize(torch.device("meta"))
 
 
-def test_a_timed_call_is_prepared_before_the_untimed_ones_that_precede_it() -> None:
+def test_a_timed_call_is_prepared_before_the_untimed_ones_that_precede_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "SETTLE_S", SETTLE_S)
     clock, calls = FakeClock(), list[str]()
 
     def spend(name: str, seconds: float) -> Callable[[], None]:
