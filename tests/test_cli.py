@@ -34,6 +34,7 @@ from tests.made import (
     VMAP,
     changed,
 )
+from tests.programs import signaled
 
 ROOT = Path(resnet_vmap.__file__).parent
 KITTEN = str(ROOT / "kitten.jpg")
@@ -564,31 +565,12 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(
     argv = ["--model_path", checkpoint, "--image_size", "32", "--export_json", str(target)]
     argv += ["--strategies", "loop", "vmap", "--min_seconds", "1", "--min_pairs", "100000"]
     argv += ["--processes", "0"]
-    program = (  # a shell's background job, as a gate may be, ignores SIGINT and hands that on
-        "import signal, sys, resnet_vmap\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "sys.exit(resnet_vmap.main(sys.argv[1:]))"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *argv, "--num_models", "1"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if line.startswith("loop, 1 model: timing"):
-                    break
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()  # left running, it would be blamed on a later test
-    assert process.returncode == 130
-    assert "interrupted: 0 of 2 rows are finished" in err
-    assert "Traceback" not in err
-    assert "Nothing was compared with the loop." in out
+    argv += ["--num_models", "1"]
+    ended = signaled(argv, signal.SIGINT, at="loop, 1 model: timing")
+    assert ended.code == 130
+    assert "interrupted: 0 of 2 rows are finished" in ended.err
+    assert "Traceback" not in ended.err
+    assert "Nothing was compared with the loop." in ended.out
     assert not target.exists()
 
 

@@ -17,7 +17,7 @@ from ensemble.bench.measurement import Roofline
 from ensemble.bench.setup import make_example
 from ensemble.bench.workload import Workload
 from ensemble.machine.devices import synchronize
-from ensemble.machine.timing import time_call
+from ensemble.machine.timing import Clock, time_call
 from ensemble.models import stacking
 
 # Timed calls of each measurement, after one that is not; the fastest is the limit. Once BUDGET_S
@@ -52,23 +52,31 @@ class Work:
         return max((compute, "compute"), (memory, "memory"))
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+def measure_limits(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    read_bytes: int = READ_BYTES,
+    clock: Clock = time.perf_counter,
+) -> Limits:
     """The rate of a square matrix product in `dtype`, and of reading memory, on `device`.
 
     The matrix grows while products take less than half of `BUDGET_S`, the best rate is the limit:
     where they are slow (float16 on a CPU that computes it one number at a time), those of a small
     matrix are long enough to time.
+
+    read_bytes: how much memory is read; more than any cache holds.
     """
     side, largest = SMALL_SIDE, MATRIX_SIDE.get(device.type, LARGE_SIDE)
-    product_s = _least_seconds(_product(side, device, dtype), device)
+    product_s = _least_seconds(_product(side, device, dtype), device, clock)
     rate = 2 * side**3 / product_s
     while side < largest and 2**3 * product_s < BUDGET_S / 2:
         side *= 2
-        product_s = _least_seconds(_product(side, device, dtype), device)
+        product_s = _least_seconds(_product(side, device, dtype), device, clock)
         rate = max(rate, 2 * side**3 / product_s)
-    read = torch.ones(READ_BYTES // 4, device=device, dtype=torch.float32)
-    read_s = _least_seconds(read.sum, device)
-    return Limits(rate, READ_BYTES / read_s)
+    read = torch.ones(read_bytes // 4, device=device, dtype=torch.float32)
+    read_s = _least_seconds(read.sum, device, clock)
+    return Limits(rate, read_bytes / read_s)
 
 
 Measured = dict[str, tuple[Limits | None, tuple[str, ...]]]  # by dtype, with notes
@@ -117,16 +125,14 @@ def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[]
     return lambda: matrix @ matrix
 
 
-def _least_seconds(function: Callable[[], object], device: torch.device) -> float:
+def _least_seconds(function: Callable[[], object], device: torch.device, clock: Clock) -> float:
     """The fastest of `CALLS` calls, of fewer where they take longer than `BUDGET_S` together."""
     function()
     synchronize(device)
-    begin, times = time.perf_counter(), list[float]()
+    begin, times = clock(), list[float]()
     while len(times) < CALLS:
-        sample = time_call(
-            function, synchronize=lambda: synchronize(device), clock=time.perf_counter
-        )
+        sample = time_call(function, synchronize=lambda: synchronize(device), clock=clock)
         times.append(sample.seconds)
-        if len(times) >= LEAST_CALLS and time.perf_counter() - begin >= BUDGET_S:
+        if len(times) >= LEAST_CALLS and clock() - begin >= BUDGET_S:
             break
     return min(times)

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble.machine import cores
+from ensemble.machine.cores import Cores
 
 _STAT = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Seconds so far: wall clock, CPU time of this program, CPU time of the whole machine."""
+    """Seconds so far: wall clock, CPU time of this program, CPU time of the whole machine; and the
+    cores there are."""
 
     wall_s: float
     own_s: float
     all_s: float | None
+    cores: Cores
 
 
 def read(own_pids: Sequence[int] = ()) -> Reading:
@@ -33,7 +36,7 @@ def read(own_pids: Sequence[int] = ()) -> Reading:
         busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         busy = None
-    return Reading(time.perf_counter(), own_s, busy)
+    return Reading(time.perf_counter(), own_s, busy, cores.detect())
 
 
 def own_cpu_s(own_pids: Sequence[int] = ()) -> float:
@@ -63,7 +66,7 @@ def share_of_others(before: Reading, after: Reading, needed: int | None = None) 
     needed: the number of cores that this program keeps busy at most. Others may use the remaining
         cores without harm, and the fraction refers to the needed ones. Default: all usable cores.
     """
-    found, wall = cores.detect(), after.wall_s - before.wall_s
+    found, wall = after.cores, after.wall_s - before.wall_s
     if before.all_s is None or after.all_s is None or not found.machine or wall <= 0:
         return None
     needed = min(needed or found.machine, found.max_threads or found.machine)

@@ -30,30 +30,34 @@ def published_url(arch: str) -> str:
 
 def published_name(arch: str) -> str:
     """The file name of torchvision's ImageNet weights for `arch`: `resnet18-f37072fd.pth`."""
-    return Path(urlparse(published_url(arch)).path).name
+    return _file_name(published_url(arch))
 
 
-def download(arch: str) -> State:
-    """torchvision's ImageNet weights for `arch`, from the torch.hub cache or downloaded; downloads
-    are verified by their hash.
+def download(url: str, *, timeout_s: float = DOWNLOAD_TIMEOUT_S) -> State:
+    """The weights at a `published_url`, from the torch.hub cache or downloaded; downloads are
+    verified by the hash in the file name.
 
     Raises:
-        URLError: the server does not respond within `DOWNLOAD_TIMEOUT_S`, or lacks the file.
+        URLError: the server does not respond within `timeout_s`, or lacks the file.
         InputError: the download has another hash, or the cached file is not a valid checkpoint.
     """
-    url, name = published_url(arch), published_name(arch)
+    name = _file_name(url)
     cached = _cache(name)
     if cached is not None:
         if not cached.exists():
-            _fetch(url, cached)
+            _fetch(url, cached, timeout_s)
         return checkpoints.read(cached)
     try:
         directory = tempfile.TemporaryDirectory(prefix="resnet_vmap_")
     except OSError as error:
         raise URLError(f"no directory to download to: {reason(error)}") from error
     with directory as path:
-        _fetch(url, Path(path) / name)
+        _fetch(url, Path(path) / name, timeout_s)
         return checkpoints.read(Path(path) / name)
+
+
+def _file_name(url: str) -> str:
+    return Path(urlparse(url).path).name
 
 
 def _cache(name: str) -> Path | None:
@@ -72,11 +76,11 @@ def _cache(name: str) -> Path | None:
     return directory / name
 
 
-def _fetch(url: str, target: Path) -> None:
+def _fetch(url: str, target: Path, timeout_s: float) -> None:
     digits = _HASH.search(target.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+        with _socket_timeout(timeout_s):
             torch.hub.download_url_to_file(url, str(target), digits[1] if digits else None)
     except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
         raise URLError(getattr(error, "reason", None) or str(error)) from error

@@ -57,7 +57,7 @@ def _published(
     url = pretrained.published_url(arch)
     say(f"Loading resnet model from {url}")
     try:
-        state = pretrained.download(arch)
+        state = pretrained.download(url)
     except URLError as error:
         seeds = f"{seed} to {seed + num_models - 1}" if num_models > 1 else str(seed)
         say(

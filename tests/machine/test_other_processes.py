@@ -15,30 +15,25 @@ from ensemble.machine.cores import Cores
 from ensemble.machine.other_processes import Reading, share_of_others
 
 
-def test_the_share_of_others_excludes_the_cpu_time_of_this_process(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cores, "detect", lambda: Cores(4, None, None))
-    before, after = Reading(10.0, 1.0, 100.0), Reading(12.0, 4.0, 107.0)
+def test_the_share_of_others_excludes_the_cpu_time_of_this_process() -> None:
+    four = Cores(4, None, None)
+    before, after = Reading(10.0, 1.0, 100.0, four), Reading(12.0, 4.0, 107.0, four)
     assert share_of_others(before, after) == 0.5  # 7 - 3 busy seconds of 2 s x 4 cores
 
 
-def test_others_may_use_the_cores_that_this_program_does_not_need(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    before = Reading(0.0, 0.0, 0.0)
+def test_others_may_use_the_cores_that_this_program_does_not_need() -> None:
     of_others = {3.0: 0.0, 6.0: 0.0, 7.0: 0.5, 8.0: 1.0}  # their busy cores -> share of our two
 
-    def found(needed: int | None) -> dict[float, float | None]:
+    def found(needed: int | None, usable: Cores) -> dict[float, float | None]:
+        before = Reading(0.0, 0.0, 0.0, usable)
         return {
-            busy: share_of_others(before, Reading(1.0, 0.0, busy), needed) for busy in of_others
+            busy: share_of_others(before, Reading(1.0, 0.0, busy, usable), needed)
+            for busy in of_others
         }
 
-    monkeypatch.setattr(cores, "detect", lambda: Cores(8, 8, None))
-    assert found(2) == of_others
-    assert found(99) == {busy: busy / 8 for busy in of_others}
-    monkeypatch.setattr(cores, "detect", lambda: Cores(8, 2, None))  # taskset -c 0,1
-    assert found(None) == of_others
+    assert found(2, Cores(8, 8, None)) == of_others
+    assert found(99, Cores(8, 8, None)) == {busy: busy / 8 for busy in of_others}
+    assert found(None, Cores(8, 2, None)) == of_others  # taskset -c 0,1
 
 
 def test_an_unavailable_reading_yields_no_share(

@@ -30,8 +30,8 @@ def cache(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Serve a body at a local URL and make it the published one."""
+def serve() -> Iterator[Serve]:
+    """Serve a body at a local URL."""
     servers: list[HTTPServer] = []
 
     def start(body: bytes, *, digits: str | None = None, status: int = 200) -> str:
@@ -48,9 +48,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         digits = digits or hashlib.sha256(body).hexdigest()[:8]
-        url = f"http://127.0.0.1:{server.server_port}/models/net-{digits}.pth"
-        monkeypatch.setattr(pretrained, "published_url", lambda arch: url)
-        return url
+        return f"http://127.0.0.1:{server.server_port}/models/net-{digits}.pth"
 
     yield start
     for server in servers:
@@ -59,12 +57,14 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
 
 @pytest.fixture
-def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """A bare listening socket at the published URL; the test defines its response."""
+def listener() -> Iterator[socket.socket]:
+    """A bare listening socket; the test defines its response."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/net-01234567.pth"
-        monkeypatch.setattr(pretrained, "published_url", lambda arch: url)
         yield server
+
+
+def url_of(server: socket.socket) -> str:
+    return f"http://127.0.0.1:{server.getsockname()[1]}/net-01234567.pth"
 
 
 def checkpoint() -> tuple[dict[str, Tensor], bytes]:
@@ -94,24 +94,24 @@ def test_every_architecture_has_a_published_file_with_a_hash_in_its_name() -> No
 def test_a_download_returns_the_state_dict_and_is_cached(serve: Serve, cache: Path) -> None:
     state, body = checkpoint()
     url = serve(body)
-    assert_same(pretrained.download("resnet18"), state)
+    assert_same(pretrained.download(url), state)
     assert (cache / url.rpartition("/")[2]).read_bytes() == body
 
 
 def test_a_file_in_the_cache_is_not_downloaded_again(serve: Serve, cache: Path) -> None:
     state, body = checkpoint()
     digits = hashlib.sha256(body).hexdigest()[:8]
-    serve(body)
-    pretrained.download("resnet18")
-    serve(b"gone", digits=digits, status=404)
-    assert_same(pretrained.download("resnet18"), state)
+    url = serve(body)
+    pretrained.download(url)
+    url = serve(b"gone", digits=digits, status=404)
+    assert_same(pretrained.download(url), state)
 
 
 def test_a_hash_mismatch_is_rejected_and_leaves_no_file(serve: Serve, cache: Path) -> None:
     url = serve(checkpoint()[1], digits="00000000")
     message = re.escape(f'{url}: invalid hash value (expected "00000000", got')
     with pytest.raises(InputError, match=message):
-        pretrained.download("resnet18")
+        pretrained.download(url)
     assert list(cache.iterdir()) == []
 
 
@@ -120,7 +120,7 @@ def test_an_html_page_instead_of_the_file_is_rejected_and_leaves_no_file(
 ) -> None:
     url = serve(b"<html>Log in to this network</html>", digits="f37072fd")
     with pytest.raises(InputError, match=re.escape(f"{url}: invalid hash value")):
-        pretrained.download("resnet18")
+        pretrained.download(url)
     assert list(cache.iterdir()) == []
 
 
@@ -140,28 +140,26 @@ def test_a_corrupted_file_in_the_cache_is_named(
     cache.mkdir(parents=True)
     cached.write_bytes(content)
     with pytest.raises(InputError, match=re.escape(f"{cached}: ") + f".*{message}"):
-        pretrained.download("resnet18")
+        pretrained.download(url)
 
 
 def test_a_missing_file_on_the_server_is_a_url_error(serve: Serve, cache: Path) -> None:
-    serve(b"not here", status=404)
+    url = serve(b"not here", status=404)
     with pytest.raises(URLError, match="Not Found"):
-        pretrained.download("resnet18")
+        pretrained.download(url)
     assert list(cache.iterdir()) == []
 
 
 def test_a_refused_connection_is_a_url_error(listener: socket.socket) -> None:
+    url = url_of(listener)
     listener.close()
     with pytest.raises(URLError, match="Connection refused"):
-        pretrained.download("resnet18")
+        pretrained.download(url)
 
 
-def test_a_server_that_never_answers_times_out(
-    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pretrained, "DOWNLOAD_TIMEOUT_S", 0.1)
+def test_a_server_that_never_answers_times_out(listener: socket.socket) -> None:
     with pytest.raises(URLError, match="timed out"):
-        pretrained.download("resnet18")
+        pretrained.download(url_of(listener), timeout_s=0.1)
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
@@ -177,7 +175,7 @@ def test_a_server_that_does_not_speak_http_is_a_url_error(
     thread = threading.Thread(target=respond)
     thread.start()
     with pytest.raises(URLError, match=r"closed connection without response|SSH-2\.0"):
-        pretrained.download("resnet18")
+        pretrained.download(url_of(listener))
     thread.join()
 
 
@@ -194,11 +192,11 @@ def test_without_a_writable_cache_the_download_is_temporary(
     (tmp_path / "file").touch()
     folders = {"a file": str(tmp_path / "file"), "missing": "/proc/1/none", "unknown": "~/.cache"}
     monkeypatch.setattr("torch.hub.get_dir", lambda: folders.get(home, "x" * 300))
-    assert_same(pretrained.download("resnet18"), state)
+    assert_same(pretrained.download(url), state)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "scratch"]
-    serve(b"gone", digits=url.rpartition("-")[2].partition(".")[0], status=404)
+    url = serve(b"gone", digits=url.rpartition("-")[2].partition(".")[0], status=404)
     with pytest.raises(URLError, match="Not Found"):  # a run then uses random weights
-        pretrained.download("resnet18")
+        pretrained.download(url)
 
 
 def test_a_full_disk_is_reported_with_advice(
@@ -207,18 +205,18 @@ def test_a_full_disk_is_reported_with_advice(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    serve(checkpoint()[1])
+    url = serve(checkpoint()[1])
     monkeypatch.setattr("torch.hub.download_url_to_file", full)
     with pytest.raises(InputError, match=r"No space left on device; set TORCH_HOME .*--model_path"):
-        pretrained.download("resnet18")
+        pretrained.download(url)
 
 
 def test_the_default_socket_timeout_is_restored_after_a_download(serve: Serve) -> None:
     before = socket.getdefaulttimeout()
-    serve(checkpoint()[1])
-    pretrained.download("resnet18")
+    url = serve(checkpoint()[1])
+    pretrained.download(url)
     assert socket.getdefaulttimeout() == before
-    serve(b"", status=500)
+    url = serve(b"", status=500)
     with pytest.raises(URLError):
-        pretrained.download("resnet18")
+        pretrained.download(url)
     assert socket.getdefaulttimeout() == before

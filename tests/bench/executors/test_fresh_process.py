@@ -36,6 +36,7 @@ from ensemble.errors import InputError, Stopped
 from ensemble.strategies import STRATEGIES, best
 from tests.bench.executors import dying_strategies
 from tests.made import CASE, CONFIG, ENVIRONMENT, ONE, ROW, changed, row_of, with_options
+from tests.programs import signaled
 from tests.tiny import tiny_models
 
 if TYPE_CHECKING:
@@ -399,57 +400,22 @@ def test_a_signal_ends_all_workers_within_a_second_and_keeps_what_is_finished(
     number: signal.Signals, code: int, says: str, tmp_path: Path
 ) -> None:
     """And nothing is left in the temporary folder."""
-    program = (
-        "import signal, sys, resnet_vmap\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "sys.exit(resnet_vmap.main(sys.argv[1:]))"
-    )
     target = tmp_path / "run.json"
     argv = ["--image_size", "32", "--strategies", "vmap", "hang", "--export_json", str(target)]
     argv += ["--min_pairs", "6", "--min_seconds", "0", "--image_path", str(ROOT / "kitten.jpg")]
     environment = os.environ | {"TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
     (tmp_path / "scratch").mkdir()
     environment |= {"https_proxy": "http://127.0.0.1:9", "TMPDIR": str(tmp_path / "scratch")}
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *argv],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if line.startswith("hang, 2 models, process 1: build"):
-                    break
-            workers = children(process.pid)
-            process.send_signal(number)
-            begin = time.monotonic()
-            while time.monotonic() < begin + 10 and any(map(is_there, workers)):
-                time.sleep(0.01)
-            took = time.monotonic() - begin
-            _, err = process.communicate(timeout=30)
-        finally:
-            process.kill()
-    assert process.returncode == code
-    assert took < (10.0 if number == signal.SIGKILL else 1.0)  # init waits for those of the dead
-    assert says in err
+    at = "hang, 2 models, process 1: build"
+    ended = signaled(argv, number, at=at, cwd=tmp_path, env=environment)
+    assert ended.code == code
+    # init waits for those of the dead
+    assert ended.children_s < (10.0 if number == signal.SIGKILL else 1.0)
+    assert says in ended.err
     assert list((tmp_path / "scratch").iterdir()) == []
     (row,) = exports.read(str(target), argument="").results
     assert (row.case.strategy, row.status) == ("vmap", "ok")
-    assert workers
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True)
-    return [int(line) for line in found.stdout.split()]
-
-
-def is_there(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    assert ended.children
 
 
 def test_files_of_the_working_folder_are_not_run_by_a_worker(
