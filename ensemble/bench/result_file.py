@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ensemble.bench.case import Case
 from ensemble.bench.environment import Environment
-from ensemble.bench.load.record import LoadRun, LoadTest
+from ensemble.bench.load.record import LoadRun, LoadTest, RateEstimate
 from ensemble.bench.measurement import (
     FAILED,
     OK,
@@ -27,7 +27,9 @@ from ensemble.bench.summary import Run, Summary
 from ensemble.errors import InputError
 from ensemble.files import first_bytes
 
-Record = TypeVar("Record", Case, Environment, LoadRun, LoadTest, Measurement, RankTimes, Roofline)
+Record = TypeVar(
+    "Record", Case, Environment, LoadRun, LoadTest, Measurement, RankTimes, Roofline, RateEstimate
+)
 
 SCHEMA, READ_SCHEMAS = 3, (1, 2, 3)
 CASE_FIELDS = tuple(field.name for field in fields(Case))
@@ -221,7 +223,15 @@ _OF_PROCESS = (
 
 
 def _load_test_of(values: Mapping[str, Any]) -> LoadTest:
-    return _record(LoadTest, {**values, "runs": [_record(LoadRun, run) for run in values["runs"]]})
+    estimate = values.get("estimate")
+    return _record(
+        LoadTest,
+        {
+            **values,
+            "runs": [_record(LoadRun, run) for run in values["runs"]],
+            "estimate": _record(RateEstimate, estimate) if estimate else None,
+        },
+    )
 
 
 def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:

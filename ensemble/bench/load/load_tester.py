@@ -14,15 +14,16 @@ from sys import maxsize
 
 from ensemble.bench.case import Case
 from ensemble.bench.config import LoadOptions
-from ensemble.bench.load import loadgen, queue_simulation
+from ensemble.bench.load import loadgen
 from ensemble.bench.load.batching import peak_throughput_qps
 from ensemble.bench.load.engine import Engine
 from ensemble.bench.load.engine_builder import serving_mode
 from ensemble.bench.load.loadgen import OFFLINE, SERVER, LoadGenSession, LoadGenSettings
+from ensemble.bench.load.queue_simulation import Queueing, late_curve
 from ensemble.bench.load.record import LoadRun
 from ensemble.bench.load.run_record import make_record
 from ensemble.bench.load.sample_library import sample_library, tenant_shares
-from ensemble.bench.load.search import LATE_REQUESTS
+from ensemble.bench.load.search import LATE_REQUESTS, LateCurve
 from ensemble.bench.load.server import BatchingPolicy, Server
 from ensemble.bench.stages import OnStage
 from ensemble.machine import memory
@@ -60,20 +61,25 @@ class LoadTester:
         self.peak_qps = peak_throughput_qps(engine.plans, self._num_tenants)
         self.runs: list[LoadRun] = []
 
-    def initial_qps(self) -> float:
-        """Where the search begins: the rate that a simulation with the measured times sustains.
-
-        At least a twentieth of the peak throughput.
-        """
-        estimate = queue_simulation.estimate_sustained_qps(
-            self._engine.plans,
-            tenant_shares=self._tenant_shares,
-            percentile=self._load_options.latency_percentile,
-            bound_s=self.bound_s,
+    def late_curve(self) -> LateCurve:
+        """The share of late requests by rate, by a simulation with the measured times."""
+        percentile = self._load_options.latency_percentile
+        queueing = Queueing(
+            plans=tuple(self._engine.plans),
+            tenant_shares=tuple(self._tenant_shares),
             max_batch=self._load_options.max_batch,
             batching_delay_s=1e-3 * self._load_options.max_wait_ms,
+            bound_s=self.bound_s,
         )
-        return max(estimate, self.peak_qps / 20)
+        fewest, seconds = (
+            queries_needed(percentile / 100, LATE_REQUESTS),
+            self._min_seconds("search"),
+        )
+        return late_curve(
+            queueing,
+            percentile=percentile,
+            requests_at=lambda rate: max(fewest, ceil(seconds * rate)),
+        )
 
     def run(
         self, purpose: str, rate_qps: float, *, trial: int = 0, percentile: float | None = None
@@ -154,7 +160,8 @@ class LoadTester:
         if self._load_options.load_log is None:
             return None
         case = self._case
-        name = f"{case.strategy}_{case.num_models}x{case.image_size}px_{case.dtype}"
+        strategy = Path(case.strategy).name.replace(":", "_")  # it may be a file of the user
+        name = f"{strategy}_{case.num_models}x{case.image_size}px_{case.dtype}"
         return (
             Path(self._load_options.load_log) / name / f"seed{self._seed}_run{len(self.runs) + 1}"
         )

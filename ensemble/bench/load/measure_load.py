@@ -15,8 +15,8 @@ from ensemble.bench.load.engine import Engine
 from ensemble.bench.load.engine_builder import DisagreementError, build_engine, serving_mode
 from ensemble.bench.load.load_tester import LoadTester
 from ensemble.bench.load.loadgen import OFFLINE, SERVER, SINGLE_STREAM
-from ensemble.bench.load.record import LoadTest
-from ensemble.bench.load.search import highest_sustained_rate
+from ensemble.bench.load.record import LoadTest, RateEstimate
+from ensemble.bench.load.search import Outcome, search_rate
 from ensemble.bench.measurement import FAILED, OK, UNAVAILABLE, Measurement, Note
 from ensemble.bench.setup import Setup
 from ensemble.bench.stages import OnStage
@@ -102,7 +102,7 @@ def measure_under_load(
 
 def _run_scenario(load_options: LoadOptions, tester: LoadTester) -> LoadTest:
     """All runs of the scenario."""
-    percentile = load_options.latency_percentile
+    percentile, estimate = load_options.latency_percentile, None
     if load_options.scenario == SINGLE_STREAM:
         percentile = SINGLE_STREAM_PERCENTILE
         tester.run("asked", 1 / tester.fastest_batch_s, percentile=percentile)
@@ -111,12 +111,12 @@ def _run_scenario(load_options: LoadOptions, tester: LoadTester) -> LoadTest:
     elif load_options.target_qps is not None:
         tester.run("asked", load_options.target_qps)
     else:
-        _search_rate(tester)
+        estimate = _search_rate(tester)
     bound_s = tester.bound_s if load_options.scenario == SERVER else None
-    return LoadTest(load_options.scenario, percentile, bound_s, tuple(tester.runs))
+    return LoadTest(load_options.scenario, percentile, bound_s, tuple(tester.runs), estimate)
 
 
-def _search_rate(tester: LoadTester) -> None:
+def _search_rate(tester: LoadTester) -> RateEstimate | None:
     """Search the sustained rate, then add points to the latency curve below it."""
     if tester.fastest_batch_s > tester.bound_s:
         raise TooSlowError(
@@ -124,13 +124,17 @@ def _search_rate(tester: LoadTester) -> None:
             f" ({milliseconds(tester.fastest_batch_s)})"
         )
 
-    def is_sustained(rate: float, trial: int) -> bool:
-        return tester.run("confirm" if trial else "search", rate, trial=trial).valid
+    def run(rate: float, trial: int) -> Outcome:
+        found = tester.run("search", rate, trial=trial)
+        if found.problem:
+            raise DisagreementError(found.problem)
+        return Outcome(rate, found.requests, found.late or 0)
 
-    sustained = highest_sustained_rate(is_sustained, tester.initial_qps())
-    if sustained is not None:
+    estimate = search_rate(run, tester.late_curve())
+    if estimate is not None:
         for share in CURVE_SHARES:
-            tester.run("curve", share * sustained)
+            tester.run("curve", share * estimate.qps)
+    return estimate
 
 
 def _bound_s(case: Case, setup: Setup, load_options: LoadOptions, *, warmup: int) -> float:

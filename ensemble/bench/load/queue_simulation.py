@@ -1,12 +1,12 @@
-"""A discrete-event simulation of the request queue and the batcher: estimates the sustained rate.
+"""A discrete-event simulation of the request queue and the batcher: how late requests depend on the
+rate.
 
-The estimate is where the search begins; LoadGen's runs decide. Tests compare the simulation with
-queueing theory.
+The search begins with it; LoadGen's runs decide. Tests compare the simulation with queueing theory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,13 @@ from ensemble.bench.load.batching import (
     peak_throughput_qps,
 )
 from ensemble.bench.load.request_queue import Request, RequestQueue
+from ensemble.bench.load.search import LateCurve
 
-ESTIMATE_ARRIVALS = 1500
 BISECTIONS = 10
+# Late requests of a simulated run in which the empty queue at its start does not count, and of all
+# runs at a rate of the curve, at the share that the percentile allows; requests in either at most.
+LONG_LATE, CURVE_LATE, MAX_REQUESTS = 6000, 800, 200_000
+CURVE_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.86, 0.92, 0.96, 1.0, 1.04, 1.08, 1.14, 1.2, 1.3, 1.5)
 
 
 @dataclass(frozen=True)
@@ -72,31 +76,63 @@ def simulate(
     return latencies
 
 
-def estimate_sustained_qps(
-    plans: Sequence[BatchPlan],
-    *,
-    tenant_shares: Sequence[float],
-    percentile: float,
-    bound_s: float,
-    max_batch: int,
-    batching_delay_s: float,
-) -> float:
-    """The rate whose simulated latency `percentile` (0 to 100) meets `bound_s`, by bisection."""
-    low, high = 0.0, peak_throughput_qps(plans, len(tenant_shares))
+@dataclass(frozen=True)
+class Queueing:
+    """A server as the simulation knows it: its batch plans and its batching policy."""
+
+    plans: tuple[BatchPlan, ...]
+    tenant_shares: tuple[float, ...]
+    max_batch: int
+    batching_delay_s: float
+    bound_s: float
+
+    def late_share(self, rate_qps: float, *, requests: int, runs: int) -> float:
+        """The share of requests that are later than the bound, in runs that begin idle.
+
+        All rates meet the same arrivals, at their own pace.
+        """
+        late = 0
+        for seed in range(runs):
+            generator = np.random.default_rng(seed)
+            arrivals = poisson_arrivals(rate_qps, requests, self.tenant_shares, generator)
+            latencies = simulate(
+                arrivals,
+                self.plans,
+                RequestQueue(len(self.tenant_shares), requests),
+                max_batch=self.max_batch,
+                batching_delay_s=self.batching_delay_s,
+            )
+            late += sum(latency is None or latency > self.bound_s for latency in latencies)
+        return late / (runs * requests)
+
+
+def late_curve(
+    queueing: Queueing, *, percentile: float, requests_at: Callable[[float], int]
+) -> LateCurve:
+    """The share of late requests around the sustained rate.
+
+    Args:
+        queueing: the server.
+        percentile: 0 to 100.
+        requests_at: rate -> the requests of a run.
+    """
+    allowed = 1 - percentile / 100
+    long_run, per_rate = (
+        min(MAX_REQUESTS, round(late / allowed)) for late in (LONG_LATE, CURVE_LATE)
+    )
+    low, high = 0.0, peak_throughput_qps(queueing.plans, len(queueing.tenant_shares))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        arrivals = poisson_arrivals(
-            middle, ESTIMATE_ARRIVALS, tenant_shares, np.random.default_rng(0)
+        share = queueing.late_share(middle, requests=long_run, runs=1)
+        low, high = (middle, high) if share <= allowed else (low, middle)
+    sustained = (low + high) / 2
+    rates = tuple(sustained * factor for factor in CURVE_FACTORS)
+    shares = [
+        queueing.late_share(
+            rate,
+            requests=(requests := min(requests_at(rate), per_rate)),
+            runs=max(1, per_rate // requests),
         )
-        latencies = simulate(
-            arrivals,
-            plans,
-            RequestQueue(len(tenant_shares), ESTIMATE_ARRIVALS),
-            max_batch=max_batch,
-            batching_delay_s=batching_delay_s,
-        )
-        tail = float(
-            np.percentile([latency for latency in latencies if latency is not None], percentile)
-        )
-        low, high = (middle, high) if tail <= bound_s else (low, middle)
-    return (low + high) / 2
+        for rate in rates
+    ]
+    return LateCurve(rates, tuple(shares), sustained)

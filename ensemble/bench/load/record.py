@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ensemble.statistics import between_process_interval
+
 
 @dataclass(frozen=True)
 class LoadRun:
@@ -34,6 +36,7 @@ class LoadRun:
     most_waiting: int | None = None  # maximum queue length
     memory_growth_bytes: int | None = None  # of the process, after its first second of serving
     late_issue_s: float | None = None  # maximum issue delay of LoadGen
+    late: int | None = None  # requests later than the bound, refused or failed; None if no bound
 
     @property
     def rate_qps(self) -> float | None:
@@ -44,18 +47,35 @@ class LoadRun:
 
 
 @dataclass(frozen=True)
+class RateEstimate:
+    """A sustained rate in requests per second, with its 95 % confidence interval."""
+
+    qps: float
+    low_qps: float
+    high_qps: float
+
+
+@dataclass(frozen=True)
 class LoadTest:
-    """The runs of one process. `percentile` is 0 to 100; only `server` has a latency bound."""
+    """The runs of one process. `percentile` is 0 to 100; only `server` has a latency bound.
+
+    `estimate` is the sustained rate of a search; in files of earlier versions the highest rate that
+    was confirmed.
+    """
 
     scenario: str
     percentile: float
     bound_s: float | None
     runs: tuple[LoadRun, ...]
+    estimate: RateEstimate | None = None
 
     @property
     def reported_run(self) -> LoadRun | None:
-        """The run in the table: the fastest valid one that was confirmed or requested, or the last
-        of those if none is valid."""
+        """The run in the table: the one nearest to the estimated rate; without an estimate the
+        fastest valid one that was confirmed or requested, or the last of those if none is valid."""
+        if self.estimate is not None:
+            qps = self.estimate.qps
+            return min(self.runs, key=lambda run: abs((run.offered_qps or 0.0) - qps))
         counted = [run for run in self.runs if run.purpose in ("confirm", "asked")] or self.runs
         valid = [run for run in counted if run.valid]
         if valid:
@@ -65,6 +85,8 @@ class LoadTest:
     @property
     def sustained_qps(self) -> float | None:
         """The sustained rate in requests per second; None if no run is valid."""
+        if self.estimate is not None:
+            return self.estimate.qps
         run = self.reported_run
         return run.rate_qps if run is not None and run.valid else None
 
@@ -75,7 +97,15 @@ def median_test(tests: Sequence[LoadTest]) -> LoadTest | None:
     return ordered[(len(ordered) - 1) // 2] if ordered else None
 
 
-def sustained_range(tests: Sequence[LoadTest]) -> tuple[float, float] | None:
-    """The lowest and the highest sustained rate; None unless every test sustained one."""
+def sustained_interval(tests: Sequence[LoadTest]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of the sustained rate: over processes, or of the one test.
+
+    None unless every test sustained a rate.
+    """
     rates = [test.sustained_qps for test in tests if test.sustained_qps is not None]
-    return (min(rates), max(rates)) if rates and len(rates) == len(tests) else None
+    if not rates or len(rates) < len(tests):
+        return None
+    if len(tests) > 1:
+        return between_process_interval(rates)
+    found = tests[0].estimate
+    return (found.low_qps, found.high_qps) if found else None

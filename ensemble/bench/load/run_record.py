@@ -60,6 +60,7 @@ def make_record(
         overhead_s=counters.overhead_s,
         most_waiting=max_queue_length,
         late_issue_s=result.max_issue_delay_s,
+        late=sum(latency > settings.bound_s for latency in accepted) + issued - len(accepted),
     )
 
 

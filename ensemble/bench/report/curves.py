@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemble.bench.load.record import LoadRun
-from ensemble.bench.load.search import BRACKET_RATIO
 from ensemble.bench.summary import Summary
 from ensemble.statistics import median
 
+CLOSE_RATES = 1.06  # two rates of less than this ratio count as one
 STEPS = 200  # rates at which the curves are compared
 MIN_IMPROVEMENT = 0.05  # relative, for another strategy to replace the one with lowest latency
 
@@ -62,7 +62,7 @@ def sustained_curve(row: Summary, field: str) -> list[tuple[float, float]]:
         rate = point[0]
         if rate > highest * (1 + 1e-9):
             continue
-        if groups and groups[-1][0][0] / rate < BRACKET_RATIO:
+        if groups and groups[-1][0][0] / rate < CLOSE_RATES:
             groups[-1].append(point)
         else:
             groups.append([point])
@@ -74,9 +74,12 @@ def sustained_curve(row: Summary, field: str) -> list[tuple[float, float]]:
 
 
 def _points(row: Summary, field: str) -> list[tuple[float, float, bool]]:
-    """(offered rate, latency in s, is the run valid) of each run with a known latency."""
+    """(offered rate, latency in s, is the run valid, or within an estimated rate) of each run with
+    a known latency."""
+    estimate = row.load.estimate if row.load else None
+    limit = estimate.qps * (1 + 1e-9) if estimate else 0.0
     return [
-        (run.offered_qps, value, run.valid)
+        (run.offered_qps, value, run.valid or run.offered_qps <= limit)
         for run in server_runs(row)
         if (value := getattr(run, field)) is not None and run.offered_qps is not None
     ]

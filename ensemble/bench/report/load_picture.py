@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ensemble.bench.load.record import sustained_interval
 from ensemble.bench.report import sweep
 from ensemble.bench.report.curves import latency_curve, server_runs, sustained_curve, sustained_qps
 from ensemble.bench.report.pictures import (
@@ -33,8 +34,8 @@ def draw(results: Sequence[Summary]) -> Figure:
     """A column per grid point: the requested latency percentile above, the median below.
 
     A curve is a strategy, through the median of each rate up to the sustained one. A filled marker
-    is a valid run, an empty one an invalid run. A dotted vertical line is the sustained rate, a
-    horizontal line the latency bound.
+    is a valid run, or one below the sustained rate. A dotted vertical line is that rate, in a band
+    that is its confidence interval; a horizontal line is the latency bound.
     """
     drawable = [row for row in results if latency_curve(row, "p50_s")]
     grid_points = list(sweep.by_grid_point(drawable).items()) or [((0, 0, 0), [])]
@@ -74,12 +75,16 @@ def _draw_strategy(axes: Axes, row: Summary, field: str, look: Look) -> None:
     for run in server_runs(row):
         value = getattr(run, field)
         if value is not None and run.offered_qps is not None:
-            face = color if run.valid else "white"
+            within = run.valid or run.offered_qps <= (sustained_qps(row) or 0.0)
+            face = color if within else "white"
             point = ([run.offered_qps], [1e3 * value])
             axes.plot(*point, mark, color=color, markerfacecolor=face, markersize=5)
     sustained = sustained_qps(row)
+    interval = sustained_interval(row.load_tests)
     if sustained is not None:
         axes.axvline(sustained, color=color, linewidth=0.8, linestyle=":", alpha=0.8)
+    if interval is not None:
+        axes.axvspan(*interval, color=color, alpha=0.12, linewidth=0)
 
 
 def _draw_bound(axes: Axes, bound_s: float | None) -> None:

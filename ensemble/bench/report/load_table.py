@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from ensemble.bench.load.record import LoadRun, LoadTest, sustained_range
+from ensemble.bench.load.record import LoadRun, LoadTest, sustained_interval
 from ensemble.bench.report import sweep
 from ensemble.bench.report.curves import lowest_latency, reported_run, sustained_qps
 from ensemble.bench.report.labels import (
@@ -21,6 +21,7 @@ from ensemble.bench.report.table import (
     number,
 )
 from ensemble.bench.summary import Summary
+from ensemble.statistics import CONFIDENCE
 
 NO_VALID_RUN = "No valid run."
 
@@ -52,8 +53,11 @@ def render_remarks(results: Sequence[Summary], *, verbose: bool = False) -> str:
     lines = []
     for row in results:
         label, run = case_name(row.case, varying), reported_run(row)
-        if row.status == "ok" and run is not None and not run.valid:
+        searched = row.load is not None and row.load.estimate is not None
+        if row.status == "ok" and run is not None and not run.valid and not searched:
             lines.append(f"{label}: invalid: {run.why_not}")
+        if row.load is not None and (unlimited := _unlimited(row.load)):
+            lines.append(f"{label}: {unlimited}")
         if run is not None and run.refused:
             lines.append(
                 f"{label}: {run.refused} of {run.requests} requests were refused; maximum latency"
@@ -63,6 +67,17 @@ def render_remarks(results: Sequence[Summary], *, verbose: bool = False) -> str:
         if verbose and row.load is not None:
             lines += [f"{label}: {_describe(run)}" for run in row.load.runs]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _unlimited(load_test: LoadTest) -> str:
+    """Why a search has no estimate; empty where it has one, or where there was none."""
+    runs = [run for run in load_test.runs if run.purpose == "search" and run.late is not None]
+    rates = [run.offered_qps or 0.0 for run in runs]
+    if load_test.estimate is not None or not runs:
+        return ""
+    if not any(run.late for run in runs):
+        return f"no request was late at up to {_rate(max(rates))} requests/s: a lower bound"
+    return f"requests were late at every rate from {_rate(min(rates))} requests/s on"
 
 
 def _answer(rows: Sequence[Summary], load_test: LoadTest, varying: Collection[str]) -> list[str]:
@@ -79,12 +94,21 @@ def _answer(rows: Sequence[Summary], load_test: LoadTest, varying: Collection[st
         best, *others = sorted(valid, key=lambda row: sustained_qps(row) or 0.0, reverse=True)
         verb = "sustains" if load_test.scenario == "server" else "processes"
         found = f"{verb} {_rate(sustained_qps(best))} requests/s"
+        interval = sustained_interval(best.load_tests)
+        if interval:
+            found += f" ({CONFIDENCE:.0%} CI {_rate(interval[0])}-{_rate(interval[1])})"
         if load_test.bound_s is not None:
-            found += f" with p{load_test.percentile:g} <= {_ms(load_test.bound_s)} ms"
+            found += f" with p{load_test.percentile:g} <= {_bounds(rows)} ms"
         rest = [f"{row.case.strategy} {_rate(sustained_qps(row))}" for row in others]
     others_text = f"; {', '.join(rest)}" if rest else ""
     lines = [f"{label}: {best.case.strategy} {found}{others_text}."]
     return lines + (_lowest_latency(rows, load_test) if load_test.scenario == "server" else [])
+
+
+def _bounds(rows: Sequence[Summary]) -> str:
+    """The latency bound; the least and the greatest where each row derived one from the loop."""
+    bounds = [row.load.bound_s for row in rows if row.load and row.load.bound_s is not None]
+    return "-".join(dict.fromkeys(_ms(bound_s) for bound_s in (min(bounds), max(bounds))))
 
 
 def _lowest_latency(rows: Sequence[Summary], load_test: LoadTest) -> list[str]:
@@ -136,10 +160,8 @@ def _rate(rate: float | None) -> str:
 def _sustained(row: Summary) -> str:
     if sustained_qps(row) is None:
         return row.status if row.error else "none"
-    rates = sustained_range(row.load_tests)
-    spread = ""
-    if rates and len(row.processes) > 1:
-        spread = f" [{_rate(rates[0])}, {_rate(rates[1])}]"
+    interval = sustained_interval(row.load_tests)
+    spread = f" [{_rate(interval[0])}, {_rate(interval[1])}]" if interval else ""
     return f"{_rate(sustained_qps(row))}{spread}"
 
 
@@ -154,7 +176,7 @@ def _run_field(field: str, form: str, scale: float = 1.0) -> CellText:
 
 
 COLUMNS = (
-    Column("sustained\nper s", _sustained),
+    Column(f"sustained per s\n[{CONFIDENCE:.0%} CI]", _sustained),
     Column("p50\n(ms)", _run_field("p50_s", ".1f", 1e3)),
     Column("p90\n(ms)", _run_field("p90_s", ".1f", 1e3)),
     Column("p99\n(ms)", _run_field("p99_s", ".1f", 1e3)),

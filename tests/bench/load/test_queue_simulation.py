@@ -6,10 +6,11 @@ import pytest
 from ensemble.bench.config import LoadOptions
 from ensemble.bench.load import load_tester, queue_simulation, search
 from ensemble.bench.load.batching import SINGLE_TENANT, BatchPlan
-from ensemble.bench.load.queue_simulation import Arrivals
+from ensemble.bench.load.queue_simulation import Arrivals, Queueing
 from ensemble.bench.load.queueing_check import lindley_mean_wait_s, mean_wait_s
 from ensemble.bench.load.request_queue import RequestQueue
 from ensemble.bench.load.sample_library import sample_library, tenant_shares
+from ensemble.bench.load.search import LateCurve, Outcome
 from ensemble.statistics import queries_needed
 
 SERVICE_S = 0.005
@@ -55,18 +56,26 @@ def test_under_overload_the_queue_capacity_bounds_the_latency() -> None:
     assert len(accepted) / len(found) == pytest.approx(0.5, abs=0.03)
 
 
-def test_the_estimate_is_the_rate_at_which_the_percentile_meets_the_bound() -> None:
-    options = {"tenant_shares": [1.0], "percentile": 99, "max_batch": 1, "batching_delay_s": 0.0}
-    sustained = queue_simulation.estimate_sustained_qps(UNBATCHED, bound_s=4 * SERVICE_S, **options)  # type: ignore[arg-type]
-    arrivals = queue_simulation.poisson_arrivals(
-        sustained, 100_000, [1.0], np.random.default_rng(5)
-    )
-    late = [
-        latency
-        for latency in latencies(arrivals)
-        if latency is not None and latency > 4 * SERVICE_S
-    ]
-    assert len(late) / 100_000 == pytest.approx(0.01, abs=0.006)
+def test_the_curve_has_the_share_of_late_requests_at_and_around_the_sustained_rate() -> None:
+    queueing = Queueing(tuple(UNBATCHED), (1.0,), 1, 0.0, 4 * SERVICE_S)
+    curve = queue_simulation.late_curve(queueing, percentile=90, requests_at=lambda rate: 400)
+    assert list(curve.shares) == sorted(curve.shares)
+    for rate in (curve.sustained_qps, curve.rates_qps[3], curve.rates_qps[-1]):
+        arrivals = queue_simulation.poisson_arrivals(rate, 400, [1.0], np.random.default_rng(5))
+        arrivals_of_runs = [
+            queue_simulation.poisson_arrivals(rate, 400, [1.0], np.random.default_rng(100 + seed))
+            for seed in range(100)
+        ]
+        assert len(arrivals.times_s) == 400
+        late = [
+            (latency or 0.0) > 4 * SERVICE_S
+            for one in arrivals_of_runs
+            for latency in latencies(one)
+        ]
+        expected = float(curve.share(np.array([rate]))[0])
+        assert sum(late) / len(late) == pytest.approx(expected, rel=0.15)
+    (at_sustained,) = curve.share(np.array([curve.sustained_qps]))
+    assert at_sustained == pytest.approx(0.1, rel=0.25)  # less: a run begins with an empty queue
 
 
 def test_a_run_of_20_bounds_rejects_an_overload_that_a_short_run_passes() -> None:
@@ -79,32 +88,61 @@ def test_a_run_of_20_bounds_rejects_an_overload_that_a_short_run_passes() -> Non
     assert tails[0] <= bound_s < tails[1]
 
 
-@pytest.mark.parametrize("limit", [37.0, 100.0, 290.0])
-def test_the_search_finds_the_sustained_rate_to_within_its_bracket_and_confirms_it(
-    limit: float,
-) -> None:
+CURVE = LateCurve((50.0, 100.0, 200.0), (0.001, 0.01, 0.5), 100.0)
+
+
+def test_the_capacity_is_that_for_which_the_curve_expects_the_late_requests_that_there_were() -> (
+    None
+):
+    """A server of 1.5 times the capacity has at 150 requests per second what the curve has at 100:
+    one late in 100; at 300 one in two."""
+    runs = [Outcome(150.0, 1000, 10), Outcome(300.0, 1000, 500)]
+    capacity = search.fit_capacity(CURVE, runs)
+    assert capacity is not None
+    assert np.exp(capacity) == pytest.approx(1.5, rel=1e-3)
+    assert search.fit_capacity(CURVE, [Outcome(100.0, 1000, 0)]) is None
+    assert search.fit_capacity(CURVE, [Outcome(100.0, 1000, 1000)]) is None
+
+
+def test_the_interval_of_an_estimate_is_a_jackknife_over_runs() -> None:
+    runs = [Outcome(100.0, 1000, late) for late in (10, 14, 7, 9)]
+    found = search.estimate(CURVE, runs)
+    assert found is not None
+    parts = [
+        search.fit_capacity(CURVE, [*runs[:index], *runs[index + 1 :]]) or 0.0 for index in range(4)
+    ]
+    error = (3 / 4 * sum((part - np.mean(parts)) ** 2 for part in parts)) ** 0.5
+    assert np.log(found.high_qps / found.qps) == pytest.approx(3.182 * error, rel=1e-3)  # t of 3
+    assert np.log(found.qps / found.low_qps) == pytest.approx(3.182 * error, rel=1e-3)
+
+
+def test_a_search_follows_the_estimate_with_new_arrivals_in_every_run() -> None:
     tried: list[tuple[float, int]] = []
 
-    def is_sustained(rate: float, trial: int) -> bool:
+    def run(rate: float, trial: int) -> Outcome:
+        """A server of twice the capacity of the simulated one."""
         tried.append((rate, trial))
-        return rate <= limit
+        return Outcome(rate, 1000, round(1000 * float(CURVE.share(np.array([rate / 2]))[0])))
 
-    sustained = search.highest_sustained_rate(is_sustained, 100.0)
-    assert sustained is not None
-    assert limit / search.BRACKET_RATIO <= sustained <= limit
-    assert tried[-1] == (sustained, 1)
+    found = search.search_rate(run, CURVE)
+    assert found is not None
+    assert found.qps == pytest.approx(200.0, rel=0.05)
+    assert [trial for _, trial in tried] == list(range(1, 1 + search.RUNS))
+    assert tried[0][0] == 100.0
+    assert max(rate for rate, _ in tried) < 2.2 * 100
 
 
-def test_a_rate_that_fails_its_confirmation_is_lowered_until_one_passes() -> None:
-    sustained = search.highest_sustained_rate(
-        lambda rate, trial: rate <= (100 if trial == 0 else 93), 100.0
-    )
-    assert sustained is not None
-    assert sustained <= 93
-    assert (
-        search.highest_sustained_rate(lambda rate, trial: trial == 0 and rate <= 100, 100.0) is None
-    )
-    assert search.highest_sustained_rate(lambda rate, trial: False, 100.0) is None
+def test_a_search_ends_where_every_rate_holds_and_where_none_does() -> None:
+    for late, factor in ((0, 2.0), (1000, 0.5)):
+        tried: list[float] = []
+
+        def run(rate: float, trial: int, late: int = late, tried: list[float] = tried) -> Outcome:
+            tried.append(rate)
+            return Outcome(rate, 1000, late)
+
+        assert search.search_rate(run, CURVE) is None
+        assert len(tried) == search.MAX_RUNS
+        assert (tried[-1] > factor * tried[0]) is (late == 0)
 
 
 def test_samples_follow_zipfs_law_over_tenants_and_cover_every_image() -> None:

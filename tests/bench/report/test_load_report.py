@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ensemble.bench.load.record import LoadRun, LoadTest, sustained_range
+from ensemble.bench.load.record import LoadRun, LoadTest, RateEstimate, sustained_interval
 from ensemble.bench.measurement import Measurement
 from ensemble.bench.report import curves, load_picture, load_table
 from ensemble.bench.report.page import is_load_test, page_of
@@ -101,8 +101,52 @@ def test_the_table_has_the_figures_of_the_reported_run() -> None:
 def test_a_row_reports_the_process_with_the_median_sustained_rate() -> None:
     rates = (80.0, 100.0, 90.0)
     row = row_of(*(served("vmap", (rate, 0.05), sustained=rate).processes[0] for rate in rates))
-    assert (curves.sustained_qps(row), sustained_range(row.load_tests)) == (90.0, (80.0, 100.0))
-    assert "90 [80, 100]" in load_table.render_table([row])
+    assert curves.sustained_qps(row) == 90.0
+    # Logarithms of mean 4.4964 and deviation 0.1118; t of 2 degrees 4.303: a half-width of 0.2777.
+    assert sustained_interval(row.load_tests) == pytest.approx((67.93, 118.3), rel=1e-3)
+    assert "90 [67.9, 118]" in load_table.render_table([row])
+
+
+def searched(late: int, estimate: RateEstimate | None, *rates: float) -> Any:
+    """A row of one search with a run at each rate; LoadGen calls none valid."""
+    runs = tuple(
+        replace(
+            RUN, purpose="search", offered_qps=rate, late=late, valid=False, why_not="late",
+            tail_s=rate / 1000, p50_s=rate / 2000,
+        )
+        for rate in rates
+    )  # fmt: skip
+    test = LoadTest("server", 99.0, 0.1, runs, estimate)
+    return row_of(Measurement(CASE, build_s=1.0, first_call_s=0.5, load=test))
+
+
+def test_a_search_reports_its_estimate_with_its_interval_and_the_nearest_run() -> None:
+    row = searched(9, RateEstimate(95.0, 90.0, 100.0), 80.0, 94.0, 110.0)
+    assert curves.sustained_qps(row) == 95.0
+    run = curves.reported_run(row)
+    assert run is not None
+    assert run.offered_qps == 94.0
+    answer = load_table.render_answer([row])
+    expected = "vmap sustains 95 requests/s (95% CI 90-100) with p99 <= 100 ms."
+    assert answer.splitlines()[0] == f"4 models, shared inputs: {expected}"
+    assert "95 [90, 100]" in load_table.render_table([row])
+    assert load_table.render_remarks([row]) == ""
+    assert curves.sustained_curve(row, "tail_s") == [(80.0, 0.08), (94.0, 0.094)]
+
+
+def test_a_search_without_a_limit_says_so() -> None:
+    remarks = load_table.render_remarks([searched(0, None, 80.0, 160.0)])
+    assert "no request was late at up to 160 requests/s: a lower bound" in remarks
+    remarks = load_table.render_remarks([searched(800, None, 80.0, 40.0)])
+    assert "requests were late at every rate from 40 requests/s on" in remarks
+
+
+def test_bounds_that_rows_derived_from_the_loop_are_shown_with_their_range() -> None:
+    row = searched(9, RateEstimate(95.0, 90.0, 100.0), 94.0)
+    (one,) = row.measurements
+    assert one.load is not None
+    other = row_of(replace(one, load=replace(one.load, bound_s=0.12)))
+    assert "with p99 <= 100-120 ms" in load_table.render_answer([row, other])
 
 
 def test_single_stream_answers_with_a_latency_and_offline_with_a_throughput() -> None:
