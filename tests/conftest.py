@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # these have the cores between them; th
 ROOT = Path(__file__).parent.parent
 # Tests that call the kernels, which are compiled once, in half a minute: by a process beside those
 # of the tests, which run the others first.
-LATE = ("compiler", "strategies", "bench/load", "bench/test_grid", "test_concurrency")
+LATE = ("compiler", "strategies", "bench/executors", "bench/load", "test_concurrency")
 COMPILE = "from ensemble.compiler import kernels; kernels.load()"
 compiling: list[subprocess.Popen[bytes]] = []
 

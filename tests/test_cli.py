@@ -565,7 +565,7 @@ def test_interrupted_the_program_keeps_and_shows_what_is_finished(
     argv = ["--model_path", checkpoint, "--image_size", "32", "--export_json", str(target)]
     argv += ["--strategies", "loop", "vmap", "--min_seconds", "1", "--min_pairs", "100000"]
     argv += ["--processes", "0"]
-    argv += ["--num_models", "1"]
+    argv += ["--num_models", "1", "--threads", "1"]
     ended = signaled(argv, signal.SIGINT, at="loop, 1 model: timing")
     assert ended.code == 130
     assert "interrupted: 0 of 2 rows are finished" in ended.err
@@ -592,7 +592,7 @@ def test_a_real_lack_of_memory_fails_its_row_with_advice_and_keeps_the_earlier_o
     )
     argv = ["--model_path", checkpoint, "--num_models", "4", "--batch_size", "8"]
     argv += ["--image_size", "64", "--warmup", "0", "--min_pairs", "1", "--min_seconds", "0"]
-    argv += ["--processes", "0", "--strategies", "loop", "vmap"]
+    argv += ["--processes", "0", "--threads", "1", "--strategies", "loop", "vmap"]
     done = subprocess.run(
         [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
     )

@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the long profile")
     options = parser.parse_args(argv)
     faulthandler.enable()
-    row_tiling.LARGE_BYTES, row_tiling.TILE_BYTES = 0, 4096  # so that small nets are row-tiled too
+    row_tiling.CACHE = row_tiling.CacheSizes(0, 4096)  # so that small nets are row-tiled too
     counts: Counter[str] = Counter()
     if options.minutes is None:
         explore(counts, examples=NETS, seed=None, until=lambda: False, verbose=True)

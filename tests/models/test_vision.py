@@ -16,6 +16,7 @@ ROOT = Path(resnet_vmap.__file__).parent
 SERVES = """
 import sys
 import torch
+torch.set_num_threads(1)
 from ensemble import strategies
 from ensemble.models import weights
 models = weights.random_models(2, arch="resnet18", device=torch.device("cpu"), seed=0)

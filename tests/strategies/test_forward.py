@@ -7,6 +7,7 @@ import linecache
 import pickle
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from torch.nn import functional
 import ensemble
 from ensemble.errors import UnavailableError
 from ensemble.strategies import BEST, STRATEGIES
+from ensemble.strategies.build_result import ForwardFn
+from tests.marks import some_slow
 from tests.tiny import TinyNet, independent, tiny_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,9 +79,12 @@ NORMALIZED = lambda self, x: self.classify((x - self.mean) / 2)  # noqa: E731
 PATCHES = lambda self, x: self.patches(x.reshape(len(x), -1, 48)).mean(1)  # noqa: E731
 
 
-@by_every_strategy
-@pytest.mark.parametrize("use", [NORMALIZED, PATCHES], ids=["normalized", "patches"])
-@pytest.mark.parametrize(
+@lru_cache(maxsize=1)
+def of_two_images(name: str, use: Callable[[Any, Tensor], Tensor]) -> ForwardFn:
+    return ensemble.build(name, nets(use), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(  # first, so that those of one forward come one after the other
     "shape",
     [
         (1, 3, 8, 8),
@@ -91,14 +97,15 @@ PATCHES = lambda self, x: self.patches(x.reshape(len(x), -1, 48)).mean(1)  # noq
     ],
     ids=str,
 )
+@by_every_strategy
+@pytest.mark.parametrize("use", [NORMALIZED, PATCHES], ids=["normalized", "patches"])
 def test_a_shape_unequal_to_the_examples_is_rejected_before_running(
     name: str, use: Callable[[Any, Tensor], Tensor], shape: tuple[int, ...]
 ) -> None:
-    forward = ensemble.build(name, nets(use), torch.randn(2, 3, 8, 8))
     with pytest.raises(
         ValueError, match=r"x: expected a tensor of shape \(2, 3, 8, 8\) in"
     ) as error:
-        forward(torch.randn(shape))
+        of_two_images(name, use)(torch.randn(shape))
     assert f"got shape {shape} in torch.float32 on cpu; build another forward" in str(error.value)
 
 
@@ -202,7 +209,7 @@ OUTPUTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", [*QUICK, BEST])
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("per_model", [False, True])
+@pytest.mark.parametrize("per_model", some_slow([False, True], quick=1))
 def test_a_result_is_an_ordinary_tensor_that_owns_its_memory(
     name: str, output: str, per_model: bool
 ) -> None:

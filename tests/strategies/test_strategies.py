@@ -272,7 +272,7 @@ def test_models_in_train_mode_are_rejected() -> None:
             *((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)),
             *((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)),
         ],
-        quick=3,
+        quick=2,
     ),
 )
 def test_the_cuda_path_has_the_right_device_dtype_and_shape_under_fake_tensors(

@@ -22,9 +22,21 @@ from ensemble.compiler import kernels
 from ensemble.compiler.codegen.simd import FLOAT_BYTES
 from ensemble.compiler.planning.step import Geometry, Kind, Step
 
-# A larger value has left the cache (1 MB a core here) before the next step reads it.
-LARGE_BYTES = 1024 * 1024
-TILE_BYTES = 384 * 1024  # of the intermediate values of a tile
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """What a core's cache holds.
+
+    Attributes:
+        large_bytes: a larger value has left it before the next step reads it.
+        tile_bytes: of the intermediate values of a tile.
+    """
+
+    large_bytes: int
+    tile_bytes: int
+
+
+CACHE = CacheSizes(large_bytes=1024 * 1024, tile_bytes=384 * 1024)  # of 1 MB a core
 
 
 @dataclass(frozen=True)
@@ -36,17 +48,21 @@ class Tiling:
     rows: int
 
 
-def select_tilings(steps: Sequence[Step], internal: Collection[int]) -> list[Tiling]:
+def select_tilings(
+    steps: Sequence[Step], internal: Collection[int], *, cache: CacheSizes | None = None
+) -> list[Tiling]:
     """The tilings that pay.
 
     Args:
         steps: in order.
         internal: values that are neither inputs nor outputs of the program.
+        cache: default: `CACHE`.
     """
+    cache = cache or CACHE
     readers = Counter(value for step in steps for value in step.reads)
 
     def follows(before: Step, after: Step) -> bool:
-        is_large = prod(before.geometry.out_shape[1:]) * FLOAT_BYTES > LARGE_BYTES
+        is_large = prod(before.geometry.out_shape[1:]) * FLOAT_BYTES > cache.large_bytes
         is_only_reader = after.x == before.out and readers[before.out] == 1
         return is_large and is_only_reader and before.out in internal
 
@@ -58,7 +74,9 @@ def select_tilings(steps: Sequence[Step], internal: Collection[int]) -> list[Til
     ]
     bounds = pairwise([0, *ends, len(steps)])
     chains = ((first, end) for first, end in bounds if end - first > 1)
-    tilings = (Tiling(first, end, _tile_rows(steps[first:end])) for first, end in chains)
+    tilings = (
+        Tiling(first, end, _tile_rows(steps[first:end], cache.tile_bytes)) for first, end in chains
+    )
     return [tiling for tiling in tilings if tiling.rows]
 
 
@@ -185,12 +203,12 @@ def _is_row_wise(step: Step, internal: Collection[int]) -> bool:
     return row_wise and all(value in internal for value in values)
 
 
-def _tile_rows(chain: Sequence[Step]) -> int:
+def _tile_rows(chain: Sequence[Step], tile_bytes: int) -> int:
     """Rows of a tile, as many as the cache holds; 0 if the weights would be read too often."""
     height = chain[-1].geometry.out_size[0]
     between = sum(prod(step.geometry.out_shape[1:]) for step in chain[:-1]) * FLOAT_BYTES
     weights = sum(_weight_bytes(step) for step in chain)
-    rows = max(1, height * TILE_BYTES // between)
+    rows = max(1, height * tile_bytes // between)
     tiles = -(-height // rows)
     rows = -(-height // tiles)
     fits = all(not tile.geometry or tile.geometry.size[0] > 0 for tile in _tiles(chain, rows))

@@ -14,6 +14,7 @@ from ensemble.compiler import kernels
 from ensemble.compiler.codegen.simd import FLOAT_BYTES
 from ensemble.compiler.planning import row_tiling
 from ensemble.compiler.planning.memory_planning import ALIGNMENT, plan_memory
+from ensemble.compiler.planning.row_tiling import CacheSizes
 from ensemble.compiler.planning.step import Kind, Step
 from ensemble.compiler.runtime import entry_points, serial_copy, work_stealing
 from ensemble.compiler.runtime.huge_pages import allocate_huge
@@ -39,6 +40,7 @@ class Program(nn.Module):
         num_models: N.
         threads: cores to use; models are distributed over them.
         dtype: of inputs and outputs. Intermediate values are float32, as is the fallback.
+        cache: of a core, for row tiling. Default: `row_tiling.CACHE`.
 
     Raises:
         ValueError: a step that its kernel cannot run; in a call, an input of another shape, dtype
@@ -54,6 +56,7 @@ class Program(nn.Module):
         num_models: int,
         threads: int,
         dtype: torch.dtype,
+        cache: CacheSizes | None = None,
     ) -> None:
         super().__init__()
         self.steps, self._num_models, self._threads = steps, num_models, threads
@@ -66,7 +69,7 @@ class Program(nn.Module):
         self._in_shapes = _in_shapes(steps)
         self._uses = {value: _uses(steps, value) for value in (*inputs, *outputs)}
         internal = {*producers} - {*inputs} - {*outputs}
-        tilings = row_tiling.select_tilings(steps, internal)
+        tilings = row_tiling.select_tilings(steps, internal, cache=cache)
         offsets, arena_bytes = plan_memory(steps, outputs, tilings)
         entry_points.load()
         self._table = np.zeros(len(steps), kernels.STEP_DTYPE)

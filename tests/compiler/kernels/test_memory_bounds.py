@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ensemble.compiler.planning.row_tiling import CacheSizes
 from ensemble.compiler.planning.step import (
     Activation,
     Geometry,
@@ -178,7 +179,11 @@ def like(channels: int, size: tuple[int, int], images: int = 2) -> Geometry:
 
 
 def run_between_guards(
-    steps: list[Step], inputs: list[Tensor], threads: int, check: Callable[[], None]
+    steps: list[Step],
+    inputs: list[Tensor],
+    threads: int,
+    check: Callable[[], None],
+    cache: CacheSizes | None = None,
 ) -> Tensor:
     """The value 9 of a program on the values 0, 1, ..."""
     run = program.Program(
@@ -188,6 +193,7 @@ def run_between_guards(
         num_models=2,
         threads=threads,
         dtype=torch.float32,
+        cache=cache,
     )
     (found,) = run(*inputs)
     check()

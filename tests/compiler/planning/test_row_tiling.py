@@ -1,5 +1,6 @@
 """Row tiling is bitwise equal to untiled steps, and stays in its memory."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from ensemble.compiler.codegen.simd import WIDTH
 from ensemble.compiler.operators.conv2d import conv2d_step, pack_weight
 from ensemble.compiler.operators.pooling import average_pool2d_step
 from ensemble.compiler.planning import row_tiling
+from ensemble.compiler.planning.row_tiling import CacheSizes
 from ensemble.compiler.planning.shape_inference import pointwise
 from ensemble.compiler.planning.step import Activation, Kind, Step
 from ensemble.compiler.runtime import program
@@ -85,17 +87,14 @@ def untiled_and_tiled(
     def run(
         steps: list[Step], x: torch.Tensor, tile_bytes: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with monkeypatch.context() as patch:
-            patch.setattr(row_tiling, "select_tilings", lambda *_: [])
-            untiled = run_between_guards(steps, [x], 1, check_guards)
-        with monkeypatch.context() as patch:
-            patch.setattr(row_tiling, "LARGE_BYTES", 0)
-            patch.setattr(row_tiling, "TILE_BYTES", tile_bytes)
-            patch.setattr(
-                row_tiling, "_weight_bytes", lambda _: 0
-            )  # no cost for reading them again
-            assert row_tiling.select_tilings(steps, {1, 2, 3, 4, 5})
-            return untiled, run_between_guards(steps, [x], 1, check_guards)
+        endless, cache = CacheSizes(sys.maxsize, sys.maxsize), CacheSizes(0, tile_bytes)
+        inside = {1, 2, 3, 4, 5}
+        assert not row_tiling.select_tilings(steps, inside, cache=endless)
+        untiled = run_between_guards(steps, [x], 1, check_guards, endless)
+        with monkeypatch.context() as patch:  # reading the weights again costs nothing
+            patch.setattr(row_tiling, "_weight_bytes", lambda _: 0)
+            assert row_tiling.select_tilings(steps, inside, cache=cache)
+            return untiled, run_between_guards(steps, [x], 1, check_guards, cache)
 
     return run
 
@@ -164,35 +163,29 @@ def test_the_last_step_of_a_tiling_does_not_work_in_place(
     assert torch.equal(found, untiled)
 
 
-def test_a_tiling_consists_of_large_intermediate_values_with_one_reader(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_tiling_consists_of_large_intermediate_values_with_one_reader() -> None:
     chain = bottleneck((40, 9), [3, 3], ONE, ONE, ONE, 2 * CHANNELS)
     inside = {1, 2, 3, 4, 5}
     assert row_tiling.select_tilings(chain, inside) == []  # it fits a cache
-    monkeypatch.setattr(row_tiling, "LARGE_BYTES", 0)
-    monkeypatch.setattr(row_tiling, "TILE_BYTES", 6_250 * WIDTH)
+    cache = CacheSizes(0, 6_250 * WIDTH)
     ((tiling,), (part,), read_twice) = (
-        row_tiling.select_tilings(chain, inside),
-        row_tiling.select_tilings(chain, inside - {4}),  # an output of the program
-        row_tiling.select_tilings([*chain[:5], replace(chain[5], x=3)], inside),
+        row_tiling.select_tilings(chain, inside, cache=cache),
+        row_tiling.select_tilings(chain, inside - {4}, cache=cache),  # an output of the program
+        row_tiling.select_tilings([*chain[:5], replace(chain[5], x=3)], inside, cache=cache),
     )
     assert (tiling.first, tiling.end) == (1, 5)
     assert 0 < tiling.rows < 40
     assert (part.first, part.end) == (1, 3)
     assert [(one.first, one.end) for one in read_twice] == [(1, 3), (3, 5)]
     # With so few rows per tile the weights would be read too often.
-    monkeypatch.setattr(row_tiling, "TILE_BYTES", 1)
-    assert row_tiling.select_tilings(bottleneck((40, 2), [3, 3], ONE, ONE, ONE, 2), inside) == []
+    narrow = bottleneck((40, 2), [3, 3], ONE, ONE, ONE, 2)
+    assert row_tiling.select_tilings(narrow, inside, cache=CacheSizes(0, 1)) == []
 
 
-def test_a_program_tiles_models_of_one_worker_and_not_shared_ones(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(row_tiling, "LARGE_BYTES", 0)
-    monkeypatch.setattr(row_tiling, "TILE_BYTES", 30_000)
+def test_a_program_tiles_models_of_one_worker_and_not_shared_ones() -> None:
     steps = bottleneck((33, 9), [3, 3], ONE, ONE, ONE, 2 * CHANNELS)
     x = torch.randn(2, IMAGES, CHANNELS, 33, 9)
     options: Any = {"inputs": [0], "outputs": [9], "num_models": 2, "dtype": torch.float32}
+    options["cache"] = CacheSizes(0, 30_000)
     alone, shared = (program.Program(steps, threads=threads, **options) for threads in (1, 4))
     torch.testing.assert_close(alone(x)[0], shared(x)[0], rtol=1e-6, atol=1e-6)

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from ensemble.compiler.codegen.simd import FLOAT_BYTES, WIDTH
-from ensemble.compiler.planning import row_tiling
+from ensemble.compiler.planning.row_tiling import CacheSizes
 from ensemble.compiler.planning.step import Kind
 from ensemble.compiler.runtime import entry_points, program, work_stealing
 from tests.compiler.planning.test_row_tiling import (
@@ -27,17 +27,11 @@ SIZE = (33, 9)
 State = Callable[[np.ndarray], None]
 
 
-@pytest.fixture
-def tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row tiling, even of small programs."""
-    monkeypatch.setattr(row_tiling, "LARGE_BYTES", 0)
-    monkeypatch.setattr(row_tiling, "TILE_BYTES", 1875 * WIDTH)
-
-
 def make(num_models: int, threads: int, kernel: int = 3) -> program.Program:
     size, padding = [kernel] * 2, [kernel // 2] * 2
     steps = bottleneck(SIZE, size, ONE, padding, ONE, 2 * CHANNELS)
     options: Any = {"inputs": [0], "outputs": [9], "dtype": torch.float32}
+    options["cache"] = CacheSizes(0, 1875 * WIDTH)  # row tiling, even of small programs
     return program.Program(steps, num_models=num_models, threads=threads, **options)
 
 
@@ -70,7 +64,6 @@ def copies_overlap(both: program.Program) -> bool:
 
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("thieves", [1, 2, 20])
-@pytest.mark.usefixtures("tiled")
 def test_a_victim_computes_all_parts_itself_if_its_thieves_never_claim_one(
     thieves: int, kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +80,6 @@ def test_a_victim_computes_all_parts_itself_if_its_thieves_never_claim_one(
 
 
 @pytest.mark.parametrize("first", range(12))
-@pytest.mark.usefixtures("tiled")
 def test_a_thief_continues_from_the_published_step(
     first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +109,6 @@ def test_a_thief_continues_from_the_published_step(
     assert bool((arenas[1] == 255).all())
 
 
-@pytest.mark.usefixtures("tiled")
 def test_a_model_left_over_is_computed_by_whichever_worker_arrives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -129,7 +120,6 @@ def test_a_model_left_over_is_computed_by_whichever_worker_arrives(
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
-@pytest.mark.usefixtures("tiled")
 def test_any_number_of_threads_gives_bitwise_equal_results_at_every_call(threads: int) -> None:
     x, several = images(), make(2, threads=threads)
     one = make(2, threads=1)(x)[0]
