@@ -13,6 +13,7 @@ from ensemble.bench.load.batching import ALL_TENANTS, SINGLE_TENANT, BatchPlan, 
 from ensemble.bench.load.engine import BuiltPlan, Engine, PlanKey
 from ensemble.bench.setup import Setup
 from ensemble.bench.stages import OnStage
+from ensemble.bench.timed_calls import TimedCalls
 from ensemble.machine.devices import synchronize
 from ensemble.machine.timing import interleaved
 from ensemble.statistics import median
@@ -20,10 +21,15 @@ from ensemble.strategies import HYBRIDS, find
 from ensemble.strategies.agreement import TOLERANCES, check
 
 MIN_TIMED_CALLS, MIN_TIMED_S = 5, 0.1  # per batch plan
+MAX_CACHE_SPEEDUP = 3.0  # of calls with a repeated input over calls with a new one
 
 
 class DisagreementError(RuntimeError):
     """The logits of a batch plan differ from the reference."""
+
+
+class CacheError(DisagreementError):
+    """A batch plan answers repeated inputs from a cache."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +137,30 @@ def _build_plan(
 
 
 def _time_plan(built: BuiltPlan) -> float:
-    """The median seconds of a call, of the first tenant's forward for all."""
-    first = replace(built.forwards[0], example=built.input)
+    """The median seconds of a call with a new input, of the first tenant's forward for all.
+
+    Raises:
+        CacheError: calls with the input before are answered much faster.
+    """
+    calls = TimedCalls(replace(built.forwards[0], example=built.input), built.input.float())
     rounds = interleaved(
-        [first.call],
+        [calls, calls.repeat],
+        untimed=[calls.repeat, calls.repeat],
+        renew=[calls.renew, _nothing],
         warmup=1,
         min_rounds=MIN_TIMED_CALLS,
         min_seconds=MIN_TIMED_S,
         synchronize=lambda: synchronize(built.input.device),
     )
-    seconds = median([sample.seconds for (sample,) in rounds])
-    assert seconds is not None
-    return seconds
+    times = list(zip(*([sample.seconds for sample in samples] for samples in rounds), strict=True))
+    new, repeated = (median(seconds) or 0.0 for seconds in times)
+    if new > MAX_CACHE_SPEEDUP * repeated:
+        raise CacheError(
+            f"answers repeated inputs from a cache, {new / repeated:.0f}x faster than new ones:"
+            " requests under load repeat images"
+        )
+    return new
+
+
+def _nothing() -> None:
+    pass

@@ -23,7 +23,8 @@ from ensemble.bench.load.search import LateCurve
 BISECTIONS = 10
 # Late requests of a simulated run in which the empty queue at its start does not count, and of all
 # runs at a rate of the curve, at the share that the percentile allows; requests in either at most.
-LONG_LATE, CURVE_LATE, MAX_REQUESTS = 6000, 800, 200_000
+LONG_LATE, CURVE_LATE = 6000, 4000
+MAX_LONG, MAX_PER_RATE = 200_000, 80_000
 CURVE_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.86, 0.92, 0.96, 1.0, 1.04, 1.08, 1.14, 1.2, 1.3, 1.5)
 
 
@@ -117,9 +118,8 @@ def late_curve(
         requests_at: rate -> the requests of a run.
     """
     allowed = 1 - percentile / 100
-    long_run, per_rate = (
-        min(MAX_REQUESTS, round(late / allowed)) for late in (LONG_LATE, CURVE_LATE)
-    )
+    long_run = min(MAX_LONG, round(LONG_LATE / allowed))
+    per_rate = min(MAX_PER_RATE, round(CURVE_LATE / allowed))
     low, high = 0.0, peak_throughput_qps(queueing.plans, len(queueing.tenant_shares))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

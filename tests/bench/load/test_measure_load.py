@@ -1,8 +1,10 @@
 """Load tests of tiny models: every request gets its own answer, every failure a reason."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,7 +178,7 @@ def test_a_strategy_that_raises_during_a_run_fails_its_row_with_the_reason(
     def breaks(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
         def forward(x: Tensor) -> Tensor:
             calls.append(1)
-            if len(calls) > 60:
+            if len(calls) > 90:
                 raise RuntimeError("the device is gone")
             return torch.stack([model(x) for model in models])
 
@@ -195,6 +197,16 @@ def test_a_strategy_that_raises_during_a_run_fails_its_row_with_the_reason(
     assert run.failed > 0
     assert run.answered + run.failed == run.requests
     assert found.error == f"RuntimeError: the device is gone; {run.failed} requests failed"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_strategy_that_answers_from_a_cache_of_inputs_fails_under_load() -> None:
+    planted = Path(__file__).parents[1] / "planted_strategies.py"
+    found = measured(case_of(f"{planted}:caches_by_values"))
+    assert found.status == "failed"
+    assert re.match(
+        r"answers repeated inputs from a cache, \d+x faster than new ones", str(found.error)
+    )
 
 
 @pytest.mark.usefixtures("one_thread")
