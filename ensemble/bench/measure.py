@@ -57,7 +57,7 @@ def measure(
             return _failed(found, f"after its timed calls, {problem}")
         return replace(timed, ranks=ranks, notes=timed.notes + tuple(map(Note, notes)))
     except WrongAnswerError as error:
-        return _failed(found, str(error))
+        return _failed(found, setup.backend.call_error(strategy, case.dtype) or str(error))
     except UnavailableError as error:
         return replace(found, status=UNAVAILABLE, error=str(error))
     except Exception as error:

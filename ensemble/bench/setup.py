@@ -29,6 +29,10 @@ def _no_rank_times(built: BuiltStrategy, case: Case) -> tuple[RankTimes | None, 
     return None, ()
 
 
+def _no_call_error(strategy: str, dtype: str) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Backend:
     """Where the models run: on this device, or on the ranks of torchrun."""
@@ -40,6 +44,8 @@ class Backend:
     rank_times: Callable[[BuiltStrategy, Case], tuple[RankTimes | None, tuple[str, ...]]] = (
         _no_rank_times
     )
+    # Why a call failed on another rank, whose answer is then NaN; empty if none did.
+    call_error: Callable[[str, str], str] = _no_call_error
     own_processes: tuple[int, ...] = ()  # pids of the other processes of this run on this machine
 
 

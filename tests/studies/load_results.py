@@ -18,8 +18,8 @@ latency bound of a run is given, so that all its rows have the same. In a pictur
 a run that LoadGen found valid, an empty one an invalid run. A curve goes through the median of each
 rate up to the sustained rate, a dotted line; runs above it were invalid or failed the confirmation.
 
-They were made by an earlier search, which took the highest rate that LoadGen confirmed as sustained.
-Such a rate has no interval and is too low, for p99 by about a quarter
+They were made by an earlier search, which took the highest rate that LoadGen confirmed. Such a rate
+has no interval and is too low, for p99 by about a quarter
 ([simulation](../../studies/load_search.md)).
 """
 

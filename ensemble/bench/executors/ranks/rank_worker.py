@@ -138,6 +138,10 @@ class RankWorker:
             part = strategy.exchange.distribute(x)
             return strategy.exchange.combine(self._forward(strategy, part), reduce)
 
+    def call_errors(self, key: str) -> list[str]:
+        """Why a call failed, on each rank; empty where none did."""
+        return self.group.all_gather_object(self._strategies[key].error)
+
     def float64_logits(self, *, example: Tensor | None = None) -> list[Tensor | str]:
         """Each rank's logits in float64, or the reason why there are none."""
         x = self._exchange(torch.float32).distribute(example)

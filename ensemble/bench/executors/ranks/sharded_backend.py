@@ -32,6 +32,7 @@ def make_backend(leader: Leader, example: Tensor, reduce: str) -> Backend:
         explain=lambda error, name, dtype: _explain(error),
         float64_logits=lambda: _float64_logits(leader, example),
         rank_times=lambda built, case: _rank_times(leader, built, case),
+        call_error=lambda name, dtype: _call_error(leader, name, dtype),
         own_processes=tuple(info.pid for info in leader.ranks[1:] if info.host == host),
     )
 
@@ -94,6 +95,12 @@ def _float64_logits(leader: Leader, example: Tensor) -> Tensor:
     if reason:
         raise RankStepError(reason)
     return torch.cat([part for part in parts if isinstance(part, Tensor)])
+
+
+def _call_error(leader: Leader, name: str, dtype: str) -> str:
+    """Why a call of a strategy failed on a rank, with its name; empty if none did."""
+    errors: list[str] = leader.run_step(leader.worker.call_errors, strategy_key(name, dtype))
+    return _first_reason(errors, leader.ranks)
 
 
 def _rank_times(
