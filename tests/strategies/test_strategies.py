@@ -88,7 +88,14 @@ def test_a_single_model_is_an_ensemble(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [*from_registry(slow=False), *(pytest.param(name, marks=QUIET) for name in PEERS)],
+    [
+        *from_registry(slow=False),
+        # The other peers run small nets too, in the tests above.
+        *(
+            pytest.param(name, marks=[QUIET] if name == "jax" else [QUIET, pytest.mark.slow])
+            for name in PEERS
+        ),
+    ],
 )
 @pytest.mark.parametrize(
     ("arch", "per_model"),
@@ -147,6 +154,7 @@ def test_ensembles_of_the_same_models_are_independent(name: str, separate: bool)
     assert [{n: t.data_ptr() for n, t in m.state_dict().items()} for m in models] == before
 
 
+@pytest.mark.slow  # as the operators themselves, in test_prepacking
 def test_prepacked_can_be_the_first_strategy_of_a_process() -> None:
     """Its operators are registered by its own imports, not by those of another strategy."""
     command = [sys.executable, "-c", "import ensemble.strategies.prepacked"]

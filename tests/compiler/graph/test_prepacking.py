@@ -28,7 +28,7 @@ def calls(packed: prepacking.Packed) -> list[tuple[object, Sequence[object]]]:
     ("arch", "layers"),
     [
         ("resnet18", 21),
-        ("resnet50", 54),
+        pytest.param("resnet50", 54, marks=pytest.mark.slow),  # resnext has such blocks too
         ("resnext50_32x4d", 54),
         pytest.param("wide_resnet50_2", 54, marks=pytest.mark.slow),
         pytest.param("vgg11_bn", 9, marks=pytest.mark.slow),
