@@ -163,6 +163,21 @@ def test_a_slow_function_is_preceded_by_a_sleep_instead_of_an_untimed_call() -> 
     assert (calls.count("a"), calls.count("b")) == (11, 20)
 
 
+def test_one_function_alone_is_settled_by_its_own_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SETTLE_S", SETTLE_S)
+    for seconds, untimed in ((2 * SETTLE_S, 1), (0.75 * SETTLE_S, 2 * 5)):
+        clock, calls = FakeClock(), list[float]()
+
+        def work(
+            seconds: float = seconds, calls: list[float] = calls, clock: FakeClock = clock
+        ) -> None:
+            calls.append(seconds)
+            clock.spend(seconds)
+
+        assert len(rounds_of([work], clock, min_rounds=5)) == 5
+        assert len(calls) == 5 + untimed  # before the first call its time is not known
+
+
 def test_timing_continues_until_min_rounds_and_min_seconds() -> None:
     assert len(record(warmup=0, min_rounds=4, min_seconds=0.125)[1]) == 4
     assert len(record(warmup=0, min_rounds=1, min_seconds=0.875)[1]) == 3  # of 0.375 s each
