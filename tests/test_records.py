@@ -207,6 +207,17 @@ def test_a_loop_that_a_strategy_slows_is_noted() -> None:
     assert "in turns" not in render_remarks([LOOP, near, VMAP], ENVIRONMENT)
 
 
+def test_a_slower_loop_is_not_noted_where_its_processes_disagree() -> None:
+    one = with_alone(2.0, beside=1.0).measurements[0]
+    row = row_of(
+        *(replace(one, reference_times_s=(0.1 * factor,) * 8) for factor in (0.8, 1.3, 2.2))
+    )
+    assert row.slowdown_of_reference is not None
+    low, high = row.slowdown_of_reference.interval()
+    assert low < 1 < 1.3 < high  # e ** (0.276 +- 4.303 * 0.292)
+    assert "in turns" not in render_remarks([LOOP, row], ENVIRONMENT)
+
+
 def test_a_baseline_without_times_of_the_loop_alone_is_compared_by_its_pairs() -> None:
     old = row_of(
         *(
