@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from ensemble.bench.measurement import RankTimes
 from ensemble.bench.report.comparison import compare
 from ensemble.bench.report.table import render_table
 from ensemble.bench.report.verdict import render_answer, render_remarks
@@ -54,6 +55,73 @@ def test_the_build_of_a_row_holds_what_its_first_process_took_to_choose_for_all(
     assert (ROW.tune_s, ROW.build_s, ROW.name) == (None, 0.1, "vmap")
 
 
+def test_of_several_processes_costs_are_typical_and_errors_and_memory_the_worst() -> None:
+    row = row_of(
+        *(
+            replace(
+                ONE,
+                times_s=(1.0,) * 8,
+                reference_times_s=(speedup,) * 8,
+                peak_memory_bytes=memory,
+                first_call_s=cost,
+                page_faults_per_call=10 * cost,
+                reference_page_faults_per_call=100 * cost,
+                others_cpu_share=cost / 100,
+                max_rel_error=error,
+                error_float64=error / 10,
+                top1_agreement=1 - error,
+            )
+            for speedup, memory, cost, error in (
+                (2.5, 100, 3.0, 0.02),
+                (2.0, 300, 9.0, 0.03),
+                (1.9, 200, 4.0, 0.01),
+            )
+        )
+    )
+    assert row.speedup == 2.0
+    assert row.peak_memory_bytes == 300
+    assert row.first_call_s == 4.0
+    assert row.page_faults_per_call == 40.0
+    assert row.reference_page_faults_per_call == 400.0
+    assert row.others_cpu_share == 0.04
+    assert row.max_rel_error == 0.03
+    assert row.error_float64 == 0.003
+    assert row.top1_agreement == 0.97
+
+
+def test_of_several_processes_the_spread_between_them_decides_whether_it_is_too_noisy() -> None:
+    def processes(*speedups: float) -> Summary:
+        """Processes whose calls vary by more than a half, with these medians of the pairs."""
+        calls = (0.07, 0.1, 0.14) * 4
+        one = replace(VMAP.measurements[0], times_s=calls)
+        return row_of(
+            *(
+                replace(one, reference_times_s=tuple(speedup * call for call in (0.1,) * 12))
+                for speedup in speedups
+            )
+        )
+
+    alike, apart = processes(2.0, 2.01, 1.99), processes(1.0, 2.0, 4.0)
+    assert (alike.noise or 0) > 0.25
+    assert alike.inconclusive is None
+    assert apart.inconclusive == "too noisy"  # e ** (log 2 +- 4.303 * 0.4): 0.36 to 11
+
+
+def test_a_row_that_fails_in_a_later_process_has_failed() -> None:
+    row = row_of(ONE, replace(ONE, status="failed", error="broke"))
+    assert (row.status, row.error, row.speedup) == ("failed", "in process 2: broke", None)
+
+
+def test_a_call_over_ranks_is_split_into_forward_interference_and_communication() -> None:
+    """10 s a call, of which the slowest forward takes 8, and 6 while the other ranks are idle."""
+    ranks = RankTimes(whole_s=(10.0,), forward_s=(8.0,), alone_s=(6.0,), one_rank_s=(30.0,))
+    assert ranks.parallel_efficiency == pytest.approx(0.6)
+    assert ranks.interference == pytest.approx(0.2)
+    assert ranks.communication == pytest.approx(0.2)
+    assert ranks.speedup_over_one_rank == pytest.approx(3.0)
+    assert RankTimes(whole_s=(10.0,)).interference is None
+
+
 def test_nothing_is_claimed_beside_other_programs_that_take_much_of_the_cpu() -> None:
     assert changed(VMAP, others_cpu_share=0.1).inconclusive is None
     busy = changed(VMAP, others_cpu_share=0.5)
@@ -82,6 +150,9 @@ def test_beside_other_programs_a_difference_is_claimed_where_the_fastest_calls_s
 def test_medians_that_other_programs_have_put_apart_claim_nothing() -> None:
     apart = busy(ours=(0.02, 0.02), theirs=(0.05, 4.0))
     assert apart.beyond_contention is None
+    fastest = busy(ours=(0.01, 0.03), theirs=(0.06, 0.06))  # 6 times, but pairs of 2 and of 6
+    assert fastest.inconclusive == "CPU busy"
+    assert fastest.beyond_contention is None
     assert changed(VMAP, times_s=(0.001,) * 20).beyond_contention is None  # a quiet machine
 
 
@@ -134,6 +205,17 @@ def test_a_loop_that_a_strategy_slows_is_noted() -> None:
     )
     near = with_alone(2.0, 2.0, 2.0, beside=1.05)
     assert "in turns" not in render_remarks([LOOP, near, VMAP], ENVIRONMENT)
+
+
+def test_a_slower_loop_is_not_noted_where_its_processes_disagree() -> None:
+    one = with_alone(2.0, beside=1.0).measurements[0]
+    row = row_of(
+        *(replace(one, reference_times_s=(0.1 * factor,) * 8) for factor in (0.8, 1.3, 2.2))
+    )
+    assert row.slowdown_of_reference is not None
+    low, high = row.slowdown_of_reference.interval()
+    assert low < 1 < 1.3 < high  # e ** (0.276 +- 4.303 * 0.292)
+    assert "in turns" not in render_remarks([LOOP, row], ENVIRONMENT)
 
 
 def test_a_baseline_without_times_of_the_loop_alone_is_compared_by_its_pairs() -> None:

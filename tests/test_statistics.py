@@ -7,11 +7,13 @@ from ensemble.statistics import (
     LogMean,
     between_process_interval,
     bootstrap_interval,
+    bootstrap_ratio_interval,
     half_width,
     iqr,
     log_mean,
     median,
     modes,
+    of_interval,
 )
 
 
@@ -46,6 +48,16 @@ def test_the_interval_covers_the_true_median_of_skewed_noise_as_often_as_it_says
         low, high = bootstrap_interval(tuple(generator.lognormal(0, 0.1, size=20))) or (0, 0)
         covered += low <= 1 <= high
     assert covered >= 91
+
+
+def test_the_bootstrap_interval_of_a_ratio_is_that_of_the_first_over_the_second() -> None:
+    assert bootstrap_ratio_interval((6.0,) * 6, (2.0,) * 8) == (3.0, 3.0)
+    assert bootstrap_ratio_interval((6.0,) * 6, (2.0,) * 5) is None
+
+
+def test_a_normal_interval_of_95_percent_ends_1_96_deviations_from_its_middle() -> None:
+    found = of_interval((float(np.exp(0.3 - 0.196)), float(np.exp(0.3 + 0.196))))
+    assert (found.mean, found.variance) == pytest.approx((0.3, 0.1**2))
 
 
 def test_the_interval_of_processes_is_students() -> None:
@@ -90,6 +102,25 @@ def test_drift_that_lasts_widens_the_interval_of_many_processes() -> None:
     assert few[0].variance == pytest.approx(few[1].variance)  # too few to estimate it
 
 
+@pytest.mark.parametrize(
+    ("logs", "inflation"),
+    [
+        # Lag-1 autocorrelation 0, less its bias (0 + 1/12) / (1 - 4/12) = 0.125: the sum of
+        # (1 - k/12) 0.125**k is 0.1293, and 1.2585 / (1 - 0.2585 / 11) is 1.289.
+        ([0, 1, 0, -1] * 3, 1.289),
+        # (6 - 5) / 12, less its bias 0.25, which is clear: (1 - 0.25**2)**0.5 / 12**0.5 more,
+        # 0.5295. The sum is 0.9262, and 2.8524 / (1 - 1.8524 / 11) is 3.430.
+        ([1, 1, -1, -1] * 3, 3.430),
+    ],
+)
+def test_autocorrelation_inflates_the_variance_by_the_sum_of_bayley_and_hammersley(
+    logs: list[int], inflation: float
+) -> None:
+    found = log_mean(np.exp(logs).tolist())
+    assert found is not None
+    assert found.variance == pytest.approx(np.var(logs, ddof=1) / 12 * inflation, rel=1e-3)
+
+
 def test_half_a_width_is_a_share_of_the_middle() -> None:
     assert half_width((0.9, 1.1)) == pytest.approx(0.1)
 
@@ -101,6 +132,10 @@ def test_half_a_width_is_a_share_of_the_middle() -> None:
         ([0.7, 0.72, 1.04, 0.71, 0.69], [[4, 0, 3, 1, 2]]),  # one apart may be an accident
         ([0.70, 0.75, 0.80, 0.85, 0.90], [[0, 1, 2, 3, 4]]),  # evenly spread: no gap
         ([1.00, 1.001, 1.002, 1.05, 1.051], [[0, 1, 2, 3, 4]]),  # apart by less than a tenth
+        # A gap of log(1.25 / 1.05) = 0.174, less than 20 / 5 of a spread of log 1.05 = 0.049; in
+        # the other one the upper mode has that spread.
+        ([1.0, 1.05, 1.25, 1.25, 1.25], [[0, 1, 2, 3, 4]]),
+        ([1.0, 1.0, 1.0, 1.19, 1.25], [[0, 1, 2, 3, 4]]),
         ([0.7, 0.7, 1.1, 1.1], [[0, 1, 2, 3]]),  # four are too few
     ],
 )

@@ -43,6 +43,33 @@ def test_an_unavailable_reading_yields_no_share(
     assert share_of_others(other_processes.read(), other_processes.read()) is None
 
 
+def test_a_share_is_never_negative() -> None:
+    """The two clocks tick apart: this program may seem to have used more than the machine."""
+    four = Cores(4, None, None)
+    assert share_of_others(Reading(0.0, 0.0, 0.0, four), Reading(1.0, 2.0, 1.9, four)) == 0.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
+def test_idle_cores_and_those_that_wait_for_a_disk_are_not_busy_but_stolen_ones_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """user nice system idle iowait irq softirq steal, and guests, which are in user already."""
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 20 30 9000 800 5 6 7 40 3\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    monkeypatch.setattr(other_processes, "_STAT", stat)
+    ticks = 100 + 20 + 30 + 5 + 6 + 7
+    assert other_processes.read().all_s == ticks / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts no children")
+def test_what_a_child_has_used_counts_as_its_own_after_the_end_of_it() -> None:
+    before, used = other_processes.own_cpu_s(), time.process_time()
+    program = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    used = time.process_time() - used  # of this process
+    assert other_processes.own_cpu_s() - before - used > 0.4
+
+
 @pytest.fixture
 def orphan() -> Iterator[int]:
     """The pid of a busy process that is no descendant of this one: its parent has ended."""

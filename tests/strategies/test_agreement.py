@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble.strategies.agreement import TOLERANCES, check
+from ensemble.strategies.agreement import TOLERANCES, check, check_same
 
 REFERENCE = torch.tensor([[[1.0, 4.0, 2.0]], [[8.0, 0.0, 4.0]]])  # 2 models, 1 image, 3 classes
 
@@ -27,6 +27,41 @@ def test_an_error_above_the_tolerance_names_the_model_and_the_limit() -> None:
     found = check(changed(1, 0, 2, 4.1), REFERENCE, tolerance=1e-3)
     assert found.problem == (
         "outputs disagree: model 1 has an error of 1.2e-02 of its largest logit, tolerance 1e-03"
+    )
+
+
+def test_the_error_and_the_verdict_are_those_of_the_worst_image() -> None:
+    reference = REFERENCE.transpose(0, 1)  # 1 model, 2 images
+    logits = reference.clone()
+    logits[0, 1, 2] += 0.08  # of 8, in the second image
+    found = check(logits, reference, tolerance=1e-3)
+    assert found.max_rel_error == pytest.approx(0.01, rel=1e-3)
+    assert found.problem is not None
+
+
+def test_integers_must_be_equal() -> None:
+    labels = torch.tensor([[3, 5], [7, 2]])
+    assert check(labels.clone(), labels, tolerance=1.0).problem is None
+    found = check(torch.tensor([[3, 5], [7, 1]]), labels, tolerance=1.0)
+    assert found.problem == "outputs disagree: model 1 differs in 1 of 2 values"
+
+
+def test_masked_classes_agree_if_their_infinities_have_the_same_sign() -> None:
+    masked = changed(1, 0, 1, -torch.inf)
+    assert check(masked.clone(), masked, tolerance=1e-4).problem is None
+    found = check(changed(1, 0, 1, torch.inf), masked, tolerance=1e-4)
+    assert found.problem == "outputs disagree: different elements are not finite"
+
+
+def test_mean_probabilities_have_the_tolerance_that_an_error_of_every_logit_gives_them() -> None:
+    """Logits of up to 50, each off by 1e-4 of that, 0.005: probabilities by expm1(0.01)."""
+    expected = torch.tensor([[0.75, 0.25]])
+    for factor, agrees in ((1.0099, True), (1.0102, False)):
+        found = check_same(expected * factor, expected, reduce="mean", tolerance=1e-4, largest=50.0)
+        assert (found.problem is None) == agrees
+    assert found.problem is not None
+    assert found.problem.startswith(
+        "outputs disagree: the mean over models has an error of 1.0e-02"
     )
 
 

@@ -251,6 +251,8 @@ def test_further_processes_are_planned_once_from_the_first_ones() -> None:
         "vmap": 5,
         "folded_vmap": 27,
     }
+    then_steady = WILD[:5] + [1.07] * 35  # what comes later changes no plan
+    assert run_rounds({"vmap": then_steady}, config) == {"vmap": 27}
     strict = with_options(config, max_ci_percent=1.0)
     assert run_rounds({"vmap": WILD}, strict) == {"vmap": schedule.MAX_PLANNED}
     loose = with_options(config, max_ci_percent=500.0)

@@ -5,19 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ensemble.bench.report import comparison
+from ensemble.bench.report import comparison, show
 from ensemble.bench.report.comparison import (
     check_machine,
     compare,
     differences,
+    mean_of,
     render,
 )
 from ensemble.bench.summary import Run, Summary
 from ensemble.errors import InputError
+from ensemble.strategies import STRATEGIES
 from tests.made import (
     CONFIG,
     ENVIRONMENT,
     LOOP,
+    UNAVAILABLE,
     VMAP,
     changed,
     row_of,
@@ -62,6 +65,42 @@ def test_of_one_process_the_spread_between_processes_is_assumed() -> None:
     assert not same.is_significantly_slower(5)
     assert not same.passes(5)
     assert same.inconclusive == "one process: raise --processes"
+
+
+def test_the_bounds_of_several_strategies_hold_together() -> None:
+    """Two strategies, and the reference, which is not gated: 0.95 ** 0.5 = 0.9747 each, 1.9545
+    deviations below the ratio."""
+    pairs = [
+        [changed(row, strategy=name) for name in ("vmap", "jax")]
+        for row in (of_processes(0.5), of_processes(1.0))
+    ]
+    found = compare(run(LOOP, *pairs[0]), run(LOOP, *pairs[1]))
+    for one in found[1:]:
+        assert one.interval is not None
+        assert np.log(2.0 / one.interval[0]) == pytest.approx(1.9545 * 0.1 * 2**0.5, rel=1e-3)
+
+
+def test_of_one_process_the_spread_of_its_calls_is_added_to_that_between_processes() -> None:
+    noisy = changed(VMAP, times_s=(0.04, 0.08) * 10)
+    low, high = noisy.speedup_interval or (0, 0)
+    deviation = np.log(high / low) / 2 / 1.96
+    assert deviation > 0.1
+    found = mean_of(noisy, alone=False)
+    assert found is not None
+    assert found.variance == pytest.approx(deviation**2 + 0.1**2)
+
+
+def test_the_variances_of_both_runs_add_up_in_the_bounds_of_the_gate() -> None:
+    """Three processes each, whose logs deviate by 0.03: a variance of 0.0003 of either mean, 0.0006
+    of their difference. Welch: 0.0006 ** 2 / (2 * 0.0003 ** 2 / 2) = 4 degrees of freedom, for
+    which tables give 2.132 one-sided: 2.132 * 0.0006 ** 0.5 = 0.05222."""
+    new, old = (
+        of_processes(*np.exp([level - 0.03, level, level + 0.03]).tolist()) for level in (-0.2, 0.0)
+    )
+    (found,) = compare(run(new), run(old))
+    assert found.interval is not None
+    assert np.log(found.ratio or 0) == pytest.approx(0.2)
+    assert 0.2 - np.log(found.interval[0]) == pytest.approx(0.05222, rel=1e-3)
 
 
 def test_the_reference_is_compared_in_seconds_and_not_gated() -> None:
@@ -185,3 +224,26 @@ def test_a_gate_names_the_cases_that_only_one_run_has_timed() -> None:
     ]
     (short,) = comparison.inconclusive_cases(compare(run(few), run(VMAP)), run(few), run(VMAP), 5)
     assert short.endswith("(too few pairs)"), short
+
+
+def test_a_gate_ends_with_1_for_a_regression_3_if_inconclusive_and_0_else() -> None:
+    config = with_options(CONFIG, from_json="new.json", fail_above=5.0)
+    old, slow = of_processes(2.0, 2.01, 1.99), of_processes(0.2, 0.21, 0.19)
+    busy, other = changed(old, others_cpu_share=0.5), {"strategy": "jax"}
+    both = run(old, changed(old, **other))
+    assert show.compare(config, run(old), run(old)) == 0
+    assert show.compare(config, run(slow), run(old)) == 1
+    assert show.compare(config, run(busy), run(old)) == 3
+    assert show.compare(config, run(slow, changed(busy, **other)), both) == 1  # comes first
+    assert show.compare(with_options(config, fail_above=None), run(slow), run(old)) == 0
+    assert show.compare(config, run(slow), None) == 0
+
+
+def test_a_strategy_that_is_unavailable_has_failed_if_it_was_asked_for_by_name() -> None:
+    named = with_options(CONFIG, strategies=("loop", "cudagraph_loop"))
+    assert show.has_failed(named, run(LOOP, UNAVAILABLE))
+    assert not show.has_failed(with_options(named, from_json="a.json"), run(LOOP, UNAVAILABLE))
+    assert not show.has_failed(with_options(CONFIG, strategies=tuple(STRATEGIES)), run(UNAVAILABLE))
+    failed = changed(VMAP, status="failed", error="broke")
+    assert show.has_failed(with_options(named, from_json="a.json"), run(failed))
+    assert not show.has_failed(named, run(LOOP, VMAP))

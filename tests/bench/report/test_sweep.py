@@ -79,6 +79,8 @@ def test_the_build_breaks_even_after_its_cost_over_the_gain_per_call() -> None:
     assert break_even_calls(changed(vmap, build_s=0.0, first_call_s=0.0), loop) == 0
     assert break_even_calls(changed(vmap, times_s=(0.2,) * 20), loop) is None
     assert break_even_calls(changed(vmap, build_s=None), loop) is None
+    slow_loop = changed(loop, times_s=(0.7,) * 20)  # elsewhere: the gain is over its own loop
+    assert break_even_calls(vmap, slow_loop) == pytest.approx((6.0 - 0.5) / 0.05)
 
 
 def test_extra_memory_is_a_difference_and_unknown_if_either_is() -> None:
@@ -132,6 +134,22 @@ def test_rows_that_are_not_significantly_slower_than_the_fastest_tie_with_it() -
         "4 models: folded_vmap and jax tie at 2.00x the speed of the loop (95% CI"
     )
     assert "; vmap is 1.50x (1.48-1.52)." in answer
+
+
+def test_a_tie_has_the_mean_and_all_intervals_of_its_rows_and_the_cost_of_the_fastest() -> None:
+    wide = of_processes("jax", 1.8, 2.4, 2.0, 1.5, 1.9)
+    fast = of_processes("folded_vmap", 2.05, 2.1, 2.15, 2.12, 2.08)
+    fast, wide = changed(fast, build_s=6.25), changed(wide, build_s=10.0)
+    found = leaders([LOOP, wide, fast])
+    assert found is not None
+    assert found.rows == (fast, wide)
+    assert found.speedup == pytest.approx((2.1 * 1.9) ** 0.5)
+    (low, high), inner = wide.speedup_interval or (0, 0), fast.speedup_interval or (0, 0)
+    assert low < inner[0] < inner[1] < high
+    assert found.interval == (low, high)
+    loop = changed(LOOP, build_s=0.0, first_call_s=0.02)
+    # 6.25 s of the fastest and as long a first call, over 0.1 s - 0.1 s / 2.1 = 0.05238 s a call
+    assert "; folded_vmap breaks even after 119 calls" in render_answer([loop, wide, fast])
 
 
 def test_one_clear_winner_has_the_figure_and_the_interval_of_its_row() -> None:

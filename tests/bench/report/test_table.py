@@ -76,6 +76,13 @@ def test_other_processes_on_the_cpu_are_a_warning() -> None:
     )
 
 
+def test_others_that_use_a_tenth_of_the_cpu_are_noted_beside_the_speedup() -> None:
+    text = report(LOOP, changed(VMAP, others_cpu_share=0.08))
+    assert "other processes used the CPU, results may be biased: vmap, 4 models (8%)." in text
+    assert "vmap is 2.00x faster" in text
+    assert "used the CPU" not in report(LOOP, changed(VMAP, others_cpu_share=0.04))
+
+
 def test_too_few_pairs_are_inconclusive() -> None:
     few = changed(VMAP, times_s=(0.05,) * 5, reference_times_s=(0.1,) * 5)
     assert "too few pairs (5 pairs); raise --min_pairs" in report(LOOP, few)
@@ -100,6 +107,11 @@ def test_page_faults_name_their_grid_point() -> None:
 def test_page_faults_that_explain_less_than_half_of_a_slowdown_are_not_blamed() -> None:
     slow = changed(VMAP, times_s=(0.113,) * 20)
     assert "Page faults" not in report(LOOP, slow)
+
+
+def test_only_page_faults_beyond_those_of_the_loop_are_blamed() -> None:
+    slow = changed(VMAP, times_s=(0.110,) * 20)  # of 12,000 faults 2,000 more: 1 of 10 ms
+    assert "Page faults" not in report(LOOP, changed(slow, reference_page_faults_per_call=10_000.0))
 
 
 def test_first_calls_are_reported_separately_from_the_steady_state() -> None:
@@ -294,6 +306,8 @@ def test_a_bimodal_row_is_reported_with_the_page_faults_of_each_mode() -> None:
         " process; use --allocator retain."
     ) in text
     assert "Bimodal" not in report(LOOP, of_processes(*[(0.7, 0.0)] * 5))
+    near = of_processes((0.7, 37e3), (0.71, 37e3), (0.75, 0), (0.70, 37e3), (0.7, 37e3))
+    assert "Bimodal" not in report(LOOP, near)  # 0.75 / 0.71: 6 %
 
 
 def test_a_large_between_process_spread_is_inconclusive_and_has_no_break_even() -> None:
@@ -311,6 +325,19 @@ def test_a_large_between_process_spread_is_inconclusive_and_has_no_break_even() 
 def test_the_between_process_spread_is_reported_if_it_exceeds_the_within_process_one() -> None:
     text = report(LOOP, of_processes((1.0, 0), (1.1, 0), (1.2, 0), (1.3, 0), (1.4, 0)))
     assert "vmap, 4 models (within-process CI +-0%, between-process spread +-17%)." in text
+
+
+def test_a_between_process_spread_within_the_interval_of_each_process_is_not_reported() -> None:
+    calls = (0.07, 0.1, 0.14) * 4
+    one = replace(VMAP.measurements[0], times_s=calls)
+    rows = [
+        replace(one, reference_times_s=tuple(speedup * 0.1 for _ in calls))
+        for speedup in (2.0, 2.15, 2.3)
+    ]
+    row = row_of(*rows)  # 0.3 / 4.3: 7 % to either side
+    assert (row.within_processes or 0) > 0.1
+    assert row.between_processes == pytest.approx(0.0698, rel=1e-2)
+    assert "between-process" not in report(LOOP, row)
 
 
 def test_the_choice_of_best_is_in_its_row_and_in_the_answer() -> None:

@@ -1,0 +1,185 @@
+"""How one case is measured: which calls are timed, what they are compared with, what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ensemble.bench import measure as module
+from ensemble.bench.build import BuiltStrategy
+from ensemble.bench.case import Task
+from ensemble.bench.measure import measure, measurement_of_reference, time_alone
+from ensemble.bench.measurement import Measurement
+from ensemble.bench.setup import Backend, Setup
+from ensemble.machine import memory, other_processes
+from ensemble.machine.timing import Sample
+from tests.made import CASE, CONFIG, with_options
+
+IMAGE = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+WEIGHTS = torch.randn(2, 48, 5, generator=torch.Generator().manual_seed(1))
+OPTIONS = with_options(CONFIG, warmup=1, min_pairs=8, min_seconds=0.0).measure
+VMAP = Task(replace(CASE, num_models=2, image_size=4))
+MB = 1_000_000
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def logits(x: Tensor) -> Tensor:
+    """(1, 3, 4, 4) -> (2, 1, 5): two linear models."""
+    return torch.einsum("bi,nik->nbk", x.flatten(1), WEIGHTS)
+
+
+def built(forward: Forward) -> BuiltStrategy:
+    return BuiltStrategy(
+        forward=forward,
+        timed_forward=forward,
+        example=IMAGE,
+        logits=logits(IMAGE),
+        build_s=2.0,
+        first_call_s=1.0,
+        peak_memory_bytes=None,
+        notes=(),
+    )
+
+
+def setup_of(strategy: Forward, reference: Forward = logits) -> Setup:
+    backend = Backend(
+        build=lambda name, dtype: built(strategy),
+        explain=lambda error, name, dtype: str(error),
+        float64_logits=lambda: logits(IMAGE),
+    )
+    return Setup(backend, (), IMAGE, IMAGE, built(reference), None, ())
+
+
+def measured(setup: Setup) -> Measurement:
+    return measure(VMAP, setup, OPTIONS, reduce="none", on_stage=lambda stage, done: None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(other_processes, "busy_cores", lambda own: 0.0)
+
+
+class Noted:
+    """A forward that notes its inputs."""
+
+    def __init__(self) -> None:
+        self.inputs: list[bytes] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.inputs.append(x.numpy().tobytes())
+        return logits(x)
+
+
+def test_the_reference_alone_gets_a_new_input_a_call_and_the_calls_of_an_interval() -> None:
+    reference = Noted()
+    samples = time_alone(setup_of(logits, reference), OPTIONS)
+    assert len(samples) == 6  # an interval needs so many, however few seconds are asked for
+    assert len(set(reference.inputs)) == 1 + 6  # the example, by which it warms up, and a new one
+
+
+def test_both_of_a_pair_get_the_same_new_input() -> None:
+    strategy, reference = Noted(), Noted()
+    row = measured(setup_of(strategy, reference))
+    assert (row.status, row.max_rel_error) == ("ok", 0.0)
+    assert len(row.times_s) == len(row.reference_times_s) == 8
+    assert len(set(strategy.inputs)) == 1 + 8
+    assert set(strategy.inputs) == set(reference.inputs)
+
+
+def test_an_answer_to_an_earlier_input_fails_the_row() -> None:
+    answer = logits(IMAGE)
+    row = measured(setup_of(lambda x: answer))
+    assert row.status == "failed"
+    assert (row.error or "").startswith(
+        "in a timed call with a new input, the answer to an earlier input; outputs disagree: "
+    )
+
+
+def test_an_answer_that_is_wrong_but_new_is_not_called_an_earlier_one() -> None:
+    row = measured(setup_of(lambda x: logits(x) * (1.0 if torch.equal(x, IMAGE) else 1.1)))
+    assert row.status == "failed"
+    assert (row.error or "").startswith("in a timed call with a new input, outputs disagree: ")
+
+
+def test_an_answer_that_is_wrong_after_the_timed_calls_fails_the_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrong = []
+
+    def after_the_timed_calls(own: Sequence[int]) -> float:
+        wrong.append(True)
+        return 0.0
+
+    monkeypatch.setattr(other_processes, "busy_cores", after_the_timed_calls)
+    row = measured(setup_of(lambda x: logits(x) * (1.1 if wrong else 1.0)))
+    assert row.status == "failed"
+    assert (row.error or "").startswith("after its timed calls, outputs disagree: ")
+
+
+def test_the_error_of_a_row_is_the_largest_of_its_timed_answers() -> None:
+    """Half of the tolerance of 1e-4, in one of 8 timed calls."""
+    strategy = Noted()
+
+    def once_inexact(x: Tensor) -> Tensor:
+        right, seen = strategy(x), set(strategy.inputs)
+        return right * (1 + 5e-5) if len(seen) == 4 else right
+
+    row = measured(setup_of(once_inexact))
+    assert row.status == "ok"
+    assert row.max_rel_error == pytest.approx(5e-5, rel=0.01)
+
+
+def samples_of(*rounds: tuple[Sample, ...]) -> Callable[..., Iterator[tuple[Sample, ...]]]:
+    """`interleaved` with made-up samples."""
+
+    def interleaved(
+        functions: Sequence[Callable[[], None]],
+        *,
+        renew: Sequence[Callable[[], None]],
+        **_: object,
+    ) -> Iterator[tuple[Sample, ...]]:
+        for samples in rounds:
+            for prepare, function in zip(renew, functions, strict=True):
+                prepare()
+                function()
+            yield samples
+
+    return interleaved
+
+
+def test_times_and_page_faults_are_those_of_the_strategy_the_pairs_and_the_reference_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs = [(Sample(2.0 + k, 10 + k), Sample(1.0 + k, 30 + k)) for k in (0, 1, 2)]
+    monkeypatch.setattr(module, "interleaved", samples_of(*pairs))
+    alone = (Sample(5.0, 70), Sample(6.0, 72))
+    row = measured(replace(setup_of(logits), reference_alone=alone))
+    assert row.times_s == (1.0, 2.0, 3.0)
+    assert row.reference_times_s == (2.0, 3.0, 4.0)
+    assert row.reference_alone_times_s == (5.0, 6.0)
+    assert row.page_faults_per_call == 31.0
+    assert row.reference_page_faults_per_call == 71.0
+    reference = measurement_of_reference(row, setup_of(logits))
+    assert reference is not None
+    assert reference.case.is_reference
+    assert reference.times_s == (5.0, 6.0)
+    assert reference.reference_times_s == ()
+    assert reference.page_faults_per_call == 71.0
+    assert (reference.build_s, reference.first_call_s) == (2.0, 1.0)
+
+
+def test_a_row_without_times_of_the_reference_alone_is_none_of_the_reference() -> None:
+    assert measurement_of_reference(Measurement(CASE, times_s=(1.0,)), setup_of(logits)) is None
+
+
+def test_a_leak_is_that_of_a_call_of_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 MB a round, which has one call that is timed and one before it: 10 MB a call."""
+    used = iter(range(100 * MB, 1000 * MB, 20 * MB))
+    monkeypatch.setattr(memory, "used_bytes", lambda device: next(used))
+    row = measured(setup_of(logits))
+    assert [str(note) for note in row.notes] == ["memory grows by 10.0 MB per call"]
