@@ -55,14 +55,12 @@ def _rounds(
         for case in cases
         if under_load or not case.is_reference or case.grid_point not in paired
     ]
-    done = 0
-    while any(wants_more(summaries.get(case), config) for case in timed):
-        done += 1
+    for number in range(max(processes(config), MAX_PLANNED)):
         yield (
             case
             for case in timed
             if wants_more(row := summaries.get(case), config)
-            and (row is None or _count(row) < done)
+            and (row is None or _count(row) <= number)
         )
     # Where every strategy that the reference was paired with has failed.
     yield (case for case in cases if case.is_reference and case not in summaries)
