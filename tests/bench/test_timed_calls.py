@@ -77,6 +77,8 @@ def test_memory_that_settles_or_fluctuates_is_none() -> None:
     assert leak(settled, calls) is None
     assert leak([(100 + 30 * (k % 2)) * MIB for k in range(6)], calls) is None
     assert leak([(100 * MIB + 4096 * k) for k in range(6)], calls) is None  # too little
+    few = [100 * MIB + 600 * 1024 * k for k in range(6)]  # 0.3 MB a call, but below 4 MB in all
+    assert leak(few, calls) is None
     assert leak([(100 * MIB - 20 * MIB * k) for k in range(6)], calls) is None
     assert leak([100 * MIB, 120 * MIB, 140 * MIB], [1, 2, 3]) is None  # too few rounds
     assert leak([None] * 6, calls) is None
