@@ -99,18 +99,16 @@ class Measurement:
         pairs = zip(self.reference_times_s, self.times_s, strict=False)
         return tuple(reference / time for reference, time in pairs)
 
-    @cached_property
-    def speedup(self) -> float | None:
-        """Time of the reference alone / time of the strategy, both medians; the median of the
-        pairs where the former is not known."""
-        if not self.reference_alone_times_s:
+    def speedup(self, *, alone: bool) -> float | None:
+        """Time of the reference / time of the strategy: the median of the pairs, in which drift of
+        the machine cancels; with `alone` that of the reference alone, which nothing slows."""
+        if not alone:
             return median(self.ratios)
         return _ratio(median(self.reference_alone_times_s), median(self.times_s))
 
-    @cached_property
-    def speedup_interval(self) -> tuple[float, float] | None:
+    def speedup_interval(self, *, alone: bool) -> tuple[float, float] | None:
         """The bootstrap interval of the speedup: how precisely this process knows its own."""
-        if not self.reference_alone_times_s:
+        if not alone:
             return bootstrap_interval(self.ratios)
         return bootstrap_ratio_interval(self.reference_alone_times_s, self.times_s)
 

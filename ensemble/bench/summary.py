@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import log1p
 from typing import Any
 
 from ensemble.bench.case import Case
@@ -16,6 +17,7 @@ from ensemble.statistics import (
     LogMean,
     between_process_interval,
     bootstrap_interval,
+    bootstrap_ratio_interval,
     half_width,
     iqr,
     log_mean,
@@ -30,6 +32,7 @@ BUSY, TOO_BUSY = 0.05, 0.25
 # By how much the fastest calls of strategy and reference must differ to claim `faster` all the
 # same: contention slows the fastest calls least. See bench/README.md.
 FAR = 5.0
+INTERFERENCE = 0.05  # of the reference's time: a larger effect of a strategy on it counts
 CPU_BUSY, TOO_NOISY_TO_SAY, TOO_FEW = "CPU busy", "too noisy", "too few pairs"
 
 
@@ -156,15 +159,29 @@ class Summary:
 
     @cached_property
     def reference_median_s(self) -> float | None:
-        """The median time of the reference: alone, or in the pairs where that is not known."""
-        alone = [time for one in self.measurements for time in one.reference_alone_times_s]
-        return median(alone or self.reference_times_s)
+        """The median time of the reference that the speedup is over."""
+        if not self.is_over_reference_alone:
+            return median(self.reference_times_s)
+        return median([t for one in self.measurements for t in one.reference_alone_times_s])
 
     @cached_property
     def slowdown_of_reference(self) -> LogMean | None:
-        """Time of the reference in the pairs / alone, over processes; None for fewer than two."""
-        known = self._known("slowdown_of_reference")
-        return log_mean(known)
+        """Time of the reference in the pairs / alone: over processes, or of the calls of one."""
+        known = [one for one in self.measurements if one.slowdown_of_reference is not None]
+        if len(known) != 1:
+            return log_mean(self._known("slowdown_of_reference"))
+        (one,) = known
+        interval = bootstrap_ratio_interval(one.reference_times_s, one.reference_alone_times_s)
+        return of_interval(interval) if interval else None
+
+    @cached_property
+    def is_over_reference_alone(self) -> bool:
+        """Is the speedup over the reference alone, because the strategy slows it in the pairs?"""
+        slowdown = self.slowdown_of_reference
+        if slowdown is None:
+            return False
+        low, high = slowdown.interval()
+        return not low <= 1 <= high and abs(slowdown.mean) > log1p(INTERFERENCE)
 
     @cached_property
     def iqr_s(self) -> float | None:
@@ -186,7 +203,8 @@ class Summary:
         if self.status != OK:
             return None
         if len(self.process_speedups) == 1:
-            return next(one.speedup_interval for one in self.measurements if one.speedup)
+            measured = next(one for one in self.measurements if one.times_s)
+            return measured.speedup_interval(alone=self.is_over_reference_alone)
         return between_process_interval(self.process_speedups)
 
     @cached_property
@@ -214,13 +232,15 @@ class Summary:
     @cached_property
     def process_speedups(self) -> tuple[float, ...]:
         """The speedup that each process measured."""
-        found = (one.speedup for one in self.measurements)
+        alone = self.is_over_reference_alone
+        found = (one.speedup(alone=alone) for one in self.measurements)
         return tuple(speedup for speedup in found if speedup is not None)
 
     @cached_property
     def within_processes(self) -> float | None:
         """Half-width of the confidence interval within a process, the median over processes."""
-        intervals = (one.speedup_interval for one in self.measurements)
+        alone = self.is_over_reference_alone
+        intervals = (one.speedup_interval(alone=alone) for one in self.measurements)
         return median([half_width(interval) for interval in intervals if interval is not None])
 
     @cached_property

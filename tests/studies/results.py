@@ -92,8 +92,12 @@ def modes() -> str:
     """How often each way was met by `vmap` of four models, with glibc's heap as it comes."""
     rows = [row for name in FOUR for row in read(name).results if row.case.strategy == "vmap"]
     processes = [process for row in rows for process in row.processes]
-    spared = [p.speedup for p in processes if (p.page_faults_per_call or 0) < FEW_FAULTS]
-    faulting = [p.speedup for p in processes if (p.page_faults_per_call or 0) >= FEW_FAULTS]
+    spared = [
+        p.speedup(alone=False) for p in processes if (p.page_faults_per_call or 0) < FEW_FAULTS
+    ]
+    faulting = [
+        p.speedup(alone=False) for p in processes if (p.page_faults_per_call or 0) >= FEW_FAULTS
+    ]
     met = [
         f"{_range(speedups)} of the loop's speed in {len(speedups)} {what} page faults"
         for speedups, what in ((spared, "without"), (faulting, "with"))

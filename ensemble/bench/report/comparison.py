@@ -120,7 +120,7 @@ def mean_of(row: Summary, *, alone: bool) -> LogMean | None:
     if row.case.is_reference:
         interval = bootstrap_interval(process.times_s)
     else:
-        interval = process.speedup_interval if alone else bootstrap_interval(process.ratios)
+        interval = process.speedup_interval(alone=alone)
     if interval is None:
         return None
     return LogMean(log(times[0]), of_interval(interval).variance + ASSUMED_SPREAD**2, inf)
@@ -128,7 +128,7 @@ def mean_of(row: Summary, *, alone: bool) -> LogMean | None:
 
 def _time(process: Measurement, alone: bool) -> float:
     """The time of a process relative to the reference; in seconds for the reference itself."""
-    speedup = process.speedup if alone else median(process.ratios)
+    speedup = process.speedup(alone=alone)
     return 1 / speedup if speedup else median(process.times_s) or nan
 
 
@@ -187,7 +187,9 @@ def render(
 
 
 def _compare(row: Summary, old: Summary, confidence: float) -> Comparison:
-    alone = all(one.reference_alone_times_s for one in (*row.processes, *old.processes))
+    alone = (row.is_over_reference_alone or old.is_over_reference_alone) and all(
+        one.reference_alone_times_s for one in (*row.processes, *old.processes)
+    )
     means = mean_of(row, alone=alone), mean_of(old, alone=alone)
     inconclusive = row.inconclusive or old.inconclusive
     if means[0] is None or means[1] is None:

@@ -10,7 +10,6 @@ from ensemble.bench.summary import BUSY, Summary
 from ensemble.formatting import count, milliseconds
 from ensemble.statistics import CONFIDENCE, MODE_GAP, NOISY, TOO_NOISY, median, modes
 
-INTERFERENCE = 0.1  # of the loop's time, from which on a strategy's effect on it is reported
 NOTHING_COMPARED = "Nothing was compared with the loop."
 
 
@@ -190,7 +189,7 @@ def _ranks(row: Summary, label: str, environment: Environment) -> list[str]:
 
 def _bimodality(row: Summary, label: str) -> list[str]:
     """A bimodal speedup: two groups of processes disagree."""
-    measured = [one for one in row.measurements if one.speedup is not None]
+    measured = [one for one in row.measurements if one.times_s]
     faults = [one.page_faults_per_call for one in measured]
     groups = modes(row.process_speedups)
     if len(groups) < 2:
@@ -232,15 +231,11 @@ def _by_page_faults(speedups: Sequence[float], faults: Sequence[float | None]) -
 def _interference(row: Summary, label: str) -> list[str]:
     """A remark if the loop is slower, or faster, in turns with a strategy than alone."""
     slowdown = row.slowdown_of_reference
-    if slowdown is None:
-        return []
-    low, high = slowdown.interval()
-    factor = exp(slowdown.mean)
-    if low <= 1 <= high or 1 / (1 + INTERFERENCE) < factor < 1 + INTERFERENCE:
+    if slowdown is None or not row.is_over_reference_alone:
         return []
     return [
-        f"Note: {label}: in turns with it the loop takes {factor:.2f}x as long as alone, before it"
-        " was built; the speedup is over the loop alone."
+        f"Note: {label}: in turns with it the loop takes {exp(slowdown.mean):.2f}x as long as"
+        " alone, before it was built; the speedup is over the loop alone."
     ]
 
 
