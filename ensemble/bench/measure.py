@@ -25,6 +25,7 @@ from ensemble.strategies.agreement import TOLERANCES, check, check_reduced, chec
 
 # Cores that a forward on an accelerator keeps busy: kernel launches, and the driver.
 LAUNCHING = 2
+MIN_ALONE = 3  # calls of the reference alone
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +131,8 @@ def _problem_of_result(built: BuiltStrategy, setup: Setup, reduce: str) -> str |
 
 
 def time_alone(setup: Setup, options: MeasureOptions) -> tuple[Sample, ...]:
-    """Time the reference before anything else is built: half of the seconds that the options ask
-    for, but as many calls as an interval needs.
+    """Time the reference before anything else is built: for half of the pairs and seconds that the
+    options ask for, but in no more calls than an interval needs.
 
     What is built later may slow it: threads that spin for work, or a second team of OpenMP, for
     which libgomp no longer spins at barriers. The loop of one ResNet-18 took 1.28 times as long
@@ -145,7 +146,7 @@ def time_alone(setup: Setup, options: MeasureOptions) -> tuple[Sample, ...]:
         untimed=[calls.repeat],
         renew=[calls.renew],
         warmup=options.warmup,
-        min_rounds=MIN_PAIRS_FOR_INTERVAL,
+        min_rounds=min(MIN_PAIRS_FOR_INTERVAL, max(MIN_ALONE, options.min_pairs // 2)),
         min_seconds=options.min_seconds / 2,
         synchronize=lambda: synchronize(setup.example.device),
     )

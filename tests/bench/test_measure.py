@@ -78,8 +78,11 @@ class Noted:
 def test_the_reference_alone_gets_a_new_input_a_call_and_the_calls_of_an_interval() -> None:
     reference = Noted()
     samples = time_alone(setup_of(logits, reference), OPTIONS)
-    assert len(samples) == 6  # an interval needs so many, however few seconds are asked for
-    assert len(set(reference.inputs)) == 1 + 6  # the example, by which it warms up, and a new one
+    assert len(samples) == 4  # half of the 8 pairs
+    for pairs, calls in ((30, 6), (4, 3)):  # what an interval needs at most; three at least
+        asked = replace(OPTIONS, min_pairs=pairs)
+        assert len(time_alone(setup_of(logits, Noted()), asked)) == calls
+    assert len(set(reference.inputs)) == 1 + 4  # the example, by which it warms up, and a new one
 
 
 def test_both_of_a_pair_get_the_same_new_input() -> None:

@@ -480,10 +480,10 @@ MUTANTS = (
         MEASURE,
     ),
     Mutant(
-        "the reference alone is timed by too few calls for an interval",
+        "the reference alone is timed by too few calls",
         _MEASURE,
-        "min_rounds=MIN_PAIRS_FOR_INTERVAL,",
-        "min_rounds=1,",
+        "max(MIN_ALONE, options.min_pairs // 2)",
+        "1",
         MEASURE,
     ),
     Mutant(

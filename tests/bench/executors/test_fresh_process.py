@@ -101,7 +101,7 @@ def test_a_worker_measures_what_this_process_would(workload: Workload) -> None:
         beside = halves[name]
         assert beside is not None
         assert beside.case == case("loop")
-        assert len(beside.times_s) >= 6
+        assert len(beside.times_s) >= 3
         assert beside.times_s == rows[name].reference_alone_times_s
     models, images = workload.models, workload.images(8)
     expected = [model(images[:1]).argmax(1).tolist() for model in models]

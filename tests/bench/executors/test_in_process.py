@@ -223,7 +223,7 @@ def test_the_reference_is_timed_alone_before_a_strategy_is_built(
     monkeypatch.setitem(STRATEGIES, "vmap", Made(builder))
     _, row = run(with_options(QUICK, strategies=("loop", "vmap"), min_seconds=0.1))
     (one,) = row.measurements
-    assert len(one.reference_alone_times_s) >= 6
+    assert len(one.reference_alone_times_s) >= 4
     assert median(one.reference_times_s) > 0.02
     assert median(one.reference_alone_times_s) < 0.015
     assert 0.5 < (row.speedup or 0) < 2  # over the slowed loop 4
