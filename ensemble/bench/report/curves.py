@@ -76,13 +76,20 @@ def sustained_curve(row: Summary, field: str) -> list[tuple[float, float]]:
 def _points(row: Summary, field: str) -> list[tuple[float, float, bool]]:
     """(offered rate, latency in s, is the run valid, or within an estimated rate) of each run with
     a known latency."""
-    estimate = row.load.estimate if row.load else None
-    limit = estimate.qps * (1 + 1e-9) if estimate else 0.0
     return [
-        (run.offered_qps, value, run.valid or run.offered_qps <= limit)
+        (run.offered_qps, value, is_within(row, run))
         for run in server_runs(row)
         if (value := getattr(run, field)) is not None and run.offered_qps is not None
     ]
+
+
+def is_within(row: Summary, run: LoadRun) -> bool:
+    """Is a run valid, or one of a search at a rate that its estimate sustains?"""
+    estimate = row.load.estimate if row.load else None
+    searched = estimate is not None and run.purpose == "search"
+    return run.valid or (
+        searched and (run.offered_qps or 0.0) <= (sustained_qps(row) or 0.0) * (1 + 1e-9)
+    )
 
 
 def lowest_latency(rows: Sequence[Summary]) -> list[Segment]:

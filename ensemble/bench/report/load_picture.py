@@ -11,7 +11,13 @@ from matplotlib.ticker import FuncFormatter
 
 from ensemble.bench.load.record import sustained_interval
 from ensemble.bench.report import sweep
-from ensemble.bench.report.curves import latency_curve, server_runs, sustained_curve, sustained_qps
+from ensemble.bench.report.curves import (
+    is_within,
+    latency_curve,
+    server_runs,
+    sustained_curve,
+    sustained_qps,
+)
 from ensemble.bench.report.pictures import (
     COLORS,
     DASHES,
@@ -75,8 +81,7 @@ def _draw_strategy(axes: Axes, row: Summary, field: str, look: Look) -> None:
     for run in server_runs(row):
         value = getattr(run, field)
         if value is not None and run.offered_qps is not None:
-            within = run.valid or run.offered_qps <= (sustained_qps(row) or 0.0)
-            face = color if within else "white"
+            face = color if is_within(row, run) else "white"
             point = ([run.offered_qps], [1e3 * value])
             axes.plot(*point, mark, color=color, markerfacecolor=face, markersize=5)
     sustained = sustained_qps(row)
