@@ -50,6 +50,11 @@ SCHEDULE = (
 )
 
 
+RUN_RECORD = ("tests/bench/load/test_run_record.py",)
+SEARCH = ("tests/bench/load/test_queue_simulation.py",)
+LOAD_REPORT = ("tests/bench/report/test_load_report.py",)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """An edit that makes the program wrong, and the tests that should notice."""
@@ -61,6 +66,10 @@ class Mutant:
     tests: tuple[str, ...]
 
 
+_RECORD = "ensemble/bench/load/run_record.py"
+_SEARCH = "ensemble/bench/load/search.py"
+_QUEUE = "ensemble/bench/load/queue_simulation.py"
+_LOAD = "ensemble/bench/load/record.py"
 _STATISTICS = "ensemble/statistics.py"
 _SUMMARY = "ensemble/bench/summary.py"
 _MEASUREMENT = "ensemble/bench/measurement.py"
@@ -1111,6 +1120,125 @@ MUTANTS = (
         "    if not different.any():\n",
         "    if not different.all():\n",
         AGREEMENT,
+    ),
+    Mutant(
+        "a request at the bound is late",
+        _RECORD,
+        "latency > settings.bound_s",
+        "latency >= settings.bound_s",
+        RUN_RECORD,
+    ),
+    Mutant(
+        "refused requests are not late",
+        _RECORD,
+        " + issued - len(accepted),",
+        ",",
+        RUN_RECORD,
+    ),
+    Mutant(
+        "the median is reported as the percentile asked for",
+        _RECORD,
+        "tail_s=latency_percentile(accepted, settings.percentile)",
+        "tail_s=latency_percentile(accepted, 0.5)",
+        RUN_RECORD,
+    ),
+    Mutant(
+        "unanswered requests count in the latency",
+        _RECORD,
+        "if sequence_number not in unanswered",
+        "if sequence_number >= 0",
+        RUN_RECORD,
+    ),
+    Mutant(
+        "wrong answers under load are no problem",
+        _RECORD,
+        "    elif counters.wrong:",
+        "    elif counters.wrong < 0:",
+        RUN_RECORD,
+    ),
+    Mutant(
+        "padding is the share that was answered",
+        _RECORD,
+        "1 - answered / slots",
+        "answered / slots",
+        RUN_RECORD,
+    ),
+    Mutant(
+        "a larger capacity is later",
+        _SEARCH,
+        "curve.share(rates * exp(-capacity))",
+        "curve.share(rates * exp(capacity))",
+        SEARCH,
+    ),
+    Mutant(
+        "the jackknife has the variance of one run",
+        _SEARCH,
+        "((count - 1) / count * float",
+        "(1 / count * float",
+        SEARCH,
+    ),
+    Mutant(
+        "an interval of a search is one-sided",
+        _SEARCH,
+        "(1 + CONFIDENCE) / 2",
+        "CONFIDENCE",
+        SEARCH,
+    ),
+    Mutant(
+        "all runs of a search meet the same arrivals",
+        _SEARCH,
+        "* spread, 1 + trial)",
+        "* spread, 1)",
+        SEARCH,
+    ),
+    Mutant(
+        "a search stays where it began",
+        _SEARCH,
+        "            capacity += min(max(found - capacity, -MAX_CHANGE), MAX_CHANGE)\n",
+        "            capacity += 0.0\n",
+        SEARCH,
+    ),
+    Mutant(
+        "a search goes down while every rate holds",
+        _SEARCH,
+        "STEP if not outcomes[-1].late else -STEP",
+        "-STEP if not outcomes[-1].late else STEP",
+        SEARCH,
+    ),
+    Mutant(
+        "refused requests of the simulation are in time",
+        _QUEUE,
+        "latency is None or latency > self.bound_s",
+        "latency is not None and latency > self.bound_s / 2",
+        SEARCH,
+    ),
+    Mutant(
+        "the sustained rate has a late share above the one allowed",
+        _QUEUE,
+        "if share <= allowed else (low, middle)",
+        "if share <= 2 * allowed else (low, middle)",
+        SEARCH,
+    ),
+    Mutant(
+        "a load test reports the first run",
+        _LOAD,
+        "return min(self.runs, key=lambda run: abs((run.offered_qps or 0.0) - qps))",
+        "return self.runs[0]",
+        LOAD_REPORT,
+    ),
+    Mutant(
+        "the interval of a rate is that of the first process",
+        _LOAD,
+        "    if len(tests) > 1:\n        return between_process_interval(rates)\n",
+        "",
+        LOAD_REPORT,
+    ),
+    Mutant(
+        "the slowest process is the row's",
+        _LOAD,
+        "ordered[(len(ordered) - 1) // 2]",
+        "ordered[0]",
+        LOAD_REPORT,
     ),
 )
 
