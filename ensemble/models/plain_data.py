@@ -4,9 +4,11 @@ import numpy
 
 # module -> types, or functions that reconstruct them.
 _TYPES = {
+    # or_, getattr: flags (Python 3.11.0 to 3.11.3) and some enum members are pickled by them; the
+    # placeholders do not look anything up.
+    "_operator": "or_",
     "argparse": "Namespace",
     "array": "array",
-    # getattr: some enum members are pickled by it; the placeholder does not look anything up.
     "builtins": "Ellipsis NotImplemented bool bytes dict float frozenset getattr int list object"
     " range slice str tuple type",
     "collections": "ChainMap UserDict UserList",

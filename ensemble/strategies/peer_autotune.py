@@ -34,7 +34,7 @@ Settings = Mapping[str, Callable[[int], RunModels]]  # name -> builder for the f
 class Effort:
     """How long to time: up to `max_rounds`, but only `min_rounds` once `limit_s` have passed.
 
-    A round is an untimed and a timed call of each setting.
+    A round is a timed call of each setting, and of several an untimed one before it.
     """
 
     max_rounds: int

@@ -70,6 +70,13 @@ class Listed(list[int]):
     """A user-defined class that is none of these."""
 
 
+class FlagOfPython3112:
+    """A flag as Python 3.11.0 to 3.11.3 pickle it."""
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return operator.or_, (Parts.HEAD, Parts.BODY)
+
+
 PLAIN: dict[str, object] = {
     "numpy number": np.float64(0.5),
     "numpy whole number": np.int64(3),
@@ -126,6 +133,7 @@ PLAIN: dict[str, object] = {
     "keys": {np.int64(1): 2, pathlib.Path("a"): 3, Mode.FAST: 4},
     "the user's enum": Mode.FAST,
     "the user's flag": Parts.HEAD | Parts.BODY,
+    "a flag of Python 3.11.2": FlagOfPython3112(),
     "the user's Namespace": Options(lr=0.1),
     "the user's named tuple": Score(0.5),
     "the user's dataclass": Settings(0.1),
