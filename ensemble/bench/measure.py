@@ -134,9 +134,9 @@ def time_alone(setup: Setup, options: MeasureOptions) -> tuple[Sample, ...]:
     """Time the reference before anything else is built: for half of the pairs and seconds that the
     options ask for, but in no more calls than an interval needs.
 
-    What is built later may slow it: threads that spin for work, or a second team of OpenMP, for
-    which libgomp no longer spins at barriers. The loop of one ResNet-18 took 1.28 times as long
-    once `concurrent` was built, and 1.2 to 1.5 times in turns with ONNX Runtime (2 cores).
+    What is built later may slow it. The loop of one ResNet-18 took 1.28 times as long once
+    `concurrent`, with a second team of OpenMP, was built, and 1.2 to 1.5 times in turns with ONNX
+    Runtime, whose threads spin for work (2 cores).
     """
     reference = setup.reference
     calls = TimedCalls(reference, setup.example)
