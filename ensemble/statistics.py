@@ -140,7 +140,7 @@ def _variance_inflation(values: np.ndarray) -> float:
         return 1.0
     lag_one = float(deviations[1:] @ deviations[:-1]) / total
     rho = max(0.0, (lag_one + 1 / count) / (1 - 4 / count))
-    if rho > CLEARLY_AUTOCORRELATED:  # one standard error more: a short series tells little
+    if rho > CLEARLY_AUTOCORRELATED:  # one standard error more: the estimate is imprecise
         rho += max(0.0, 1 - rho**2) ** 0.5 / count**0.5
     rho = min(rho, MAX_AUTOCORRELATION)
     lags = np.arange(1, count)

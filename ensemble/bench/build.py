@@ -105,9 +105,7 @@ def prepare(name: str, device: torch.device) -> None:
     Raises:
         UnavailableError: what it needs is not installed.
     """
-    strategy = strategies.find(name)
-    if strategy is None:
-        return  # which `build` reports
+    strategy = strategies.get(name)
     strategy.builder()
     if strategy.has_kernels and device.type == "cpu" and jit.is_usable():
         from ensemble.compiler import kernels

@@ -136,8 +136,7 @@ def parse(argv: Sequence[str] | None) -> Config:
         report = replace(report, export_json=config.measure.resume)
         config = replace(config, report=report)
     for name in filter(user.is_user_strategy, config.run.strategies):
-        own = user.user_strategy(name)
-        user.load(own.module, own.function)
+        user.user_strategy(name).builder()  # imports the file, before a long run finds out
     if launch.rank() == 0:
         check_paths(config)
         warn_of_threads(config.run)

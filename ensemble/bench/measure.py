@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -153,6 +153,17 @@ def time_alone(setup: Setup, options: MeasureOptions) -> tuple[Sample, ...]:
     return tuple(sample for (sample,) in rounds)
 
 
+@dataclass
+class _Rounds:
+    """The timed rounds of a case: the samples of each, in the order reference, strategy; and after
+    each round the memory in use, the calls of the strategy so far, and the error of its answer."""
+
+    samples: list[tuple[Sample, ...]] = field(default_factory=list)
+    used_bytes: list[int | None] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+
+
 def _timed(
     found: Measurement,
     built: BuiltStrategy,
@@ -161,40 +172,20 @@ def _timed(
     reduce: str,
     on_stage: OnStage,
 ) -> Measurement:
-    """Time the strategy in pairs with the reference, and compare each of its answers with the
-    reference's; the reference alone.
+    """Time the strategy in pairs with the reference; the reference alone.
 
     Raises:
         WrongAnswerError: an answer is wrong.
     """
-    reference, own = setup.reference, setup.backend.own_processes
-    device = reference.example.device
-    both = [reference] if found.case.is_reference else [reference, built]
-    calls = [TimedCalls(one, setup.example) for one in both]
-    used_bytes, numbers, errors = list[int | None](), list[int](), [found.max_rel_error or 0.0]
-    rounds, begin, before = [], time.perf_counter(), other_processes.read(own)
-    for samples in interleaved(
-        calls,
-        ready=[one.ready for one in both],
-        untimed=[one.repeat for one in calls],
-        renew=[one.renew for one in calls],
-        warmup=options.warmup,
-        min_rounds=options.min_pairs,
-        min_seconds=options.min_seconds,
-        synchronize=lambda: synchronize(device),
-    ):
-        rounds.append(samples)
-        used_bytes.append(memory.used_bytes(device))
-        numbers.append(calls[-1].calls)
-        if len(calls) > 1:
-            errors.append(_error_of_answer(calls, built, setup, reduce))
-        waited = (time.perf_counter() - begin) / options.min_seconds if options.min_seconds else 1.0
-        on_stage(TIMING, min(1.0, waited, len(rounds) / options.min_pairs))
-    after, is_cpu = other_processes.read(own), device.type == "cpu"
-    left_behind = remarks(leak(used_bytes, numbers), other_processes.busy_cores(own))
-    ours = [samples[-1] for samples in rounds]
-    paired = [] if found.case.is_reference else [samples[0] for samples in rounds]
-    alone = () if found.case.is_reference else setup.reference_alone
+    own, is_cpu = setup.backend.own_processes, setup.example.device.type == "cpu"
+    is_reference, before = found.case.is_reference, other_processes.read(own)
+    timed = [setup.reference] if is_reference else [setup.reference, built]
+    rounds = _time_rounds(timed, setup, options, reduce, on_stage)
+    after = other_processes.read(own)
+    left_behind = remarks(leak(rounds.used_bytes, rounds.calls), other_processes.busy_cores(own))
+    ours = [samples[-1] for samples in rounds.samples]
+    paired = [] if is_reference else [samples[0] for samples in rounds.samples]
+    alone = () if is_reference else setup.reference_alone
     return replace(
         found,
         times_s=tuple(sample.seconds for sample in ours),
@@ -205,28 +196,60 @@ def _timed(
         others_cpu_share=other_processes.share_of_others(
             before, after, needed=None if is_cpu else LAUNCHING
         ),
-        max_rel_error=max(errors),
+        max_rel_error=max([found.max_rel_error or 0.0, *rounds.errors]),
         notes=found.notes + tuple(map(Note, left_behind)),
     )
 
 
+def _time_rounds(
+    timed: Sequence[BuiltStrategy],
+    setup: Setup,
+    options: MeasureOptions,
+    reduce: str,
+    on_stage: OnStage,
+) -> _Rounds:
+    """Time the reference alone, or with a strategy whose answers are compared with its.
+
+    Raises:
+        WrongAnswerError: an answer is wrong.
+    """
+    device, largest = setup.example.device, float(setup.reference.logits.abs().max())
+    calls = [TimedCalls(one, setup.example) for one in timed]
+    rounds, begin = _Rounds(), time.perf_counter()
+    for samples in interleaved(
+        calls,
+        ready=[one.ready for one in timed],
+        untimed=[one.repeat for one in calls],
+        renew=[one.renew for one in calls],
+        warmup=options.warmup,
+        min_rounds=options.min_pairs,
+        min_seconds=options.min_seconds,
+        synchronize=lambda: synchronize(device),
+    ):
+        rounds.samples.append(samples)
+        rounds.used_bytes.append(memory.used_bytes(device))
+        rounds.calls.append(calls[-1].calls)
+        if len(calls) > 1:
+            limit = TOLERANCES[timed[-1].example.dtype]
+            error = _error_of_answer(*calls, reduce=reduce, tolerance=limit, largest=largest)
+            rounds.errors += [error] if reduce == "none" else []  # else of probabilities
+        waited = (time.perf_counter() - begin) / options.min_seconds if options.min_seconds else 1.0
+        on_stage(TIMING, min(1.0, waited, len(rounds.samples) / options.min_pairs))
+    return rounds
+
+
 def _error_of_answer(
-    calls: Sequence[TimedCalls], built: BuiltStrategy, setup: Setup, reduce: str
+    reference: TimedCalls, strategy: TimedCalls, *, reduce: str, tolerance: float, largest: float
 ) -> float:
-    """The error of the strategy's last timed answer, relative to the largest logit.
+    """The error of the strategy's last timed answer, see `agreement.check_same`.
 
     Raises:
         WrongAnswerError: it is wrong.
     """
-    reference, strategy = calls
     assert reference.result is not None
     assert strategy.result is not None
     found = check_same(
-        strategy.result,
-        reference.result,
-        reduce=reduce,
-        tolerance=TOLERANCES[built.example.dtype],
-        largest=float(setup.reference.logits.abs().max()),
+        strategy.result, reference.result, reduce=reduce, tolerance=tolerance, largest=largest
     )
     if found.problem:
         cause = "the answer to an earlier input; " if strategy.repeats else ""

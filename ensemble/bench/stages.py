@@ -21,8 +21,7 @@ def reported_compilation(strategy: str, on_stage: OnStage) -> Iterator[None]:
 
     The compilation of a function contains those of all that it calls: that is one report.
     """
-    found = strategies.find(strategy)
-    if found is None or not found.has_kernels or not jit.is_usable():
+    if not strategies.get(strategy).has_kernels or not jit.is_usable():
         yield
         return
     from numba.core import event

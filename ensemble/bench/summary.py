@@ -32,7 +32,7 @@ BUSY, TOO_BUSY = 0.05, 0.25
 # By how much the fastest calls of strategy and reference must differ to claim `faster` all the
 # same: contention slows the fastest calls least. See bench/README.md.
 FAR = 5.0
-INTERFERENCE = 0.05  # of the reference's time: a larger effect of a strategy on it counts
+INTERFERENCE = 0.05  # of the reference's time: if a strategy slows it by more, that counts
 CPU_BUSY, TOO_NOISY_TO_SAY, TOO_FEW = "CPU busy", "too noisy", "too few pairs"
 
 
@@ -166,11 +166,17 @@ class Summary:
 
     @cached_property
     def slowdown_of_reference(self) -> LogMean | None:
-        """Time of the reference in the pairs / alone: over processes, or of the calls of one."""
-        known = [one for one in self.measurements if one.slowdown_of_reference is not None]
-        if len(known) != 1:
-            return log_mean(self._known("slowdown_of_reference"))
-        (one,) = known
+        """Time of the reference in the pairs / alone: over processes, or of the calls of one.
+
+        None unless every process has both.
+        """
+        timed = [one for one in self.measurements if one.times_s]
+        known = self._known("slowdown_of_reference")
+        if len(known) < len(timed):
+            return None
+        if len(timed) != 1:
+            return log_mean(known)
+        (one,) = timed
         interval = bootstrap_ratio_interval(one.reference_times_s, one.reference_alone_times_s)
         return of_interval(interval) if interval else None
 
@@ -180,8 +186,7 @@ class Summary:
         slowdown = self.slowdown_of_reference
         if slowdown is None:
             return False
-        low, high = slowdown.interval()
-        return not low <= 1 <= high and abs(slowdown.mean) > log1p(INTERFERENCE)
+        return slowdown.interval()[0] > 1 and slowdown.mean > log1p(INTERFERENCE)
 
     @cached_property
     def iqr_s(self) -> float | None:

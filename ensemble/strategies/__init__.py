@@ -191,7 +191,7 @@ def find(name: str) -> Strategy | None:
     return STRATEGIES.get(name)
 
 
-def _get(name: str) -> Strategy:
+def get(name: str) -> Strategy:
     """The strategy of a name.
 
     Raises:
@@ -254,7 +254,7 @@ def build(
     from ensemble.strategies.forward import Forward
     from ensemble.strategies.verification import Behavior
 
-    _get(name)
+    get(name)
     models, example = arguments.validated(models, example)
     behavior = verification.behavior(models[0], example)
     if behavior is Behavior.USES_AUTOGRAD:
@@ -285,7 +285,7 @@ def build_unverified(
     from ensemble.machine.per_process import use_one_thread_after_fork
     from ensemble.strategies import arguments, forward
 
-    strategy = _get(name)
+    strategy = get(name)
     models, example = arguments.validated(models, example)
     use_one_thread_after_fork()
     builder = strategy.builder(tune_seconds=tune_seconds)

@@ -61,7 +61,7 @@ def user_strategy(name: str) -> UserStrategy:
 
 
 def load(path: str, function: str) -> Callable[..., Any]:
-    """A function of a file, which is executed once. Modules beside the file can be imported.
+    """A function of a file, which is executed once. It can import modules of its folder.
 
     Raises:
         InputError: no such file; it raises; it has no such function.

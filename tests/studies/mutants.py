@@ -463,22 +463,22 @@ MUTANTS = (
     Mutant(
         "the reference alone is timed after the build",
         _MEASURE,
-        "alone = () if found.case.is_reference else setup.reference_alone",
-        "alone = () if found.case.is_reference else time_alone(setup, options)",
+        "alone = () if is_reference else setup.reference_alone",
+        "alone = () if is_reference else time_alone(setup, options)",
         MEASURE,
     ),
     Mutant(
         "the times of the reference alone are those in pairs",
         _MEASURE,
-        "alone = () if found.case.is_reference else setup.reference_alone",
+        "alone = () if is_reference else setup.reference_alone",
         "alone = tuple(paired)",
         MEASURE,
     ),
     Mutant(
         "strategy and reference are swapped",
         _MEASURE,
-        "both = [reference] if found.case.is_reference else [reference, built]",
-        "both = [reference] if found.case.is_reference else [built, reference]",
+        "timed = [setup.reference] if is_reference else [setup.reference, built]",
+        "timed = [setup.reference] if is_reference else [built, setup.reference]",
         MEASURE,
     ),
     Mutant(
@@ -503,10 +503,10 @@ MUTANTS = (
         MEASURE,
     ),
     Mutant(
-        "an answer is compared with that to the example",
+        "an answer is not compared",
         _MEASURE,
-        "        reference.result,\n        reduce=reduce,",
-        "        setup.reference.logits,\n        reduce=reduce,",
+        "        strategy.result, reference.result, reduce=reduce",
+        "        reference.result, reference.result, reduce=reduce",
         MEASURE,
     ),
     Mutant(
@@ -526,8 +526,8 @@ MUTANTS = (
     Mutant(
         "the error is the smallest of all answers",
         _MEASURE,
-        "max_rel_error=max(errors)",
-        "max_rel_error=min(errors)",
+        "max_rel_error=max([found.max_rel_error",
+        "max_rel_error=min([found.max_rel_error",
         MEASURE,
     ),
     Mutant(
@@ -547,8 +547,8 @@ MUTANTS = (
     Mutant(
         "the calls of a leak are not counted",
         _MEASURE,
-        "numbers.append(calls[-1].calls)",
-        "numbers.append(0)",
+        "rounds.calls.append(calls[-1].calls)",
+        "rounds.calls.append(0)",
         MEASURE,
     ),
     Mutant(
@@ -1025,8 +1025,8 @@ MUTANTS = (
     Mutant(
         "an effect on the loop need not be significant",
         _SUMMARY,
-        "return not low <= 1 <= high and abs(slowdown.mean)",
-        "return abs(slowdown.mean)",
+        "return slowdown.interval()[0] > 1 and slowdown.mean",
+        "return slowdown.mean",
         RECORDS,
     ),
     Mutant(
@@ -1173,15 +1173,15 @@ MUTANTS = (
     Mutant(
         "the jackknife has the variance of one run",
         _SEARCH,
-        "((count - 1) / count * float",
-        "(1 / count * float",
+        "variance = (count - 1) / count * float",
+        "variance = 1 / count * float",
         SEARCH,
     ),
     Mutant(
-        "an interval of a search is one-sided",
+        "an interval of a search is one of 90 %",
         _SEARCH,
-        "(1 + CONFIDENCE) / 2",
-        "CONFIDENCE",
+        "*rate.interval())",
+        "*rate.interval(0.9))",
         SEARCH,
     ),
     Mutant(

@@ -17,7 +17,7 @@ import numpy as np
 
 from ensemble.bench.config import LoadOptions
 from ensemble.bench.load.record import RateEstimate
-from ensemble.statistics import CONFIDENCE, queries_needed
+from ensemble.statistics import LogMean, queries_needed
 
 LATE_REQUESTS = 2  # allowed per run: a run issues as many requests as the percentile then needs
 RUNS, MAX_RUNS = 6, 12  # more than RUNS where fewer than MIN_RUNS_LATE had a late request
@@ -106,12 +106,9 @@ def estimate(curve: LateCurve, outcomes: Sequence[Outcome]) -> RateEstimate | No
         fit_capacity(curve, [*outcomes[:index], *outcomes[index + 1 :]]) for index in range(count)
     ]
     parts = np.array([capacity if one is None else one for one in without])
-    error = ((count - 1) / count * float(((parts - parts.mean()) ** 2).sum())) ** 0.5
-    from scipy.special import stdtrit  # lazily, as in ensemble.statistics
-
-    half = float(stdtrit(max(1, count - 1), (1 + CONFIDENCE) / 2)) * error
-    middle = log(curve.sustained_qps) + capacity
-    return RateEstimate(exp(middle), exp(middle - half), exp(middle + half))
+    variance = (count - 1) / count * float(((parts - parts.mean()) ** 2).sum())
+    rate = LogMean(log(curve.sustained_qps) + capacity, variance, max(1, count - 1))
+    return RateEstimate(exp(rate.mean), *rate.interval())
 
 
 def fit_capacity(curve: LateCurve, outcomes: Sequence[Outcome]) -> float | None:

@@ -182,7 +182,7 @@ def draw_grid(results: Sequence[Summary]) -> Figure:
     best = {point: _fastest(rows) for point, rows in points.items()}
     values = [
         [
-            (row.speedup or float("nan")) if (row := best.get((n, *size))) else float("nan")
+            (found[0].speedup or float("nan")) if (found := best.get((n, *size))) else float("nan")
             for n in counts
         ]
         for size in sizes
@@ -196,8 +196,8 @@ def draw_grid(results: Sequence[Summary]) -> Figure:
     )
     for y, size in enumerate(sizes):
         for x, count in enumerate(counts):
-            row = best.get((count, *size))
-            text = f"{row.speedup:.2f}\n{_winner(row)}" if row else "incon-\nclusive"
+            row, winner = best.get((count, *size)) or (None, "")
+            text = f"{row.speedup:.2f}\n{winner}" if row else "incon-\nclusive"
             if row is not None and row.case.dtype != "float32":
                 text += f"\n{row.case.dtype}"
             dark = row is not None and image.norm(row.speedup) < 0.5
@@ -212,13 +212,15 @@ def draw_grid(results: Sequence[Summary]) -> Figure:
     return figure
 
 
-def _fastest(rows: Sequence[Summary]) -> Summary | None:
-    """The fastest row, the reference included; None where no other is conclusive."""
+def _fastest(rows: Sequence[Summary]) -> tuple[Summary, str] | None:
+    """The fastest row, the reference included, and its label; None where no other is conclusive."""
     lead = sweep.leaders(rows)
     if lead is None:
         return None
     references = [row for row in rows if row.case.is_reference]
-    return max([*references, lead.rows[0]], key=lambda row: row.speedup or 0.0)
+    row = max([*references, lead.rows[0]], key=lambda row: row.speedup or 0.0)
+    is_tie = len(lead.rows) > 1 and row is lead.rows[0] and lead.is_faster
+    return row, f"{_winner(row)} (tie)" if is_tie else _winner(row)
 
 
 def _winner(row: Summary) -> str:

@@ -229,7 +229,7 @@ def _by_page_faults(speedups: Sequence[float], faults: Sequence[float | None]) -
 
 
 def _interference(row: Summary, label: str) -> list[str]:
-    """A remark if the loop is slower, or faster, in turns with a strategy than alone."""
+    """A remark if the loop is slower in turns with a strategy than alone."""
     slowdown = row.slowdown_of_reference
     if slowdown is None or not row.is_over_reference_alone:
         return []

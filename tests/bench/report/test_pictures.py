@@ -134,6 +134,13 @@ def test_a_grid_has_a_column_per_size_and_a_heat_map_of_the_fastest() -> None:
     ]
 
 
+def test_a_heat_map_marks_a_winner_that_others_tie_with() -> None:
+    rows = [changed(row, strategy="jax") for row in ROWS if not row.case.is_reference]
+    (axes, *_) = pictures.draw_grid([*ROWS, *rows]).axes
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["1.00\nloop", "1.20\nvmap (tie)", "1.60\nvmap (tie)"]
+
+
 def test_a_heat_map_names_no_winner_if_the_interval_contains_1() -> None:
     noisy = [changed(row, times_s=(0.0999, 0.1001) * 10) for row in curve(1.0, 1.0, 1.0)]
     (axes, *_) = pictures.draw_grid([*LOOPS, *noisy]).axes
