@@ -54,6 +54,7 @@ def describe(
     import torch
 
     from ensemble.machine import devices, memory
+    from ensemble.machine.precision import Float32Precision, current_float32_precision
 
     found = cores.detect()
     return Environment(
@@ -70,7 +71,7 @@ def describe(
         cores=found.machine,
         usable_cores=found.usable,
         threads=torch.get_num_threads(),
-        tf32=torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        tf32=current_float32_precision() is Float32Precision.TF32,
         cudnn_benchmark=torch.backends.cudnn.benchmark,
         allocator=allocator,
         page_fault_s=memory.page_fault_seconds(),

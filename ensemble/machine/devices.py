@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from ensemble.errors import InputError
-from ensemble.machine import cores
+from ensemble.machine import cores, precision
+from ensemble.machine.precision import Float32Precision
 
 
 def select_device(name: str) -> torch.device:
@@ -37,8 +38,7 @@ def select_device(name: str) -> torch.device:
 
 def configure(*, threads: int | None) -> None:
     """Disable TF32 and set the number of CPU threads, by default at most the usable cores."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    precision.set_float32_precision(Float32Precision.IEEE)
     current = torch.get_num_threads()
     target = threads or cores.default_threads(current, cores.detect(), os.environ)
     if target != current:
