@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ensemble.compiler.cuda.problem import DotPrecision
 from ensemble.compiler.graph.batching_rules import without_batching_rule
 from ensemble.compiler.graph.canonicalize import keep_mean_dims, remove_identities
 from ensemble.compiler.graph.capture import capture
-from ensemble.compiler.graph.constant_folding import State, embed_constants, fold_constants
+from ensemble.compiler.graph.constant_folding import (
+    LayerCheck,
+    State,
+    embed_constants,
+    fold_constants,
+)
 from ensemble.compiler.graph.data_movement import fold_data_movement
 from ensemble.compiler.graph.functionalize import trace_functional
+from ensemble.compiler.graph.gemm_selection import select_gemms
 from ensemble.compiler.graph.graph_module import finished, recompile
 from ensemble.compiler.graph.operator_selection import select_operators
+from ensemble.compiler.operators.conv2d import STACKED_CONV2D
+from ensemble.compiler.operators.implicit_gemm import STACKED_CONV2D_BLOCK, precision_of
 from ensemble.compiler.operators.lowering import LoweringContext
+from ensemble.compiler.planning.gemm_tuning import GemmTuning
 from ensemble.compiler.planning.kernel_accuracy import ErrorBound, KernelAccuracyCheck
 from ensemble.compiler.planning.kernel_selection import select_kernels
 from ensemble.compiler.planning.step import Step
@@ -29,6 +40,9 @@ class CompiledForward:
     """`forward(x)`, and what a note reports of it.
 
     steps: of all programs.
+    gemms: convolutions by implicit GEMM, on CUDA.
+    left: why other convolutions there are left to torch, one reason each.
+    has_fast_kernels: some round more than the plain product does.
     rejections: layers whose fast kernel failed the accuracy check, with the reason.
     looped: operators without a batching rule, which vmap runs by a loop over the models.
     """
@@ -37,6 +51,9 @@ class CompiledForward:
     steps: tuple[Step, ...]
     rejections: tuple[str, ...]
     looped: tuple[str, ...]
+    gemms: int = 0
+    left: tuple[str, ...] = ()
+    has_fast_kernels: bool = False
 
 
 def compile_vmapped(
@@ -45,6 +62,7 @@ def compile_vmapped(
     *,
     threads: int,
     error_bound: ErrorBound = ErrorBound.PER_LAYER,
+    gemm: GemmTuning | None = None,
 ) -> CompiledForward:
     """One forward of N models for inputs like `example`.
 
@@ -54,6 +72,8 @@ def compile_vmapped(
             contrast: the errors of fast kernels are measured on it.
         threads: cores to use.
         error_bound: which errors of fast kernels are too large.
+        gemm: how the implicit GEMM on CUDA computes its products. Without it, on CUDA convolutions
+            become batched matrix products of torch's.
 
     Raises:
         UnavailableError: torch cannot trace or vmap the models.
@@ -66,6 +86,7 @@ def compile_vmapped(
     one_model, names = capture(models[0], example[0] if is_per_model else example)
     fold_data_movement(one_model)
     select_operators(one_model)  # and batch norm folding
+    left = select_gemms(one_model) if gemm else []
     looped = _operators_without_batching_rule(one_model, is_per_model)
 
     # The graph of N models: vmap over stacked weights. The batching rules select convolution
@@ -78,7 +99,10 @@ def compile_vmapped(
 
     # Weights: constant folding, which packs them, and the accuracy check of fast kernels.
     accuracy = KernelAccuracyCheck(error_bound)
-    folded = fold_constants(module, state, example, accuracy)
+    checks: dict[Any, LayerCheck] = {STACKED_CONV2D: accuracy}
+    if gemm:
+        checks[STACKED_CONV2D_BLOCK] = gemm
+    folded = fold_constants(module, state, example, checks)
 
     # Programs: lowering to kernel steps, activation fusion, row tiling, memory planning.
     nodes = list(module.graph.nodes)
@@ -93,8 +117,16 @@ def compile_vmapped(
     embed_constants(module, folded)
     module.graph.lint()
     recompile(module)
+    gemms = module.graph.find_nodes(op="call_function", target=STACKED_CONV2D_BLOCK)
     return CompiledForward(
-        finished(module), tuple(steps), tuple(accuracy.rejections), tuple(looped)
+        finished(module),
+        tuple(steps),
+        rejections=(*accuracy.rejections, *(gemm.rejections if gemm else ())),
+        looped=tuple(looped),
+        gemms=len(gemms),
+        left=tuple(left),
+        has_fast_kernels=any(step.kind.fast_candidates for step in steps)
+        or any(precision_of(node) is DotPrecision.TF32X3 for node in gemms),
     )
 
 

@@ -101,11 +101,12 @@ STRATEGIES = {
     "lowered_vmap": Strategy(
         "lowered",
         "vmap",
-        "vmap over convolutions with numba kernels for N models",
-        "CPU, numba",
+        "vmap over convolutions with kernels for N models; numba, or Triton in one CUDA graph",
+        "CPU, numba; CUDA",
         "seconds; up to 1 min once",
         uses_fast_algorithms=True,
         has_kernels=True,
+        autotunes=True,
     ),
     "concurrent": Strategy("concurrent", "eager", "folded models, one per core or CUDA stream"),
     "compiled_concurrent": Strategy(

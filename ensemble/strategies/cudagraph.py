@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,10 @@ from ensemble.strategies import (
     compiled,
     concurrent,
     folded,
+    im2col,
     lowered,
 )
 from ensemble.strategies.build_result import (
-    Builder,
     BuildResult,
     RawForward,
     serialized,
@@ -42,14 +43,19 @@ class Captured:
         return stack_outputs(self.logits, len(self.logits))  # before the next call replays into it
 
 
-def _captured(builder: Builder, models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+def _captured(
+    builder: Callable[..., BuildResult],
+    models: Sequence[nn.Module],
+    example: Tensor,
+    **options: Any,
+) -> BuildResult:
     """Capture the forward of `builder`; a call copies x in, replays the graph, copies logits out.
 
     Source: torch's notes on CUDA semantics, "CUDA Graphs".
     """
     if example.device.type != "cuda":
         raise UnavailableError(f"CUDA graphs require a CUDA device, got {example.device}")
-    built = builder(models, example)
+    built = builder(models, example, **options)
     forward = built.forward
     static_x = example.clone()
     side = torch.cuda.Stream(example.device)
@@ -72,4 +78,5 @@ compiled_loop = partial(_captured, compiled.loop)
 compiled_vmap = partial(_captured, compiled.vmap)
 eager_concurrent = partial(_captured, concurrent.eager)  # streams become branches of the graph
 compiled_concurrent = partial(_captured, concurrent.compiled)
-compiled_im2col_vmap = partial(_captured, lowered.compiled)  # by `compiler.operators.im2col`
+implicit_gemm_vmap = partial(_captured, lowered.implicit_gemm_vmap)
+compiled_im2col_vmap = partial(_captured, im2col.compiled)  # by `compiler.operators.im2col`

@@ -14,10 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ensemble
 from ensemble import strategies
 from ensemble.compiler import pipeline
+from ensemble.compiler.cuda import launch
+from ensemble.compiler.cuda.tiles import Limits, default_tile
+from ensemble.compiler.cuda.tuning import TileTuner
 from ensemble.compiler.graph.constant_folding import State
 from ensemble.compiler.pipeline import compile_vmapped
+from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
+from ensemble.strategies import lowered
 from ensemble.strategies.agreement import TOLERANCES
 from ensemble.strategies.build_result import ForwardFn
 from tests import nets
@@ -28,6 +33,7 @@ from tests.tiny import independent
 
 pytest.importorskip("numba")
 
+H100 = Limits(132, 227 * 2**10)
 LIMIT = 2e-5  # of the largest logit, against float64
 
 
@@ -313,11 +319,69 @@ def test_the_cuda_path_is_batched_matrix_products_under_fake_tensors(
         template = torchvision.models.resnet18(num_classes=7).eval()
         models = stacking.allocate(template, 3, device=torch.device("cuda"))
         x = torch.empty((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64))
-        built = strategies.build_unverified("lowered_vmap", models, x)
-        logits = built.forward(x)
         graph = compile_vmapped(models, x, threads=torch.get_num_threads()).forward
+        logits = graph(x)
     assert (logits.device.type, logits.shape) == ("cuda", (3, 2, 7))
-    assert "none" in built.note
     names = [str(node.target) for node in graph.graph.nodes]
     assert sum(name.startswith("aten.bmm") for name in names) >= 20
     assert not [name for name in names if "conv" in name]
+
+
+@pytest.mark.parametrize("per_model", some_slow([True, False], quick=1))
+def test_the_triton_path_has_the_right_device_dtype_and_shape_under_fake_tensors(
+    per_model: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "limits_of", lambda device: H100)
+    monkeypatch.setattr(TileTuner, "select", lambda self, problem, *_: default_tile(problem, H100))
+    with FakeTensorMode(), torch.device("cuda"):
+        template = torchvision.models.resnet18(num_classes=7).eval()
+        device = torch.device("cuda")
+        models = stacking.allocate(template, 3, device=device, dtype=torch.bfloat16)
+        x = torch.empty((3, 2, 3, 64, 64) if per_model else (2, 3, 64, 64), dtype=torch.bfloat16)
+        with torch.inference_mode():
+            built = lowered.implicit_gemm_vmap(models, x, tune_seconds=0.0)
+            logits = built.forward(x)
+    found = logits.device.type, logits.dtype, logits.shape
+    assert found == ("cuda", torch.bfloat16, (3, 2, 7))
+    assert built.note == "kernels: 18 implicit GEMM"
+
+
+def test_the_triton_kernels_give_what_the_loop_gives() -> None:
+    models = [nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten()).eval() for _ in range(2)]
+    x = torch.rand(1, 3, 7, 6)
+    with torch.inference_mode():
+        built = lowered.implicit_gemm_vmap(models, x, tune_seconds=0.0)
+        expected = torch.stack([model(x) for model in models])
+        torch.testing.assert_close(built.forward(x), expected, rtol=0, atol=1e-5)
+    assert built.note == "kernels: 1 implicit GEMM"
+
+
+def test_a_device_without_the_tensor_cores_that_triton_needs_is_unavailable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with FakeTensorMode():
+        x = torch.empty(1, 3, 8, 8, device="cuda")
+    with pytest.raises(UnavailableError, match=r"need compute capability 8.0, cuda:0 has 7.5"):
+        lowered.implicit_gemm_vmap([], x, tune_seconds=0.0)
+
+
+def test_a_triton_that_cannot_compile_is_an_unavailable_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC")
+
+    monkeypatch.setattr(launch, "conv2d", fail)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten()).eval()
+    expected = "Triton's kernels fail here: RuntimeError: Failed to find C compiler"
+    with torch.inference_mode(), pytest.raises(UnavailableError, match=expected):
+        lowered.implicit_gemm_vmap([model], torch.rand(1, 3, 7, 6), tune_seconds=0.0)
+
+
+def test_without_triton_the_row_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowered, "find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match="Triton, which is not installed"):
+        lowered.implicit_gemm_vmap([], torch.rand(1, 3, 7, 6), tune_seconds=0.0)

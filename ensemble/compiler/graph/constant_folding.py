@@ -1,21 +1,32 @@
 """Constant folding: whatever depends on the weights only is computed once, at build.
 
 The pass interprets the graph on the example. The values of dynamic nodes, which depend on x, are
-used to check each convolution by a fast kernel on the inputs that it really gets.
+used to check each layer on the inputs that it really gets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, fx
 
 from ensemble.compiler.graph.analysis import dynamic_nodes, node_of
-from ensemble.compiler.operators.conv2d import PACK_WEIGHT, STACKED_CONV2D
-from ensemble.compiler.planning.kernel_accuracy import KernelAccuracyCheck
+from ensemble.compiler.operators.conv2d import PACK_WEIGHT
+from ensemble.compiler.operators.implicit_gemm import PACK_BLOCK_WEIGHT
+
+PACKINGS = PACK_WEIGHT, PACK_BLOCK_WEIGHT
 
 State = dict[str, Tensor]
 Values = dict[fx.Node, Tensor]
+
+
+class LayerCheck(Protocol):
+    """Selects how a layer is computed, on its real inputs."""
+
+    def check(self, node: fx.Node, layer: str, values: Values) -> None:
+        """values: of the inputs of the node, by node; may be added to."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +42,19 @@ class Folded:
 
 
 def fold_constants(
-    module: fx.GraphModule, state: State, example: Tensor, accuracy: KernelAccuracyCheck
+    module: fx.GraphModule,
+    state: State,
+    example: Tensor,
+    checks: Mapping[Any, LayerCheck],
 ) -> Folded:
-    """Evaluate what depends on the weights only, and check fast kernels by `accuracy`.
+    """Evaluate what depends on the weights only, and check the layers.
 
     Args:
         module: `(*state, x)`, vmapped.
         state: stacked tensors by name, in the order of the placeholders; never written to.
             Emptied: each tensor is freed after its last use.
         example: like x. It should have contrast: the errors of fast kernels are measured on it.
+        checks: of a layer by its operator, whose second argument is its packed weight.
     """
     model_storages = {_storage(tensor) for tensor in state.values()}
     *placeholders, x = module.graph.find_nodes(op="placeholder")
@@ -50,11 +65,11 @@ def fold_constants(
     for node in module.graph.nodes:
         if node in values or node.op == "output":
             continue
-        if node.target is STACKED_CONV2D:
+        if check := checks.get(node.target):
             packing = node_of(node.args[1])
-            accuracy.check(node, layers.get(_first_source(packing), node.name), values)
+            check.check(node, layers.get(_first_source(packing), node.name), values)
             interpreter.evaluate(packing)
-        elif node.target is PACK_WEIGHT and next(iter(node.users)).target is STACKED_CONV2D:
+        elif node.target in PACKINGS and next(iter(node.users)).target in checks:
             continue  # packed with its convolution, whose kernel the check may replace
         interpreter.evaluate(node)
     for node in interpreter.dynamic & values.keys():

@@ -205,6 +205,7 @@ def _affine(
         if foldable and _is_bare(x, CONV2D) and graph.is_constant(*x.args[1:3]):
             source, weight, bias, *rest = x.args
             scaled = graph.call(_scaled, weight, scales, like=None)
+            scaled.meta["val"] = value_of(weight)
             shifted = graph.call(_shifted, bias, weight, scales, shifts, like=None)
             graph.replace(node, CONV2D, source, scaled, shifted, *rest)
             graph.graph.erase_node(x)
@@ -296,7 +297,9 @@ def _linear(graph: _Rewriter, node: fx.Node) -> None:
         images = _images_of(node_of(x))
         if images is None or is_narrow(value_of(images).shape[1], value_of(images).shape[-2:], 1):
             images = _reshaped(graph, node_of(x), (*value_of(x).shape, 1, 1))
-        filters = graph.call(_filters, weight, list(value_of(images).shape[1:]), like=None)
+        sizes = list(value_of(images).shape[1:])
+        filters = graph.call(_filters, weight, sizes, like=None)
+        filters.meta["val"] = _filters(value_of(weight), sizes)
         result = graph.call(
             *(CONV2D, images, filters, bias, None, ones, none, ones, 1, False), like=node
         )

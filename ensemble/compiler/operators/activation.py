@@ -13,16 +13,29 @@ from ensemble.compiler.planning.step import Activation, Kind, Step
 aten = torch.ops.aten
 
 
-def _lower(activation: Activation, *expected: float) -> Lowering:
-    """Of `activation(x, *expected)`."""
+# Operators, and their arguments after x.
+_OPERATORS: dict[Any, tuple[Activation, tuple[float, ...]]] = {
+    aten.relu.default: (Activation.RELU, ()),
+    aten.hardtanh.default: (Activation.RELU6, (0.0, 6.0)),
+    aten.sigmoid.default: (Activation.SIGMOID, ()),
+    aten.silu.default: (Activation.SILU, ()),
+    aten.hardsigmoid.default: (Activation.HARDSIGMOID, ()),
+    aten.hardswish.default: (Activation.HARDSWISH, ()),
+}
 
-    def lower(node: fx.Node, context: LoweringContext) -> list[Step]:
-        x, *options = node.args
-        if not context.is_stack(x) or node.kwargs or tuple(options) != expected:
-            return []
-        return [elementwise_step(Kind.ACTIVATION, node, context, x, activation=activation)]
 
-    return lower
+def activation_in(node: fx.Node) -> Activation:
+    """The activation without parameters that a node computes; `NONE` if it is no such node."""
+    activation, expected = _OPERATORS.get(node.target, (Activation.NONE, ()))
+    is_plain = not node.kwargs and tuple(node.args[1:]) == expected
+    return activation if is_plain else Activation.NONE
+
+
+def _lower(node: fx.Node, context: LoweringContext) -> list[Step]:
+    x, activation = node.args[0], activation_in(node)
+    if not activation or not context.is_stack(x):
+        return []
+    return [elementwise_step(Kind.ACTIVATION, node, context, x, activation=activation)]
 
 
 def _lower_leaky_relu(node: fx.Node, context: LoweringContext) -> list[Step]:
@@ -34,12 +47,7 @@ def _lower_leaky_relu(node: fx.Node, context: LoweringContext) -> list[Step]:
 
 
 LOWERINGS: dict[Any, Lowering] = {
-    aten.relu.default: _lower(Activation.RELU),
-    aten.hardtanh.default: _lower(Activation.RELU6, 0.0, 6.0),
-    aten.sigmoid.default: _lower(Activation.SIGMOID),
-    aten.silu.default: _lower(Activation.SILU),
-    aten.hardsigmoid.default: _lower(Activation.HARDSIGMOID),
-    aten.hardswish.default: _lower(Activation.HARDSWISH),
+    **dict.fromkeys(_OPERATORS, _lower),
     aten.leaky_relu.default: _lower_leaky_relu,
 }
 
@@ -57,7 +65,12 @@ _FUNCTIONS: dict[Activation, Callable[..., Any]] = {
 def activated(step: Step, x: Tensor) -> Tensor:
     """The relu and activation of a step of any kind, by torch."""
     x = x.relu() if step.relu else x
-    return _FUNCTIONS[step.activation](x, step.scalar) if step.activation else x
+    return activation_of(step.activation, x, step.scalar)
+
+
+def activation_of(activation: Activation, x: Tensor, scalar: float = 0.0) -> Tensor:
+    """An activation by torch; scalar: the slope of a leaky relu."""
+    return _FUNCTIONS[activation](x, scalar) if activation else x
 
 
 REFERENCES: dict[Kind, Callable[..., Tensor]] = {Kind.ACTIVATION: lambda step, _, __, x: x}

@@ -86,7 +86,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> t
     (x,) = batch_dim_first([x], in_dims)
     if _can_run(Kind.MAX_POOL, x, *options):
         return stacked_max_pool2d(x, *options), 0
-    return _with_models_as_channels(plain_max_pool2d, x, *options), 0
+    return _without_copies(plain_max_pool2d, x, *options), 0
 
 
 @average_pool2d.register_vmap
@@ -94,7 +94,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *options: Any) -> t
     (x,) = batch_dim_first([x], in_dims)
     if _can_run(Kind.AVERAGE_POOL, x, *options[:-1]):
         return stacked_average_pool2d(x, *options), 0
-    return _with_models_as_channels(plain_average_pool2d, x, *options), 0
+    return _without_copies(plain_average_pool2d, x, *options), 0
 
 
 def _can_run(kind: Kind, x: Tensor, *sizes: Any) -> bool:
@@ -102,10 +102,12 @@ def _can_run(kind: Kind, x: Tensor, *sizes: Any) -> bool:
     return x.dim() == 5 and support.can_run(kind, x, pool_geometry(x, *sizes))
 
 
-def _with_models_as_channels(pool: Callable[..., Tensor], x: Tensor, *options: Any) -> Tensor:
-    """Pool the images of N models as one model's, of N times the channels."""
+def _without_copies(pool: Callable[..., Tensor], x: Tensor, *options: Any) -> Tensor:
+    """Pool the images of N models as those of one model: without copying them."""
     if x.dim() == 4:  # the images of a model have no batch dimension
         return pool(x, *options)
+    if x.movedim(-3, -1).is_contiguous():  # of the implicit GEMM: N times the images
+        return pool(x.flatten(0, 1), *options).unflatten(0, x.shape[:2])
     # A wide or grouped convolution wrote the models among the channels.
     pooled = pool(x.movedim(0, 1).flatten(1, 2), *options)
     return pooled.unflatten(1, (len(x), -1)).movedim(1, 0)

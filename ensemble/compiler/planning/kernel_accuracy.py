@@ -69,7 +69,7 @@ class KernelAccuracyCheck:
         for candidate in Kind(chosen).fast_candidates:
             packed = pack_weight(weight, candidate)  # fast kernels have no groups
             found = stacked_conv2d(inputs[0], packed, *inputs[1:], candidate, kernel, *options)
-            error = self._error(found, exact)
+            error = relative_error(found, exact, self._error_bound)
             if error <= MAX_ERROR:
                 values[packing], values[node] = packed, found.to(dtype)
                 kind = candidate
@@ -79,17 +79,18 @@ class KernelAccuracyCheck:
         if problems:
             self.rejections.append(f"{layer}: {kind.label}, for {' and '.join(problems)}")
 
-    def _error(self, found: Tensor, exact: Tensor) -> float:
-        """The largest relative error of any model, `(N, B, K, OH, OW)`."""
-        differences, sizes = (found - exact).abs(), exact.abs()
-        is_per_layer = self._error_bound is ErrorBound.PER_LAYER
-        groups = ((1, 2, 3, 4),) if is_per_layer else ((1, 3, 4), (2,))
 
-        def largest(dims: tuple[int, ...]) -> Tensor:
-            tiny = torch.finfo(exact.dtype).tiny
-            return (differences.amax(dims) / sizes.amax(dims).clamp_min(tiny)).max()
+def relative_error(found: Tensor, exact: Tensor, error_bound: ErrorBound) -> float:
+    """The largest error of any model, `(N, B, K, OH, OW)`, relative to what the bound names."""
+    differences, sizes = (found - exact).abs(), exact.abs()
+    is_per_layer = error_bound is ErrorBound.PER_LAYER
+    groups = ((1, 2, 3, 4),) if is_per_layer else ((1, 3, 4), (2,))
 
-        return max(float(largest(dims)) for dims in groups)
+    def largest(dims: tuple[int, ...]) -> Tensor:
+        tiny = torch.finfo(exact.dtype).tiny
+        return (differences.amax(dims) / sizes.amax(dims).clamp_min(tiny)).max()
+
+    return max(float(largest(dims)) for dims in groups)
 
 
 def _model_by_model(
