@@ -121,11 +121,12 @@ class Measurement:
 @dataclass(frozen=True)
 class Roofline:
     """The least time that the measured limits of the device allow, and the binding one: compute or
-    memory; or why there is none."""
+    memory; or why there is none. `note` is a remark on the bound."""
 
     least_s: float | None = None
     bound: str | None = None
     problem: str | None = None
+    note: str | None = None
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

@@ -84,8 +84,8 @@ class Summary:
         for one in self.measurements:
             for note in one.notes:
                 notes.setdefault(note.text, note)
-        problem = self.roofline.problem if self.roofline else None
-        return (*map(str, notes.values()), *filter(None, [problem]))
+        of_roofline = (self.roofline.problem, self.roofline.note) if self.roofline else ()
+        return (*map(str, notes.values()), *filter(None, of_roofline))
 
     @property
     def max_rel_error(self) -> float | None:

@@ -1,9 +1,13 @@
 """The measured limits of a device, and the work that a row asks for."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ensemble.bench import roofline
 from ensemble.bench.roofline import (
@@ -12,7 +16,10 @@ from ensemble.bench.roofline import (
     measure_limits,
     work,
 )
+from ensemble.bench.workload import Workload
 from ensemble.models.vision import torchvision
+from tests.made import CASE
+from tests.tiny import tiny_models
 
 
 def test_the_operations_of_a_resnet18_are_those_of_its_paper() -> None:
@@ -85,3 +92,108 @@ def test_a_processor_of_usual_speed_is_measured_with_the_largest_matrix(
     measure_limits(torch.device(device), torch.float32, read_bytes=64, clock=processor.clock)
     assert processor.sides[-1] == side
     assert processor.sides.count(side) > roofline.LEAST_CALLS
+
+
+class Gpu:
+    """A CUDA device under fake tensors: its stream takes made-up times, which events record; the
+    host's clock runs faster, by what launches and synchronizations take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, cache_bytes: int) -> None:
+        self.stream_s = self.host_s = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at_s = gpu.stream_s
+
+            def synchronize(self) -> None:
+                gpu.host_s += 20e-6
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at_s - self.at_s) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(roofline, "synchronize", lambda device: None)
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(L2_cache_size=cache_bytes),
+        )
+
+    def clock(self) -> float:
+        self.host_s += 1e-3
+        return self.host_s
+
+    def takes(self, seconds: float) -> None:
+        self.stream_s += seconds
+        self.host_s += seconds + 10e-6
+
+
+@pytest.mark.parametrize(
+    ("read_s", "copy_s", "expected"),
+    [(1.0, 1.5, 2 / 1.5), (1.0, 4.0, 1.0)],  # a copy moves twice the bytes
+)
+def test_the_bandwidth_of_a_gpu_is_the_best_of_a_read_and_a_copy_on_the_stream(
+    read_s: float, copy_s: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, megabyte = Gpu(monkeypatch, cache_bytes=50 * 2**20), 2**20
+    copy = torch.Tensor.copy_
+
+    def sum_of(x: torch.Tensor) -> None:
+        gpu.takes(read_s * 1e-3)
+
+    def copied(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        gpu.takes(copy_s * 1e-3)
+        return copy(x, source)
+
+    monkeypatch.setattr(torch.Tensor, "sum", sum_of)
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    monkeypatch.setattr(
+        roofline, "_product", lambda side, *_: lambda: gpu.takes(2 * side**3 / 1e15)
+    )
+    with FakeTensorMode():
+        found = measure_limits(
+            torch.device("cuda"), torch.float32, read_bytes=megabyte, clock=gpu.clock
+        )
+    assert found.bytes_per_s == pytest.approx(expected * megabyte / 1e-3)
+    assert found.operations_per_s == pytest.approx(1e15)
+    assert found.cache_bytes == 50 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("bytes_moved", "operations", "cache_bytes", "noted"),
+    [
+        (40e6, 1e6, 50 * 2**20, True),
+        (90e6, 1e6, 50 * 2**20, False),
+        (40e6, 1e12, 50 * 2**20, False),  # compute binds
+        (40e6, 1e6, None, False),  # a CPU
+    ],
+)
+def test_weights_that_fit_the_l2_cache_are_noted_where_memory_binds(
+    bytes_moved: float,
+    operations: float,
+    cache_bytes: int | None,
+    noted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(roofline, "work", lambda *_: Work(operations, bytes_moved))
+    limits = Limits(1e12, 3e12, cache_bytes)
+    images = torch.zeros(1, 3, 8, 8)
+    workload = Workload(torch.device("cpu"), tiny_models(1), "made up", lambda px: images)
+    found = roofline.of_case(CASE, {"float32": (limits, ())}, workload)
+    assert found.least_s is not None
+    assert (found.note is not None) is noted
+    if found.note:
+        assert found.note.startswith("weights and input (40 MB) fit the L2 cache (52 MB)")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_bandwidth_of_a_real_gpu_is_that_of_its_memory_not_of_its_launches() -> None:
+    found = measure_limits(torch.device("cuda"), torch.bfloat16)
+    properties = torch.cuda.get_device_properties(0)
+    peak = 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
+    assert 0.7 * peak < found.bytes_per_s < 1.02 * peak
+    assert found.cache_bytes == properties.L2_cache_size
