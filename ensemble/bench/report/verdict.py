@@ -43,7 +43,7 @@ def render_remarks(
             if row.speedup is None or row.case.is_reference:
                 continue
             lines += [_sentence(row, case_name(row.case, varying))] if verbose else []
-            lines += _bimodality(row, case_name(row.case, varying))
+            lines += _bimodality(row, case_name(row.case, varying), environment)
             lines += [] if row.inconclusive else _page_faults(row, where, environment)
             lines += _interference(row, case_name(row.case, varying))
         lines += _disorder(rows, varying)
@@ -187,10 +187,11 @@ def _ranks(row: Summary, label: str, environment: Environment) -> list[str]:
     return [f"{label}, {count(environment.ranks or 1, 'rank')}: {parts}{over_one}."]
 
 
-def _bimodality(row: Summary, label: str) -> list[str]:
+def _bimodality(row: Summary, label: str, environment: Environment) -> list[str]:
     """A bimodal speedup: two groups of processes disagree."""
     measured = [one for one in row.measurements if one.times_s]
-    faults = [one.page_faults_per_call for one in measured]
+    on_cpu = _is_cpu(environment)  # elsewhere page faults of the host explain no time
+    faults = [one.page_faults_per_call if on_cpu else None for one in measured]
     groups = modes(row.process_speedups)
     if len(groups) < 2:
         groups = _by_page_faults(row.process_speedups, faults)
@@ -201,7 +202,7 @@ def _bimodality(row: Summary, label: str) -> list[str]:
         speedups = sorted(row.process_speedups[index] for index in group)
         low, high = f"{speedups[0]:.2f}", f"{speedups[-1]:.2f}"
         found = low if low == high else f"{low}-{high}"
-        known = [number for i in group if (number := measured[i].page_faults_per_call) is not None]
+        known = [number for i in group if (number := faults[i]) is not None]
         typical = median(known)
         counted = "" if typical is None else f" ({typical:,.0f} page faults per call)"
         parts.append(f"{found} in {len(group)} of {len(measured)} processes{counted}")
@@ -237,6 +238,10 @@ def _interference(row: Summary, label: str) -> list[str]:
         f"Note: {label}: in turns with it the loop takes {exp(slowdown.mean):.2f}x as long as"
         " alone, before it was built; the speedup is over the loop alone."
     ]
+
+
+def _is_cpu(environment: Environment) -> bool:
+    return environment.device.partition(":")[0] == "cpu"
 
 
 def _page_faults_differ(faults: Sequence[float | None]) -> bool:
@@ -281,7 +286,7 @@ def _page_faults(row: Summary, where: str, environment: Environment) -> list[str
     """A remark if page faults explain at least half of a slowdown."""
     ours, theirs = row.page_faults_per_call, row.reference_page_faults_per_call
     times = row.median_s, row.reference_median_s
-    cost = environment.page_fault_s
+    cost = environment.page_fault_s if _is_cpu(environment) else None
     if ours is None or theirs is None or cost is None or times[0] is None or times[1] is None:
         return []
     lost, extra = times[0] - times[1], ours - theirs

@@ -252,6 +252,11 @@ def test_color_marks_faster_slower_and_failed_rows_on_request() -> None:
     assert "\x1b" not in render_table([LOOP, VMAP, slow, failed])
 
 
+def test_a_roofline_of_weights_that_fit_the_cache_is_noted() -> None:
+    limited = replace(VMAP, roofline=Roofline(0.02, "memory", note="weights fit the L2 cache"))
+    assert "weights fit the L2 cache" in render_notes([LOOP, limited])
+
+
 def test_the_roofline_share_is_in_the_table_if_measured() -> None:
     limited = replace(VMAP, roofline=Roofline(0.02, "compute"))
     assert render_table([limited]).splitlines()[3].endswith(" 40%")
@@ -308,6 +313,22 @@ def test_a_bimodal_row_is_reported_with_the_page_faults_of_each_mode() -> None:
     assert "Bimodal" not in report(LOOP, of_processes(*[(0.7, 0.0)] * 5))
     near = of_processes((0.7, 37e3), (0.71, 37e3), (0.75, 0), (0.70, 37e3), (0.7, 37e3))
     assert "Bimodal" not in report(LOOP, near)  # 0.75 / 0.71: 6 %
+
+
+def test_page_faults_of_the_host_are_not_blamed_on_an_accelerator() -> None:
+    slow = changed(VMAP, times_s=(0.110,) * 20)
+    two_modes = of_processes((0.63, 37e3), (0.64, 37e3), (1.04, 0), (0.62, 37e3), (1.05, 0))
+    on_cuda = replace(ENVIRONMENT, device="cuda:0")
+    assert "Page faults" in render_remarks([LOOP, slow], ENVIRONMENT)
+    assert "Page faults" not in render_remarks([LOOP, slow], on_cuda)
+    assert "--allocator retain" in render_remarks([LOOP, two_modes], ENVIRONMENT)
+    remarks = render_remarks([LOOP, two_modes], on_cuda)
+    assert (
+        "Bimodal: vmap, 4 models: 0.62-0.64 in 3 of 5 processes and 1.04-1.05 in 2 of 5 processes."
+    ) in remarks
+    assert "page faults" not in remarks
+    one_apart = of_processes((0.63, 37e3), (0.74, 37e3), (1.04, 0), (0.70, 37e3), (0.66, 37e3))
+    assert "Bimodal" not in render_remarks([LOOP, one_apart], on_cuda)
 
 
 def test_a_large_between_process_spread_is_inconclusive_and_has_no_break_even() -> None:
