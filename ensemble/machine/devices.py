@@ -1,7 +1,10 @@
 """Device selection, numeric settings and synchronization."""
 
+import logging
 import os
 import platform
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,15 +13,25 @@ from ensemble.errors import InputError
 from ensemble.machine import cores, precision
 from ensemble.machine.precision import Float32Precision
 
+log = logging.getLogger(__name__)
 
-def select_device(name: str) -> torch.device:
-    """The device `name`; `auto` selects the accelerator if there is one, else the CPU.
+
+def find_device(name: str, *, say: Callable[[str], None] = log.warning) -> torch.device:
+    """The device `name`, which this process does not begin to use: on CUDA it gets no context.
+
+    `auto` is the accelerator if there is one, else the CPU; where the driver of one is broken,
+    `say` is given the reason.
 
     Raises:
-        InputError: the device is not available; the message lists those that are.
+        InputError: the device is not available; the message lists those that are, and says why an
+            accelerator is not among them.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name in ("cpu", "cpu:0"):
+        return torch.device(name)
+    accelerator, why_not = _accelerator()
     if name == "auto":
+        if why_not:
+            say(f"Running on the CPU, because the accelerator is not usable: {why_not}")
         return accelerator or torch.device("cpu")
     count = torch.accelerator.device_count() if accelerator else 0
     available = ["cpu", *(f"{accelerator.type}:{index}" for index in range(count) if accelerator)]
@@ -26,14 +39,36 @@ def select_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or f"{device.type}:{device.index or 0}" not in [*available, "cpu:0"]:
+    if device is None or f"{device.type}:{device.index or 0}" not in available:
+        reason = f"; {why_not}" if why_not else ""
         raise InputError(
-            f"expected an available device ({', '.join(available)}), got {name!r}",
+            f"expected an available device ({', '.join(available)}), got {name!r}{reason}",
             argument="device",
         )
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index or 0)
     return device
+
+
+def select_device(name: str) -> torch.device:
+    """`find_device`; one with an index becomes the current device of this process.
+
+    Raises:
+        InputError: see `find_device`.
+    """
+    device = find_device(name)
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)
+    return device
+
+
+def _accelerator() -> tuple[torch.device | None, str]:
+    """The accelerator of this machine, None if there is none; and what torch warned of while it
+    looked for one: without a driver of the accelerator nothing, with one that is too old, say, the
+    reason. torch warns once in a process."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = torch.accelerator.current_accelerator(check_available=True)
+    texts = [" ".join(str(warning.message).split()) for warning in caught]
+    return found, "; ".join(text.partition(" (Triggered internally")[0] for text in texts)
 
 
 def configure(*, threads: int | None) -> None:
@@ -52,7 +87,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str | None:
-    """The vendor's name of the device; None if unknown."""
+    """The vendor's name of the device; None if unknown. Initializes torch's state of a CUDA one."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
         return module.get_device_name(device) if hasattr(module, "get_device_name") else None
@@ -62,3 +97,11 @@ def device_name(device: torch.device) -> str | None:
         return platform.processor() or None
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, None)
+
+
+def device_uuid(device: torch.device) -> str | None:
+    """The UUID of a CUDA device, which differs between processes that see different ones; None of
+    any other. Initializes torch's CUDA state."""
+    if device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)

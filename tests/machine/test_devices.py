@@ -1,11 +1,13 @@
 """Device selection and numeric settings."""
 
 import os
+import warnings
 
 import pytest
 import torch
 
 from ensemble.bench import environment
+from ensemble.errors import InputError
 from ensemble.machine import devices
 
 
@@ -25,6 +27,70 @@ def test_an_unavailable_device_index_is_rejected(monkeypatch: pytest.MonkeyPatch
     assert chosen == [1]
     with pytest.raises(ValueError, match=r"\(cpu, cuda:0, cuda:1\), got 'cuda:2'"):
         devices.select_device("cuda:2")
+
+
+def with_broken_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch finds a driver that it cannot use, and warns as `torch.cuda.is_available` does."""
+
+    def current_accelerator(check_available: bool) -> None:
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old\n(found version"
+            " 11040). (Triggered internally at /c10/cuda/CUDAFunctions.cpp:119.)",
+            stacklevel=1,
+        )
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+
+
+TOO_OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
+
+
+def test_auto_falls_back_to_the_cpu_and_says_what_is_wrong_with_the_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_broken_driver(monkeypatch)
+    said: list[str] = []
+    assert devices.find_device("auto", say=said.append) == torch.device("cpu")
+    assert said == [
+        f"Running on the CPU, because the accelerator is not usable: {TOO_OLD}",
+    ]
+
+
+def test_auto_says_nothing_where_there_is_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    said: list[str] = []
+    assert devices.find_device("auto", say=said.append) == torch.device("cpu")
+    assert said == []
+
+
+def test_cuda_with_a_broken_driver_is_rejected_with_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_broken_driver(monkeypatch)
+    with pytest.raises(InputError) as found:
+        devices.find_device("cuda")
+    assert found.value.message == f"expected an available device (cpu), got 'cuda'; {TOO_OLD}"
+
+
+def test_the_cpu_is_found_without_asking_for_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whose driver would warn in every worker."""
+    with_broken_driver(monkeypatch)  # warnings are errors here
+    assert devices.select_device("cpu") == torch.device("cpu")
+
+
+def test_a_device_is_found_without_becoming_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which would create a context on it."""
+    cuda = torch.device("cuda")
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    assert devices.find_device("cuda:1") == torch.device("cuda:1")
+    assert chosen == []
 
 
 def test_tf32_is_disabled() -> None:
