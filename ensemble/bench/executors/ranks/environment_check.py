@@ -30,6 +30,7 @@ class RankInfo:
     pid: int
     placement: str = ""
     device_name: str | None = None
+    device_id: str | None = None  # the UUID of a GPU; None where a device has none
     error: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # see `shared_settings`
 
@@ -62,7 +63,8 @@ def shared_settings(
 
 
 def check(ranks: Sequence[RankInfo]) -> None:
-    """Raise InputError, which names a rank, unless all can work and have the settings of rank 0."""
+    """Raise InputError, which names a rank, unless all can work, have the settings of rank 0, and a
+    GPU each."""
     for rank, info in enumerate(ranks):
         if info.error is not None:
             same = len({other.error for other in ranks}) == 1
@@ -73,6 +75,21 @@ def check(ranks: Sequence[RankInfo]) -> None:
             if found != expected[name]:
                 wanted = f"expected {name} {_text(expected[name])} like rank 0"
                 raise InputError(f"{rank_name(rank, info)}: {wanted}, got {_text(found)}")
+    _check_own_devices(ranks)
+
+
+def _check_own_devices(ranks: Sequence[RankInfo]) -> None:
+    """Raise InputError for a rank with the GPU of another: NCCL accepts one rank per GPU, and would
+    fail in the first collective."""
+    holders = dict[str, int]()
+    for rank, info in enumerate(ranks):
+        if info.device_id is None:
+            continue
+        if (other := holders.setdefault(info.device_id, rank)) != rank:
+            raise InputError(
+                f"{rank_name(rank, info)}: expected a GPU for each rank, got that of rank {other}"
+                f" ({info.device_name}); start fewer ranks, or show each its own"
+            )
 
 
 def rank_name(rank: int, info: RankInfo) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ from torch.distributed.rendezvous import rendezvous
 from ensemble.errors import RankError, first_line
 from ensemble.machine import launch
 from ensemble.machine.devices import synchronize
+
+# After the timeout NCCL's watchdog ends the process, by default (3, SkipCleanUp): no finished row
+# would be shown, and no rank named. CleanUpOnly (ErrorHandlingMode of torch's ProcessGroupNCCL.hpp)
+# aborts the collective instead: the device becomes idle, and the barrier of the next step, which is
+# gloo's, raises. Blocking waits would raise too, but poll once in a millisecond, within the time.
+NCCL_ON_TIMEOUT, ABORT_COLLECTIVES = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
 
 
 class RankTimeoutError(RankError):
@@ -42,6 +49,7 @@ class Group:
         """From now on move tensors of this device, by its backend: gloo, nccl, xccl."""
         self.device, self.backend = device, dist.get_default_backend_for_device(device)
         if self.backend != "gloo":
+            os.environ.setdefault(NCCL_ON_TIMEOUT, ABORT_COLLECTIVES)
             timeout = timedelta(seconds=self._timeout_s)
             with self._rank_errors():
                 group = dist.new_group(backend=self.backend, timeout=timeout)

@@ -66,6 +66,7 @@ def _prepare(
         info,
         placement=place.describe(),
         device_name=devices.device_name(device),
+        device_id=devices.device_uuid(device),
         settings=environment_check.shared_settings(
             placed, device, worker.weights, worker.models[0]
         ),

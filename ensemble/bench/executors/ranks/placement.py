@@ -14,6 +14,7 @@ from ensemble.bench.executors.ranks.sharding import shard_ranges
 from ensemble.errors import InputError
 from ensemble.formatting import count
 from ensemble.machine import cores as machine_cores
+from ensemble.machine import devices
 from ensemble.machine.cores import THREADS
 
 
@@ -46,13 +47,12 @@ def resolve(run: RunOptions, *, local_rank: int, local_ranks: int) -> Placement:
         message = f"expected {kind} under torchrun: a rank takes the device of its local rank"
         raise InputError(f"{message}, got {run.device}", argument="device")
     if kind == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        kind = accelerator.type if accelerator else "cpu"
+        kind = devices.find_device("auto").type
     available = _available_cores()
     cores = cores_of_rank(available, local_rank=local_rank, local_ranks=local_ranks)
     threads = run.threads or _requested_threads(local_ranks) or _default_threads(cores, local_ranks)
     pinned = kind == "cpu" and threads <= len(cores) and hasattr(os, "sched_setaffinity")
-    device = "cpu" if kind == "cpu" else f"{kind}:{local_rank}"
+    device = "cpu" if kind == "cpu" else f"{kind}:{_device_index(local_rank)}"
     return Placement(device, threads, cores if pinned else None)
 
 
@@ -72,6 +72,13 @@ def cores_of_rank(cores: tuple[int, ...], *, local_rank: int, local_ranks: int) 
         return (cores[local_rank % len(cores)],)
     block = shard_ranges(len(cores), local_ranks)[local_rank]
     return cores[block.start : block.stop]
+
+
+def _device_index(local_rank: int) -> int:
+    """The device of the local rank; the only visible one where a scheduler gives each rank its own
+    (`srun --gpus-per-task 1`, a `CUDA_VISIBLE_DEVICES` of each rank). Ranks that would share a
+    device are rejected by `environment_check`."""
+    return 0 if torch.accelerator.device_count() == 1 else local_rank
 
 
 def _default_threads(cores: tuple[int, ...], local_ranks: int) -> int:

@@ -64,6 +64,14 @@ def test_an_error_of_one_rank_names_it_and_an_error_of_all_names_none() -> None:
         environment_check.check([bad, bad])
 
 
+def test_two_ranks_with_one_gpu_are_rejected_before_nccl_is() -> None:
+    infos = [replace(rank_info("host-a"), device_name="H100", device_id=id) for id in "aba"]
+    message = r"rank 2 on host-a: expected a GPU for each rank, got that of rank 0 \(H100\)"
+    with pytest.raises(InputError, match=message):
+        environment_check.check(infos)
+    environment_check.check(infos[:2])
+
+
 def test_a_note_that_not_all_ranks_have_names_its_ranks() -> None:
     def of_rank(call_ms: int) -> RankReport:
         return RankReport(notes=(Note("folded"), Note("picked loop", f"loop {call_ms} ms")))

@@ -1,6 +1,8 @@
 """The communication of a call by NCCL: devices, shapes and dtypes under fake tensors."""
 
+import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
@@ -52,6 +54,34 @@ def test_inputs_and_logits_stay_on_the_gpu_in_their_dtype(
         assert (found.device.type, found.dtype, found.shape) == ("cuda", dtype, (MODELS, 2, 5))
     else:
         assert found is None
+
+
+def test_a_collective_of_nccl_that_times_out_does_not_end_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its watchdog aborts the collective alone: see `group.NCCL_ON_TIMEOUT`."""
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    seen: list[tuple[str, str]] = []
+
+    def new_group(*, backend: str, timeout: timedelta) -> dist.ProcessGroup:
+        assert timeout == timedelta(seconds=60)
+        seen.append((backend, os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"]))
+        return dist.ProcessGroup(FakeStore(), 0, 1)
+
+    monkeypatch.setattr(dist, "new_group", new_group)
+    Group(0, 1, timeout_s=60.0).use_device(torch.device("cuda"))
+    assert seen == [("nccl", "2")]
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(1, "cuda:0"), (4, "cuda:3"), (2, "cuda:3")])
+def test_a_rank_that_sees_one_gpu_takes_it_whatever_its_local_rank(
+    visible: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where SLURM shows each task its own. With too few for all, the index is out of range."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: visible)
+    found = placement.resolve(with_options(CONFIG, device="cuda").run, local_rank=3, local_ranks=4)
+    assert found.device == expected
 
 
 def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
