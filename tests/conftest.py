@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 # of the tests, which run the others first.
 LATE = ("compiler", "strategies", "bench/executors", "bench/load", "test_concurrency")
 COMPILE = "from ensemble.compiler import kernels; kernels.load()"
+NEEDS_CUDA = "needs a CUDA device"  # the reason that tests for a GPU are skipped with
 compiling: list[subprocess.Popen[bytes]] = []
 
 
@@ -72,6 +73,38 @@ def pytest_collection_finish() -> None:
         importlib.import_module("torch._dynamo")  # which most of them come to later
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_an_accelerator() -> Iterator[pytest.MonkeyPatch]:
+    """Also where there is one, `--device auto` is the CPU, in this process and in those that tests
+    start: they compare with what a CPU computes, and with what it cannot do."""
+    with pytest.MonkeyPatch.context() as patch:
+        hide_accelerators(patch)
+        yield patch
+
+
+@pytest.fixture(autouse=True)
+def with_the_accelerator_where_it_is_needed(
+    request: pytest.FixtureRequest, without_an_accelerator: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Tests that are skipped without a CUDA device have it."""
+    marks = request.node.iter_markers("skipif")
+    if any(mark.kwargs.get("reason") == NEEDS_CUDA for mark in marks):
+        without_an_accelerator.undo()
+        yield
+        hide_accelerators(without_an_accelerator)
+    else:
+        yield
+
+
+def hide_accelerators(patch: pytest.MonkeyPatch) -> None:
+    """Until it is undone, there is none."""
+    import torch
+
+    if torch.accelerator.is_available():
+        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -250,7 +250,6 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert message in error_of(capsys, *defaults, *argv)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(capsys, "--image_path", KITTEN, "--device", "cuda")
     assert "--device: expected an available device (cpu" in message
