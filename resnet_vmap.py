@@ -73,10 +73,10 @@ def interrupted(error: KeyboardInterrupt) -> int:
 
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
-    """Load N models and their images to the device. Imports torch, which is not imported before."""
+    """Load N models and their images. Imports torch, which is not imported before."""
     with import_errors_as_input_errors(), gc_pause.paused_then_frozen():
-        from ensemble.bench import workload
-    return workload.load(config, say=say)
+        from ensemble.bench.executors import device_probe
+    return device_probe.load(config, say=say)
 
 
 def run(
@@ -95,7 +95,7 @@ def run(
         show.check_baseline(config, saved.environment, cases, baseline)
         return finish(config, saved, baseline, files)
     workload = load(config, say=print)
-    here = workload.describe(config, first_forward_s=math.nan)  # nothing ran yet
+    here = workload.describe(config, first_forward_s=math.nan)  # nothing ran here yet
     show.check_baseline(config, here, config.plan(), baseline)
     begun = resuming.resume(config, Run(here, config.plain(), ()), earlier)
     session = measure_all(config, workload, predict(config, workload, begun), files, executor)

@@ -1,18 +1,13 @@
-"""What the models see in the plain image: the first forward of the process, and its classes."""
+"""What the models see in the plain image: the classes of the first forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ensemble.bench.config import ModelOptions
 from ensemble.bench.workload import Workload
-from ensemble.errors import InputError, first_line
-from ensemble.machine.devices import synchronize
-from ensemble.machine.memory import out_of_memory_as_input_error
-from ensemble.machine.timing import time_call
 from ensemble.models import images
 
 
@@ -21,29 +16,17 @@ def predict(
 ) -> float:
     """Tell what the first model, or each model of several files, sees in the plain image.
 
-    Returns the seconds of the first forward, which is the first of the whole process.
+    Returns the seconds of the first forward, which is the first of its process.
 
     Raises:
-        InputError: the architecture does not run at this image size.
+        InputError: the architecture does not run at this image size, or not on this device.
     """
-    px, paths = models.image_size[0], models.model_path or ()
-    image = workload.images(px)[:1]
-    with torch.inference_mode():
-        try:
-            with out_of_memory_as_input_error("the first forward", argument="num_models"):
-                first = time_call(
-                    lambda: workload.models[0](image), synchronize=lambda: synchronize(image.device)
-                )
-        except InputError:
-            raise
-        except (RuntimeError, AssertionError, ValueError) as error:
-            message = f"{models.arch} does not run at {px} px: {first_line(error)}"
-            raise InputError(message, argument="image_size") from error
-        for index, logits in enumerate(workload.see(image, max(1, len(paths)))):
-            source = f" ({paths[index]})" if len(paths) > 1 else ""
-            for line in _classes(logits, 5 if verbose else 1):
-                say(line + source)
-    return first.seconds
+    paths, found = models.model_path or (), workload.first_forward(models)
+    for index, logits in enumerate(found.logits):
+        source = f" ({paths[index]})" if len(paths) > 1 else ""
+        for line in _classes(logits, 5 if verbose else 1):
+            say(line + source)
+    return found.seconds
 
 
 def _classes(logits: Tensor, count: int) -> list[str]:

@@ -111,12 +111,10 @@ def from_json(text: str) -> Run:
         known = ", ".join(map(str, READ_SCHEMAS))
         raise ValueError(f"expected a result file of schema {known}, got {schema}")
     try:
-        about = dict(content["environment"])
-        if about["first_forward_s"] is None:  # other programs write null for NaN
-            about["first_forward_s"] = math.nan
+        environment = environment_of(content["environment"])
         read_row = _summary_of if schema == SCHEMA else _summary_before_schema_3
         results = tuple(map(read_row, content["results"]))
-        run = Run(_record(Environment, about), dict(content["config"]), results)
+        run = Run(environment, dict(content["config"]), results)
         for result in results:
             _check_times(result)
     except (KeyError, TypeError, AttributeError) as error:
@@ -156,6 +154,14 @@ def is_result_file(text: str) -> bool:
         and content.get("schema") in READ_SCHEMAS
         and {"environment", "config", "results"} <= content.keys()
     )
+
+
+def environment_of(values: Mapping[str, Any]) -> Environment:
+    """The environment of its plain values."""
+    about = dict(values)
+    if about["first_forward_s"] is None:  # other programs write null for NaN
+        about["first_forward_s"] = math.nan
+    return _record(Environment, about)
 
 
 def measurement_of(values: Mapping[str, Any]) -> Measurement:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from math import atanh, ceil, log
 
 from ensemble.bench.case import Case
@@ -23,20 +24,45 @@ WORKERS_AT_ONCE = 3
 Summaries = Mapping[Case, Summary]
 
 
-def groups(cases: Sequence[Case], summaries: Summaries, config: Config) -> Iterator[Sequence[Case]]:
+def shares_workers(config: Config, device: str) -> bool:
+    """Does a fresh process measure all cases of a grid point, each once, in random order?
+
+    On an accelerator, where a process takes 4 to 12 s to start and to load the models: a sweep of
+    six N with six strategies would start 180. On a CPU a process measures one case, because there
+    what a case leaves behind is measurable: heap, page faults, OpenMP teams. A load test is minutes
+    long, and its queues and threads are its own.
+    """
+    return bool(config.measure.processes) and config.load is None and not device.startswith("cpu")
+
+
+def groups(
+    cases: Sequence[Case], summaries: Summaries, config: Config, *, share_workers: bool = False
+) -> Iterator[Sequence[Case]]:
     """Groups of cases that an executor measures together. `summaries` is read as it grows.
 
-    In this process, and on ranks: the cases of a grid point, each once. In fresh processes: a few
-    at a time, one process each, until every case has had its processes.
+    In this process, and on ranks: the cases of a grid point, each once. In fresh processes: those
+    of a few processes at a time, until every case has had its processes. With `share_workers` see
+    the function of that name.
     """
     if not config.measure.processes:
         missing = (case for case in cases if case not in summaries)
         for _, at_one_point in groupby(missing, key=lambda case: case.grid_point):
             yield tuple(at_one_point)
         return
-    for one_round in _rounds(cases, summaries, config):
-        while group := tuple(islice(one_round, WORKERS_AT_ONCE)):
+    for number, one_round in enumerate(_rounds(cases, summaries, config)):
+        batches: Iterator[list[Case]] = ([case] for case in one_round)
+        if share_workers:
+            batches = _shuffled_grid_points(one_round, seed=f"{config.run.seed} {number}")
+        while group := tuple(chain.from_iterable(islice(batches, WORKERS_AT_ONCE))):
             yield group
+
+
+def _shuffled_grid_points(cases: Iterable[Case], *, seed: str) -> Iterator[list[Case]]:
+    """The cases of each grid point in random order: what a case leaves behind, and drift of the
+    device's temperature, then meet another case in each process."""
+    generator = random.Random(seed)
+    for _, at_one_point in groupby(cases, key=lambda case: case.grid_point):
+        yield generator.sample(batch := list(at_one_point), len(batch))
 
 
 def _rounds(

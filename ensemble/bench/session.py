@@ -45,8 +45,8 @@ class _Rows:
         self.run, self.plan = run, config.plan()
         self.summaries = {row.case: row for row in run.results}
         self._places = {case: index for index, case in enumerate(self.plan)}
-        dtypes = [case for case in self.missing() if config.measure.roofline]
-        self._limits = roofline.limits_of(dtypes, workload.device)
+        limited = [case for case in self.missing() if config.measure.roofline]
+        self._limits = workload.limits_of(limited)
 
     def missing(self) -> list[Case]:
         """The cases that were not measured, or by too few processes."""
@@ -112,6 +112,7 @@ def measure_all(
     for line in availability.warnings(missing, workload.device):
         say(line)
     executor = executor or (fresh_processes if options.processes else in_process)
+    share = schedule.shares_workers(config, str(workload.device))
     deadline = time.monotonic() + 60 * (options.max_minutes or float("inf"))
     stopped, code = "", 0
     try:
@@ -120,7 +121,7 @@ def measure_all(
             executor(config, workload) as execute,
         ):
             on_progress = partial(_report_progress, update, rows, bool(options.processes))
-            for group in schedule.groups(rows.plan, rows.summaries, config):
+            for group in schedule.groups(rows.plan, rows.summaries, config, share_workers=share):
                 with closing(execute(group, rows.task_of, on_progress)) as tasks:
                     for measurements in tasks:
                         rows.add(measurements)

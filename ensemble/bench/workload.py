@@ -1,4 +1,4 @@
-"""N models and their images on one device."""
+"""N models and their images, and the device that their rows are measured on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ensemble.bench import environment
-from ensemble.bench.config import Config
+from ensemble.bench import environment, first_forward, roofline
+from ensemble.bench.case import Case
+from ensemble.bench.config import Config, ModelOptions
 from ensemble.bench.environment import Environment
+from ensemble.bench.first_forward import FirstForward
 from ensemble.errors import InputError
 from ensemble.formatting import count
 from ensemble.machine import cores, devices, memory
@@ -27,12 +29,16 @@ IMAGES_UNDER_LOAD = 16  # different ones that requests may ask for
 
 @dataclass(frozen=True)
 class Workload:
-    """Float32 models on the device, as many as the largest N, and their images."""
+    """Float32 models, as many as the largest N, and their images.
 
-    device: torch.device
+    They lie on the device that rows are measured on; on the CPU where workers measure on an
+    accelerator: see `load`.
+    """
+
+    device: torch.device  # that rows are measured on
     models: Sequence[nn.Module]
     weights: str  # where they come from, in a few words
-    images: Callable[[int], Tensor]  # px -> (count, 3, px, px), float32 on the device
+    images: Callable[[int], Tensor]  # px -> (count, 3, px, px), float32 on the device of the models
 
     def save_shared(self, file: str | BinaryIO, image_sizes: Sequence[int]) -> None:
         """Write models and images to a file that other processes map: see `load_shared`."""
@@ -49,6 +55,20 @@ class Workload:
         tensors = len(stacking.named_tensors(self.models[0])) + len(image_sizes)
         weights = sum(map(stacking.weight_bytes, self.models))
         return weights + images + tensors * _PER_TENSOR_BYTES + _STRUCTURE_BYTES
+
+    def first_forward(self, options: ModelOptions) -> FirstForward:
+        """The first forward of the process that runs it, and the logits of the plain image.
+
+        Raises:
+            InputError: the architecture does not run at this image size, or not on this device.
+        """
+        image = self.images(options.image_size[0])[:1]
+        count = max(1, len(options.model_path or ()))
+        return first_forward.run(options, self.models[0], image, lambda: self.see(image, count))
+
+    def limits_of(self, cases: Sequence[Case]) -> roofline.Measured:
+        """The measured limits of the device in each dtype of the cases."""
+        return roofline.limits_of(cases, self.device)
 
     def see(self, image: Tensor, count: int) -> list[Tensor]:
         """The logits of one image `(1, 3, H, W)` by each of the first models, `(classes,)` each."""
@@ -78,10 +98,19 @@ class Workload:
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """The workload of a configuration; `say` prints what is loaded.
 
+    Where fresh processes measure on an accelerator, this one loads everything on the CPU and
+    creates no context on the accelerator: it holds no memory there, and one in exclusive-process
+    mode is free for the workers.
+
     Raises:
         InputError: no such device or setting here, bad files, or more than memory holds.
     """
-    device = prepare(config, device=config.run.device)
+    configure(config)
+    measured_on = devices.find_device(config.run.device, say=say)
+    if is_remote(config, measured_on):
+        device = torch.device("cpu")
+    else:
+        device = devices.select_device(str(measured_on))
     augmented = read_images(config, device)
     count = max(config.models.num_models)
     with memory.out_of_memory_as_input_error(f"{count} models are loaded", argument="num_models"):
@@ -96,7 +125,12 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     report_image(config, augmented, say=say)
     if config.report.verbose:
         say(str(models[0]))
-    return Workload(device, models, weights, augmented)
+    return Workload(measured_on, models, weights, augmented)
+
+
+def is_remote(config: Config, device: torch.device) -> bool:
+    """Do fresh processes measure on an accelerator, which this process then leaves to them?"""
+    return bool(config.measure.processes) and device.type != "cpu"
 
 
 def read_images(config: Config, device: torch.device) -> AugmentedImages:
@@ -122,15 +156,20 @@ def report_image(config: Config, images: AugmentedImages, *, say: Callable[[str]
     say(f"Converted image to shape {images(config.models.image_size[0])[:1].shape}")
 
 
-def load_shared(path: str, config: Config, *, device: str) -> Workload:
-    """The workload that another process wrote by `save_shared`, of the same configuration.
+def load_shared(
+    path: str, config: Config, *, device: str, num_models: int | None = None
+) -> Workload:
+    """The workload that another process wrote by `save_shared`, of the same configuration; of the
+    models only the first `num_models`.
 
     The file is memory-mapped: on a CPU all processes share its pages, which are resident before
     anything is timed.
     """
     here = prepare(config, device=device)
     content = torch.load(path, mmap=True, weights_only=False, map_location="cpu")
-    state: Mapping[str, Tensor] = {name: t.to(here) for name, t in content["state"].items()}
+    state: Mapping[str, Tensor] = {
+        name: stack[:num_models].to(here) for name, stack in content["state"].items()
+    }
     sizes: Mapping[int, Tensor] = {px: batch.to(here) for px, batch in content["images"].items()}
     memory.touch([*state.values(), *sizes.values()])
     models = stacking.from_stack(content["skeleton"], state)
@@ -143,6 +182,16 @@ def prepare(config: Config, *, device: str) -> torch.device:
     Raises:
         InputError: no such device or setting here.
     """
+    configure(config)
+    return devices.select_device(device)
+
+
+def configure(config: Config) -> None:
+    """Apply the configuration to this process, whatever its device.
+
+    Raises:
+        InputError: no such setting here.
+    """
     logging.basicConfig()
     logging.getLogger("ensemble").setLevel(
         logging.DEBUG if config.report.verbose else logging.WARNING
@@ -151,4 +200,3 @@ def prepare(config: Config, *, device: str) -> torch.device:
     if refused:
         raise InputError(f"retain is not available here: {refused}", argument="allocator")
     devices.configure(threads=config.run.threads)
-    return devices.select_device(device)

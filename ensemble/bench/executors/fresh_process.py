@@ -1,4 +1,4 @@
-"""Measure each case in a fresh process: start workers, read their messages, explain crashes."""
+"""Measure cases in fresh processes: start workers, read their messages, explain crashes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,9 +28,8 @@ from ensemble.bench import schedule
 from ensemble.bench.case import Case, Task
 from ensemble.bench.config import Config
 from ensemble.bench.executors.executor import Execute, OnProgress, TaskOf
-from ensemble.bench.measurement import FAILED, Measurement
+from ensemble.bench.measurement import FAILED, OK, Measurement
 from ensemble.bench.result_file import measurement_of
-from ensemble.bench.stages import OnStage
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError, interrupt_behind
 from ensemble.machine import memory
@@ -63,11 +64,18 @@ class Job:
     inherited: tuple[int, ...]  # its descriptor, where the file has no name
     device: str
     timeout_s: float
+    shares_workers: bool  # see `schedule.shares_workers`
+
+    def batches(self, cases: Sequence[Case]) -> list[tuple[Case, ...]]:
+        """The cases of each worker: one, or those of a grid point."""
+        if not self.shares_workers:
+            return [(case,) for case in cases]
+        return [tuple(batch) for _, batch in groupby(cases, key=lambda case: case.grid_point)]
 
 
 @contextmanager
 def fresh_processes(config: Config, workload: Workload) -> Iterator[Execute]:
-    """An executor that measures each case in a fresh process."""
+    """An executor that measures cases in fresh processes."""
     with jobs(schedule.of_one_process(config), workload) as job:
         yield partial(execute, job)
 
@@ -81,6 +89,7 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
         InputError: there is no room for the file.
     """
     device, timeout_s = str(workload.device), 60 * config.measure.timeout_minutes
+    shares_workers = schedule.shares_workers(config, device)
     size = workload.shared_bytes(config.models.image_size)
     with contextlib.ExitStack() as stack:
         try:
@@ -107,37 +116,46 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
                 f" to the temporary folder ({files.temporary_directory()}) or to memory:"
                 f" {files.reason(error)}; set TMPDIR to a folder with room, or use --processes 0"
             ) from error
-        yield Job(config, path, inherited, device, timeout_s)
+        yield Job(config, path, inherited, device, timeout_s, shares_workers)
 
 
 class StartError(Exception):
     """A worker cannot be started: the system refuses a process, a thread or a file."""
 
 
+class WorkerError(Exception):
+    """A worker ended without an answer, or gave none in time; the text says how."""
+
+
 class Worker:
-    """A process that measures one case. However its use ends, it has ended too.
+    """A process that does one task, or measures several cases. However its use ends, it has ended
+    too.
+
+    Args:
+        job: what all workers share.
+        strategies: those that it is to measure, whose imports it does at once.
 
     Raises:
         StartError: it cannot be started; nothing of it is left.
     """
 
-    def __init__(self, job: Job, strategy: str) -> None:
-        self._job, self._is_silent = job, False
+    def __init__(self, job: Job, strategies: Sequence[str]) -> None:
+        self._job, self._is_silent, self._was_awaited = job, False, False
         with contextlib.ExitStack() as opened:
             try:
-                self._start(job, strategy, opened)
+                self._start(job, strategies, opened)
             except (OSError, RuntimeError) as error:  # of threading: can't start new thread
                 message = f"the worker cannot be started: {files.reason(error)}"
                 raise StartError(message) from error
             opened.pop_all()  # closed by __exit__
 
-    def _start(self, job: Job, strategy: str, opened: contextlib.ExitStack) -> None:
+    def _start(self, job: Job, strategies: Sequence[str], opened: contextlib.ExitStack) -> None:
         """Start the process and the thread that reads from it; `opened` is given what to close."""
         self._errors = opened.enter_context(files.anonymous_file())
-        where = str(PACKAGE.parents[1]), str(PACKAGE)
+        where, parent = (str(PACKAGE.parents[1]), str(PACKAGE)), str(os.getpid())
         # In a new session: Ctrl-C reaches only this process, which ends the worker.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", START, *where, str(os.getpid()), strategy, job.device],
+            [sys.executable, "-P", "-c", START, *where, parent, *strategies, job.device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -163,6 +181,9 @@ class Worker:
 
     def wait(self) -> None:
         """Until it has imported what it needs, or died: the first message; or for `timeout_s`."""
+        if self._was_awaited:
+            return
+        self._was_awaited = True
         try:
             first = self._messages.get(timeout=self._job.timeout_s)
         except queue.Empty:
@@ -171,79 +192,115 @@ class Worker:
         if not first:
             self._messages.put(first)
 
-    def measure(self, task: Task, on_stage: OnStage) -> list[Measurement]:
-        """The measurement of a task, and the reference's half of its pairs where it has such.
+    def measure(
+        self, tasks: Sequence[Task], on_progress: OnProgress
+    ) -> Generator[list[Measurement]]:
+        """The measurement of each task in turn, and with the first that has such the reference's
+        half of its pairs. It ends after one that is not ok.
 
         A worker that dies, or is silent for the job's `timeout_s`, is a failed measurement.
         """
+        answers, case = self.answers({"tasks": [asdict(task) for task in tasks]}), tasks[0].case
+        try:
+            for message in answers:
+                if "stage" in message:
+                    on_progress(case, message["stage"], message.get("done", 0.0))
+                    continue
+                both = message["measurement"], message["reference"]
+                found = [measurement_of(values) for values in both if values]
+                yield found
+                tasks = tasks[1:]
+                if not tasks or found[0].status != OK:
+                    return
+                case = tasks[0].case
+        except WorkerError as error:
+            yield [Measurement(case, FAILED, str(error))]
+
+    def answers(self, asked: Mapping[str, Any]) -> Generator[dict[str, Any]]:
+        """Send what is asked; the messages that the worker writes.
+
+        Raises:
+            WorkerError: it died, or was silent for the job's `timeout_s`.
+        """
         if self._is_silent:
-            return [self._timed_out(task.case)]
+            raise self._timed_out()
         assert self._process.stdin is not None
         job = self._job
-        content = {
-            **{"config": job.config.plain(), "task": asdict(task)},
-            **{"shared": job.shared, "device": job.device},
-        }
+        content = {"config": job.config.plain(), "shared": job.shared, "device": job.device}
         with contextlib.suppress(BrokenPipeError):  # it has died: the reason is asked below
-            self._process.stdin.write(json.dumps(content) + "\n")
+            self._process.stdin.write(json.dumps({**content, **asked}) + "\n")
             self._process.stdin.flush()
         while True:
             try:
                 line = self._messages.get(timeout=job.timeout_s)
             except queue.Empty:
-                return [self._timed_out(task.case)]
+                raise self._timed_out() from None
             if not line:
-                return [self._failed(task.case, _cause(self._process))]
-            message = json.loads(line)
-            if "measurement" in message:
-                both = message["measurement"], message["reference"]
-                return [measurement_of(values) for values in both if values]
-            on_stage(message["stage"], message.get("done", 0.0))
+                raise WorkerError(f"{_cause(self._process)}{self._last_line()}")
+            yield json.loads(line)
 
-    def _timed_out(self, case: Case) -> Measurement:
+    def _timed_out(self) -> WorkerError:
         _kill(self._process)
-        return self._failed(case, f"no answer in {self._job.timeout_s:.0f} s")
+        return WorkerError(f"no answer in {self._job.timeout_s:.0f} s{self._last_line()}")
 
-    def _failed(self, case: Case, cause: str) -> Measurement:
+    def _last_line(self) -> str:
         self._errors.seek(0)
         text = self._errors.read().decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        last = f"; last line of stderr: {lines[-1]}" if lines else ""
-        return Measurement(case, FAILED, f"{cause}{last}")
+        return f"; last line of stderr: {lines[-1]}" if lines else ""
 
 
 def execute(
     job: Job, cases: Sequence[Case], task_of: TaskOf, on_progress: OnProgress
 ) -> Generator[Sequence[Measurement]]:
-    """Measure each case in a separate worker.
+    """Measure each case in a separate worker; where the job shares workers, those of a grid point
+    in one.
 
     All workers start together, because importing torch keeps one core busy for seconds. Then they
-    wait, and measure one at a time.
+    wait, and measure one at a time: only then has one a context on the accelerator.
     """
-    strategies = [
-        (task.picked if (task := task_of(case)) else None) or case.strategy for case in cases
-    ]
+    batches = job.batches(cases)
     with contextlib.ExitStack() as stack:
-        workers = [_worker(job, strategy, stack) for strategy in strategies]
+        workers = list[Worker | StartError]()
+        for batch in batches:
+            picked = [task.picked if (task := task_of(case)) else None for case in batch]
+            names = [pick or case.strategy for pick, case in zip(picked, batch, strict=True)]
+            workers.append(worker := _start(names, job))
+            if isinstance(worker, Worker):
+                stack.enter_context(worker)
         on_progress(cases[0], "start", 0.0)
         for worker in workers:
             if isinstance(worker, Worker):
                 worker.wait()
-        for worker, case in zip(workers, cases, strict=True):
-            task = task_of(case)
-            if isinstance(worker, StartError):
-                if task is not None:
-                    yield [Measurement(case, FAILED, str(worker))]
-                continue
-            with worker:
-                if task is not None:
-                    yield worker.measure(task, partial(on_progress, case))
+        for worker, batch in zip(workers, batches, strict=True):
+            tasks = [task for case in batch if (task := task_of(case)) is not None]
+            yield from _measured(job, worker, tasks, on_progress)
 
 
-def _worker(job: Job, strategy: str, stack: contextlib.ExitStack) -> Worker | StartError:
-    """A worker that `stack` ends, or why it cannot be started."""
+def _measured(
+    job: Job, worker: Worker | StartError, tasks: Sequence[Task], on_progress: OnProgress
+) -> Generator[list[Measurement]]:
+    """The measurement of each task. Those that follow a failed one go to a fresh worker: what
+    failed may have ended the process, or left its CUDA context in an error that every later call
+    reports."""
+    while True:
+        if isinstance(worker, StartError):
+            yield from ([Measurement(task.case, FAILED, str(worker))] for task in tasks)
+            return
+        with worker:
+            worker.wait()
+            for measurements in worker.measure(tasks, on_progress) if tasks else ():
+                yield measurements
+                tasks = tasks[1:]
+        if not tasks:
+            return
+        worker = _start([task.picked or task.case.strategy for task in tasks], job)
+
+
+def _start(strategies: Sequence[str], job: Job) -> Worker | StartError:
+    """A worker, or why it cannot be started."""
     try:
-        return stack.enter_context(Worker(job, strategy))
+        return Worker(job, strategies)
     except StartError as error:
         return error
 

@@ -1,9 +1,10 @@
-"""A worker process: it measures one task, and reports raw values as JSON.
+"""A worker process: it measures tasks, or looks at the device, and reports raw values as JSON.
 
-`main`, started by `fresh_process.START` with PARENT STRATEGY DEVICE, imports what it needs and
-reports that it is ready. It then reads a job, a line of JSON, from its standard input, and writes
-messages to its standard output, a line of JSON each: stages while it works, then the measurement,
-and the reference's half of its pairs.
+`main`, started by `fresh_process.START` with PARENT STRATEGY ... DEVICE, imports what it needs and
+reports that it is ready: until then it creates no context on the device. It then reads a job, a
+line of JSON, from its standard input, and writes messages to its standard output, a line of JSON
+each: stages while it works, then the measurement of each task, the first with the reference's half
+of its pairs.
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ import contextlib
 import json
 import os
 import sys
-from typing import IO, Any
+from collections.abc import Callable, Sequence
+from typing import IO, TYPE_CHECKING, Any
 
 from ensemble import gc_pause
 from ensemble.bench.case import Case, Task
-from ensemble.bench.config import config_of
+from ensemble.bench.config import Config, config_of
+from ensemble.errors import first_line
+from ensemble.formatting import count
 from ensemble.machine.signals import die_with_parent
+
+if TYPE_CHECKING:
+    from ensemble.bench.setup import Setup
 
 READY = "ready"
 
 
 def main() -> None:
-    """Measure the task on standard input."""
+    """Do the job on standard input."""
     messages = _own_output()
-    parent, *needed = sys.argv[1:]
+    parent, *strategies, device = sys.argv[1:]
     die_with_parent(int(parent))
 
     def send(message: dict[str, Any]) -> None:
@@ -33,37 +40,73 @@ def main() -> None:
         messages.flush()
 
     with gc_pause.paused_then_frozen():
-        from ensemble.bench import workload
-        from ensemble.bench.executors.in_process import measure_task, setup_of
-        from ensemble.bench.measure import measurement_of_reference
-        from ensemble.bench.measurement import FAILED, Measurement
-        from ensemble.bench.result_file import plain_measurement
-        from ensemble.bench.setup import SetupError
+        from ensemble.bench.executors import device_probe, in_process  # noqa: F401
 
-        _import_for(*needed)
+        _import_for(strategies, device)
     send({"stage": READY})
     line = sys.stdin.readline()
     if not line:  # the parent has ended, or timed out
         return
     job = json.loads(line)
-    config, task = config_of(job["config"]), task_of(job["task"])
-    shared = workload.load_shared(job["shared"], config, device=job["device"])
+    if "probe" in job:
+        send(device_probe.answer(job))
+    else:
+        _measure(job, send)
+
+
+def _measure(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+    """Measure the tasks of a job, cases of one grid point, until one is not ok."""
+    from ensemble.bench.executors.in_process import measure_task
+    from ensemble.bench.measure import measurement_of_reference
+    from ensemble.bench.measurement import FAILED, OK, Measurement
+    from ensemble.bench.result_file import plain_measurement
+    from ensemble.bench.setup import SetupError
+
+    config, tasks = config_of(job["config"]), [task_of(values) for values in job["tasks"]]
     try:
-        setup = setup_of(config, shared, [task.case], is_first=task.process == 0)
+        setup = _setup(job, config, tasks)
     except SetupError as error:
-        failed = Measurement(task.case, FAILED, str(error))
+        failed = Measurement(tasks[0].case, FAILED, str(error))
         send({"measurement": plain_measurement(failed), "reference": None})
         return
-    found = measure_task(
-        task, setup, config, on_stage=lambda stage, done: send({"stage": stage, "done": done})
-    )
-    reference = measurement_of_reference(found, setup)
-    send(
-        {
-            "measurement": plain_measurement(found),
-            "reference": reference and plain_measurement(reference),
-        }
-    )
+    reference = None
+    for task in tasks:
+        found = measure_task(
+            task, setup, config, on_stage=lambda stage, done: send({"stage": stage, "done": done})
+        )
+        is_first = reference is None  # its calls alone, of which there are no others
+        reference = reference or measurement_of_reference(found, setup)
+        send(
+            {
+                "measurement": plain_measurement(found),
+                "reference": plain_measurement(reference) if reference and is_first else None,
+            }
+        )
+        if found.status != OK:
+            return
+
+
+def _setup(job: dict[str, Any], config: Config, tasks: Sequence[Task]) -> Setup:
+    """The setup of the tasks' grid point, with the models of the job on its device.
+
+    Raises:
+        SetupError: the reference failed, or the models cannot be loaded: the device is out of
+            memory, or refuses this process.
+    """
+    from ensemble.bench import workload
+    from ensemble.bench.executors.in_process import setup_of
+    from ensemble.bench.setup import SetupError
+
+    cases, device = [task.case for task in tasks], job["device"]
+    try:
+        shared = workload.load_shared(
+            job["shared"], config, device=device, num_models=cases[0].num_models
+        )
+    except Exception as error:
+        models = count(cases[0].num_models, "model")
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise SetupError(f"loading {models} on {device} failed: {why}") from error
+    return setup_of(config, shared, cases, is_first=any(task.process == 0 for task in tasks))
 
 
 def task_of(values: dict[str, Any]) -> Task:
@@ -71,8 +114,8 @@ def task_of(values: dict[str, Any]) -> Task:
     return Task(**{**values, "case": Case(**values["case"])})
 
 
-def _import_for(strategy: str, device: str) -> None:
-    """Import what building the strategy imports: workers do so at once, and it is not timed.
+def _import_for(strategies: Sequence[str], device: str) -> None:
+    """Import what building the strategies imports: workers do so at once, and it is not timed.
 
     The measurement reports what cannot be imported.
     """
@@ -80,10 +123,11 @@ def _import_for(strategy: str, device: str) -> None:
 
     from ensemble.strategies import BEST, HYBRIDS, best, find
 
-    names = {strategy}
-    if strategy in HYBRIDS:
-        names = {HYBRIDS[strategy].few, HYBRIDS[strategy].many}
-    elif strategy == BEST:
+    names = set(strategies)
+    for hybrid in names & HYBRIDS.keys():
+        names |= {HYBRIDS[hybrid].few, HYBRIDS[hybrid].many}
+    names -= HYBRIDS.keys()
+    if BEST in names:
         names.update(best.candidates(torch.device(device), torch.float32))
     for found in filter(None, map(find, names)):
         with contextlib.suppress(Exception):

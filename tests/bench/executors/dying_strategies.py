@@ -58,6 +58,10 @@ def hoard(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     raise AssertionError
 
 
+def broken(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
+    raise RuntimeError("CUDA error: unknown")
+
+
 def chatter(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     """Prints where messages go, as other people's packages do."""
     print("not a message")
@@ -78,5 +82,5 @@ class Made(strategies.Strategy):
 
 def install() -> None:
     """Put them into the registry."""
-    for build in (kill, crash, hang, leave, hoard, chatter):
+    for build in (kill, crash, hang, leave, hoard, broken, chatter):
         strategies.STRATEGIES[build.__name__] = Made("", "", "made for a test", build=build)

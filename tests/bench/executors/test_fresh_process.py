@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +139,76 @@ def test_a_worker_that_dies_costs_its_own_row(workload: Workload) -> None:
     assert str(rows["leave"].error).startswith("exited with code 3 without a result")
 
 
+def pids_of_workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that are started from now on, as they are."""
+    popen, found = subprocess.Popen, list[int]()
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        process = popen(*arguments, **options)
+        found.append(process.pid)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return found
+
+
+def test_cases_that_share_a_worker_are_measured_in_turn_and_a_fresh_one_follows_a_failed_case(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator. Each process times the reference alone once."""
+    started = pids_of_workers(monkeypatch)
+    names = ["vmap", "folded_loop", "kill", "chatter", "folded_vmap"]
+    with workers.jobs(QUICK, workload) as job:
+        shared = replace(job, shares_workers=True)
+        found = list(workers.execute(shared, list(map(case, names)), Task, lambda *_: None))
+    assert [rows[0].case.strategy for rows in found] == names
+    assert [rows[0].status for rows in found] == ["ok", "ok", "failed", "ok", "ok"]
+    assert str(found[2][0].error).startswith("killed by signal 9")
+    assert [len(rows) for rows in found] == [2, 1, 1, 2, 1]  # with the reference's half
+    assert found[0][0].reference_alone_times_s == found[1][0].reference_alone_times_s
+    assert found[0][0].reference_alone_times_s != found[3][0].reference_alone_times_s
+    assert len(started) == 2
+
+
+def test_a_case_that_raises_leaves_the_others_of_its_worker_to_a_fresh_one(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error may be one of the CUDA context, which every later call of the process reports."""
+    started = pids_of_workers(monkeypatch)
+    with workers.jobs(QUICK, workload) as job:
+        shared, cases = replace(job, shares_workers=True), list(map(case, ("broken", "vmap")))
+        (broken,), (row, _) = workers.execute(shared, cases, Task, lambda *_: None)
+    assert (broken.status, broken.error) == ("failed", "RuntimeError: CUDA error: unknown")
+    assert (row.status, len(started)) == ("ok", 2)
+
+
+def test_a_closed_executor_ends_the_worker_that_its_cases_share(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a time budget that is over does."""
+    started = pids_of_workers(monkeypatch)
+    with workers.jobs(QUICK, workload) as job:
+        shared, cases = replace(job, shares_workers=True), list(map(case, ("vmap", "hang")))
+        rows = workers.execute(shared, cases, Task, lambda *_: None)
+        assert next(rows)[0].status == "ok"
+        rows.close()
+    assert not Path(f"/proc/{started[0]}").exists()
+
+
+def test_models_that_cannot_be_loaded_to_the_device_fail_the_row_with_the_reason(
+    workload: Workload, tmp_path: Path
+) -> None:
+    error = "CUDA out of memory. Tried to allocate 20 MiB"
+    code = "from tests.bench.executors.simulated_accelerator import install"
+    (tmp_path / "sitecustomize.py").write_text(f"{code}; install({error!r})\n")
+    on_cuda = replace(workload, device=torch.device("cuda"))
+    rows, _ = measured(QUICK, on_cuda, "vmap")
+    assert (rows["vmap"].status, rows["vmap"].error) == (
+        "failed",
+        f"loading 3 models on cuda failed: OutOfMemoryError: {error}",
+    )
+
+
 @pytest.mark.slow
 def test_a_worker_that_says_nothing_is_given_up(workload: Workload) -> None:
     begin = time.monotonic()
@@ -173,6 +243,11 @@ def test_models_reach_a_worker_as_they_are_and_mapped(workload: Workload, tmp_pa
             assert torch.equal(tensor, found), name
     assert path in Path("/proc/self/maps").read_text()
     assert torch.equal(loaded.images(8), workload.images(8))
+    few = loading.load_shared(path, QUICK, device="cpu", num_models=2)
+    assert len(few.models) == 2
+    assert torch.equal(
+        few.models[1].get_parameter("fc.weight"), workload.models[1].get_parameter("fc.weight")
+    )
 
 
 def test_a_worker_has_its_models_and_images_on_the_accelerator(
@@ -269,6 +344,49 @@ def test_the_processes_of_a_row_are_spread_over_the_run() -> None:
     cases = [case(name) for name in ("loop", "vmap", "folded_vmap")]
     groups = schedule.groups(cases, {}, with_options(QUICK, processes=5))
     assert [asked.strategy for asked in next(groups)] == ["vmap", "folded_vmap"]
+
+
+def sharing(names: Sequence[str], config: Config) -> list[list[tuple[int, list[str]]]]:
+    """The groups of cases for N = 1 to 4, of which workers measure those of an N: N and names."""
+    cases = [case(name, num_models=n) for n in (1, 2, 3, 4) for name in names]
+    rows: dict[Case, Summary] = {}
+    found = []
+    for group in schedule.groups(cases, rows, config, share_workers=True):
+        batches: dict[int, list[str]] = {}
+        for asked in group:
+            batches.setdefault(asked.num_models, []).append(asked.strategy)
+            new = Measurement(asked, times_s=(1.0,) * 8, reference_times_s=(2.0,) * 8)
+            rows[asked] = merged(rows.get(asked), new)
+        found.append(list(batches.items()))
+    return found
+
+
+def test_workers_that_are_shared_measure_a_grid_point_each_in_an_order_of_their_own() -> None:
+    names = ("vmap", "folded_vmap", "concurrent", "folded_loop")
+    found = sharing(("loop", *names), with_options(QUICK, processes=5))
+    assert [[n for n, _ in batches] for batches in found[:10]] == [[1, 2, 3], [4]] * 5
+    orders = [tuple(order) for batches in found[:10] for _, order in batches]
+    assert all(sorted(order) == sorted(names) for order in orders)
+    assert len(set(orders)) > 10  # of 24 that there are, in 20 processes
+    assert found == sharing(("loop", *names), with_options(QUICK, processes=5))
+    other = sharing(("loop", *names), with_options(QUICK, processes=5, seed=1))
+    assert found != other
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "shares"),
+    [
+        ("cuda:1", {}, True),
+        ("xpu", {}, True),
+        ("cpu", {}, False),
+        ("cuda", {"scenario": "offline"}, False),
+        ("cuda", {"processes": 0}, False),
+    ],
+)
+def test_workers_are_shared_on_an_accelerator_but_not_by_load_tests(
+    device: str, options: dict[str, object], shares: bool
+) -> None:
+    assert schedule.shares_workers(with_options(QUICK, **options), device) is shares
 
 
 def test_what_the_processes_of_a_row_share_is_asked_of_them_together() -> None:
