@@ -28,7 +28,7 @@ from ensemble.bench import schedule
 from ensemble.bench.case import Case, Task
 from ensemble.bench.config import Config
 from ensemble.bench.executors.executor import Execute, OnProgress, TaskOf
-from ensemble.bench.measurement import FAILED, OK, Measurement
+from ensemble.bench.measurement import FAILED, Measurement
 from ensemble.bench.result_file import measurement_of
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError, interrupt_behind
@@ -196,7 +196,7 @@ class Worker:
         self, tasks: Sequence[Task], on_progress: OnProgress
     ) -> Generator[list[Measurement]]:
         """The measurement of each task in turn, and with the first that has such the reference's
-        half of its pairs. It ends after one that is not ok.
+        half of its pairs. It ends after one that fails.
 
         A worker that dies, or is silent for the job's `timeout_s`, is a failed measurement.
         """
@@ -207,10 +207,9 @@ class Worker:
                     on_progress(case, message["stage"], message.get("done", 0.0))
                     continue
                 both = message["measurement"], message["reference"]
-                found = [measurement_of(values) for values in both if values]
-                yield found
+                yield [measurement_of(values) for values in both if values]
                 tasks = tasks[1:]
-                if not tasks or found[0].status != OK:
+                if not tasks or not message["continues"]:
                     return
                 case = tasks[0].case
         except WorkerError as error:

@@ -24,6 +24,9 @@ from ensemble.formatting import count
 from ensemble.machine.signals import die_with_parent
 
 if TYPE_CHECKING:
+    import torch
+
+    from ensemble.bench.measurement import Measurement
     from ensemble.bench.setup import Setup
 
 READY = "ready"
@@ -55,10 +58,10 @@ def main() -> None:
 
 
 def _measure(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
-    """Measure the tasks of a job, cases of one grid point, until one is not ok."""
+    """Measure the tasks of a job, cases of one grid point, until one fails."""
     from ensemble.bench.executors.in_process import measure_task
     from ensemble.bench.measure import measurement_of_reference
-    from ensemble.bench.measurement import FAILED, OK, Measurement
+    from ensemble.bench.measurement import FAILED, Measurement
     from ensemble.bench.result_file import plain_measurement
     from ensemble.bench.setup import SetupError
 
@@ -67,7 +70,7 @@ def _measure(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Non
         setup = _setup(job, config, tasks)
     except SetupError as error:
         failed = Measurement(tasks[0].case, FAILED, str(error))
-        send({"measurement": plain_measurement(failed), "reference": None})
+        send({"measurement": plain_measurement(failed), "reference": None, "continues": False})
         return
     reference = None
     for task in tasks:
@@ -80,10 +83,27 @@ def _measure(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> Non
             {
                 "measurement": plain_measurement(found),
                 "reference": plain_measurement(reference) if reference and is_first else None,
+                "continues": (continues := _is_whole(found, setup.example.device)),
             }
         )
-        if found.status != OK:
+        if not continues:
             return
+
+
+def _is_whole(found: Measurement, device: torch.device) -> bool:
+    """Is this process fit for another row? A failed one may have left memory, or an error of the
+    CUDA context, which every later call reports; one that was refused at its build has not, if the
+    device still answers."""
+    from ensemble.bench.measurement import OK, UNAVAILABLE
+    from ensemble.machine.devices import synchronize
+
+    if found.status != UNAVAILABLE:
+        return found.status == OK
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _setup(job: dict[str, Any], config: Config, tasks: Sequence[Task]) -> Setup:

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ensemble import strategies
+from ensemble.errors import UnavailableError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from ensemble.strategies.build_result import BuildResult
+
+
+REFUSED: list[bool] = []  # an entry for each call of `refused`
 
 
 def kill(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
@@ -62,6 +66,11 @@ def broken(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     raise RuntimeError("CUDA error: unknown")
 
 
+def refused(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
+    REFUSED.append(True)
+    raise UnavailableError("not on this device")
+
+
 def chatter(models: Sequence[nn.Module], example: torch.Tensor) -> BuildResult:
     """Prints where messages go, as other people's packages do."""
     print("not a message")
@@ -82,5 +91,5 @@ class Made(strategies.Strategy):
 
 def install() -> None:
     """Put them into the registry."""
-    for build in (kill, crash, hang, leave, hoard, broken, chatter):
+    for build in (kill, crash, hang, leave, hoard, broken, refused, chatter):
         strategies.STRATEGIES[build.__name__] = Made("", "", "made for a test", build=build)

@@ -182,6 +182,34 @@ def test_a_case_that_raises_leaves_the_others_of_its_worker_to_a_fresh_one(
     assert (row.status, len(started)) == ("ok", 2)
 
 
+@pytest.mark.parametrize(("broken", "processes"), [(False, 1), (True, 2)])
+def test_a_case_that_is_refused_leaves_the_others_to_its_worker_if_the_device_still_answers(
+    broken: bool,
+    processes: int,
+    workload: Workload,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if broken:
+        code = (
+            "from ensemble.machine import devices\n"
+            "from tests.bench.executors import dying_strategies\n"
+            "wait = devices.synchronize\n"
+            "def synchronize(device):\n"
+            "    if dying_strategies.REFUSED: raise RuntimeError('CUDA error')\n"
+            "    wait(device)\n"
+            "devices.synchronize = synchronize\n"
+        )
+        file = tmp_path / "sitecustomize.py"
+        file.write_text(file.read_text() + code)
+    started = pids_of_workers(monkeypatch)
+    with workers.jobs(QUICK, workload) as job:
+        shared, cases = replace(job, shares_workers=True), list(map(case, ("refused", "vmap")))
+        (refused,), (row, _) = workers.execute(shared, cases, Task, lambda *_: None)
+    assert (refused.status, refused.error) == ("unavailable", "not on this device")
+    assert (row.status, len(started)) == ("ok", processes)
+
+
 def test_a_closed_executor_ends_the_worker_that_its_cases_share(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
