@@ -22,7 +22,7 @@ from ensemble.machine.devices import synchronize
 # After the timeout NCCL's watchdog ends the process, by default (3, SkipCleanUp): no finished row
 # would be shown, and no rank named. CleanUpOnly (ErrorHandlingMode of torch's ProcessGroupNCCL.hpp)
 # aborts the collective instead: the device becomes idle, and the barrier of the next step, which is
-# gloo's, raises. Blocking waits would raise too, but poll once in a millisecond, within the time.
+# gloo's, raises. Blocking waits would raise too, but the host would wait in every timed collective.
 NCCL_ON_TIMEOUT, ABORT_COLLECTIVES = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
 
 
