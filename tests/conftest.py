@@ -62,7 +62,10 @@ def are_compiled() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that call the kernels come last."""
+    """Those that call the kernels come last. Tests that need a GPU are marked so."""
+    for item in items:
+        if any(mark.kwargs.get("reason") == NEEDS_CUDA for mark in item.iter_markers("skipif")):
+            item.add_marker("cuda")
     late = tuple(str(ROOT / "tests" / name) for name in LATE)
     items.sort(key=lambda item: str(item.path).startswith(late))
 
@@ -88,9 +91,8 @@ def without_an_accelerator() -> Iterator[pytest.MonkeyPatch]:
 def with_the_accelerator_where_it_is_needed(
     request: pytest.FixtureRequest, without_an_accelerator: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Tests that are skipped without a CUDA device have it."""
-    marks = request.node.iter_markers("skipif")
-    if any(mark.kwargs.get("reason") == NEEDS_CUDA for mark in marks):
+    """Tests that use a CUDA device where there is one have it."""
+    if request.node.get_closest_marker("cuda"):
         without_an_accelerator.undo()
         yield
         hide_accelerators(without_an_accelerator)

@@ -57,7 +57,7 @@ class TileTuner:
             Exception: no tile runs; the error of the default one.
         """
         tiles = candidate_tiles(problem, launch.limits_of(device))
-        time_tile = self._time_tile or (_seconds if device.type == "cuda" else None)
+        time_tile = self._time_tile or (seconds_per_launch if device.type == "cuda" else None)
         if time_tile is None or len(tiles) == 1:
             return tiles[0]
         path = self._folder / f"{_key(problem, device)}.json"
@@ -87,8 +87,8 @@ def default_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "resnet-vmap" / "tiles"
 
 
-def _seconds(run: Run, tile: Tile) -> float:
-    """The time of a launch: the fastest replay of a graph of several."""
+def seconds_per_launch(run: Run, tile: Tile) -> float:
+    """The time of a launch on the current CUDA device: the fastest replay of a graph of several."""
     run(tile)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -18,77 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ensemble.compiler.cuda.problem import ConvProblem, DotPrecision, Shortcut, packed_shape
-from ensemble.compiler.cuda.tiles import Limits, Tile
-from ensemble.compiler.planning.shape_inference import conv_geometry
-from ensemble.compiler.planning.step import Activation
+from ensemble.compiler.cuda.tiles import Limits
+from tests.compiler.cuda.layers import Layer
 
 # By compute capability: an A100 and an H100. CUDA C++ programming guide, technical specifications.
 LIMITS = {80: Limits(108, 163 * 2**10), 90: Limits(132, 227 * 2**10)}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A convolution of N models, and how it is divided."""
-
-    channels: int
-    size: int
-    filters: int
-    kernel: int
-    stride: int
-    dtype: str
-    precision: str
-    tile: tuple[int, ...]
-    other: bool = False
-    shortcut: int = 0  # its channels
-    groups: int = 1
-    num_models: int = 4
-
-    def problem(self) -> ConvProblem:
-        """All sizes; the images are padded so that stride 1 keeps their size."""
-        x = torch.empty(1, self.channels, self.size, self.size, device="meta")
-        pair = (self.kernel // 2,) * 2
-        geometry = conv_geometry(
-            *(x, self.filters, (self.kernel,) * 2, (self.stride,) * 2, pair, (1, 1), self.groups)
-        )
-        return ConvProblem(
-            self.num_models,
-            geometry,
-            getattr(torch, self.dtype),
-            DotPrecision(self.precision),
-            Activation.RELU,
-            self.other,
-            Shortcut(self.shortcut, (2, 2)) if self.shortcut else None,
-        )
-
-    def __call__(self) -> None:
-        """Launch it on uninitialized tensors."""
-        from ensemble.compiler.cuda import launch
-
-        problem = self.problem()
-        geometry, dtype = problem.geometry, problem.dtype
-        images = self.num_models, 1
-        weight = torch.empty(
-            packed_shape(
-                (self.num_models, self.filters, self.channels // self.groups, *geometry.kernel),
-                self.groups,
-                self.shortcut,
-            ),
-            dtype=dtype,
-        )
-        result = torch.empty(*images, self.filters, *geometry.out_size, dtype=dtype)
-        twice = [2 * length for length in geometry.out_size]
-        launch.conv2d(
-            problem,
-            Tile(*self.tile),
-            torch.empty(*images, self.channels, *geometry.size, dtype=dtype),
-            weight,
-            torch.empty(self.num_models, self.filters),
-            result if self.other else None,
-            torch.empty(*images, self.shortcut, *twice, dtype=dtype) if self.shortcut else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +38,7 @@ class Usage:
     tma: bool  # cp.async.bulk.tensor
 
 
-def compiled(launches: Sequence[Launch], capability: int) -> list[list[Usage]]:
+def compiled(launches: Sequence[Layer], capability: int) -> list[list[Usage]]:
     """The kernels that each launch compiles, by a subprocess without Triton's interpreter."""
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     answer = subprocess.run(
@@ -149,7 +83,7 @@ def main() -> None:
     JITFunction.run = compile_only
     for line in sys.stdin:
         kernels.clear()
-        Launch(**json.loads(line))()
+        Layer(**json.loads(line)).launch()
         print(json.dumps([asdict(usage(kernel)) for kernel in kernels]), flush=True)
 
 

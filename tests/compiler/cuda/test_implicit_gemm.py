@@ -16,6 +16,7 @@ from ensemble.compiler.operators.activation import activated
 from ensemble.compiler.planning.shape_inference import conv_geometry
 from ensemble.compiler.planning.step import Activation, Kind, Step
 
+pytestmark = pytest.mark.cuda
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 

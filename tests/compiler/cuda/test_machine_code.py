@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 
 from ensemble.compiler.cuda.tiles import candidate_tiles, default_tile
-from tests.compiler.cuda.compile_for import LIMITS, Launch, Usage, compiled
+from tests.compiler.cuda.compile_for import LIMITS, Usage, compiled
+from tests.compiler.cuda.layers import OTHERS, RESNET18, Layer
 
 FORMATS = {
     "bfloat16": ("bfloat16", "ieee"),
@@ -19,39 +20,20 @@ FORMATS = {
 }
 # ptxas spills a few addresses where it prefers more programs per multiprocessor.
 FEW_BYTES = 64
-# Channels, size, filters, kernel, stride, residual, shortcut channels.
-RESNET18 = {
-    "conv1": (3, 224, 64, 7, 2, False, 0),
-    "stage 1": (64, 56, 64, 3, 1, True, 0),
-    "stage 2, first": (64, 56, 128, 3, 2, False, 0),
-    "stage 2": (128, 28, 128, 3, 1, True, 0),
-    "stage 2, shortcut": (128, 28, 128, 3, 1, False, 64),
-    "stage 3": (256, 14, 256, 3, 1, True, 0),
-    "stage 4": (512, 7, 512, 3, 1, True, 0),
-    "fc": (512, 1, 1000, 1, 1, False, 0),
-}
-OTHERS = {
-    "ResNet-50, 1x1": (256, 56, 64, 1, 1, False, 0),
-    "ResNet-50, shortcut": (64, 56, 256, 1, 1, False, 64),
-    "odd": (19, 9, 21, 3, 1, True, 0),
-}
 
 
-def launches_of(layers: Iterable[str], number_format: str, capability: int) -> list[Launch]:
+def launches_of(layers: Iterable[str], number_format: str, capability: int) -> list[Layer]:
     """The launches of layers, in the default tile of a device."""
     dtype, precision = FORMATS[number_format]
     found = []
-    for layer in layers:
-        channels, size, filters, kernel, stride, other, shortcut = {**RESNET18, **OTHERS}[layer]
-        launch = Launch(
-            *(channels, size, filters, kernel, stride, dtype, precision, (), other, shortcut)
-        )
-        tile = default_tile(launch.problem(), LIMITS[capability])
-        found.append(replace(launch, tile=astuple(tile)))
+    for name in layers:
+        layer = replace({**RESNET18, **OTHERS}[name], dtype=dtype, precision=precision)
+        tile = default_tile(layer.problem(), LIMITS[capability])
+        found.append(replace(layer, tile=tile.fields))
     return found
 
 
-def check(launches: list[Launch], capability: int) -> None:
+def check(launches: list[Layer], capability: int) -> None:
     """All fit the shared memory and the registers, and use the tensor cores and TMA."""
     for launch, kernels in zip(launches, compiled(launches, capability), strict=True):
         names = [kernel.kernel for kernel in kernels]
@@ -65,7 +47,7 @@ def check(launches: list[Launch], capability: int) -> None:
         _check_instructions(launch, kernels[0], capability)
 
 
-def _check_instructions(launch: Launch, kernel: Usage, capability: int) -> None:
+def _check_instructions(launch: Layer, kernel: Usage, capability: int) -> None:
     is_wide = launch.tile[0] >= 64  # a warpgroup multiplies 64 rows
     uses_tensor_cores = launch.precision != "ieee" or launch.dtype != "float32"
     assert kernel.wgmma == (capability >= 90 and is_wide and uses_tensor_cores), (launch, kernel)
@@ -85,7 +67,7 @@ def test_every_tile_that_the_autotuner_may_pick_compiles(
     number_format: str, capability: int
 ) -> None:
     launches = [
-        replace(launch, tile=astuple(tile))
+        replace(launch, tile=tile.fields)
         for launch in launches_of([*RESNET18, *OTHERS], number_format, capability)
         for tile in candidate_tiles(launch.problem(), LIMITS[capability])
     ]

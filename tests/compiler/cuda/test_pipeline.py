@@ -20,6 +20,7 @@ from ensemble.compiler.planning.gemm_tuning import GemmTuning
 from ensemble.compiler.planning.kernel_accuracy import ErrorBound
 from ensemble.compiler.planning.step import Activation
 
+pytestmark = pytest.mark.cuda
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_MODELS = 2
 
