@@ -52,7 +52,8 @@ class Strategy:
 
 _COMPILES = "up to 1 min"
 _CONVERTS = "seconds"
-_PEERS = "CPU, peers"  # requirements-peers.txt
+# peers: requirements-peers.txt; on CUDA requirements-peers-cuda.txt
+_PEERS, _PEERS_BOTH, _PEERS_CUDA = "CPU, peers", "CPU or CUDA, peers", "CUDA, peers"
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,24 @@ STRATEGIES = {
         "peers",
         "onnxruntime",
         "ONNX Runtime in its fastest setting",
-        _PEERS,
+        _PEERS_BOTH,
         _CONVERTS,
         sequential=True,
     ),
+    "tensorrt": Strategy(
+        "peers",
+        "tensorrt",
+        "TensorRT in its fastest setting",
+        _PEERS_CUDA,
+        "seconds per model",
+        sequential=True,
+    ),
     "jax": Strategy(
-        "peers", "jax", "JAX jit, the faster of loop and vmap; ResNets only", _PEERS, _COMPILES
+        "peers",
+        "jax",
+        "JAX jit, the faster of loop and vmap; ResNets only",
+        _PEERS_BOTH,
+        _COMPILES,
     ),
     BEST: Strategy(
         "best",

@@ -2,7 +2,7 @@
 
 The thread pools of a runtime keep spinning after a call and slow the next one, so settings are
 first built, timed and released one at a time. Only those close to the fastest are then held
-together and timed in interleaved rounds, with a rest before each change of setting.
+together and timed in interleaved rounds, on the CPU with a rest before each change of setting.
 
 `autotune` tunes between strategies, which share torch's threads: it compares pairs from the start.
 """
@@ -15,18 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ensemble.compiler.runtime import serial_copy
 from ensemble.formatting import count
+from ensemble.machine.devices import synchronize
+from ensemble.machine.memory import release
 from ensemble.machine.timing import Clock, interleaved
 from ensemble.strategies.autotune import describe
 from ensemble.strategies.build_result import BuildResult, PerModel, serialized
 
-Array = np.ndarray
-RunModels = Callable[[list[Array]], list[Array]]  # each model's batch -> each model's logits
+RunModels = Callable[[list[Tensor]], list[Tensor]]  # each model's batch -> each model's logits
 Settings = Mapping[str, Callable[[int], RunModels]]  # name -> builder for the first K models
 
 
@@ -75,9 +75,9 @@ def select_fastest(
     Raises:
         Exception: the error of the first setting, if all of them fail.
     """
-    batches = arrays(example, num_models)[:tuning_models]
-    timed = partial(_times, batches=batches, clock=clock, sleep=sleep)
-    times_s, errors = _time_in_isolation(settings, tuning_models, timed)
+    given = batches(example, num_models)[:tuning_models]
+    timed = partial(_times, batches=given, clock=clock, sleep=sleep)
+    times_s, errors = _time_in_isolation(settings, tuning_models, timed, example.device)
     if not times_s:
         raise next(iter(errors.values()))
     fastest_s = min(times_s.values())
@@ -93,15 +93,18 @@ def select_fastest(
     run = kept or settings[best](num_models)
 
     def forward(x: Tensor) -> PerModel:
-        logits = run(arrays(x, num_models))
-        return PerModel([torch.from_numpy(array).to(example.dtype) for array in logits])
+        logits = run(batches(x, num_models))
+        return PerModel([tensor.to(example.dtype) for tensor in logits])
 
     tried = f"tried with {count(tuning_models, 'model')}: {describe(times_s, errors)}"
     return BuildResult(serialized(forward), f"setting: {best}", tried)
 
 
 def _time_in_isolation(
-    settings: Settings, tuning_models: int, timed: Callable[..., list[tuple[float, ...]]]
+    settings: Settings,
+    tuning_models: int,
+    timed: Callable[..., list[tuple[float, ...]]],
+    device: torch.device,
 ) -> tuple[dict[str, float], dict[str, Exception]]:
     """The fastest call of each setting, in seconds, and the errors of those that failed."""
     times_s: dict[str, float] = {}
@@ -111,6 +114,8 @@ def _time_in_isolation(
             times_s[name] = min(timed([make(tuning_models)], effort=SHORT)[0])
         except Exception as error:
             errors[name] = error.with_traceback(None)  # its frames would keep the memory alive
+        if device.type != "cpu":
+            release()  # runtimes have allocators of their own, which torch's cache leaves less
     return times_s, errors
 
 
@@ -130,28 +135,30 @@ def _time_interleaved(
     return runs
 
 
-def arrays(x: Tensor, num_models: int) -> list[Array]:
-    """Each model's batch in float32, as numpy has no bfloat16; shared batches are aliases."""
-    x = serial_copy.contiguous(x, torch.float32)
-    return [batch.numpy() for batch in x] if x.dim() == 5 else [x.numpy()] * num_models
+def batches(x: Tensor, num_models: int) -> list[Tensor]:
+    """Each model's contiguous batch; shared batches are aliases. On the CPU in float32, as most
+    runtimes take numpy arrays there, and numpy has no bfloat16."""
+    x = serial_copy.contiguous(x, torch.float32 if x.device.type == "cpu" else x.dtype)
+    return list(x) if x.dim() == 5 else [x] * num_models
 
 
 def _times(
     runs: Sequence[RunModels],
     *,
     effort: Effort,
-    batches: list[Array],
+    batches: list[Tensor],
     clock: Clock,
     sleep: Callable[[float], None],
 ) -> list[tuple[float, ...]]:
     """The seconds of each timed call, per run."""
-    begin, last = clock(), runs[0]
+    begin, last, device = clock(), runs[0], batches[0].device
     rounds: list[list[float]] = []
 
     def call(run: RunModels) -> None:
         nonlocal last
         if run is not last:  # before an untimed call of `interleaved`
-            sleep(REST_S)
+            if device.type == "cpu":
+                sleep(REST_S)
             last = run
         run(batches)
 
@@ -160,7 +167,7 @@ def _times(
         warmup=1,
         min_rounds=effort.max_rounds,
         min_seconds=0.0,
-        synchronize=lambda: None,
+        synchronize=partial(synchronize, device),
         clock=clock,
     ):
         rounds.append([sample.seconds for sample in samples])

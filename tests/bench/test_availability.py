@@ -52,7 +52,8 @@ def test_a_dtype_that_the_cpu_emulates_is_warned_of_and_skipped_unless_named() -
 
 def test_what_the_cpu_computes_in_is_neither_warned_of_nor_skipped() -> None:
     every = config(*STRATEGIES, dtype="float32")
-    assert {name for name in unavailable(every) if STRATEGIES[name].requires != "CUDA"} == set()
+    on_cuda = {name for name, strategy in STRATEGIES.items() if "CUDA" in strategy.requires[:4]}
+    assert set(unavailable(every)) == on_cuda
     assert availability.warnings(every.plan(), CPU) == []
 
 
@@ -60,6 +61,29 @@ def test_rows_that_need_cuda_are_skipped_on_a_cpu_only() -> None:
     asked = config("loop", "cudagraph_loop", dtype="float32")
     assert unavailable(asked) == {"cudagraph_loop": "CUDA graphs require a CUDA device, got cpu"}
     assert availability.unavailable(asked.plan(), asked, torch.device("cuda")) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float32", {"openvino": "openvino supports only the CPU here, got cuda:0"}),
+        (
+            "bfloat16",
+            {
+                "openvino": "openvino supports only the CPU here, got cuda:0",
+                "onnxruntime": "ONNX Runtime has no CUDA max pooling in torch.bfloat16",
+            },
+        ),
+    ],
+)
+def test_a_runtime_is_skipped_on_devices_and_in_dtypes_that_it_does_not_support(
+    dtype: str, expected: dict[str, str]
+) -> None:
+    asked = config(*STRATEGIES, dtype=dtype)
+    found = availability.unavailable(asked.plan(), asked, torch.device("cuda:0"))
+    assert {row.case.strategy: row.error for row in found} == expected
+    (row,) = availability.unavailable(config("tensorrt").plan(), config("tensorrt"), CPU)
+    assert row.error == "tensorrt supports only CUDA here, got cpu"
 
 
 @pytest.mark.usefixtures("no_bfloat16")

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from ensemble.strategies import peer_autotune
 from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.forward import stack_outputs
-from ensemble.strategies.peer_autotune import Array, RunModels
+from ensemble.strategies.peer_autotune import RunModels
 
 EXAMPLE = torch.ones(1, 3, 4, 4)
 
@@ -30,7 +31,7 @@ class Machine:
         """A setting whose call takes `seconds` and returns the logit `label` per model."""
 
         def make(count: int) -> RunModels:
-            def run(batches: list[Array]) -> list[Array]:
+            def run(batches: list[Tensor]) -> list[Tensor]:
                 assert len(batches) == count
                 self.now += seconds * self.load(self.calls)
                 self.calls += 1
@@ -114,7 +115,7 @@ def test_a_setting_that_raises_is_rejected_with_its_error() -> None:
 
 def test_a_setting_whose_call_raises_is_rejected() -> None:
     def make(count: int) -> RunModels:
-        def run(batches: list[Array]) -> list[Array]:
+        def run(batches: list[Tensor]) -> list[Tensor]:
             raise MemoryError
 
         return run

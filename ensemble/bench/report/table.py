@@ -16,7 +16,7 @@ UNKNOWN = ""
 WIDTH = 90  # of the default table, in characters
 STRATEGIES_WIDTH = 100
 MAX_WIDTH = 1000  # of a table before columns are left out, and of the verbose one
-PEERS_HINT = "peers: pip install -r requirements-peers.txt"
+PEERS_HINT = "peers: pip install -r requirements-peers.txt, on CUDA -r requirements-peers-cuda.txt"
 STYLES = {"faster": "green", "slower": "red", "failed": "bold red"}
 
 CellText = Callable[[Summary], str]
