@@ -56,6 +56,28 @@ def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
     return cause
 
 
+def chained(error: BaseException) -> Iterator[BaseException]:
+    """The error, then its causes and the errors during whose handling it was raised; each once.
+
+    As a traceback shows them: `raise ... from None` hides the context.
+    """
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        context = None if one.__suppress_context__ else one.__context__
+        waiting += [behind for behind in (one.__cause__, context) if behind is not None]
+
+
+def drop_frames(error: BaseException) -> None:
+    """Remove the tracebacks of an error and of those behind it: their frames hold tensors."""
+    for one in list(chained(error)):
+        one.__traceback__ = None
+
+
 @contextmanager
 def import_errors_as_input_errors() -> Iterator[None]:
     """Convert failing imports of installed packages to InputError.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ensemble import formatting
 from ensemble.bench.build import build, release_compiled
-from ensemble.errors import first_line
-from ensemble.machine.memory import is_out_of_memory
+from ensemble.errors import drop_frames, first_line
+from ensemble.machine.memory import is_out_of_memory, may_be_out_of_memory
 
 T = TypeVar("T")
 
@@ -26,11 +26,17 @@ def explain(
     example: Tensor,
     dtype: torch.dtype,
 ) -> str:
-    """Why a strategy failed; if out of memory, with how many models would fit."""
-    if not is_out_of_memory(error):
-        return f"{type(error).__name__}: {first_line(error)}"
-    error.__traceback__ = None  # it holds the frames that hold the memory
+    """Why a strategy failed; if out of memory, with how many models would fit.
+
+    An error that may have another cause counts as out of memory if fewer models fit.
+    """
+    reason, is_certain = f"{type(error).__name__}: {first_line(error)}", is_out_of_memory(error)
+    if not is_certain and not may_be_out_of_memory(error):
+        return reason
+    drop_frames(error)  # they hold the memory
     fits = _fitting(name, models, example, dtype)
+    if not fits and not is_certain:
+        return reason
     advice = f"{fits} would fit" if fits else "not even 1 would fit"
     asked = formatting.count(len(models), "model")
     return f"out of memory with {asked}; {advice} (tried by halving)"
@@ -52,8 +58,8 @@ def optional(figure: str, function: Callable[[], T]) -> tuple[T | None, tuple[st
 def _fitting(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype) -> int:
     count = len(models) // 2
     while count:
-        release_compiled()
         try:
+            release_compiled()
             build(name, models[:count], example[:count] if example.dim() == 5 else example, dtype)
             return count
         except Exception:

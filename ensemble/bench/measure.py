@@ -38,11 +38,11 @@ def measure(
     task: Task, setup: Setup, options: MeasureOptions, *, reduce: str, on_stage: OnStage
 ) -> Measurement:
     """Measure a case in this process. What fails becomes the error of the measurement."""
-    release_compiled()
     case, dtype = task.case, getattr(torch, task.case.dtype)
     strategy = task.picked or (REFERENCE if case.is_self_check else case.strategy)
     found = Measurement(case, notes=setup.notes, picked=task.picked)
     try:
+        release_compiled()  # within: an asynchronous CUDA error of an earlier case surfaces here
         on_stage(BUILDING, 0.0)
         built = setup.reference
         if not case.is_reference:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ensemble.errors import InputError, UnavailableError, first_line
+from ensemble.errors import InputError, UnavailableError, chained, first_line
 from ensemble.machine import cgroups
 
 try:
@@ -32,8 +32,17 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Per cgroup version: the files of the limit and the usage, and the reclaimable page cache.
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-# Out-of-memory messages of the allocators of torch, the kernel and C++.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
+# Out-of-memory messages: of the allocators of torch, the kernel and C++; of CUDA and its driver, as
+# the instantiation of a graph reports it; of XLA; and the status codes of cuBLAS, of cuDNN
+# (CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED) and of other CUDA libraries.
+_NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|cannot allocate memory|bad_alloc|out of memory"
+    "|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|_ALLOC_FAILED|_ALLOCATION_FAILED",
+    re.IGNORECASE,
+)
+# torch tries cuDNN's engines in turn, skips those whose workspace cannot be allocated, and raises
+# this if none is left; also where none supports the convolution. Source: Conv_v8.cpp.
+_NO_ENGINE = "unable to find an engine to execute this computation"
 _REQUESTED = re.compile(r"tried to allocate (\d+) bytes|unable to mmap (\d+) bytes")
 
 
@@ -135,7 +144,10 @@ def peak_bytes(device: torch.device) -> int | None:
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on `device` without swapping."""
     if device.type != "cpu":
-        return torch.accelerator.get_memory_info(device)[0]
+        try:
+            return torch.accelerator.get_memory_info(device)[0]
+        except RuntimeError:  # of MPS, whose allocator does not report it
+            return None
     known = (_machine_bytes(), _process_bytes(), _container_bytes())
     return min((value for value in known if value is not None), default=None)
 
@@ -182,12 +194,26 @@ def _group_bytes(directory: Path, limit_file: str, usage_file: str, cache_key: s
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device or the host ran out of memory."""
+    """Whether an error means that the device or the host ran out of memory.
+
+    Foreign code may replace the error: an allocation that fails in a CUDA graph's capture
+    invalidates it, and `torch.cuda.graph` raises that on its way out. So the errors behind this one
+    count too.
+    """
+    return any(map(_is_out_of_memory, chained(error)))
+
+
+def may_be_out_of_memory(error: BaseException) -> bool:
+    """Whether an error also occurs without memory: cuDNN found no algorithm for a convolution."""
+    return any(_NO_ENGINE in str(one) for one in chained(error))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return any(text in str(error) for text in _NO_MEMORY)  # a plain RuntimeError on the CPU
+    return _NO_MEMORY.search(str(error)) is not None  # a plain RuntimeError
 
 
 @contextmanager

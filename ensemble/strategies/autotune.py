@@ -18,7 +18,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ensemble.errors import first_line
+from ensemble.errors import drop_frames, first_line
 from ensemble.formatting import milliseconds
 from ensemble.machine import captured_warnings
 from ensemble.machine.devices import synchronize
@@ -91,7 +91,8 @@ def select_fastest(
                 _check_budget(example, clock() - begin, seconds, bytes_each)
             _try_candidate(result, name, make, example, check, clock)
         except Exception as error:
-            result.errors[name] = error.with_traceback(None)  # its frames would keep tensors alive
+            drop_frames(error)  # they would keep tensors alive
+            result.errors[name] = error
         if result.build_s.keys() - {result.name} or result.errors:
             release()  # the memory of the loser, before the next candidate is built
     if result.built is None:

@@ -186,3 +186,17 @@ def test_a_leak_is_that_of_a_call_of_the_strategy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(memory, "used_bytes", lambda device: next(used))
     row = measured(setup_of(logits))
     assert [str(note) for note in row.notes] == ["memory grows by 10.0 MB per call"]
+
+
+def test_an_error_that_surfaces_when_memory_is_released_is_a_failed_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA reports the error of an earlier kernel in a later call."""
+
+    def surface() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(module, "release_compiled", surface)
+    row = measured(setup_of(logits))
+    assert row.status == "failed"
+    assert row.error == "CUDA error: an illegal memory access was encountered"

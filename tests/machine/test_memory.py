@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ensemble.errors import InputError
+from ensemble.errors import InputError, chained, drop_frames
 from ensemble.machine import cgroups, memory
 from ensemble.models.vision import torchvision
 
@@ -85,6 +85,88 @@ def test_out_of_memory_is_one_line_with_the_allocation_size() -> None:
         memory.out_of_memory_as_input_error("here", argument="num_models"),
     ):
         raise KeyError("something else")
+
+
+# As torch 2.14, cuBLAS 13, cuDNN 9 and XLA word them.
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+    "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the CUDA documentation",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.",
+    "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+    "std::bad_alloc",
+)
+OTHER_ERRORS = (
+    "CUDA error: an illegal memory access was encountered",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+    "CUDA error: operation failed due to a previous error during capture",
+    "out of resource: shared memory, Required: 262144, Hardware limit: 232448",
+)
+
+
+@pytest.mark.parametrize("text", OUT_OF_MEMORY)
+def test_every_library_that_has_no_memory_is_recognized_by_its_message(text: str) -> None:
+    assert memory.is_out_of_memory(RuntimeError(text))
+
+
+@pytest.mark.parametrize("text", OTHER_ERRORS)
+def test_other_errors_are_not_out_of_memory(text: str) -> None:
+    assert not memory.is_out_of_memory(RuntimeError(text))
+    assert not memory.may_be_out_of_memory(RuntimeError(text))
+
+
+def test_a_convolution_without_an_algorithm_may_be_out_of_memory() -> None:
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    assert memory.may_be_out_of_memory(error)
+    assert not memory.is_out_of_memory(error)
+
+
+def test_out_of_memory_is_found_behind_the_error_that_replaced_it() -> None:
+    first, cause = torch.OutOfMemoryError("no room"), RuntimeError("invalidated")
+    cause.__context__ = first
+    last = RuntimeError("capture failed")
+    last.__cause__ = cause
+    assert memory.is_out_of_memory(last)
+    assert list(chained(last)) == [last, cause, first]
+    first.__context__ = last  # a cycle
+    assert list(chained(last)) == [last, cause, first]
+    assert not memory.is_out_of_memory(KeyError("alone"))
+
+
+def test_an_error_that_hides_its_context_does_not_count_it() -> None:
+    hiding = RuntimeError("other")
+    hiding.__context__, hiding.__suppress_context__ = MemoryError(), True
+    assert not memory.is_out_of_memory(hiding)
+
+
+def test_all_frames_behind_an_error_are_dropped() -> None:
+    try:
+        try:
+            raise KeyError("first")
+        except KeyError as error:
+            raise ValueError("second") from error
+    except ValueError as error:
+        caught = error
+    assert all(one.__traceback__ is not None for one in chained(caught))
+    drop_frames(caught)
+    assert [one.__traceback__ for one in chained(caught)] == [None, None]
+
+
+def test_a_device_whose_allocator_reports_nothing_has_unknown_available_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("Allocator for mps is not a DeviceAllocator.")
+
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", refuse)
+    assert memory.available_bytes(torch.device("mps")) is None
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (7, 9))
+    assert memory.available_bytes(torch.device("cuda:1")) == 7
 
 
 def test_unavailable_readings_are_none_and_not_zero(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ensemble.errors import chained
 from ensemble.strategies import autotune, chunked
 from ensemble.strategies.autotune import AutotuneResult
 from ensemble.strategies.build_result import BuildResult
@@ -164,3 +165,16 @@ def test_with_too_little_memory_candidates_are_skipped(monkeypatch: pytest.Monke
 
 def test_chunk_sizes_are_n_repeatedly_halved() -> None:
     assert [chunked.sizes(count) for count in (1, 2, 6)] == [[1], [2, 1], [6, 3, 2, 1]]
+
+
+def test_a_rejected_candidate_keeps_no_frames_of_the_errors_behind_its_error() -> None:
+    """Frames hold tensors: the memory that the next candidate needs."""
+
+    def replaced() -> BuildResult:
+        try:
+            raise torch.OutOfMemoryError("no room")
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("capture failed") from error
+
+    found = Machine().fastest({"replaced": replaced, "right": Machine().candidate(0.05)})
+    assert [one.__traceback__ for one in chained(found.errors["replaced"])] == [None, None]

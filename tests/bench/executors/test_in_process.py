@@ -334,6 +334,8 @@ def test_a_strategy_that_breaks_is_a_row_with_one_line(monkeypatch: pytest.Monke
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
         MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
 )
 def test_a_lack_of_memory_says_how_many_models_would_fit(
@@ -502,3 +504,15 @@ def test_only_strategies_that_round_apart_bring_the_error_against_float64() -> N
     loop, winograd = started(config, models, images)
     assert 0 < (loop.error_float64 or 0) < 2e-5
     assert 0 < (winograd.error_float64 or 0) < 2e-5
+
+
+def test_a_convolution_that_no_number_of_models_can_run_is_not_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unsupported(models: Sequence[nn.Module], example: Tensor) -> Callable[[Tensor], Tensor]:
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    row = run_made(unsupported, monkeypatch, with_options(QUICK, num_models=(4,)))
+    assert row.error == (
+        "RuntimeError: GET was unable to find an engine to execute this computation"
+    )
