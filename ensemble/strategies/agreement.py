@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensemble.machine import precision
+from ensemble.machine.precision import Float32Precision
 from ensemble.strategies.reduction import reduce_logits
 
 # Maximum max_rel_error of the same computation, by the strategy's dtype.
@@ -16,10 +18,23 @@ TOLERANCES = {
     torch.bfloat16: 3e-2,
     torch.float16: 3e-2,
 }
+# Of float32 where CUDA multiplies in TF32, which rounds factors to 10 bits of mantissa: expected
+# errors of ResNets are about 3e-4.
+TF32_TOLERANCE, TF32_EPS = 1e-3, 2.0**-10
 # Rounding error allowed in any logit, in units in the last place of the model's largest logit:
 # 1.5e-5 of it in float32. Images constructed so that their logits cancel had errors of up to 2.4e-6
 # (ResNet-152, Winograd kernels).
 ROUNDING = 2**7
+
+
+def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
+    """The tolerance of forwards in a dtype, in the precision that this process has set."""
+    uses_tf32 = (
+        device.type == "cuda"
+        and dtype == torch.float32
+        and precision.current_float32_precision() is Float32Precision.TF32
+    )
+    return TF32_TOLERANCE if uses_tf32 else TOLERANCES[dtype]
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ def check(
         return Check(0.0, None, None, None)
     if not (logits.is_floating_point() or logits.is_complex()):
         return _check_equal(logits, reference)
-    rounding = ROUNDING * torch.finfo(logits.dtype).eps
+    rounding = ROUNDING * _eps(logits.dtype, tolerance)
     logits, reference = _by_images(logits), _by_images(reference)
     if reference.isnan().any() and not nan_agrees:
         return Check(None, None, None, "the reference's logits are not finite; invalid weights?")
@@ -83,6 +98,12 @@ def check(
         top1_agreement=float((top1 == of_reference).double().mean()),
         problem=problem and f"outputs disagree: {problem}",
     )
+
+
+def _eps(dtype: torch.dtype, tolerance: float) -> float:
+    """The relative unit in the last place of logits; with the tolerance of TF32, of its factors."""
+    is_tf32 = dtype == torch.float32 and tolerance == TF32_TOLERANCE
+    return TF32_EPS if is_tf32 else torch.finfo(dtype).eps
 
 
 def _check_equal(found: Tensor, expected: Tensor) -> Check:

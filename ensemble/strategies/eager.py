@@ -14,7 +14,7 @@ from ensemble.models import stacking
 from ensemble.models.meta import MetaWithoutDynamo
 from ensemble.strategies.arguments import weight_dtype
 from ensemble.strategies.build_result import BuildResult, PerModel, serialized
-from ensemble.strategies.forward import stack_outputs
+from ensemble.strategies.forward import ieee_products, stack_outputs
 from ensemble.strategies.vmapped import VmappedForward
 
 try:
@@ -70,14 +70,16 @@ class SharedInput:
 def logits_in(models: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> Tensor:
     """The loop's logits `(N, B, classes)` of x in another dtype; models are cast one at a time.
 
-    Models in mixed precision run as they are if `dtype` is that of their first weight.
+    Models in mixed precision run as they are if `dtype` is that of their first weight. Products are
+    IEEE's: strategies are compared with these logits.
     """
     inputs = x if x.dim() == 5 else [x] * len(models)
     of_images = dtype if x.is_floating_point() else x.dtype
-    outputs = [
-        _cast(model, x, dtype)(batch.to(of_images, copy=True))
-        for model, batch in zip(models, inputs, strict=True)
-    ]
+    with ieee_products(x.device):
+        outputs = [
+            _cast(model, x, dtype)(batch.to(of_images, copy=True))
+            for model, batch in zip(models, inputs, strict=True)
+        ]
     return stack_outputs(PerModel(outputs), len(models))
 
 

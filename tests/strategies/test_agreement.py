@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ensemble.machine.precision import Float32Precision, float32_precision
+from ensemble.strategies import agreement
 from ensemble.strategies.agreement import TOLERANCES, check, check_same
 
 REFERENCE = torch.tensor([[[1.0, 4.0, 2.0]], [[8.0, 0.0, 4.0]]])  # 2 models, 1 image, 3 classes
@@ -237,3 +239,31 @@ def test_a_model_with_all_zero_logits_among_others_agrees_only_with_zeros() -> N
     assert check(found, reference, tolerance=1e-4).problem is None
     found[3, 2, 1] = 1e-12
     assert check(found, reference, tolerance=1e-4).problem is not None
+
+
+def test_small_logits_of_an_image_carry_tf32s_error_of_the_model() -> None:
+    """An error of 3e-4 of the model's largest logit: 3 % of the image's own."""
+    reference = torch.tensor([[[1.0, 0.0], [0.01, 0.0]]])
+    found = reference + torch.tensor([[[0.0, 0.0], [3e-4, 0.0]]])
+    assert check(found, reference, tolerance=agreement.TF32_TOLERANCE).problem is None
+    assert check(found, reference, tolerance=TOLERANCES[torch.float32]).problem is not None
+    far = reference + torch.tensor([[[2e-3, 0.0], [0.0, 0.0]]])
+    assert "tolerance 1e-03" in str(check(far, reference, tolerance=agreement.TF32_TOLERANCE))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "in_tf32"),
+    [
+        (torch.float32, "cuda", 1e-3),
+        (torch.float32, "cpu", 1e-4),
+        (torch.bfloat16, "cuda", 3e-2),
+        (torch.float64, "cuda", 1e-9),
+    ],
+)
+def test_the_tolerance_follows_the_precision_that_is_set_on_cuda(
+    dtype: torch.dtype, device: str, in_tf32: float
+) -> None:
+    with float32_precision(Float32Precision.TF32):
+        assert agreement.tolerance_of(dtype, torch.device(device)) == in_tf32
+    with float32_precision(Float32Precision.IEEE):
+        assert agreement.tolerance_of(dtype, torch.device(device)) == TOLERANCES[dtype]

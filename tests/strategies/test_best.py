@@ -3,15 +3,23 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ensemble
 from ensemble import strategies
+from ensemble.machine.precision import (
+    Float32Precision,
+    current_float32_precision,
+    float32_precision,
+)
 from ensemble.models.vision import torchvision
-from ensemble.strategies import STRATEGIES, Strategy, best
+from ensemble.strategies import STRATEGIES, Strategy, agreement, best
+from ensemble.strategies.agreement import Check
 from ensemble.strategies.build_result import Builder, BuildResult
 from tests.tiny import TinyNet, independent, tiny_models
 
@@ -167,3 +175,47 @@ def test_best_supports_resnets_built_from_a_blank_example() -> None:
     built = strategies.build_unverified("best", models, torch.zeros(1, 3, 64, 64))
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(built.forward(x), independent(models, x), rtol=1e-4, atol=1e-4)
+
+
+class Noted(TinyNet):
+    """Notes in which precision CUDA multiplies while it runs."""
+
+    seen: ClassVar[list[Float32Precision]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        Noted.seen.append(current_float32_precision())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("of_caller", list(Float32Precision))
+def test_on_cuda_the_reference_is_ieees_and_the_candidates_are_judged_by_the_callers_precision(
+    of_caller: Float32Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's default lets cuDNN convolve in TF32: 3e-4 off is then no disagreement."""
+    Noted.seen.clear()
+    limits = list[float]()
+    agrees = Check(0.0, None, None, None)
+
+    def noted(*_: Tensor, tolerance: float, nan_agrees: bool) -> Check:
+        limits.append(tolerance)
+        return agrees
+
+    monkeypatch.setattr(agreement, "check", noted)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
+    with FakeTensorMode(), torch.device("cuda"), float32_precision(of_caller):
+        models = [Noted().eval().requires_grad_(False) for _ in range(2)]
+        x = torch.empty(1, 3, 8, 8)
+        check = best._checker(models, x)
+        assert Noted.seen == [Float32Precision.IEEE] * 2
+        Noted.seen.clear()
+        check(torch.stack([model(x) for model in models]))
+        assert Noted.seen == [of_caller] * 2
+    assert limits == [1e-3 if of_caller is Float32Precision.TF32 else 1e-4]
+
+
+def test_the_reference_on_the_cpu_leaves_the_flags_of_cuda_alone() -> None:
+    Noted.seen.clear()
+    models = [Noted().eval().requires_grad_(False) for _ in range(2)]
+    with float32_precision(Float32Precision.TF32):
+        best._checker(models, torch.randn(1, 3, 8, 8))
+    assert Noted.seen == [Float32Precision.TF32] * 2

@@ -6,20 +6,23 @@ import gc
 import linecache
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 import ensemble
+from ensemble import strategies
 from ensemble.errors import UnavailableError
 from ensemble.strategies import BEST, STRATEGIES
-from ensemble.strategies.build_result import ForwardFn
+from ensemble.strategies.build_result import BuildResult, ForwardFn
+from ensemble.strategies.forward import execution_context
 from tests.marks import some_slow
 from tests.tiny import TinyNet, independent, tiny_models
 
@@ -593,3 +596,54 @@ def test_builds_do_not_leak_graphs_or_sources(name: str) -> None:
     finally:
         gc.enable()
     assert (len(fx.graph_module._loader.eval_cache), len(linecache.cache)) == sources
+
+
+class Devices:
+    """In place of `torch.accelerator`'s: which device is current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.entered = 0, list[int]()
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "device_index", self.device_index)
+
+    @contextlib.contextmanager
+    def device_index(self, index: int) -> Iterator[None]:
+        before, self.current = self.current, index
+        self.entered.append(index)
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+def test_a_forward_is_built_and_called_with_its_device_as_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices = Devices(monkeypatch)
+    seen = list[int]()
+
+    def build(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+        seen.append(devices.current)
+
+        def run(x: Tensor) -> Tensor:
+            seen.append(devices.current)
+            return x.new_zeros(len(models), len(x), 5)
+
+        return BuildResult(run)
+
+    monkeypatch.setattr(strategies.Strategy, "builder", lambda self, tune_seconds: build)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
+    with FakeTensorMode(), torch.device("cuda:1"):
+        models = [nn.Conv2d(3, 5, 1).eval() for _ in range(2)]
+        x = torch.empty(1, 3, 4, 4)
+        forward = strategies.build_unverified("vmap", models, x).forward
+        assert devices.current == 0
+        forward(x)
+    assert (seen, devices.current) == ([1, 1], 0)
+
+
+def test_on_the_cpu_no_device_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = Devices(monkeypatch)
+    with execution_context(torch.device("cpu")):
+        pass
+    assert devices.entered == []
