@@ -18,17 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
-from ensemble.compiler.graph.batch_norm_folding import folded, private
+from ensemble.compiler.graph.batch_norm_folding import private
+from ensemble.compiler.graph.batching_rules import looped_note
 from ensemble.errors import UnavailableError, first_line
+from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
 from ensemble.models.stacking import stacked_state
 from ensemble.strategies import eager
 from ensemble.strategies.build_result import BuildResult
+from ensemble.strategies.folded import folded_for_vmap, folded_models
+from ensemble.strategies.vmapped import call_noting_fallbacks
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """One compiled forward, called with the weights of each folded model in turn."""
-    return eager.loop(compiled_models(folded(models, example)), example, private=private)
+    return eager.loop(compiled_models(folded_models(models, example)), example, private=private)
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
@@ -36,21 +40,41 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
 
     Uses `torch.func.functional_call`, as dynamo does not trace functorch's stateless module.
     """
-    copies = folded(models, example)
+    copies = folded_for_vmap(models, example)
     mapped = torch.vmap(
         stacking.stateless(copies[0]),
         in_dims=(0, 0 if example.dim() == 5 else None),
         randomness="different",
     )
-    compiled, state = as_one_graph(mapped), stacked_state(copies)
-    return BuildResult(lambda x: compiled(state, private(x)))
+    forward = _CompiledVmap(as_one_graph(mapped), stacked_state(copies))
+    return BuildResult(forward, deferred_note=forward.note)
+
+
+class _CompiledVmap:
+    """A compiled vmapped forward, called with the stacked state of the models."""
+
+    def __init__(self, compiled: Callable[..., Tensor], state: dict[str, Tensor]) -> None:
+        self._compiled, self._state = compiled, state
+        self._looped: tuple[str, ...] | None = None  # None: not called yet
+
+    def note(self) -> str:
+        """The operators without a batching rule, known after the first call; may be empty."""
+        return looped_note(self._looped or ())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        call = partial(self._compiled, self._state, private(x))
+        if self._looped is not None:
+            return call()
+        result, self._looped = call_noting_fallbacks(call)
+        return result
 
 
 def as_one_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.compile(function)`, which compiles in the first call.
 
-    That call raises UnavailableError if dynamo cannot trace a single graph or the backend fails:
-    Inductor fails, for example, on some nets with adaptive pooling under vmap.
+    That call raises UnavailableError if dynamo cannot trace a single graph or the backend fails
+    (Inductor fails, for example, on some nets with adaptive pooling under vmap), but the backend's
+    own error if it runs out of memory.
     """
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -58,6 +82,8 @@ def as_one_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         try:
             return compiled(*arguments)
         except BackendCompilerFailed as error:
+            if is_out_of_memory(error.inner_exception):
+                raise error.inner_exception from None
             reason = first_line(error.inner_exception)
             raise UnavailableError(f"torch.compile cannot compile this model: {reason}") from error
         except Unsupported as error:

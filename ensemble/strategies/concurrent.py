@@ -10,10 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ensemble.compiler.graph.batch_norm_folding import channels_last, folded, private
+from ensemble.compiler.graph.batch_norm_folding import channels_last, private
 from ensemble.machine.per_process import PerProcess
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.compiled import compiled_models
+from ensemble.strategies.folded import folded_models
 
 # More streams do not help: each kernel of a ResNet already occupies a large part of the device.
 MAX_STREAMS = 16
@@ -26,13 +27,13 @@ Model = Callable[[Tensor], object]  # channels-last images (B, 3, H, W) -> logit
 
 def eager(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """Folded models, eager, concurrently."""
-    models_with_copies = [_with_private_input(model) for model in folded(models, example)]
+    models_with_copies = [_with_private_input(model) for model in folded_models(models, example)]
     return concurrent_forward(models_with_copies, example)
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """Folded models through one compiled forward, concurrently."""
-    forwards = compiled_models(folded(models, example))
+    forwards = compiled_models(folded_models(models, example))
     return concurrent_forward([_with_private_input(forward) for forward in forwards], example)
 
 

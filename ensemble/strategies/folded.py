@@ -1,29 +1,71 @@
-"""Loop and vmap with batch norm folded into convolutions, and channels-last activations."""
+"""Loop and vmap with batch norm folded into convolutions, by default with channels-last tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ensemble.compiler.graph import batch_norm_folding
+from ensemble.models import stacking
 from ensemble.strategies import eager
 from ensemble.strategies.build_result import BuildResult
+from ensemble.strategies.forward import ieee_products
 
 
-def loop(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
-    """`eager.loop` over folded models."""
-    return eager.loop(
-        batch_norm_folding.folded(models, example), example, private=batch_norm_folding.private
-    )
+def loop(
+    models: Sequence[nn.Module],
+    example: Tensor,
+    *,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> BuildResult:
+    """`eager.loop` over folded models.
+
+    memory_format: of images and weights, channels-last or contiguous.
+    """
+    copies = folded_models(models, example)
+    if memory_format == torch.contiguous_format:
+        _make_contiguous(copies)
+        return eager.loop(copies, example)
+    return eager.loop(copies, example, private=batch_norm_folding.private)
 
 
-def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
-    """`eager.vmap` over folded models: channels-last suits grouped convolutions best."""
-    copies = batch_norm_folding.folded(models, example)
+def vmap(
+    models: Sequence[nn.Module],
+    example: Tensor,
+    *,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> BuildResult:
+    """`eager.vmap` over folded models. On the CPU channels-last suits grouped convolutions best.
+
+    memory_format: as for `loop`.
+    """
+    copies = folded_for_vmap(models, example)
+    if memory_format == torch.contiguous_format:
+        _make_contiguous(copies)
+        return eager.vmap(copies, example)
+    return eager.vmap(copies, example, private=batch_norm_folding.private)
+
+
+def folded_models(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:
+    """`batch_norm_folding.folded`, whose checks compare the copies' results with the models'."""
+    with ieee_products(example.device):
+        return batch_norm_folding.folded(models, example)
+
+
+def folded_for_vmap(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:
+    """Channels-last copies with batch norm folded, whose pooling vmap maps without a loop."""
+    copies = folded_models(models, example)
     for model in copies:
         use_global_avg_pool(model)
-    return eager.vmap(copies, example, private=batch_norm_folding.private)
+    return copies
+
+
+def _make_contiguous(copies: Sequence[nn.Module]) -> None:
+    for model in copies:
+        tensors = stacking.named_tensors(model)
+        stacking.set_tensors(model, {name: t.contiguous() for name, t in tensors.items()})
 
 
 class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):

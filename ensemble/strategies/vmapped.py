@@ -6,7 +6,8 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ensemble.strategies.build_result import PerModel
 from ensemble.strategies.forward import check_dense
 
 State = tuple[Tensor, ...]
+T = TypeVar("T")
 
 _NO_RULE = re.compile(r"batching rule for (\S+?)\.( |$)")
 
@@ -90,17 +92,8 @@ class VmappedForward:
         return torch.cat(parts)
 
     def _call_first(self, parameters: State, buffers: State, x: Tensor) -> Any:
-        with captured_warnings.capture("always") as caught:
-            result = self._call(parameters, buffers, x)
-        looped = dict[str, None]()
-        for warning in caught:
-            if found := _NO_RULE.search(str(warning.message)):
-                looped[found[1]] = None
-            else:
-                warnings.warn_explicit(
-                    warning.message, warning.category, warning.filename, warning.lineno
-                )
-        self._looped = tuple(looped)
+        call = partial(self._call, parameters, buffers, x)
+        result, self._looped = call_noting_fallbacks(call)
         return result
 
     def _call_each(self, parameters: State, buffers: State, x: Tensor) -> PerModel:
@@ -111,3 +104,21 @@ class VmappedForward:
             images = x[index] if self._per_model else x
             outputs.append(self._stateless(own_parameters, own_buffers, images.clone()))
         return PerModel(outputs)
+
+
+def call_noting_fallbacks(call: Callable[[], T]) -> tuple[T, tuple[str, ...]]:
+    """The result of a vmapped call, and the operators without a batching rule.
+
+    torch warns of them; other warnings are passed on.
+    """
+    with captured_warnings.capture("always") as caught:
+        result = call()
+    looped = dict[str, None]()
+    for warning in caught:
+        if found := _NO_RULE.search(str(warning.message)):
+            looped[found[1]] = None
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return result, tuple(looped)
