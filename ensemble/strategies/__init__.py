@@ -40,6 +40,7 @@ class Strategy:
     build_time: str = "< 1 s"
     uses_fast_algorithms: bool = False  # Winograd, Strassen: also compared with float64
     has_kernels: bool = False  # of this package, compiled once per installation
+    uses_inductor: bool = False  # whose cache on disk makes later builds quicker
     autotunes: bool = False  # at build, within `tune_seconds`
     sequential: bool = False  # one model at a time: under load, only the requested models run
 
@@ -84,10 +85,15 @@ STRATEGIES = {
         "loop",
         "folded_loop through torch.compile",
         build_time=_COMPILES,
+        uses_inductor=True,
         sequential=True,
     ),
     "compiled_vmap": Strategy(
-        "compiled", "vmap", "folded_vmap through torch.compile, one graph", build_time=_COMPILES
+        "compiled",
+        "vmap",
+        "folded_vmap through torch.compile, one graph",
+        build_time=_COMPILES,
+        uses_inductor=True,
     ),
     "prepacked_loop": Strategy(
         "prepacked",
@@ -111,12 +117,29 @@ STRATEGIES = {
     ),
     "concurrent": Strategy("concurrent", "eager", "folded models, one per core or CUDA stream"),
     "compiled_concurrent": Strategy(
-        "concurrent", "compiled", "concurrent through torch.compile", build_time=_COMPILES
+        "concurrent",
+        "compiled",
+        "concurrent through torch.compile",
+        build_time=_COMPILES,
+        uses_inductor=True,
     ),
     "cudagraph_loop": Strategy(
-        "cudagraph", "loop", "folded_loop as one CUDA graph", "CUDA", sequential=True
+        "cudagraph",
+        "loop",
+        "folded_loop as one CUDA graph; autotuned memory format and cudnn.benchmark",
+        "CUDA",
+        _CONVERTS,
+        autotunes=True,
+        sequential=True,
     ),
-    "cudagraph_vmap": Strategy("cudagraph", "vmap", "folded_vmap as one CUDA graph", "CUDA"),
+    "cudagraph_vmap": Strategy(
+        "cudagraph",
+        "vmap",
+        "folded_vmap as one CUDA graph; autotuned as cudagraph_loop",
+        "CUDA",
+        _CONVERTS,
+        autotunes=True,
+    ),
     "cudagraph_concurrent": Strategy(
         "cudagraph", "eager_concurrent", "concurrent streams as branches of one CUDA graph", "CUDA"
     ),
@@ -126,10 +149,16 @@ STRATEGIES = {
         "compiled_loop as one CUDA graph",
         "CUDA",
         _COMPILES,
+        uses_inductor=True,
         sequential=True,
     ),
     "cudagraph_compiled_vmap": Strategy(
-        "cudagraph", "compiled_vmap", "compiled_vmap as one CUDA graph", "CUDA", _COMPILES
+        "cudagraph",
+        "compiled_vmap",
+        "compiled_vmap as one CUDA graph",
+        "CUDA",
+        _COMPILES,
+        uses_inductor=True,
     ),
     "cudagraph_compiled_concurrent": Strategy(
         "cudagraph",
@@ -137,6 +166,7 @@ STRATEGIES = {
         "compiled_concurrent as one CUDA graph",
         "CUDA",
         _COMPILES,
+        uses_inductor=True,
     ),
     "cudagraph_compiled_im2col_vmap": Strategy(
         "cudagraph",
@@ -144,6 +174,7 @@ STRATEGIES = {
         "vmap, convolutions as batched matmul (im2col), one CUDA graph",
         "CUDA",
         _COMPILES,
+        uses_inductor=True,
     ),
     "openvino": Strategy(
         "peers",
