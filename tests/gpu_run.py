@@ -393,15 +393,9 @@ def _from_host(forward: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 
 def _captured(run: Callable[[], object]) -> Callable[[], None]:
     """A CUDA graph of a call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    from ensemble.machine import cuda_graphs
+
+    graph, _ = cuda_graphs.capture(run, torch.device("cuda"), warmup=3)
     return graph.replay
 
 

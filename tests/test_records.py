@@ -10,6 +10,7 @@ from ensemble.bench.report.table import render_table
 from ensemble.bench.report.verdict import render_answer, render_remarks
 from ensemble.bench.summary import Run, Summary
 from tests.made import (
+    CASE,
     ENVIRONMENT,
     LOOP,
     ONE,
@@ -53,6 +54,26 @@ def test_the_build_of_a_row_holds_what_its_first_process_took_to_choose_for_all(
     assert row.start_s == 6.7
     assert row.name == "vmap (folded_loop)"
     assert (ROW.tune_s, ROW.build_s, ROW.name) == (None, 0.1, "vmap")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "picked", "start_s"),
+    [
+        ("compiled_loop", None, 9.0),
+        ("cudagraph_compiled_vmap", None, 9.0),
+        ("best", "compiled_vmap", 9.0),
+        ("best", "folded_vmap", 1.5),
+        ("vmap", None, 1.5),
+    ],
+)
+def test_the_start_of_what_is_compiled_is_that_of_the_first_process(
+    strategy: str, picked: str | None, start_s: float
+) -> None:
+    """The others read from a cache on disk what it compiled."""
+    cold = replace(ONE, case=replace(CASE, strategy=strategy), picked=picked)
+    cold = replace(cold, build_s=6.0, first_call_s=3.0)
+    warm = replace(cold, build_s=1.0, first_call_s=0.5)
+    assert row_of(cold, warm, warm).start_s == start_s
 
 
 def test_of_several_processes_costs_are_typical_and_errors_and_memory_the_worst() -> None:

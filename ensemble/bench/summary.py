@@ -24,6 +24,7 @@ from ensemble.statistics import (
     median,
     of_interval,
 )
+from ensemble.strategies import STRATEGIES
 
 # Share of the CPU that other processes may use before a row carries a warning, and before its
 # speedup is inconclusive: a preempted thread stalls all that wait for it. When another program kept
@@ -117,10 +118,18 @@ class Summary:
         return tuple(ratio for one in self.measurements for ratio in one.ratios)
 
     @property
+    def _starts(self) -> tuple[Measurement, ...]:
+        """The measurements whose build and first call count. Of a strategy that Inductor compiles
+        only the first: later processes read what it compiled from a cache on disk."""
+        known = tuple(one for one in self.measurements if one.build_s is not None)
+        strategy = STRATEGIES.get(self.picked or self.case.strategy)
+        return known[:1] if strategy is not None and strategy.uses_inductor else known
+
+    @property
     def build_s(self) -> float | None:
-        """Median build time, plus the time to choose a strategy, which one process spent."""
-        known = [one for one in self.measurements if one.build_s is not None]
-        built = median([(one.build_s or 0.0) - (one.tune_s or 0.0) for one in known])
+        """Median build time, plus the time to choose a strategy, which one process spent; see
+        `_starts`."""
+        built = median([(one.build_s or 0.0) - (one.tune_s or 0.0) for one in self._starts])
         return None if built is None else built + (self.tune_s or 0.0)
 
     @property
@@ -129,7 +138,7 @@ class Summary:
 
     @property
     def first_call_s(self) -> float | None:
-        return median(self._known("first_call_s"))
+        return median([one.first_call_s for one in self._starts if one.first_call_s is not None])
 
     @property
     def start_s(self) -> float | None:

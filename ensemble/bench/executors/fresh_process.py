@@ -53,6 +53,8 @@ if root not in sys.path:
     sys.path.append(root)
 from ensemble.bench.executors.worker import main; main()
 """
+# Variables with the folders in which Inductor and Triton cache what they compile.
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,22 @@ class Job:
     device: str
     timeout_s: float
     shares_workers: bool  # see `schedule.shares_workers`
+    caches: str  # the folder of what workers compile
 
     def batches(self, cases: Sequence[Case]) -> list[tuple[Case, ...]]:
         """The cases of each worker: one, or those of a grid point."""
         if not self.shares_workers:
             return [(case,) for case in cases]
         return [tuple(batch) for _, batch in groupby(cases, key=lambda case: case.grid_point)]
+
+    def environment(self, cases: Sequence[Case]) -> dict[str, str]:
+        """The environment of a worker of these cases. Caches on disk are empty at their first
+        process, whose start is reported; the others read what it compiled. The user's own are
+        kept."""
+        shared = cases[0].grid_point if self.shares_workers and cases else tuple(cases)
+        folder = os.path.join(self.caches, f"{hash(shared):x}")
+        own = {name: os.path.join(folder, name) for name in CACHES}
+        return {**own, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 @contextmanager
@@ -83,7 +95,7 @@ def fresh_processes(config: Config, workload: Workload) -> Iterator[Execute]:
 @contextmanager
 def jobs(config: Config, workload: Workload) -> Iterator[Job]:
     """The job of a run: models and images in one file, which all workers map. On Linux it has no
-    name: however this process ends, nothing is left.
+    name: however this process ends, it is not left. A temporary folder has what workers compile.
 
     Raises:
         InputError: there is no room for the file.
@@ -101,6 +113,9 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
                 folder = tempfile.TemporaryDirectory(prefix="resnet_vmap_")
                 path, inherited = os.path.join(stack.enter_context(folder), "workload.pt"), ()
                 file = stack.enter_context(open(path, "w+b"))
+            caches = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="resnet_vmap_", ignore_cleanup_errors=True)
+            )
             workload.save_shared(file, config.models.image_size)
             file.flush()
             if config.load and config.load.load_log is None:  # a killed worker would leave them
@@ -116,7 +131,7 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
                 f" to the temporary folder ({files.temporary_directory()}) or to memory:"
                 f" {files.reason(error)}; set TMPDIR to a folder with room, or use --processes 0"
             ) from error
-        yield Job(config, path, inherited, device, timeout_s, shares_workers)
+        yield Job(config, path, inherited, device, timeout_s, shares_workers, caches)
 
 
 class StartError(Exception):
@@ -134,35 +149,38 @@ class Worker:
     Args:
         job: what all workers share.
         strategies: those that it is to measure, whose imports it does at once.
+        cases: with them: see `Job.environment`.
 
     Raises:
         StartError: it cannot be started; nothing of it is left.
     """
 
-    def __init__(self, job: Job, strategies: Sequence[str]) -> None:
+    def __init__(self, job: Job, strategies: Sequence[str], cases: Sequence[Case] = ()) -> None:
         self._job, self._is_silent, self._was_awaited = job, False, False
         with contextlib.ExitStack() as opened:
             try:
-                self._start(job, strategies, opened)
+                self._start(strategies, job.environment(cases), opened)
             except (OSError, RuntimeError) as error:  # of threading: can't start new thread
                 message = f"the worker cannot be started: {files.reason(error)}"
                 raise StartError(message) from error
             opened.pop_all()  # closed by __exit__
 
-    def _start(self, job: Job, strategies: Sequence[str], opened: contextlib.ExitStack) -> None:
+    def _start(
+        self, strategies: Sequence[str], environment: dict[str, str], opened: contextlib.ExitStack
+    ) -> None:
         """Start the process and the thread that reads from it; `opened` is given what to close."""
         self._errors = opened.enter_context(files.anonymous_file())
         where, parent = (str(PACKAGE.parents[1]), str(PACKAGE)), str(os.getpid())
         # In a new session: Ctrl-C reaches only this process, which ends the worker.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", START, *where, parent, *strategies, job.device],
+            [sys.executable, "-P", "-c", START, *where, parent, *strategies, self._job.device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             encoding="utf-8",
             errors="replace",
-            pass_fds=job.inherited,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            pass_fds=self._job.inherited,
+            env=environment,
             start_new_session=True,
         )
         opened.enter_context(self._process)
@@ -264,7 +282,7 @@ def execute(
         for batch in batches:
             picked = [task.picked if (task := task_of(case)) else None for case in batch]
             names = [pick or case.strategy for pick, case in zip(picked, batch, strict=True)]
-            workers.append(worker := _start(names, job))
+            workers.append(worker := _start(names, batch, job))
             if isinstance(worker, Worker):
                 stack.enter_context(worker)
         on_progress(cases[0], "start", 0.0)
@@ -293,13 +311,14 @@ def _measured(
                 tasks = tasks[1:]
         if not tasks:
             return
-        worker = _start([task.picked or task.case.strategy for task in tasks], job)
+        names = [task.picked or task.case.strategy for task in tasks]
+        worker = _start(names, [task.case for task in tasks], job)
 
 
-def _start(strategies: Sequence[str], job: Job) -> Worker | StartError:
+def _start(strategies: Sequence[str], cases: Sequence[Case], job: Job) -> Worker | StartError:
     """A worker, or why it cannot be started."""
     try:
-        return Worker(job, strategies)
+        return Worker(job, strategies, cases)
     except StartError as error:
         return error
 

@@ -21,6 +21,7 @@ from ensemble.compiler.cuda.problem import ConvProblem
 from ensemble.compiler.cuda.tiles import Tile, candidate_tiles
 from ensemble.errors import first_line
 from ensemble.files import write_atomically
+from ensemble.machine import cuda_graphs
 
 # Launches in a graph, which Python's cost of a launch does not slow; the fastest replay counts.
 LAUNCHES, REPLAYS = 10, 3
@@ -89,13 +90,13 @@ def default_folder() -> Path:
 
 def seconds_per_launch(run: Run, tile: Tile) -> float:
     """The time of a launch on the current CUDA device: the fastest replay of a graph of several."""
-    run(tile)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+
+    def launches() -> None:
         for _ in range(LAUNCHES):
             run(tile)
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    graph, _ = cuda_graphs.capture(launches, device, warmup=1)
     times = []
     for _ in range(REPLAYS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -698,3 +698,30 @@ def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload) -> Non
         assert isinstance(job, Job)
         assert Path(job.shared).exists()
     assert not Path(job.shared).exists()
+
+
+def test_the_processes_of_a_case_share_caches_that_no_other_case_or_run_has_filled(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in workers.CACHES:
+        monkeypatch.delenv(name, raising=False)
+    found = list[str]()
+    for _ in range(2):
+        with workers.jobs(QUICK, workload) as job:
+            for one in (case("compiled_loop"), case("compiled_loop", num_models=2)):
+                assert job.environment([one]) == job.environment([one])
+                found += [job.environment([one])[name] for name in workers.CACHES]
+            assert os.path.isdir(job.caches)
+        assert not os.path.exists(job.caches)
+    assert len(set(found)) == 2 * 2 * 2
+
+
+def test_caches_that_the_user_has_set_are_kept(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with workers.jobs(QUICK, workload) as job:
+        environment = job.environment([case("compiled_loop")])
+        assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+        assert environment["TRITON_CACHE_DIR"].startswith(job.caches)
