@@ -38,7 +38,7 @@ def settings(models: Sequence[nn.Module], example: Tensor, device: jax.Device) -
     Raises:
         UnavailableError: the models are not torchvision ResNets.
     """
-    first, per_model = models[0], example.dim() == 5
+    per_model, first = example.dim() == 5, stacking.skeleton(models[0])
     if not isinstance(first, torchvision.models.ResNet):
         raise UnavailableError(f"jax requires a torchvision ResNet, got {type(first).__name__}")
     on_cuda = example.device.type == "cuda"

@@ -18,6 +18,7 @@ from ensemble.compiler.graph.batch_norm_folding import folded
 from ensemble.errors import UnavailableError
 from ensemble.strategies import peer_autotune, peer_conversion, peer_streams
 from ensemble.strategies.build_result import BuildResult
+from ensemble.strategies.concurrent import MAX_STREAMS
 from ensemble.strategies.peer_autotune import RunModels, Settings
 
 # Dtypes of a provider's convolution and max pooling, in onnxruntime-gpu 1.31.1. Its CUDA provider
@@ -112,14 +113,13 @@ def cuda_settings(package: Any, graphs: list[bytes], example: Tensor, output: Te
 
         return partial(peer_streams.on_streams, bind, example, output, max_streams=streams)
 
-    several = peer_streams.MAX_STREAMS
     return {
         f"{layout}, {launch}": setting(nhwc=nhwc, graph=graph, streams=streams)
         for layout, nhwc in (("NCHW", False), ("NHWC", True))
         for launch, graph, streams in (
             ("sequential", False, 1),
             ("CUDA graphs", True, 1),
-            ("streams", False, several),
+            ("streams", False, MAX_STREAMS),
         )
     }
 

@@ -12,10 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ensemble.strategies.concurrent import MAX_STREAMS
 from ensemble.strategies.peer_autotune import RunModels
-
-__all__ = ["MAX_STREAMS", "on_streams", "ordered", "tuning_size"]
 
 TUNING_MODELS = 8  # each setting builds its own sessions, and a session takes about a second
 

@@ -21,6 +21,7 @@ from ensemble.compiler.graph.batch_norm_folding import folded
 from ensemble.errors import UnavailableError
 from ensemble.strategies import peer_autotune, peer_conversion, peer_streams
 from ensemble.strategies.build_result import BuildResult
+from ensemble.strategies.concurrent import MAX_STREAMS
 from ensemble.strategies.peer_autotune import Settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,9 +86,9 @@ def _settings(package: Any, engines: Sequence[Any], example: Tensor, output: Ten
         )
         for name, streams, capture in (
             ("sequential", 1, False),
-            ("streams", peer_streams.MAX_STREAMS, False),
+            ("streams", MAX_STREAMS, False),
             ("sequential, one CUDA graph", 1, True),
-            ("streams, one CUDA graph", peer_streams.MAX_STREAMS, True),
+            ("streams, one CUDA graph", MAX_STREAMS, True),
         )
     }
 

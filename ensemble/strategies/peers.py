@@ -8,6 +8,7 @@ inputs and outputs on the device. Telemetry is disabled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +46,19 @@ def why_not(name: str, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _supported(name: str, build: Builder, models: Sequence[nn.Module], x: Tensor) -> BuildResult:
-    """`build(models, x)` where the peer supports x; on CUDA its own failures mean unavailable: a
-    missing library, an operator or a device that it does not support."""
+    """`build(models, x)` where the peer supports x.
+
+    On CUDA its own failures mean unavailable: a missing library, or an operator or a device that it
+    does not support. Its allocator is not torch's, which a figure of memory counts: a note says so.
+    """
     if reason := why_not(name, x.dtype, x.device):
         raise UnavailableError(reason)
     if x.device.type != "cuda":
         return build(models, x)
     failed = f"{name} cannot run these models on {x.device}"
     with torch.cuda.device(x.device), unavailable_on_failure(failed):
-        return build(models, x)
+        built = build(models, x)
+    return replace(built, note=f"{built.note}; memory: without that of {name}'s own allocator")
 
 
 def openvino(models: Sequence[nn.Module], example: Tensor) -> BuildResult:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from ensemble.strategies import (
     peer_tensorrt,
     peers,
 )
+from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.forward import stack_outputs
 from tests.tiny import independent, tiny_models
 
@@ -170,6 +172,15 @@ def test_a_runtime_that_fails_on_cuda_is_unavailable_with_its_error(
     why = "tensorrt cannot run these models on cuda:1: RuntimeError: libcublasLt.so.13"
     with pytest.raises(UnavailableError, match=why):
         peers.tensorrt(tiny_models(1), example)
+
+
+@pytest.mark.usefixtures("device")
+def test_a_row_on_cuda_says_that_its_memory_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = BuildResult(lambda x: x, "setting: streams")
+    monkeypatch.setattr(peer_tensorrt, "build", lambda models, example: built)
+    example: Any = SimpleNamespace(device=CUDA, dtype=torch.float32)
+    note = peers.tensorrt(tiny_models(1), example).note
+    assert note == "setting: streams; memory: without that of tensorrt's own allocator"
 
 
 def test_a_missing_runtime_on_cuda_is_reported_with_the_requirements_for_cuda(
@@ -549,6 +560,22 @@ def test_every_product_of_the_jax_resnet_has_the_given_precision() -> None:
     ]
     assert len(products) == 13  # 1 + 4 x 2 convolutions, 3 of shortcuts, fc
     assert set(products) == {(highest, highest)}
+
+
+def test_the_forward_of_jax_does_not_hold_the_weights_of_torch() -> None:
+    """On a GPU they would be there twice."""
+    jax = pytest.importorskip("jax")
+    from ensemble.strategies import jax_resnet
+
+    example = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        copies = folded(resnets(2), example)
+        alive = weakref.ref(copies[0].get_parameter("layer1.0.conv1.weight"))
+        settings = jax_resnet.settings(copies, example, jax.devices("cpu")[0])
+        runs = [make(2) for make in settings.values()]
+        del copies, settings
+    assert alive() is None
+    assert [len(run([example] * 2)) for run in runs] == [2, 2]
 
 
 def test_arrays_are_committed_to_the_device_of_their_tensor() -> None:
