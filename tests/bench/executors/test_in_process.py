@@ -20,6 +20,7 @@ from ensemble.bench.workload import Workload
 from ensemble.errors import UnavailableError
 from ensemble.machine import other_processes
 from ensemble.models.vision import torchvision
+from ensemble.statistics import MIN_PAIRS_FOR_INTERVAL
 from ensemble.strategies import STRATEGIES, best
 from ensemble.strategies.build_result import Builder, BuildResult
 from ensemble.strategies.forward import stack_outputs
@@ -194,6 +195,7 @@ def test_logits_that_go_wrong_after_the_timed_calls_fail_the_row(
     assert row.times_s == ()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_reference_is_timed_alone_before_a_strategy_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -204,7 +206,7 @@ def test_the_reference_is_timed_alone_before_a_strategy_is_built(
         forward = loop(models, example).forward
 
         def call(x: Tensor) -> Tensor:
-            time.sleep(0.02 if slowed else 0.005)
+            time.sleep(0.05 if slowed else 0.01)
             return stack_outputs(forward(x), len(models))
 
         return call
@@ -214,19 +216,20 @@ def test_the_reference_is_timed_alone_before_a_strategy_is_built(
         forward = loop(models, example).forward
 
         def call(x: Tensor) -> Tensor:
-            time.sleep(0.005)
+            time.sleep(0.01)
             return stack_outputs(forward(x), len(models))
 
         return call
 
     monkeypatch.setitem(STRATEGIES, "loop", Made(slowed_loop))
     monkeypatch.setitem(STRATEGIES, "vmap", Made(builder))
-    _, row = run(with_options(QUICK, strategies=("loop", "vmap"), min_seconds=0.1))
+    pairs = 2 * MIN_PAIRS_FOR_INTERVAL  # half as many calls alone, however slow the machine
+    _, row = run(with_options(QUICK, strategies=("loop", "vmap"), min_pairs=pairs))
     (one,) = row.measurements
-    assert len(one.reference_alone_times_s) >= 4
-    assert median(one.reference_times_s) > 0.02
-    assert median(one.reference_alone_times_s) < 0.015
-    assert 0.5 < (row.speedup or 0) < 2  # over the slowed loop 4
+    assert len(one.reference_alone_times_s) == MIN_PAIRS_FOR_INTERVAL
+    assert median(one.reference_times_s) > 0.05
+    assert median(one.reference_alone_times_s) < 0.03
+    assert 0.5 < (row.speedup or 0) < 2  # over the slowed loop 5
     assert row.reference_median_s == median(one.reference_alone_times_s)
 
 
