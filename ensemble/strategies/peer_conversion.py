@@ -12,19 +12,13 @@ from torch import Tensor, nn
 
 from ensemble.compiler.graph.call_trace import record
 from ensemble.errors import UnavailableError
-from ensemble.machine.precision import (
-    Float32Precision,
-    current_float32_precision,
-    float32_precision,
-)
+from ensemble.machine.precision import Float32Precision, current_float32_precision
 from ensemble.models import stacking
 from ensemble.strategies import agreement, eager, telemetry
 from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.forward import stack_outputs
 
 REQUIREMENTS = {"cpu": "requirements-peers.txt", "cuda": "requirements-peers-cuda.txt"}
-# TF32 rounds factors to 10 bits of mantissa: 2^-11 each, and errors of a layer add to the next's.
-TF32_TOLERANCE = 1e-3
 _BFLOAT16_OPSET = 22  # the first whose convolution and pooling accept bfloat16
 
 
@@ -84,13 +78,10 @@ def checked(built: BuildResult, models: Sequence[nn.Module], example: Tensor) ->
     Raises:
         UnavailableError: the outputs disagree.
     """
-    tolerance = agreement.TOLERANCES[example.dtype]
-    if example.device.type == "cuda" and example.dtype == torch.float32 and uses_tf32():
-        tolerance = TF32_TOLERANCE
+    tolerance = agreement.tolerance_of(example.dtype, example.device)
     for x in (example, example.flip(-1)):
         found = stack_outputs(built.forward(x), len(models))
-        with float32_precision(Float32Precision.IEEE):
-            reference = eager.logits_in(models, x, torch.float32)
+        reference = eager.logits_in(models, x, torch.float32)
         problem = agreement.check(found, reference, tolerance=tolerance).problem
         if problem:
             raise UnavailableError(f"the converted models disagree with the original: {problem}")
