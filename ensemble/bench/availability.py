@@ -10,6 +10,7 @@ from ensemble.bench.case import Case
 from ensemble.bench.config import Config
 from ensemble.bench.measurement import UNAVAILABLE, Measurement
 from ensemble.machine import dtypes
+from ensemble.machine.dtypes import numeric_format
 from ensemble.strategies import STRATEGIES, find, peers
 
 CUDA = "CUDA"  # as `Strategy.requires` has it
@@ -33,7 +34,7 @@ def warnings(cases: Sequence[Case], device: torch.device) -> list[str]:
     """Which of the cases will take long, and why: a sentence each."""
     lines = []
     for name in dict.fromkeys(case.dtype for case in cases if _is_slow(case, device)):
-        ratio = dtypes.slowdown(getattr(torch, name))
+        ratio = dtypes.slowdown(numeric_format(name).dtype)
         lines.append(
             f"Warning: this CPU emulates {name}: a convolution took {ratio:.1f} times as long as in"
             " float32; best and lowered_vmap compute in float32"
@@ -45,7 +46,8 @@ def _why_not(case: Case, device: torch.device) -> str:
     strategy = find(case.strategy)
     if strategy is not None and strategy.requires == CUDA and device.type != "cuda":
         return f"CUDA graphs require a CUDA device, got {device}"
-    return peers.why_not(case.strategy, getattr(torch, case.dtype), device)
+    numbers = numeric_format(case.dtype)
+    return numbers.why_not(device.type) or peers.why_not(case.strategy, numbers.dtype, device)
 
 
 def _why_slow(case: Case, device: torch.device) -> str:
@@ -59,4 +61,4 @@ def _is_slow(case: Case, device: torch.device) -> bool:
     they compute in float32."""
     strategy = find(case.strategy)
     has_kernels = strategy is not None and strategy.has_kernels
-    return not has_kernels and dtypes.is_emulated(getattr(torch, case.dtype), device)
+    return not has_kernels and dtypes.is_emulated(numeric_format(case.dtype).dtype, device)

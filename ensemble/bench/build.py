@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,8 @@ from ensemble import strategies
 from ensemble.bench.measurement import Note
 from ensemble.machine import jit, memory
 from ensemble.machine.devices import synchronize
+from ensemble.machine.dtypes import FLOAT32, NumericFormat, check_supported
+from ensemble.machine.precision import float32_precision, switch_float32_precision
 from ensemble.models import stacking
 from ensemble.strategies import TUNE_SECONDS
 
@@ -34,7 +37,8 @@ class BuiltStrategy:
     """A strategy after its build and first two calls.
 
     `forward` gives logits `(N, B, classes)`; `timed_forward`, which is timed, their reduction.
-    `ready` runs before each call, untimed: the barrier of ranks.
+    `ready` runs before each call, untimed: it sets the precision of float32 products on CUDA; over
+    ranks it is the barrier.
     """
 
     forward: ForwardFn
@@ -47,6 +51,7 @@ class BuiltStrategy:
     notes: tuple[Note, ...]
     choice: Choice | None = None
     ready: Callable[[], None] = _is_ready
+    numbers: NumericFormat = FLOAT32
 
     def call(self, example: Tensor | None = None) -> Tensor:
         """The result for the example, or for another like it."""
@@ -58,16 +63,34 @@ def build(
     name: str,
     models: Sequence[nn.Module],
     example: Tensor,
-    dtype: torch.dtype,
+    numbers: NumericFormat,
     *,
     tune_seconds: float = TUNE_SECONDS,
 ) -> BuiltStrategy:
-    """Build a strategy and call it twice. Its peak memory includes its models.
+    """Build a strategy and call it twice, under its own precision of float32 products.
 
-    Neither time nor memory includes one-time costs: see `prepare`.
+    Its peak memory includes its models. Neither time nor memory includes one-time costs: see
+    `prepare`.
+
+    Raises:
+        UnavailableError: the device does not compute in this format.
+        Exception: what the strategy raises.
     """
-    device = example.device
-    prepare(name, device)
+    check_supported(numbers, example.device)
+    prepare(name, example.device)
+    with float32_precision(numbers.float32_precision):
+        return _build(name, models, example, numbers, tune_seconds=tune_seconds)
+
+
+def _build(
+    name: str,
+    models: Sequence[nn.Module],
+    example: Tensor,
+    numbers: NumericFormat,
+    *,
+    tune_seconds: float,
+) -> BuiltStrategy:
+    device, dtype = example.device, numbers.dtype
     before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
     synchronize(device)
     begin = time.perf_counter()
@@ -96,6 +119,8 @@ def build(
         peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
         notes=_notes(built, caught),
         choice=built.choice,
+        ready=partial(switch_float32_precision, numbers.float32_precision, device),
+        numbers=numbers,
     )
 
 

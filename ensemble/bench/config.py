@@ -113,8 +113,9 @@ class RunOptions:
         "auto (an accelerator, else cpu), cpu, cuda:1, xpu, mps", default="auto", metavar="NAME"
     )
     dtype: tuple[str, ...] = flag(
-        "float32, bfloat16, float16; the reference is float32",
-        choices=("float32", "bfloat16", "float16"),
+        "float32, tf32 (float32 with TF32 products; CUDA), bfloat16, float16; the reference is"
+        " float32",
+        choices=("float32", "tf32", "bfloat16", "float16"),
         nargs="+",
         default=("float32",),
         metavar="DTYPE",

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ensemble import formatting
 from ensemble.bench.build import build, release_compiled
 from ensemble.errors import drop_frames, first_line
+from ensemble.machine.dtypes import NumericFormat
 from ensemble.machine.memory import is_out_of_memory, may_be_out_of_memory
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def explain(
     name: str,
     models: Sequence[nn.Module],
     example: Tensor,
-    dtype: torch.dtype,
+    numbers: NumericFormat,
 ) -> str:
     """Why a strategy failed; if out of memory, with how many models would fit.
 
@@ -34,7 +34,7 @@ def explain(
     if not is_certain and not may_be_out_of_memory(error):
         return reason
     drop_frames(error)  # they hold the memory
-    fits = _fitting(name, models, example, dtype)
+    fits = _fitting(name, models, example, numbers)
     if not fits and not is_certain:
         return reason
     advice = f"{fits} would fit" if fits else "not even 1 would fit"
@@ -55,12 +55,14 @@ def optional(figure: str, function: Callable[[], T]) -> tuple[T | None, tuple[st
     return None, (f"no {figure}: {why}",)
 
 
-def _fitting(name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype) -> int:
+def _fitting(
+    name: str, models: Sequence[nn.Module], example: Tensor, numbers: NumericFormat
+) -> int:
     count = len(models) // 2
     while count:
         try:
             release_compiled()
-            build(name, models[:count], example[:count] if example.dim() == 5 else example, dtype)
+            build(name, models[:count], example[:count] if example.dim() == 5 else example, numbers)
             return count
         except Exception:
             count //= 2

@@ -7,8 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from ensemble.bench.build import BuiltStrategy, release_compiled
 from ensemble.bench.case import REFERENCE, Task
 from ensemble.bench.config import MeasureOptions
@@ -19,9 +17,11 @@ from ensemble.bench.timed_calls import TimedCalls, leak, remarks
 from ensemble.errors import UnavailableError
 from ensemble.machine import memory, other_processes
 from ensemble.machine.devices import synchronize
+from ensemble.machine.dtypes import numeric_format
+from ensemble.machine.precision import Float32Precision, switch_float32_precision
 from ensemble.machine.timing import Sample, interleaved
 from ensemble.statistics import MIN_PAIRS_FOR_INTERVAL, median
-from ensemble.strategies.agreement import TOLERANCES, check, check_reduced, check_same
+from ensemble.strategies.agreement import check, check_reduced, check_same, tolerance_of
 
 # Cores that a forward on an accelerator keeps busy: kernel launches, and the driver.
 LAUNCHING = 2
@@ -38,7 +38,7 @@ def measure(
     task: Task, setup: Setup, options: MeasureOptions, *, reduce: str, on_stage: OnStage
 ) -> Measurement:
     """Measure a case in this process. What fails becomes the error of the measurement."""
-    case, dtype = task.case, getattr(torch, task.case.dtype)
+    case, numbers = task.case, numeric_format(task.case.dtype)
     strategy = task.picked or (REFERENCE if case.is_self_check else case.strategy)
     found = Measurement(case, notes=setup.notes, picked=task.picked)
     try:
@@ -47,7 +47,7 @@ def measure(
         built = setup.reference
         if not case.is_reference:
             with reported_compilation(strategy, on_stage):
-                built = setup.backend.build(strategy, dtype)
+                built = setup.backend.build(strategy, numbers)
         found = _checked(found, built, setup, reduce)
         if found.error:
             return found
@@ -63,7 +63,9 @@ def measure(
         return replace(found, status=UNAVAILABLE, error=str(error))
     except Exception as error:
         log.debug("%s failed", case, exc_info=True)
-        return _failed(found, setup.backend.explain(error, strategy, dtype))
+        return _failed(found, setup.backend.explain(error, strategy, numbers))
+    finally:  # as `devices.configure` has set it
+        switch_float32_precision(Float32Precision.IEEE, setup.example.device)
 
 
 def measurement_of_reference(found: Measurement, setup: Setup) -> Measurement | None:
@@ -100,7 +102,7 @@ def _with_costs(found: Measurement, built: BuiltStrategy) -> Measurement:
 
 def _checked(found: Measurement, built: BuiltStrategy, setup: Setup, reduce: str) -> Measurement:
     """The measurement with the error of the logits; failed where they disagree."""
-    limit = TOLERANCES[built.example.dtype]
+    limit = tolerance_of(built.numbers)
     agreement = check(built.logits, setup.reference.logits, tolerance=limit)
     exact = None
     if setup.float64_logits is not None:
@@ -126,7 +128,7 @@ def _problem_of_result(built: BuiltStrategy, setup: Setup, reduce: str) -> str |
         built.call(),
         setup.reference.logits,
         reduce=reduce,
-        tolerance=TOLERANCES[built.example.dtype],
+        tolerance=tolerance_of(built.numbers),
     ).problem
 
 
@@ -230,7 +232,7 @@ def _time_rounds(
         rounds.used_bytes.append(memory.used_bytes(device))
         rounds.calls.append(calls[-1].calls)
         if len(calls) > 1:
-            limit = TOLERANCES[timed[-1].example.dtype]
+            limit = tolerance_of(timed[-1].numbers)
             error = _error_of_answer(*calls, reduce=reduce, tolerance=limit, largest=largest)
             rounds.errors += [error] if reduce == "none" else []  # else of probabilities
         waited = (time.perf_counter() - begin) / options.min_seconds if options.min_seconds else 1.0

@@ -19,6 +19,8 @@ from ensemble.bench.failures import optional
 from ensemble.bench.measurement import Roofline
 from ensemble.bench.setup import make_example
 from ensemble.machine.devices import synchronize
+from ensemble.machine.dtypes import NumericFormat, numeric_format
+from ensemble.machine.precision import float32_precision
 from ensemble.machine.timing import Clock, time_call
 from ensemble.models import stacking
 
@@ -111,9 +113,14 @@ Measured = dict[str, tuple[Limits | None, tuple[str, ...]]]  # by dtype, with no
 def limits_of(cases: Sequence[Case], device: torch.device) -> Measured:
     """The device's limits in each dtype of the cases, with a note where they cannot be measured."""
     return {
-        dtype: optional("roofline", partial(measure_limits, device, getattr(torch, dtype)))
+        dtype: optional("roofline", partial(_limits_in, numeric_format(dtype), device))
         for dtype in dict.fromkeys(case.dtype for case in cases)
     }
+
+
+def _limits_in(numbers: NumericFormat, device: torch.device) -> Limits:
+    with float32_precision(numbers.float32_precision):
+        return measure_limits(device, numbers.dtype)
 
 
 def of_case(case: Case, measured: Measured, workload: Workload) -> Roofline:
@@ -121,7 +128,7 @@ def of_case(case: Case, measured: Measured, workload: Workload) -> Roofline:
     limits, problem = measured[case.dtype]
     if limits is None:
         return Roofline(problem=problem[0])
-    dtype = getattr(torch, case.dtype)
+    dtype = numeric_format(case.dtype).dtype
     example = make_example(workload.images(case.image_size), case)
     count = workload.on_one_device(case.num_models)
     needed, problem = optional("roofline", partial(work, workload.models[0], count, example, dtype))

@@ -13,9 +13,10 @@ from ensemble.bench.build import BuiltStrategy, build, release_compiled
 from ensemble.bench.case import REFERENCE, Case
 from ensemble.bench.failures import explain, optional
 from ensemble.bench.measurement import Note, RankTimes
+from ensemble.machine.dtypes import FLOAT32, NumericFormat
 from ensemble.machine.timing import Sample
 from ensemble.strategies import TUNE_SECONDS, eager, find
-from ensemble.strategies.agreement import TOLERANCES, check
+from ensemble.strategies.agreement import check, tolerance_of
 from ensemble.strategies.reduction import with_reduction
 
 WEAK = Note("the check is weak: with these weights the logits hardly depend on the image")
@@ -37,8 +38,8 @@ def _no_call_error(strategy: str, dtype: str) -> str:
 class Backend:
     """Where the models run: on this device, or on the ranks of torchrun."""
 
-    build: Callable[[str, torch.dtype], BuiltStrategy]
-    explain: Callable[[Exception, str, torch.dtype], str]  # why a build or a call failed
+    build: Callable[[str, NumericFormat], BuiltStrategy]
+    explain: Callable[[Exception, str, NumericFormat], str]  # why a build or a call failed
     float64_logits: Callable[[], Tensor]
     # Further timings of a built strategy, with notes.
     rank_times: Callable[[BuiltStrategy, Case], tuple[RankTimes | None, tuple[str, ...]]] = (
@@ -94,13 +95,13 @@ def local_setup(
     images = images_of(case.image_size)
     example = make_example(images, case)
 
-    def begin(name: str, dtype: torch.dtype) -> BuiltStrategy:
-        built = build(name, chosen, example, dtype, tune_seconds=tune_seconds)
+    def begin(name: str, numbers: NumericFormat) -> BuiltStrategy:
+        built = build(name, chosen, example, numbers, tune_seconds=tune_seconds)
         return replace(built, timed_forward=with_reduction(built.forward, reduce))
 
     backend = Backend(
         build=begin,
-        explain=lambda error, name, dtype: explain(error, name, chosen, example, dtype),
+        explain=lambda error, name, numbers: explain(error, name, chosen, example, numbers),
         float64_logits=partial(in_float64, chosen, example),
     )
     return make_setup(cases, backend, chosen, images, is_first=is_first)
@@ -125,10 +126,10 @@ def make_setup(
     example = make_example(images, cases[0])
     release_compiled()
     try:
-        reference = backend.build(REFERENCE, torch.float32)
+        reference = backend.build(REFERENCE, FLOAT32)
         notes: tuple[Note, ...] = (WEAK,) if is_first and _is_weak(reference) else ()
     except Exception as error:
-        why = backend.explain(error, REFERENCE, torch.float32)
+        why = backend.explain(error, REFERENCE, FLOAT32)
         raise SetupError(f"the reference failed: {why}") from error
     float64_logits = None
     if is_first and any(map(uses_fast_algorithms, cases)):
@@ -159,6 +160,6 @@ def in_float64(models: Sequence[nn.Module], example: Tensor) -> Tensor:
 def _is_weak(reference: BuiltStrategy) -> bool:
     """Does some model give a blank image the same logits as the example?"""
     blank = reference.forward(torch.zeros_like(reference.example))
-    limit = 10 * TOLERANCES[torch.float32]
+    limit = 10 * tolerance_of(FLOAT32)
     of_models = zip(blank.split(1), reference.logits.split(1), strict=True)
     return not all(check(*both, tolerance=limit).problem for both in of_models)

@@ -33,6 +33,12 @@ def set_float32_precision(precision: Float32Precision) -> None:
     torch.backends.cudnn.allow_tf32 = uses_tf32
 
 
+def switch_float32_precision(precision: Float32Precision, device: torch.device) -> None:
+    """`set_float32_precision` where it has an effect: on CUDA."""
+    if device.type == "cuda":
+        set_float32_precision(precision)
+
+
 @contextmanager
 def float32_precision(precision: Float32Precision) -> Iterator[None]:
     """A context in which CUDA multiplies float32 numbers in this precision; the flags of the caller

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensemble.machine import precision
-from ensemble.machine.precision import Float32Precision
+from ensemble.machine.dtypes import NumericFormat
+from ensemble.machine.precision import Float32Precision, current_float32_precision
 from ensemble.strategies.reduction import reduce_logits
 
 # Maximum max_rel_error of the same computation, by the strategy's dtype.
@@ -27,12 +27,17 @@ TF32_TOLERANCE, TF32_EPS = 1e-3, 2.0**-10
 ROUNDING = 2**7
 
 
-def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
+def tolerance_of(numbers: NumericFormat) -> float:
+    """Maximum max_rel_error of a row in a numeric format."""
+    return TF32_TOLERANCE if numbers.uses_tf32 else TOLERANCES[numbers.dtype]
+
+
+def current_tolerance(dtype: torch.dtype, device: torch.device) -> float:
     """The tolerance of forwards in a dtype, in the precision that this process has set."""
     uses_tf32 = (
         device.type == "cuda"
         and dtype == torch.float32
-        and precision.current_float32_precision() is Float32Precision.TF32
+        and current_float32_precision() is Float32Precision.TF32
     )
     return TF32_TOLERANCE if uses_tf32 else TOLERANCES[dtype]
 

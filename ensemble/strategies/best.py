@@ -91,7 +91,7 @@ def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]
     """
     dtype = weight_dtype(models, x)
     at_least_float32 = torch.promote_types(dtype, torch.float32)
-    limit = agreement.tolerance_of(dtype, x.device)
+    limit = agreement.current_tolerance(dtype, x.device)
     agrees = partial(agreement.check, tolerance=limit, nan_agrees=True)
     reference = eager.logits_in(models, x, at_least_float32)
     own = reference if dtype == at_least_float32 else eager.logits_in(models[:1], x, dtype)

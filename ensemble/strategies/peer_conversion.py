@@ -78,7 +78,7 @@ def checked(built: BuildResult, models: Sequence[nn.Module], example: Tensor) ->
     Raises:
         UnavailableError: the outputs disagree.
     """
-    tolerance = agreement.tolerance_of(example.dtype, example.device)
+    tolerance = agreement.current_tolerance(example.dtype, example.device)
     for x in (example, example.flip(-1)):
         found = stack_outputs(built.forward(x), len(models))
         reference = eager.logits_in(models, x, torch.float32)

@@ -7,8 +7,9 @@ import torch
 
 from ensemble.bench import availability
 from ensemble.bench.case import Case
-from ensemble.bench.config import Config
+from ensemble.bench.config import Config, RunOptions
 from ensemble.machine import dtypes
+from ensemble.machine.dtypes import numeric_format
 from ensemble.strategies import STRATEGIES, best
 from tests.made import CONFIG, with_options
 
@@ -107,3 +108,17 @@ def test_float32_and_accelerators_are_not_emulated() -> None:
 def test_a_case_of_the_self_check_is_no_strategy() -> None:
     case = Case("self-check", 2, 1, 32, "float32", "shared")
     assert availability.unavailable([case], CONFIG, CPU) == []
+
+
+def test_rows_in_tf32_are_skipped_on_a_cpu_only() -> None:
+    asked = config("loop", "vmap", dtype="tf32")
+    assert unavailable(asked) == dict.fromkeys(
+        ("loop", "vmap"), "tf32 requires a CUDA device, got cpu"
+    )
+    assert availability.unavailable(asked.plan(), asked, torch.device("cuda")) == []
+
+
+def test_every_choice_of_dtype_is_a_numeric_format_and_the_default_is_the_reference() -> None:
+    choices = RunOptions.__dataclass_fields__["dtype"].metadata["choices"]
+    assert [numeric_format(name).name for name in choices] == list(choices)
+    assert RunOptions().dtype == ("float32",)

@@ -1,12 +1,24 @@
-"""What a strategy's start costs: its own build and first call, and not what is done once."""
+"""What a strategy's start costs, and under which precision of float32 products it is built."""
 
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from ensemble import strategies
 from ensemble.bench.build import build
 from ensemble.compiler import kernels
+from ensemble.errors import UnavailableError
+from ensemble.machine.dtypes import FLOAT32, numeric_format
+from ensemble.machine.precision import (
+    Float32Precision,
+    current_float32_precision,
+    float32_precision,
+)
+from ensemble.strategies import Strategy
+from ensemble.strategies.build_result import BuildResult
 from tests.tiny import tiny_models
 
 
@@ -22,7 +34,40 @@ def test_compiling_the_kernels_is_in_no_strategys_time(monkeypatch: pytest.Monke
     kernels.load()
     monkeypatch.setattr(kernels, "load", load)
     begin = time.perf_counter()
-    started = build("lowered_vmap", tiny_models(2), torch.randn(1, 3, 8, 8), torch.float32)
+    started = build("lowered_vmap", tiny_models(2), torch.randn(1, 3, 8, 8), FLOAT32)
     took = time.perf_counter() - begin
     assert compiled
     assert started.build_s + started.first_call_s < took - compiled[0]
+
+
+@pytest.mark.parametrize("of_caller", list(Float32Precision))
+@pytest.mark.parametrize("name", ["float32", "tf32", "bfloat16"])
+def test_a_strategy_is_built_under_its_own_precision_and_that_of_the_caller_is_restored(
+    name: str, of_caller: Float32Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Float32Precision] = []
+
+    def notes_flags(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+        def forward(x: Tensor) -> Tensor:
+            found.append(current_float32_precision())
+            return torch.stack([model(x) for model in models])
+
+        forward(example)
+        return BuildResult(forward)
+
+    monkeypatch.setattr(Strategy, "builder", lambda self, **_: notes_flags)
+    monkeypatch.setitem(strategies.STRATEGIES, "notes", Strategy("eager", "loop", "notes"))
+    monkeypatch.setattr("ensemble.bench.build.check_supported", lambda numbers, device: None)
+    numbers, models = numeric_format(name), tiny_models(2)
+    with float32_precision(of_caller):
+        built = build("notes", models, torch.randn(1, 3, 8, 8), numbers)
+        assert current_float32_precision() is of_caller
+    expected = Float32Precision.TF32 if name == "tf32" else Float32Precision.IEEE
+    assert found == [expected] * 3  # the build, the first call, the second
+    assert built.numbers == numbers
+    assert built.example.dtype == built.logits.dtype == numbers.dtype
+
+
+def test_tf32_is_not_built_on_a_cpu() -> None:
+    with pytest.raises(UnavailableError, match="tf32 requires a CUDA device, got cpu"):
+        build("loop", tiny_models(2), torch.randn(1, 3, 8, 8), numeric_format("tf32"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ from ensemble.bench.measure import measure, measurement_of_reference, time_alone
 from ensemble.bench.measurement import Measurement
 from ensemble.bench.setup import Backend, Setup
 from ensemble.machine import memory, other_processes
+from ensemble.machine.dtypes import FLOAT32, NumericFormat, numeric_format
+from ensemble.machine.precision import (
+    Float32Precision,
+    current_float32_precision,
+    float32_precision,
+    set_float32_precision,
+)
 from ensemble.machine.timing import Sample
 from tests.made import CASE, CONFIG, with_options
 
@@ -33,7 +41,7 @@ def logits(x: Tensor) -> Tensor:
     return torch.einsum("bi,nik->nbk", x.flatten(1), WEIGHTS)
 
 
-def built(forward: Forward) -> BuiltStrategy:
+def built(forward: Forward, numbers: NumericFormat = FLOAT32) -> BuiltStrategy:
     return BuiltStrategy(
         forward=forward,
         timed_forward=forward,
@@ -43,13 +51,15 @@ def built(forward: Forward) -> BuiltStrategy:
         first_call_s=1.0,
         peak_memory_bytes=None,
         notes=(),
+        ready=partial(set_float32_precision, numbers.float32_precision),
+        numbers=numbers,
     )
 
 
 def setup_of(strategy: Forward, reference: Forward = logits) -> Setup:
     backend = Backend(
-        build=lambda name, dtype: built(strategy),
-        explain=lambda error, name, dtype: str(error),
+        build=lambda name, numbers: built(strategy, numbers),
+        explain=lambda error, name, numbers: str(error),
         float64_logits=lambda: logits(IMAGE),
     )
     return Setup(backend, (), IMAGE, IMAGE, built(reference), None, ())
@@ -200,3 +210,38 @@ def test_an_error_that_surfaces_when_memory_is_released_is_a_failed_row(
     row = measured(setup_of(logits))
     assert row.status == "failed"
     assert row.error == "CUDA error: an illegal memory access was encountered"
+
+
+class NotedPrecision:
+    """A forward that notes the precision of float32 products in its calls."""
+
+    def __init__(self) -> None:
+        self.found: list[Float32Precision] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.found.append(current_float32_precision())
+        return logits(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "tf32"])
+def test_in_pairs_the_reference_multiplies_in_ieee_and_the_strategy_in_its_own_precision(
+    dtype: str,
+) -> None:
+    strategy, reference = NotedPrecision(), NotedPrecision()
+    task = replace(VMAP, case=replace(VMAP.case, dtype=dtype))
+    with float32_precision(Float32Precision.IEEE):
+        setup = setup_of(strategy, reference)
+        row = measure(task, setup, OPTIONS, reduce="none", on_stage=lambda stage, done: None)
+    assert row.status == "ok"
+    assert min(len(strategy.found), len(reference.found)) >= 16  # timed and untimed
+    assert set(reference.found) == {Float32Precision.IEEE}
+    assert set(strategy.found) == {numeric_format(dtype).float32_precision}
+
+
+@pytest.mark.parametrize(("dtype", "status"), [("float32", "failed"), ("tf32", "ok")])
+def test_a_row_in_tf32_has_a_tolerance_of_its_own(dtype: str, status: str) -> None:
+    task = replace(VMAP, case=replace(VMAP.case, dtype=dtype))
+    with float32_precision(Float32Precision.IEEE):
+        setup = setup_of(lambda x: logits(x) * (1 + 5e-4))
+        row = measure(task, setup, OPTIONS, reduce="none", on_stage=lambda stage, done: None)
+    assert row.status == status

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ensemble.bench import roofline
+from ensemble.bench.case import Case
 from ensemble.bench.roofline import (
     Limits,
     Work,
@@ -17,6 +18,11 @@ from ensemble.bench.roofline import (
     work,
 )
 from ensemble.bench.workload import Workload
+from ensemble.machine.precision import (
+    Float32Precision,
+    current_float32_precision,
+    float32_precision,
+)
 from ensemble.models.vision import torchvision
 from tests.made import CASE
 from tests.tiny import tiny_models
@@ -197,3 +203,23 @@ def test_the_bandwidth_of_a_real_gpu_is_that_of_its_memory_not_of_its_launches()
     peak = 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
     assert 0.7 * peak < found.bytes_per_s < 1.02 * peak
     assert found.cache_bytes == properties.L2_cache_size
+
+
+def test_the_limits_of_tf32_are_measured_in_tf32_and_those_of_float32_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[tuple[torch.dtype, Float32Precision]] = []
+
+    def measured(device: torch.device, dtype: torch.dtype) -> Limits:
+        found.append((dtype, current_float32_precision()))
+        return Limits(1.0, 1.0)
+
+    monkeypatch.setattr(roofline, "measure_limits", measured)
+    cases = [Case("vmap", 2, 1, 224, dtype, "shared") for dtype in ("float32", "tf32")]
+    with float32_precision(Float32Precision.IEEE):
+        limits = roofline.limits_of(cases, torch.device("cpu"))
+    assert list(limits) == ["float32", "tf32"]
+    assert found == [
+        (torch.float32, Float32Precision.IEEE),
+        (torch.float32, Float32Precision.TF32),
+    ]

@@ -33,11 +33,12 @@ import torch
 from ensemble.bench.build import build
 from ensemble.bench.stages import reported_compilation
 from ensemble.errors import UnavailableError
+from ensemble.machine.dtypes import FLOAT32
 from tests.tiny import tiny_models
 for name in ("lowered_vmap", "best"):
     try:
         with reported_compilation(name, print):
-            built = build(name, tiny_models(2), torch.randn(1, 3, 8, 8), torch.float32)
+            built = build(name, tiny_models(2), torch.randn(1, 3, 8, 8), FLOAT32)
     except UnavailableError as error:
         print(name, error)
     else:

@@ -264,6 +264,6 @@ def test_the_tolerance_follows_the_precision_that_is_set_on_cuda(
     dtype: torch.dtype, device: str, in_tf32: float
 ) -> None:
     with float32_precision(Float32Precision.TF32):
-        assert agreement.tolerance_of(dtype, torch.device(device)) == in_tf32
+        assert agreement.current_tolerance(dtype, torch.device(device)) == in_tf32
     with float32_precision(Float32Precision.IEEE):
-        assert agreement.tolerance_of(dtype, torch.device(device)) == TOLERANCES[dtype]
+        assert agreement.current_tolerance(dtype, torch.device(device)) == TOLERANCES[dtype]

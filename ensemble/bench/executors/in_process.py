@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from ensemble.bench.case import REFERENCE, Case, Task
 from ensemble.bench.config import Config
 from ensemble.bench.executors.executor import Execute, OnProgress, TaskOf
@@ -17,6 +15,7 @@ from ensemble.bench.measurement import FAILED, Measurement
 from ensemble.bench.setup import Setup, SetupError, local_setup
 from ensemble.bench.stages import OnStage
 from ensemble.bench.workload import Workload
+from ensemble.machine.dtypes import FLOAT32
 
 
 @contextmanager
@@ -51,7 +50,7 @@ def with_reference_alone(setup: Setup, cases: Sequence[Case], config: Config) ->
     try:
         return replace(setup, reference_alone=time_alone(setup, config.measure))
     except Exception as error:
-        why = setup.backend.explain(error, REFERENCE, torch.float32)
+        why = setup.backend.explain(error, REFERENCE, FLOAT32)
         raise SetupError(f"the reference failed: {why}") from error
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from ensemble.bench.build import BuiltStrategy
 from ensemble.bench.load.batching import SINGLE_TENANT, Batch, BatchPlan
 from ensemble.machine.devices import synchronize
-from ensemble.strategies.agreement import TOLERANCES
 
 CHECKED_CLASSES = 32  # logits compared per answer under load, evenly spaced over all classes
 
@@ -38,6 +37,8 @@ class Engine:
         plans: Sequence[BatchPlan],
         expected: Tensor,
         images: Tensor,
+        *,
+        tolerance: float,
         max_rel_error: float | None,
     ) -> None:
         self._built_plans, self._images = built_plans, images.unbind()
@@ -50,7 +51,7 @@ class Engine:
         step = -(-expected.shape[2] // CHECKED_CLASSES)
         self._step, self._expected = step, expected[:, :, ::step].float().cpu().numpy()
         largest = expected.abs().amax((1, 2)).float().cpu().numpy()
-        self._tolerances = TOLERANCES[images.dtype] * largest
+        self._tolerances = tolerance * largest
 
     def execute(self, batch: Batch) -> tuple[int, float]:
         """Run a batch: the number of its requests with a wrong answer, and the forward's time."""
@@ -59,6 +60,7 @@ class Engine:
             for slot, request in zip(slots, requests, strict=False):
                 slot.copy_(self._images[request.image])
         index = batch.tenants[0] if len(built.forwards) > 1 else 0
+        built.forwards[index].ready()
         begin = time.perf_counter()
         logits = built.forwards[index].forward(built.input)
         synchronize(logits.device)

@@ -15,10 +15,11 @@ from ensemble.bench.setup import Setup
 from ensemble.bench.stages import OnStage
 from ensemble.bench.timed_calls import TimedCalls
 from ensemble.machine.devices import synchronize
+from ensemble.machine.dtypes import NumericFormat, numeric_format
 from ensemble.machine.timing import interleaved
 from ensemble.statistics import median
 from ensemble.strategies import HYBRIDS, get
-from ensemble.strategies.agreement import TOLERANCES, check
+from ensemble.strategies.agreement import check, tolerance_of
 
 MIN_TIMED_CALLS, MIN_TIMED_S = 5, 0.1  # per batch plan
 MAX_CACHE_SPEEDUP = 3.0  # of calls with a repeated input over calls with a new one
@@ -70,7 +71,8 @@ def build_engine(case: Case, setup: Setup, *, max_batch: int, on_stage: OnStage)
     """
     serving = serving_mode(case)
     expected = reference_logits(setup)
-    images = setup.images.to(getattr(torch, case.dtype))
+    numbers = numeric_format(case.dtype)
+    images = setup.images.to(numbers.dtype)
     strategies = {SINGLE_TENANT: serving.single_tenant, ALL_TENANTS: serving.all_tenants}
     keys = [
         (mode, size)
@@ -84,13 +86,20 @@ def build_engine(case: Case, setup: Setup, *, max_batch: int, on_stage: OnStage)
         strategy = strategies[mode]
         assert strategy is not None
         built, plan_errors = _build_plan(
-            strategy, mode, size, serving.num_tenants, case, setup, images, expected
+            strategy, mode, size, serving.num_tenants, case, numbers, setup, images, expected
         )
         built_plans[mode, size] = built
         errors += plan_errors
     for (mode, size), built in built_plans.items():
         plans.append(BatchPlan(mode, size, _time_plan(built)))
-    return Engine(built_plans, plans, expected, images, max(errors, default=None))
+    return Engine(
+        built_plans,
+        plans,
+        expected,
+        images,
+        tolerance=tolerance_of(numbers),
+        max_rel_error=max(errors, default=None),
+    )
 
 
 def reference_logits(setup: Setup) -> Tensor:
@@ -106,6 +115,7 @@ def _build_plan(
     size: int,
     num_tenants: int,
     case: Case,
+    numbers: NumericFormat,
     setup: Setup,
     images: Tensor,
     expected: Tensor,
@@ -118,13 +128,12 @@ def _build_plan(
         example = example.expand(num_tenants, *example.shape).contiguous()
     elif num_tenants > 1 or case.inputs == "per_model":
         shards = [setup.models[tenant : tenant + 1] for tenant in range(num_tenants)]
-    dtype = getattr(torch, case.dtype)
     forwards, errors = [], list[float]()
     for tenant, models in enumerate(shards):
-        built = build(strategy, models, example.float(), dtype)
+        built = build(strategy, models, example.float(), numbers)
         reference = expected[tenant : tenant + 1] if len(shards) > 1 else expected
         agreement = check(
-            built.logits, reference[: len(models), indices], tolerance=TOLERANCES[dtype]
+            built.logits, reference[: len(models), indices], tolerance=tolerance_of(numbers)
         )
         if agreement.problem:
             raise DisagreementError(f"{mode} batch {size}: {agreement.problem}")
@@ -144,6 +153,7 @@ def _time_plan(built: BuiltPlan) -> float:
     calls = TimedCalls(replace(built.forwards[0], example=built.input), built.input.float())
     rounds = interleaved(
         [calls, calls.repeat],
+        ready=[built.forwards[0].ready] * 2,
         untimed=[calls.repeat, calls.repeat],
         renew=[calls.renew, _nothing],
         warmup=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -24,6 +25,8 @@ from ensemble.errors import UnavailableError
 from ensemble.formatting import milliseconds
 from ensemble.machine import memory, other_processes
 from ensemble.machine.devices import synchronize
+from ensemble.machine.dtypes import numeric_format
+from ensemble.machine.precision import Float32Precision, switch_float32_precision
 from ensemble.machine.timing import interleaved
 from ensemble.models import stacking
 from ensemble.statistics import median
@@ -53,7 +56,7 @@ def measure_under_load(
     `best` chooses a strategy per batch size. `seed` draws the arrivals.
     """
     release_compiled()
-    measurement, dtype = Measurement(case, notes=setup.notes), getattr(torch, case.dtype)
+    measurement, numbers = Measurement(case, notes=setup.notes), numeric_format(case.dtype)
     device, cpu = setup.example.device, other_processes.read()
     serving = serving_mode(case)
     try:
@@ -83,10 +86,12 @@ def measure_under_load(
     except Exception as error:
         log.debug("%s failed", case, exc_info=True)
         strategy = serving.single_tenant or serving.all_tenants or case.strategy
-        reason = explain(error, strategy, setup.models, setup.example, dtype)
+        reason = explain(error, strategy, setup.models, setup.example, numbers)
         return replace(measurement, status=FAILED, error=reason)
+    finally:  # as `devices.configure` has set it
+        switch_float32_precision(Float32Precision.IEEE, device)
     peak = memory.peak_bytes(device) if peak_known else None
-    shared = sum(map(stacking.weight_bytes, setup.models)) if dtype == torch.float32 else 0
+    shared = sum(map(stacking.weight_bytes, setup.models)) if numbers.dtype == torch.float32 else 0
     problem = next((run.problem for run in load_test.runs if run.problem), None)
     return replace(
         measurement,
@@ -150,6 +155,7 @@ def _bound_s(case: Case, setup: Setup, load_options: LoadOptions, *, warmup: int
 
     rounds = interleaved(
         [call],
+        ready=[partial(switch_float32_precision, Float32Precision.IEEE, one.device)],
         warmup=warmup,
         min_rounds=10,
         min_seconds=0.5,

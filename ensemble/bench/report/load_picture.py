@@ -70,7 +70,7 @@ def draw(results: Sequence[Summary]) -> Figure:
 def _draw_strategy(axes: Axes, row: Summary, field: str, look: Look) -> None:
     """The curve of one strategy, and a marker per run."""
     color, mark, dash = look
-    label = f"{row.case.strategy}" + (", bfloat16" if row.case.dtype == "bfloat16" else "")
+    label = f"{row.case.strategy}" + ("" if row.case.dtype == "float32" else f", {row.case.dtype}")
     points = sustained_curve(row, field)
     if not points:  # nothing to connect: label the highest rate
         points, dash = latency_curve(row, field)[-1:], ""

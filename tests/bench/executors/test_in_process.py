@@ -19,6 +19,7 @@ from ensemble.bench.summary import Run, Summary, merged
 from ensemble.bench.workload import Workload
 from ensemble.errors import UnavailableError
 from ensemble.machine import other_processes
+from ensemble.machine.dtypes import NumericFormat
 from ensemble.models.vision import torchvision
 from ensemble.statistics import MIN_PAIRS_FOR_INTERVAL
 from ensemble.strategies import STRATEGIES, best
@@ -358,11 +359,11 @@ def test_a_reference_that_fails_fails_each_row_of_its_n_and_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def short_of_memory(
-        name: str, models: Sequence[nn.Module], example: Tensor, dtype: torch.dtype, **_: float
+        name: str, models: Sequence[nn.Module], example: Tensor, numbers: NumericFormat, **_: float
     ) -> BuiltStrategy:
         if len(models) > 2:
             raise torch.OutOfMemoryError
-        return build(name, models, example, dtype)
+        return build(name, models, example, numbers)
 
     monkeypatch.setattr(setup, "build", short_of_memory)
     monkeypatch.setattr(failures, "build", short_of_memory)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble import strategies
+from ensemble.bench import build as build_module
 from ensemble.bench import result_file
 from ensemble.bench.case import Case
 from ensemble.bench.config import Config
@@ -27,6 +28,12 @@ from ensemble.bench.load.request_queue import Request
 from ensemble.bench.report import curves
 from ensemble.bench.setup import Setup, local_setup
 from ensemble.bench.summary import Run, Summary
+from ensemble.machine.precision import (
+    Float32Precision,
+    current_float32_precision,
+    float32_precision,
+    set_float32_precision,
+)
 from ensemble.strategies import Strategy
 from ensemble.strategies.build_result import BuildResult
 from tests.made import CASE, CONFIG, ENVIRONMENT, row_of, with_options
@@ -221,3 +228,34 @@ def test_a_batch_is_padded_to_its_plan_and_counts_the_padding() -> None:
     requests = ((Request(1, 0, 0, 0, 0.0),), ())
     batch = Batch(BatchPlan(ALL_TENANTS, 2, 1.0), (0, 1), requests)
     assert (batch.num_requests, batch.num_slots) == (1, 4)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_under_load_a_row_in_tf32_is_served_in_tf32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def switch(precision: Float32Precision, device: torch.device) -> None:
+        set_float32_precision(precision)  # as on CUDA
+
+    found: list[Float32Precision] = []
+
+    def notes_flags(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+        def forward(x: Tensor) -> Tensor:
+            found.append(current_float32_precision())
+            return torch.stack([model(x) for model in models])
+
+        return BuildResult(forward)
+
+    monkeypatch.setattr(build_module, "switch_float32_precision", switch)
+    monkeypatch.setattr(build_module, "check_supported", lambda numbers, device: None)
+    monkeypatch.setitem(strategies.STRATEGIES, "notes", Strategy("eager", "loop", "notes"))
+    case = replace(case_of("notes"), dtype="tf32")
+    with float32_precision(Float32Precision.IEEE):
+        setup = setup_of(case)
+        monkeypatch.setattr(Strategy, "builder", lambda self, **_: notes_flags)
+        engine = engine_builder.build_engine(case, setup, max_batch=2, on_stage=lambda *_: None)
+        set_float32_precision(Float32Precision.IEEE)
+        found.clear()
+        for batch in batches(engine, 1):
+            assert engine.execute(batch)[0] == 0
+    assert found == [Float32Precision.TF32] * 2

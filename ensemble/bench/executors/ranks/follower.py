@@ -44,5 +44,5 @@ def run_steps(worker: RankWorker) -> None:
         if step == SHUTDOWN:
             return
         if step == RankWorker.call.__name__:
-            worker.group.barrier()
+            worker.prepare_call(arguments[0])
         getattr(worker, step)(*arguments)

@@ -23,9 +23,9 @@ class Leader:
         return step(*arguments, **leader_only)
 
     def announce_call(self, key: str, reduce: str) -> None:
-        """Announce a call and wait at the barrier; the call itself follows."""
+        """Announce a call and prepare it on all ranks; the call itself follows."""
         self.worker.group.broadcast_object((self.worker.call.__name__, (key, reduce)))
-        self.worker.group.barrier()
+        self.worker.prepare_call(key)
 
     def shut_down(self) -> None:
         """Let the followers exit."""

@@ -27,6 +27,7 @@ from ensemble.bench.setup import in_float64
 from ensemble.errors import InputError, UnavailableError
 from ensemble.machine import memory
 from ensemble.machine.devices import synchronize
+from ensemble.machine.dtypes import NumericFormat, numeric_format
 from ensemble.models import sources
 from ensemble.strategies.reduction import with_reduction
 
@@ -98,31 +99,29 @@ class RankWorker:
         for other in [key for key in self._strategies if key != REFERENCE]:
             del self._strategies[other]
         self._example = self._exchange(torch.float32).distribute(example).clone()
-        key, torch_dtype = strategy_key(name, dtype), getattr(torch, dtype)
-        reports = self.group.all_gather_object(self._build(key, name, torch_dtype))
+        key, numbers = strategy_key(name, dtype), numeric_format(dtype)
+        reports = self.group.all_gather_object(self._build(key, name, numbers))
         choices = [report.choice.name if report.choice else None for report in reports]
         if choices[0] is not None and not any_failed(reports) and len(set(choices)) > 1:
             differs = choices[self.group.rank] != choices[0]
-            again = (
-                self._build(key, choices[0], torch_dtype) if differs else reports[self.group.rank]
-            )
+            again = self._build(key, choices[0], numbers) if differs else reports[self.group.rank]
             reports = self.group.all_gather_object(again)
         if any_failed(reports):
             self._strategies.pop(key, None)
         return reports
 
-    def _build(self, key: str, name: str, dtype: torch.dtype) -> RankReport:
+    def _build(self, key: str, name: str, numbers: NumericFormat) -> RankReport:
         self._strategies.pop(key, None)
         release_compiled()
         try:
             seconds = self.config.measure.tune_seconds
-            built = build(name, self.models, self._example, dtype, tune_seconds=seconds)
+            built = build(name, self.models, self._example, numbers, tune_seconds=seconds)
         except UnavailableError as error:
             return RankReport("unavailable", str(error))
         except Exception as error:
-            return RankReport("failed", explain(error, name, self.models, self._example, dtype))
+            return RankReport("failed", explain(error, name, self.models, self._example, numbers))
         chosen = built.choice.name if built.choice else name
-        self._strategies[key] = ShardStrategy(chosen, built, self._exchange(dtype))
+        self._strategies[key] = ShardStrategy(chosen, built, self._exchange(numbers.dtype))
         return RankReport(
             build_s=built.build_s,
             first_call_s=built.first_call_s,
@@ -131,8 +130,13 @@ class RankWorker:
             choice=built.choice,
         )
 
+    def prepare_call(self, key: str) -> None:
+        """Set the precision of the strategy, untimed, and wait at the barrier."""
+        self._strategies[key].built.ready()
+        self.group.barrier()
+
     def call(self, key: str, reduce: str, *, x: Tensor | None = None) -> Tensor | None:
-        """One call over all ranks: the output for x, on rank 0. A barrier precedes it."""
+        """One call over all ranks: the output for x, on rank 0. `prepare_call` precedes it."""
         strategy = self._strategies[key]
         with torch.inference_mode():
             part = strategy.exchange.distribute(x)
@@ -157,6 +161,7 @@ class RankWorker:
             make = partial(self._build_on_one_rank, strategy, x)
             on_one_rank, notes = optional("speedup over one rank", make)
         strategy.forward_s = forwards = list[float]()
+        strategy.built.ready()
         for _ in range(1 + PROFILE_ROUNDS):  # the first is a warm-up
             strategy.forward_s = forwards
             whole.append(self._timed(partial(self.call, key, self.config.models.reduce, x=x)))
@@ -197,8 +202,8 @@ class RankWorker:
             try:
                 logits = strategy.built.forward(x)
             except Exception as error:
-                example = strategy.built.example
-                strategy.error = explain(error, strategy.name, self.models, example, example.dtype)
+                example, numbers = strategy.built.example, strategy.built.numbers
+                strategy.error = explain(error, strategy.name, self.models, example, numbers)
         if strategy.forward_s is not None:
             synchronize(self.device)
             strategy.forward_s.append(time.perf_counter() - begin)
@@ -217,7 +222,7 @@ class RankWorker:
             raise UnavailableError(message)
         all_models = range(self._num_models)
         self._all = self._all or self._read(self._num_models, all_models, lambda _: None)[0]
-        alone = build(strategy.name, self._all, x.float(), x.dtype)
+        alone = build(strategy.name, self._all, x.float(), strategy.built.numbers)
         return replace(
             alone, timed_forward=with_reduction(alone.forward, self.config.models.reduce)
         )

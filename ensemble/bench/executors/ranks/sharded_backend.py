@@ -18,6 +18,7 @@ from ensemble.bench.executors.ranks.rank_worker import strategy_key
 from ensemble.bench.measurement import Note, RankTimes
 from ensemble.bench.setup import Backend
 from ensemble.errors import UnavailableError, first_line
+from ensemble.machine.dtypes import NumericFormat
 
 
 class RankStepError(RuntimeError):
@@ -28,8 +29,8 @@ def make_backend(leader: Leader, example: Tensor, reduce: str) -> Backend:
     """The backend of the setup that all ranks are configured for; `example` is rank 0's."""
     host = leader.ranks[0].host
     return Backend(
-        build=lambda name, dtype: _build(leader, name, example, dtype, reduce),
-        explain=lambda error, name, dtype: _explain(error),
+        build=lambda name, numbers: _build(leader, name, example, numbers, reduce),
+        explain=lambda error, name, numbers: _explain(error),
         float64_logits=lambda: _float64_logits(leader, example),
         rank_times=lambda built, case: _rank_times(leader, built, case),
         call_error=lambda name, dtype: _call_error(leader, name, dtype),
@@ -43,16 +44,16 @@ def failure_reason(reports: Sequence[RankReport], ranks: Sequence[RankInfo]) -> 
 
 
 def _build(
-    leader: Leader, name: str, example: Tensor, dtype: torch.dtype, reduce: str
+    leader: Leader, name: str, example: Tensor, numbers: NumericFormat, reduce: str
 ) -> BuiltStrategy:
     """A strategy built on all ranks. Times and memory are the maximum over ranks."""
-    worker, dtype_name = leader.worker, str(dtype).removeprefix("torch.")
-    reports: list[RankReport] = leader.run_step(worker.build, name, dtype_name, example=example)
+    worker = leader.worker
+    reports: list[RankReport] = leader.run_step(worker.build, name, numbers.name, example=example)
     reason = failure_reason(reports, leader.ranks)
     if reason:
         unavailable = any(report.status == "unavailable" for report in reports)
         raise UnavailableError(reason) if unavailable else RankStepError(reason)
-    key, own_example = strategy_key(name, dtype_name), example.to(dtype)
+    key, own_example = strategy_key(name, numbers.name), example.to(numbers.dtype)
 
     def call(x: Tensor, reduce: str) -> Tensor:
         output = worker.call(key, reduce, x=x)
@@ -75,6 +76,7 @@ def _build(
         choice=reports[0].choice,
         notes=_notes(reports),
         ready=lambda: leader.announce_call(key, reduce),
+        numbers=numbers,
     )
 
 
