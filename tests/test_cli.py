@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ import resnet_vmap
 from ensemble.bench import summary, workload
 from ensemble.bench.case import Case
 from ensemble.bench.cli import parse
-from ensemble.bench.config import ReportOptions
+from ensemble.bench.config import Config, ReportOptions, config_of
 from ensemble.bench.report import exports, show
 from ensemble.bench.summary import Run
 from ensemble.errors import InputError
@@ -800,3 +800,41 @@ def test_without_loadgen_the_error_names_the_requirements(
 ) -> None:
     monkeypatch.setattr("ensemble.bench.cli.find_spec", lambda name: None)
     assert "requirements-peers.txt" in error_of(capsys, "--scenario", "server")
+
+
+def test_the_default_comparison_has_a_cuda_graph_of_the_loop_on_cuda_only() -> None:
+    default = ("loop", "vmap", "best")
+    assert parse([]).run.strategies == parse([]).on("cpu").run.strategies == default
+    on_cuda = parse([]).on("cuda")
+    assert on_cuda.run.strategies == ("loop", "vmap", "cudagraph_loop", "best")
+    assert [case.strategy for case in on_cuda.plan()] == ["loop", "vmap", "cudagraph_loop", "best"]
+    assert on_cuda.on("cuda") == config_of(on_cuda.plain()).on("cuda") == on_cuda
+    named = parse(["--strategies", *default])
+    assert named.on("cuda").run.strategies == default
+
+
+def test_a_run_on_cuda_is_planned_for_cuda() -> None:
+    class PlannedError(Exception):
+        pass
+
+    class OnCuda(workload.Workload):
+        def describe(self, config: Config, *, first_forward_s: float) -> NoReturn:
+            raise PlannedError(config.run.strategies)
+
+    def load(config: Config, *, say: object) -> OnCuda:
+        return OnCuda(torch.device("cuda"), (), "none", lambda px: torch.empty(0))
+
+    with pytest.raises(PlannedError, match="cudagraph_loop"):
+        resnet_vmap.run(parse([]), load)
+
+
+def test_flushing_the_l2_cache_requires_cuda_and_one_process_without_load(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--image_path", KITTEN, "--flush_l2", "--device", "cpu"]
+    assert "--flush_l2: requires a CUDA device, got cpu" in error_of(capsys, *argv)
+    under_load = error_of(capsys, *argv, "--scenario", "offline")
+    assert "--flush_l2: cannot be combined with --scenario" in under_load
+    monkeypatch.setattr("ensemble.machine.launch.is_launched", lambda: True)
+    with pytest.raises(InputError, match="cannot be combined with torchrun"):
+        parse(argv)

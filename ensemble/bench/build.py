@@ -52,6 +52,7 @@ class BuiltStrategy:
     choice: Choice | None = None
     ready: Callable[[], None] = _is_ready
     numbers: NumericFormat = FLOAT32
+    peak_reserved_bytes: int | None = None
 
     def call(self, example: Tensor | None = None) -> Tensor:
         """The result for the example, or for another like it."""
@@ -92,6 +93,7 @@ def _build(
 ) -> BuiltStrategy:
     device, dtype = example.device, numbers.dtype
     before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
+    reserved_before = memory.reserved_bytes(device)
     synchronize(device)
     begin = time.perf_counter()
     own_models = models if dtype == torch.float32 else stacking.cast(models, dtype)
@@ -108,6 +110,7 @@ def _build(
     called = time.perf_counter()
     caught = _call_again(built.forward, own_example)
     peak = memory.peak_bytes(device) if peak_known else None
+    peak_reserved = memory.peak_reserved_bytes(device)
     shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
     return BuiltStrategy(
         forward=built.forward,
@@ -116,7 +119,8 @@ def _build(
         logits=logits,
         build_s=ready - begin,
         first_call_s=called - ready,
-        peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
+        peak_memory_bytes=memory.increase(before, peak, shared),
+        peak_reserved_bytes=memory.increase(reserved_before, peak_reserved, shared),
         notes=_notes(built, caught),
         choice=built.choice,
         ready=partial(switch_float32_precision, numbers.float32_precision, device),

@@ -210,10 +210,15 @@ def _check_ranks(typed: Collection[str]) -> None:
     if "scenario" in typed:
         message = "cannot be combined with torchrun: one process serves the requests"
         raise InputError(message, argument="scenario")
+    if "flush_l2" in typed:
+        message = "cannot be combined with torchrun: the other ranks would keep their caches"
+        raise InputError(message, argument="flush_l2")
 
 
 # A load test has single images and no pairs.
-NOT_UNDER_LOAD = ("batch_size", "reduce", "roofline", "self_check", "baseline", "fail_above")
+NOT_UNDER_LOAD = (
+    *("batch_size", "reduce", "roofline", "flush_l2", "self_check", "baseline", "fail_above"),
+)
 
 
 def _check_load(typed: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -17,6 +17,8 @@ Number = TypeVar("Number", int, float)
 DEFAULT_NUM_MODELS = 2
 DEFAULT_IMAGE = "kitten.jpg"
 ALL = "all"
+# What CUDA graphs alone gain: compared by default on CUDA.
+CUDA_GRAPH_OF_LOOP = "cudagraph_loop"
 
 
 def flag(help: str, *, default: Any = None, **options: Any) -> Any:
@@ -92,7 +94,7 @@ class ModelOptions:
         metavar="B",
     )
     inputs: str = flag(
-        "shared: one batch for all models; per_model: a batch for each",
+        "shared: one batch for all models; per_model: a batch each",
         choices=("shared", "per_model"),
         default="shared",
         metavar="WHICH",
@@ -121,8 +123,8 @@ class RunOptions:
         metavar="DTYPE",
     )
     strategies: tuple[str, ...] = flag(
-        f"names of --list_strategies; {BEST}: the autotuned fastest; {ALL}: every one; your own:"
-        " PATH.py:FUNCTION",
+        f"names of --list_strategies; {BEST}: autotuned; {ALL}: every one; your own:"
+        f" PATH.py:FUNCTION; on CUDA {CUDA_GRAPH_OF_LOOP} too",
         choices=(*STRATEGIES, *HYBRIDS, ALL),
         nargs="+",
         default=("loop", "vmap", BEST),
@@ -162,7 +164,7 @@ class MeasureOptions:
     max_ci_percent: float | None = flag(
         "plan further processes (at most 30 per row) for a 95%% CI half-width below this",
         type=percent,
-        metavar="PERCENT",
+        metavar="PCT",
         aliases=("precision",),
     )
     tune_seconds: float = flag(
@@ -173,6 +175,7 @@ class MeasureOptions:
     )
     timeout_minutes: float = flag("worker timeout", type=minutes, default=5.0, metavar="M")
     roofline: bool = switch("add the share of the roofline, from measured device limits")
+    flush_l2: bool = switch("CUDA: evict the L2 cache before each timed call")
     self_check: bool = switch("add the reference against itself: the noise floor")
     max_minutes: float | None = flag(
         "start no further row after this time, and list those missing", type=minutes, metavar="M"
@@ -191,7 +194,7 @@ class LoadOptions:
         choices=("single_stream", "offline", "server"),
     )
     target_qps: float | None = flag(
-        "server: requests per second (default: search the highest within the bound)",
+        "server: requests per second (default: search the highest in the bound)",
         type=rate,
         metavar="R",
     )
@@ -247,13 +250,26 @@ class ReportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A parsed command line. `load` is None unless a scenario was given."""
+    """A parsed command line. `load` is None unless a scenario was given.
+
+    names_strategies: whether the strategies were named, and are not the default ones.
+    """
 
     models: ModelOptions
     run: RunOptions
     measure: MeasureOptions
     load: LoadOptions | None
     report: ReportOptions
+    names_strategies: bool
+
+    def on(self, device_type: str) -> Config:
+        """The configuration on a kind of device: on CUDA the default comparison has a CUDA graph
+        of the loop too."""
+        if self.names_strategies or device_type != "cuda":
+            return self
+        *others, last = self.run.strategies
+        strategies = (*others, CUDA_GRAPH_OF_LOOP, last)
+        return replace(self, run=replace(self.run, strategies=strategies), names_strategies=True)
 
     def plan(self) -> list[Case]:
         """The cases to measure, in their order: one grid point after another, each case once."""
@@ -299,6 +315,7 @@ def config_of(values: Mapping[str, Any]) -> Config:
         measure=part(MeasureOptions),
         load=part(LoadOptions) if values.get("scenario") else None,
         report=part(ReportOptions),
+        names_strategies="strategies" in values,
     )
 
 

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
 
 from ensemble.bench.build import BuiltStrategy, release_compiled
 from ensemble.bench.case import REFERENCE, Task
 from ensemble.bench.config import MeasureOptions
+from ensemble.bench.failures import optional
+from ensemble.bench.host_copies import calls_from_host
 from ensemble.bench.measurement import FAILED, UNAVAILABLE, Measurement, Note
 from ensemble.bench.setup import Setup
 from ensemble.bench.stages import BUILDING, TIMING, OnStage, reported_compilation
 from ensemble.bench.timed_calls import TimedCalls, leak, remarks
 from ensemble.errors import UnavailableError
 from ensemble.machine import memory, other_processes
-from ensemble.machine.devices import synchronize
+from ensemble.machine.devices import l2_flush, synchronize
 from ensemble.machine.dtypes import numeric_format
 from ensemble.machine.precision import Float32Precision, switch_float32_precision
-from ensemble.machine.timing import Sample, interleaved
+from ensemble.machine.timing import Sample, event_maker, interleaved
 from ensemble.statistics import MIN_PAIRS_FOR_INTERVAL, median
 from ensemble.strategies.agreement import check, check_reduced, check_same, tolerance_of
 
 # Cores that a forward on an accelerator keeps busy: kernel launches, and the driver.
 LAUNCHING = 2
 MIN_ALONE = 3  # calls of the reference alone
+COPY_CALLS = 7  # timed calls with copies from and to the host
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +58,7 @@ def measure(
         if found.error:
             return found
         timed = _timed(found, built, setup, options, reduce, on_stage)
+        timed = _with_copies(timed, built, setup)
         ranks, notes = setup.backend.rank_times(built, case)
         # Later calls may differ from the first: freed memory is only now overwritten.
         if problem := _problem_of_result(built, setup, reduce):
@@ -77,6 +84,7 @@ def measurement_of_reference(found: Measurement, setup: Setup) -> Measurement | 
     return replace(
         _with_costs(reference, setup.reference),
         times_s=found.reference_alone_times_s,
+        device_times_s=_device_times(setup.reference_alone),
         page_faults_per_call=found.reference_page_faults_per_call,
         others_cpu_share=found.others_cpu_share,
         max_rel_error=0.0,
@@ -96,6 +104,7 @@ def _with_costs(found: Measurement, built: BuiltStrategy) -> Measurement:
         build_s=built.build_s,
         first_call_s=built.first_call_s,
         peak_memory_bytes=built.peak_memory_bytes,
+        peak_reserved_bytes=built.peak_reserved_bytes,
         tune_s=built.choice.seconds if built.choice else None,
     )
 
@@ -141,18 +150,34 @@ def time_alone(setup: Setup, options: MeasureOptions) -> tuple[Sample, ...]:
     Runtime, whose threads spin for work (2 cores).
     """
     reference = setup.reference
-    calls = TimedCalls(reference, setup.example)
+    calls, device = TimedCalls(reference, setup.example), setup.example.device
     rounds = interleaved(
         [calls],
-        ready=[reference.ready],
+        ready=_ready([reference], device, options),
         untimed=[calls.repeat],
         renew=[calls.renew],
         warmup=options.warmup,
         min_rounds=min(MIN_PAIRS_FOR_INTERVAL, max(MIN_ALONE, options.min_pairs // 2)),
         min_seconds=options.min_seconds / 2,
-        synchronize=lambda: synchronize(setup.example.device),
+        make_event=event_maker(device),
+        synchronize=lambda: synchronize(device),
     )
     return tuple(sample for (sample,) in rounds)
+
+
+def _ready(
+    timed: Sequence[BuiltStrategy], device: torch.device, options: MeasureOptions
+) -> list[Callable[[], None]]:
+    """What runs untimed before each call of each strategy."""
+    if not options.flush_l2:
+        return [one.ready for one in timed]
+    flush = l2_flush(device)
+
+    def ready(one: BuiltStrategy) -> None:
+        one.ready()
+        flush()
+
+    return [partial(ready, one) for one in timed]
 
 
 @dataclass
@@ -192,6 +217,8 @@ def _timed(
         found,
         times_s=tuple(sample.seconds for sample in ours),
         reference_times_s=tuple(sample.seconds for sample in paired),
+        device_times_s=_device_times(ours),
+        reference_device_times_s=_device_times(paired),
         reference_alone_times_s=tuple(sample.seconds for sample in alone),
         page_faults_per_call=_page_faults(ours),
         reference_page_faults_per_call=_page_faults(alone),
@@ -220,12 +247,13 @@ def _time_rounds(
     rounds, begin = _Rounds(), time.perf_counter()
     for samples in interleaved(
         calls,
-        ready=[one.ready for one in timed],
+        ready=_ready(timed, device, options),
         untimed=[one.repeat for one in calls],
         renew=[one.renew for one in calls],
         warmup=options.warmup,
         min_rounds=options.min_pairs,
         min_seconds=options.min_seconds,
+        make_event=event_maker(device),
         synchronize=lambda: synchronize(device),
     ):
         rounds.samples.append(samples)
@@ -257,6 +285,35 @@ def _error_of_answer(
         cause = "the answer to an earlier input; " if strategy.repeats else ""
         raise WrongAnswerError(f"in a timed call with a new input, {cause}{found.problem}")
     return found.max_rel_error or 0.0
+
+
+def _with_copies(found: Measurement, built: BuiltStrategy, setup: Setup) -> Measurement:
+    """The measurement with the time of calls from pinned host memory to the host, on CUDA."""
+    device = setup.example.device
+    if device.type != "cuda":
+        return found
+    seconds, problem = optional("time with copies", lambda: _seconds_with_copies(built, setup))
+    notes = found.notes + tuple(map(Note, problem))
+    return replace(found, with_copies_s=seconds, notes=notes)
+
+
+def _seconds_with_copies(built: BuiltStrategy, setup: Setup) -> float | None:
+    calls = calls_from_host(built, setup.example)
+    rounds = interleaved(
+        [calls],
+        ready=[built.ready],
+        untimed=[calls.repeat],
+        renew=[calls.renew],
+        warmup=1,
+        min_rounds=COPY_CALLS,
+        min_seconds=0.0,
+        synchronize=lambda: synchronize(setup.example.device),
+    )
+    return median([sample.seconds for (sample,) in rounds])
+
+
+def _device_times(samples: Sequence[Sample]) -> tuple[float, ...]:
+    return tuple(one.device_seconds for one in samples if one.device_seconds is not None)
 
 
 def _page_faults(samples: Sequence[Sample]) -> float | None:

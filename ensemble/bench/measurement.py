@@ -64,6 +64,10 @@ class Measurement:
     pairs, in the order in which they were measured; the reference itself has no pairs.
     `reference_alone_times_s` are calls of the reference before the strategy was built: what a
     program takes that runs nothing else. In files of earlier versions there are none.
+
+    On CUDA, `device_times_s` and `reference_device_times_s` are the same calls between two events
+    on the stream, and `with_copies_s` is the median of further calls from pinned host memory to
+    logits on the host.
     """
 
     case: Case
@@ -72,9 +76,13 @@ class Measurement:
     times_s: tuple[float, ...] = ()
     reference_times_s: tuple[float, ...] = ()
     reference_alone_times_s: tuple[float, ...] = ()
+    device_times_s: tuple[float, ...] = ()
+    reference_device_times_s: tuple[float, ...] = ()
+    with_copies_s: float | None = None
     build_s: float | None = None
     first_call_s: float | None = None
     peak_memory_bytes: int | None = None
+    peak_reserved_bytes: int | None = None  # on CUDA: what the caching allocator held
     tune_s: float | None = None  # of build_s, to choose a strategy; None where nothing was chosen
     page_faults_per_call: float | None = None
     reference_page_faults_per_call: float | None = None

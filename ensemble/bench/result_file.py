@@ -36,7 +36,8 @@ CASE_FIELDS = tuple(field.name for field in fields(Case))
 # Statistics of a row, in their order; those of a load test are of the run that the table shows.
 STATISTICS = (
     *("median_s", "iqr_s", "reference_median_s", "speedup", "speedup_interval", "inconclusive"),
-    *("build_s", "first_call_s", "tune_s", "peak_memory_bytes", "page_faults_per_call"),
+    *("device_median_s", "with_copies_s", "build_s", "first_call_s", "tune_s"),
+    *("peak_memory_bytes", "peak_reserved_bytes", "page_faults_per_call"),
     *("max_rel_error", "error_float64", "top1_agreement", "others_cpu_share", "roofline_share"),
 )
 OF_RANKS = (*("parallel_efficiency", "communication", "interference", "speedup_over_one_rank"),)
@@ -257,7 +258,12 @@ def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
 
 def _check_times(result: Summary) -> None:
     alone = [time for one in result.measurements for time in one.reference_alone_times_s]
-    for times in (result.times_s, result.reference_times_s, alone):
+    on_device = [
+        time
+        for one in result.measurements
+        for time in (*one.device_times_s, *one.reference_device_times_s)
+    ]
+    for times in (result.times_s, result.reference_times_s, alone, on_device):
         numbers = all(isinstance(time, int | float) for time in times)
         if not numbers or not all(0 < time < math.inf for time in times):
             raise ValueError(

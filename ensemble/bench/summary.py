@@ -151,6 +151,20 @@ class Summary:
         return max(self._known("peak_memory_bytes"), default=None)
 
     @property
+    def peak_reserved_bytes(self) -> int | None:
+        return max(self._known("peak_reserved_bytes"), default=None)
+
+    @property
+    def device_median_s(self) -> float | None:
+        """The median time of a call between two events on the device's stream."""
+        return median([time for one in self.measurements for time in one.device_times_s])
+
+    @property
+    def with_copies_s(self) -> float | None:
+        """The time of a call from pinned host memory to logits on the host."""
+        return median(self._known("with_copies_s"))
+
+    @property
     def page_faults_per_call(self) -> float | None:
         return median(self._known("page_faults_per_call"))
 

@@ -29,7 +29,7 @@ class TimedCalls:
         """example: in float32; the strategy is called in the dtype of its own."""
         self._built, self._example = built, example
         self._varied = torch.empty_like(example)
-        self._input, self._next = built.example.clone(), built.example.clone()
+        self._input, self._next = _clone(built.example), _clone(built.example)
         self._number = self._next_number = 0
         self._answers = dict[int, Tensor]()  # number of an input -> result; the last few
         self.calls = 0
@@ -65,6 +65,11 @@ class TimedCalls:
             for number, answer in self._answers.items()
             if number != self._number
         )
+
+
+def _clone(x: Tensor) -> Tensor:
+    """A copy of x, page-locked if x is."""
+    return torch.empty_like(x, pin_memory=x.is_pinned()).copy_(x)
 
 
 def leak(used_bytes: Sequence[int | None], calls: Sequence[int]) -> float | None:

@@ -107,6 +107,7 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """
     configure(config)
     measured_on = devices.find_device(config.run.device, say=say)
+    _check_settings(config, measured_on)
     if is_remote(config, measured_on):
         device = torch.device("cpu")
     else:
@@ -183,7 +184,15 @@ def prepare(config: Config, *, device: str) -> torch.device:
         InputError: no such device or setting here.
     """
     configure(config)
-    return devices.select_device(device)
+    chosen = devices.select_device(device)
+    _check_settings(config, chosen)
+    return chosen
+
+
+def _check_settings(config: Config, device: torch.device) -> None:
+    """Raise InputError for a setting that the device does not have."""
+    if config.measure.flush_l2 and device.type != "cuda":
+        raise InputError(f"requires a CUDA device, got {device}", argument="flush_l2")
 
 
 def configure(config: Config) -> None:

@@ -15,6 +15,8 @@ from ensemble.machine.precision import Float32Precision
 
 log = logging.getLogger(__name__)
 
+MIN_FLUSH_BYTES = 256 * 2**20
+
 
 def find_device(name: str, *, say: Callable[[str], None] = log.warning) -> torch.device:
     """The device `name`, which this process does not begin to use: on CUDA it gets no context.
@@ -84,6 +86,24 @@ def synchronize(device: torch.device) -> None:
     """Wait for all work queued on `device`; a no-op on the CPU. An unknown device raises."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def l2_flush(
+    device: torch.device, *, allocate: Callable[..., torch.Tensor] = torch.empty
+) -> Callable[[], None]:
+    """A function that queues a write to a buffer larger than the L2 cache of a CUDA device, so that
+    the next call finds nothing of the previous one there.
+
+    Source: `triton.testing.do_bench`, whose buffer has 256 MB.
+    """
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    size = max(MIN_FLUSH_BYTES, 2 * cache)
+    buffer = allocate(size // 4, dtype=torch.int32, device=device)
+
+    def flush() -> None:
+        buffer.zero_()
+
+    return flush
 
 
 def device_name(device: torch.device) -> str | None:

@@ -141,6 +141,22 @@ def peak_bytes(device: torch.device) -> int | None:
     return torch.accelerator.max_memory_allocated(device)
 
 
+def reserved_bytes(device: torch.device) -> int | None:
+    """Bytes that CUDA's caching allocator holds of the device: allocated ones, private pools of
+    CUDA graphs, and free blocks. None on other devices."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
+
+
+def peak_reserved_bytes(device: torch.device) -> int | None:
+    """The peak of `reserved_bytes` since `reset_peak`."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def increase(before: int | None, peak: int | None, shared: int) -> int | None:
+    """Peak memory of something, in bytes, with what it shares and was there before."""
+    return None if before is None or peak is None else peak - before + shared
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on `device` without swapping."""
     if device.type != "cpu":

@@ -19,6 +19,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
+
+import torch
 
 from ensemble.machine import memory
 
@@ -30,34 +33,66 @@ LONG_S = 0.2
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call: its seconds and page faults (None where the platform does not count them)."""
+    """One timed call: its seconds, its page faults (None where the platform does not count them),
+    and the seconds between two events on the device's stream (None without events)."""
 
     seconds: float
     page_faults: int | None
+    device_seconds: float | None = None
+
+
+class Event(Protocol):
+    """A time stamp on a stream, such as `torch.cuda.Event(enable_timing=True)`."""
+
+    def record(self) -> None:
+        """Queue the time stamp on the current stream."""
+
+    def elapsed_time(self, end: Any) -> float:
+        """Milliseconds from this event to `end`, both of which are reached."""
+
+
+def cuda_event() -> Event:
+    """An event of CUDA with a time stamp."""
+    event: Event = torch.cuda.Event(enable_timing=True)
+    return event
+
+
+def event_maker(device: torch.device) -> Callable[[], Event] | None:
+    """What makes the events that time the device itself; None where nothing does."""
+    return cuda_event if device.type == "cuda" else None
 
 
 def time_call(
     function: Callable[[], object],
     *,
     synchronize: Callable[[], None],
+    events: tuple[Event, Event] | None = None,
     clock: Clock = time.perf_counter,
     page_faults: Callable[[], int | None] = memory.page_faults,
 ) -> Sample:
     """Time one call, from an idle device to an idle device.
 
-    Excludes waiting for previously queued work, counting page faults, and freeing the result.
+    Excludes waiting for previously queued work, counting page faults, reading the events, and
+    freeing the result. With `events`, the first is recorded just before the clock starts, and the
+    second after the call, before the device is waited for: they leave out the launch of the wait,
+    and what the host does until it returns.
     """
     synchronize()
     faults_before = page_faults()
+    if events:
+        events[0].record()
     start = clock()
     result = function()
+    if events:
+        events[1].record()
     synchronize()
     seconds = clock() - start
     faults = page_faults()
     del result
+    on_device = 1e-3 * events[0].elapsed_time(events[1]) if events else None
     if faults is None or faults_before is None:
-        return Sample(seconds, None)
-    return Sample(seconds, faults - faults_before)
+        return Sample(seconds, None, on_device)
+    return Sample(seconds, faults - faults_before, on_device)
 
 
 def interleaved(
@@ -70,6 +105,7 @@ def interleaved(
     ready: Sequence[Callable[[], None]] | None = None,
     untimed: Sequence[Callable[[], object]] | None = None,
     renew: Sequence[Callable[[], None]] | None = None,
+    make_event: Callable[[], Event] | None = None,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
     page_faults: Callable[[], int | None] = memory.page_faults,
@@ -77,7 +113,8 @@ def interleaved(
     """Yield rounds of samples; each round times every function once, in random order.
 
     The samples of a round are in the order of `functions`. Every function first runs `warmup`
-    untimed calls. Stops after at least `min_rounds` rounds and `min_seconds` seconds.
+    untimed calls. Stops after at least `min_rounds` rounds and `min_seconds` seconds. `make_event`,
+    if given, makes the two events that also time each call on the device.
 
     These, if given, have a callback per function:
         ready: runs untimed before each of its calls.
@@ -91,7 +128,13 @@ def interleaved(
     for call in settling:
         for _ in range(warmup):
             call()
-    timed = partial(time_call, synchronize=synchronize, clock=clock, page_faults=page_faults)
+    timed = partial(
+        time_call,
+        synchronize=synchronize,
+        events=_recorded_pair(make_event) if make_event else None,
+        clock=clock,
+        page_faults=page_faults,
+    )
     begin, rounds, last = clock(), 0, dict[int, float]()
     order, generator = list(range(len(functions))), random.Random(0)
     while rounds < min_rounds or clock() - begin < min_seconds:
@@ -111,6 +154,14 @@ def interleaved(
             last[index] = samples[index].seconds
         yield tuple(samples[index] for index in range(len(functions)))
         rounds += 1
+
+
+def _recorded_pair(make_event: Callable[[], Event]) -> tuple[Event, Event]:
+    """Two events, recorded once: CUDA creates an event when it is first recorded."""
+    pair = make_event(), make_event()
+    for event in pair:
+        event.record()
+    return pair
 
 
 def _call_both(first: Callable[[], object], second: Callable[[], object]) -> None:

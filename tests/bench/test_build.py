@@ -11,12 +11,14 @@ from ensemble import strategies
 from ensemble.bench.build import build
 from ensemble.compiler import kernels
 from ensemble.errors import UnavailableError
+from ensemble.machine import memory
 from ensemble.machine.dtypes import FLOAT32, numeric_format
 from ensemble.machine.precision import (
     Float32Precision,
     current_float32_precision,
     float32_precision,
 )
+from ensemble.models import stacking
 from ensemble.strategies import Strategy
 from ensemble.strategies.build_result import BuildResult
 from tests.tiny import tiny_models
@@ -71,3 +73,13 @@ def test_a_strategy_is_built_under_its_own_precision_and_that_of_the_caller_is_r
 def test_tf32_is_not_built_on_a_cpu() -> None:
     with pytest.raises(UnavailableError, match="tf32 requires a CUDA device, got cpu"):
         build("loop", tiny_models(2), torch.randn(1, 3, 8, 8), numeric_format("tf32"))
+
+
+def test_the_reserved_peak_of_a_build_includes_its_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "reserved_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "peak_reserved_bytes", lambda device: 5000)
+    models = tiny_models(2)
+    built = build("loop", models, torch.randn(1, 3, 8, 8), FLOAT32)
+    assert built.peak_reserved_bytes == 4000 + sum(map(stacking.weight_bytes, models))
+    monkeypatch.undo()
+    assert build("loop", models, torch.randn(1, 3, 8, 8), FLOAT32).peak_reserved_bytes is None

@@ -9,13 +9,16 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from ensemble.bench import host_copies
 from ensemble.bench import measure as module
 from ensemble.bench.build import BuiltStrategy
 from ensemble.bench.case import Task
 from ensemble.bench.measure import measure, measurement_of_reference, time_alone
 from ensemble.bench.measurement import Measurement
 from ensemble.bench.setup import Backend, Setup
+from ensemble.bench.timed_calls import TimedCalls
 from ensemble.machine import memory, other_processes
 from ensemble.machine.dtypes import FLOAT32, NumericFormat, numeric_format
 from ensemble.machine.precision import (
@@ -245,3 +248,125 @@ def test_a_row_in_tf32_has_a_tolerance_of_its_own(dtype: str, status: str) -> No
         setup = setup_of(lambda x: logits(x) * (1 + 5e-4))
         row = measure(task, setup, OPTIONS, reduce="none", on_stage=lambda stage, done: None)
     assert row.status == status
+
+
+def test_times_of_the_device_are_those_of_the_strategy_the_pairs_and_the_reference_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs = [(Sample(2.0, 0, 1.0 + k), Sample(1.0, 0, 0.5 + k)) for k in (0, 1, 2)]
+    monkeypatch.setattr(module, "interleaved", samples_of(*pairs))
+    setup = replace(setup_of(logits), reference_alone=(Sample(5.0, 0, 4.5), Sample(6.0, 0, 5.5)))
+    row = measured(setup)
+    assert row.device_times_s == (0.5, 1.5, 2.5)
+    assert row.reference_device_times_s == (1.0, 2.0, 3.0)
+    reference = measurement_of_reference(row, setup)
+    assert reference is not None
+    assert (reference.times_s, reference.device_times_s) == ((5.0, 6.0), (4.5, 5.5))
+
+
+def test_on_a_cpu_no_call_is_timed_by_events_nor_from_another_memory() -> None:
+    row = measured(setup_of(logits))
+    assert (row.device_times_s, row.reference_device_times_s) == ((), ())
+    assert (row.with_copies_s, row.peak_reserved_bytes) == (None, None)
+
+
+def test_events_are_asked_for_by_the_device_of_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CountingEvent:
+        def record(self) -> None:
+            pass
+
+        def elapsed_time(self, end: object) -> float:
+            return 3.0
+
+    asked: list[torch.device] = []
+
+    def maker(device: torch.device) -> Callable[[], CountingEvent]:
+        asked.append(device)
+        return CountingEvent
+
+    monkeypatch.setattr(module, "event_maker", maker)
+    setup = setup_of(logits)
+    alone = time_alone(setup, OPTIONS)
+    row = measured(replace(setup, reference_alone=alone))
+    assert asked == [IMAGE.device] * 2
+    assert row.device_times_s == row.reference_device_times_s == (0.003,) * 8
+    assert [sample.device_seconds for sample in alone] == [0.003] * 4
+
+
+def test_the_l2_cache_is_flushed_before_each_call_on_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+
+    def forward(x: Tensor) -> Tensor:
+        log.append("call")
+        return logits(x)
+
+    monkeypatch.setattr(module, "l2_flush", lambda device: lambda: log.append("flush"))
+    setup = setup_of(forward, forward)
+    log.clear()
+    time_alone(setup, replace(OPTIONS, flush_l2=True))
+    assert log == ["flush", "call"] * (len(log) // 2)
+    assert len(log) > 8
+    log.clear()
+    time_alone(setup, OPTIONS)
+    assert set(log) == {"call"}
+
+
+class OnCuda:
+    """Fake tensors on CUDA: a strategy whose calls note where their inputs lie."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[torch.device] = []
+        self._setup = setup_of(logits)
+        monkeypatch.setattr(host_copies, "pinned", lambda x: x.cpu())  # fake tensors have none
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.device)
+        return x.flatten(1)
+
+    def built(self, forward: Forward) -> tuple[BuiltStrategy, Setup]:
+        image = torch.empty(1, 3, 4, 4, device="cuda")
+        reference = self._setup.reference
+        strategy = replace(reference, forward=forward, timed_forward=forward, example=image)
+        return strategy, replace(self._setup, example=image)
+
+
+def test_the_time_with_copies_is_the_median_of_calls_from_host_memory_to_host_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[torch.device] = []
+
+    def interleaved(
+        functions: Sequence[TimedCalls], *, renew: Sequence[Callable[[], None]], **_: object
+    ) -> Iterator[tuple[Sample, ...]]:
+        for seconds in (0.3, 0.1, 0.2):
+            renew[0]()
+            functions[0]()
+            assert functions[0].result is not None
+            found.append(functions[0].result.device)
+            yield (Sample(seconds, 0),)
+
+    cuda = OnCuda(monkeypatch)
+    with FakeTensorMode():
+        strategy, setup = cuda.built(cuda.forward)
+        monkeypatch.setattr(module, "interleaved", interleaved)
+        row = module._with_copies(Measurement(CASE), strategy, setup)
+    assert row.with_copies_s == 0.2
+    assert {device.type for device in cuda.seen} == {"cuda"}
+    assert {device.type for device in found} == {"cpu"}
+
+
+def test_a_time_with_copies_that_cannot_be_had_costs_no_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("cannot pin memory")
+
+    cuda = OnCuda(monkeypatch)
+    with FakeTensorMode():
+        row = module._with_copies(Measurement(CASE), *cuda.built(fails))
+    assert (row.status, row.with_copies_s) == ("ok", None)
+    assert [str(note) for note in row.notes] == [
+        "no time with copies: RuntimeError: cannot pin memory"
+    ]

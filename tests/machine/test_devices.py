@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,3 +101,24 @@ def test_tf32_is_disabled() -> None:
     )
     assert described.tf32 is False
     assert described.cores == os.cpu_count()
+
+
+@pytest.mark.parametrize(("cache_mb", "expected_mb"), [(50, 256), (300, 600)])
+def test_what_evicts_the_l2_cache_writes_twice_its_size_and_at_least_256_mb(
+    cache_mb: int, expected_mb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(L2_cache_size=cache_mb * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    allocated: list[torch.Tensor] = []
+
+    def allocate(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert device == torch.device("cuda", 1)
+        allocated.append(torch.ones(size, dtype=dtype, device="cpu"))
+        return allocated[-1]
+
+    flush = devices.l2_flush(torch.device("cuda", 1), allocate=allocate)
+    (buffer,) = allocated
+    assert buffer.nbytes == expected_mb * 2**20
+    assert buffer.min() == 1
+    flush()
+    assert buffer.max() == 0

@@ -254,3 +254,17 @@ def test_retained_memory_causes_no_further_page_faults() -> None:
     pages = 200_000_000 // resource.getpagesize()
     assert faults["system"] > 0.5 * pages
     assert faults["retain"] < 0.01 * pages
+
+
+def test_reserved_memory_is_that_of_the_caching_allocator_of_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: {cuda: 20}[device])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: {cuda: 90}[device])
+    assert (memory.reserved_bytes(cuda), memory.peak_reserved_bytes(cuda)) == (20, 90)
+    cpu = torch.device("cpu")
+    assert (memory.reserved_bytes(cpu), memory.peak_reserved_bytes(cpu)) == (None, None)
+    assert memory.increase(20, 90, 5) == 75
+    assert memory.increase(None, 90, 5) is None
+    assert memory.increase(20, None, 5) is None

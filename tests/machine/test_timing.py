@@ -230,3 +230,81 @@ def test_a_timed_call_is_prepared_before_the_untimed_ones_that_precede_it(
     assert [sample.seconds for (sample,) in rounds] == pytest.approx([0.5 * SETTLE_S] * 2)
     one_round = ["renew", *["ready", "untimed"] * 2, "ready", "timed"]
     assert calls == ["ready", "untimed", *one_round * 2]
+
+
+class FakeDevice:
+    """Work runs on it in the order in which it is queued; the host notes what it does."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock, self.free_at, self.log = clock, 0.0, list[str]()
+
+    def queue(self, seconds: float) -> None:
+        self.log.append("queue")
+        self.free_at = max(self.free_at, self.clock.now) + seconds
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+        self.clock.now = max(self.free_at, self.clock.now) + 0.25  # what the wait itself takes
+
+    def make_event(self) -> "FakeEvent":
+        self.log.append("make")
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    """Its time stamp is that of the device, once all that was queued before it has run."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.device, self.at = device, 0.0
+
+    def record(self) -> None:
+        self.device.log.append("record")
+        self.at = max(self.device.free_at, self.device.clock.now)
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        self.device.log.append("read")
+        return 1e3 * (end.at - self.at)
+
+
+def test_events_time_the_device_without_the_wait_of_the_host() -> None:
+    clock = FakeClock()
+    device = FakeDevice(clock)
+    sample = time_call(
+        lambda: device.queue(2.0),
+        synchronize=device.synchronize,
+        events=(device.make_event(), device.make_event()),
+        clock=clock,
+        page_faults=no_faults,
+    )
+    assert sample == Sample(2.25, 0, 2.0)
+    assert device.log == [
+        *("make", "make", "synchronize"),
+        *("record", "queue", "record", "synchronize", "read"),
+    ]
+
+
+def test_each_sample_of_interleaved_rounds_has_the_time_of_its_own_call_on_the_device() -> None:
+    clock = FakeClock()
+    device = FakeDevice(clock)
+    rounds = interleaved(
+        [lambda: device.queue(1.0), lambda: device.queue(3.0)],
+        warmup=0,
+        min_rounds=3,
+        min_seconds=0,
+        synchronize=device.synchronize,
+        make_event=device.make_event,
+        clock=clock,
+        page_faults=no_faults,
+    )
+    found = [[sample.device_seconds for sample in samples] for samples in rounds]
+    assert found == [[1.0, 3.0]] * 3
+    # Made, and recorded once, before the first timed call: CUDA creates an event when recorded.
+    assert device.log[:4] == ["make", "make", "record", "record"]
+    assert device.log.count("make") == 2
+
+
+def test_only_cuda_has_events() -> None:
+    assert timing.event_maker(torch.device("cpu")) is None
+    assert timing.event_maker(torch.device("mps")) is None
+    assert timing.event_maker(torch.device("cuda", 1)) is timing.cuda_event
+    assert time_call(nothing, synchronize=nothing).device_seconds is None

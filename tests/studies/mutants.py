@@ -484,8 +484,8 @@ MUTANTS = (
     Mutant(
         "the reference alone is timed with one input",
         _MEASURE,
-        "        renew=[calls.renew],\n",
-        "",
+        "        renew=[calls.renew],\n        warmup=options.warmup,\n",
+        "        warmup=options.warmup,\n",
         MEASURE,
     ),
     Mutant(
@@ -825,8 +825,8 @@ MUTANTS = (
     Mutant(
         "page faults have the wrong sign",
         _TIMING,
-        "faults - faults_before)",
-        "faults_before - faults)",
+        "faults - faults_before,",
+        "faults_before - faults,",
         TIMING,
     ),
     Mutant(

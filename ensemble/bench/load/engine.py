@@ -1,4 +1,8 @@
-"""The inference engine: runs a batch by the forward of its plan, and checks every answer."""
+"""The inference engine: runs a batch by the forward of its plan, and checks every answer.
+
+Requests have their images in host memory, and answers are there: on CUDA a batch includes both
+copies.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ensemble.bench.build import BuiltStrategy
 from ensemble.bench.load.batching import SINGLE_TENANT, Batch, BatchPlan
-from ensemble.machine.devices import synchronize
 
 CHECKED_CLASSES = 32  # logits compared per answer under load, evenly spaced over all classes
 
@@ -36,13 +38,14 @@ class Engine:
         built_plans: dict[PlanKey, BuiltPlan],
         plans: Sequence[BatchPlan],
         expected: Tensor,
-        images: Tensor,
+        images: Tensor,  # (count, 3, px, px) in host memory, on CUDA pinned
         *,
         tolerance: float,
         max_rel_error: float | None,
     ) -> None:
         self._built_plans, self._images = built_plans, images.unbind()
         self.plans, self.max_rel_error = tuple(plans), max_rel_error
+        self.device = next(iter(built_plans.values())).input.device
         forwards = [forward for built in built_plans.values() for forward in built.forwards]
         self.build_s = sum(forward.build_s for forward in forwards)
         self.first_call_s = sum(forward.first_call_s for forward in forwards)
@@ -54,16 +57,16 @@ class Engine:
         self._tolerances = tolerance * largest
 
     def execute(self, batch: Batch) -> tuple[int, float]:
-        """Run a batch: the number of its requests with a wrong answer, and the forward's time."""
+        """Run a batch: the number of its requests with a wrong answer, and the time of the forward
+        until its logits are on the host."""
         built = self._built_plans[batch.plan.mode, batch.plan.batch_size]
         for slots, requests in zip(built.slots, batch.requests, strict=True):
             for slot, request in zip(slots, requests, strict=False):
-                slot.copy_(self._images[request.image])
+                slot.copy_(self._images[request.image], non_blocking=True)
         index = batch.tenants[0] if len(built.forwards) > 1 else 0
         built.forwards[index].ready()
         begin = time.perf_counter()
-        logits = built.forwards[index].forward(built.input)
-        synchronize(logits.device)
+        logits = built.forwards[index].forward(built.input).cpu()
         seconds = time.perf_counter() - begin
         return self._count_wrong(batch, logits), seconds
 
@@ -71,10 +74,6 @@ class Engine:
     def num_images(self) -> int:
         """The number of different images."""
         return len(self._images)
-
-    @property
-    def device(self) -> torch.device:
-        return self._images[0].device
 
     def distinguishes_images(self) -> bool:
         """Do the answers of every model to any two images differ by more than twice the tolerance?

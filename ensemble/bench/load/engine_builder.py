@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ensemble.bench.build import build
 from ensemble.bench.case import Case
+from ensemble.bench.host_copies import calls_from_host, pinned
 from ensemble.bench.load.batching import ALL_TENANTS, SINGLE_TENANT, BatchPlan, batch_sizes
 from ensemble.bench.load.engine import BuiltPlan, Engine, PlanKey
 from ensemble.bench.setup import Setup
 from ensemble.bench.stages import OnStage
-from ensemble.bench.timed_calls import TimedCalls
 from ensemble.machine.devices import synchronize
 from ensemble.machine.dtypes import NumericFormat, numeric_format
 from ensemble.machine.timing import interleaved
@@ -96,7 +96,7 @@ def build_engine(case: Case, setup: Setup, *, max_batch: int, on_stage: OnStage)
         built_plans,
         plans,
         expected,
-        images,
+        pinned(images),
         tolerance=tolerance_of(numbers),
         max_rel_error=max(errors, default=None),
     )
@@ -145,12 +145,14 @@ def _build_plan(
 
 
 def _time_plan(built: BuiltPlan) -> float:
-    """The median seconds of a call with a new input, of the first tenant's forward for all.
+    """The median seconds of a call with a new input, of the first tenant's forward for all; on CUDA
+    with the copies from and to the host.
 
     Raises:
         CacheError: calls with the input before are answered much faster.
     """
-    calls = TimedCalls(replace(built.forwards[0], example=built.input), built.input.float())
+    forward = replace(built.forwards[0], example=built.input)
+    calls = calls_from_host(forward, built.input.float())
     rounds = interleaved(
         [calls, calls.repeat],
         ready=[built.forwards[0].ready] * 2,

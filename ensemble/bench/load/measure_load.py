@@ -12,6 +12,7 @@ from ensemble.bench.build import prepare, release_compiled
 from ensemble.bench.case import Case
 from ensemble.bench.config import LoadOptions, MeasureOptions
 from ensemble.bench.failures import explain
+from ensemble.bench.host_copies import pinned
 from ensemble.bench.load.engine import Engine
 from ensemble.bench.load.engine_builder import DisagreementError, build_engine, serving_mode
 from ensemble.bench.load.load_tester import LoadTester
@@ -63,6 +64,7 @@ def measure_under_load(
         for strategy in filter(None, (serving.single_tenant, serving.all_tenants)):
             prepare(strategy, device)
         before, peak_known = memory.used_bytes(device), memory.reset_peak(device)
+        reserved_before = memory.reserved_bytes(device)
         engine = build_engine(case, setup, max_batch=load_options.max_batch, on_stage=on_stage)
         measurement = replace(
             measurement,
@@ -91,6 +93,7 @@ def measure_under_load(
     finally:  # as `devices.configure` has set it
         switch_float32_precision(Float32Precision.IEEE, device)
     peak = memory.peak_bytes(device) if peak_known else None
+    peak_reserved = memory.peak_reserved_bytes(device)
     shared = sum(map(stacking.weight_bytes, setup.models)) if numbers.dtype == torch.float32 else 0
     problem = next((run.problem for run in load_test.runs if run.problem), None)
     return replace(
@@ -99,7 +102,8 @@ def measure_under_load(
         error=problem,
         build_s=engine.build_s,
         first_call_s=engine.first_call_s,
-        peak_memory_bytes=None if peak is None or before is None else peak - before + shared,
+        peak_memory_bytes=memory.increase(before, peak, shared),
+        peak_reserved_bytes=memory.increase(reserved_before, peak_reserved, shared),
         others_cpu_share=other_processes.share_of_others(cpu, other_processes.read()),
         load=load_test,
     )
@@ -146,20 +150,22 @@ def _bound_s(case: Case, setup: Setup, load_options: LoadOptions, *, warmup: int
     """The requested latency bound, or four times one request by the loop."""
     if load_options.latency_bound_ms is not None:
         return 1e-3 * load_options.latency_bound_ms
-    one = setup.example if case.inputs == "shared" else setup.example[0]
+    one = pinned(setup.example if case.inputs == "shared" else setup.example[0])
+    device = setup.example.device
     models = setup.models if case.inputs == "shared" else setup.models[:1]
 
     def call() -> list[torch.Tensor]:
         with torch.inference_mode():
-            return [model(one) for model in models]
+            x = one.to(device, non_blocking=True)
+            return [logits.cpu() for logits in [model(x) for model in models]]
 
     rounds = interleaved(
         [call],
-        ready=[partial(switch_float32_precision, Float32Precision.IEEE, one.device)],
+        ready=[partial(switch_float32_precision, Float32Precision.IEEE, device)],
         warmup=warmup,
         min_rounds=10,
         min_seconds=0.5,
-        synchronize=lambda: synchronize(one.device),
+        synchronize=lambda: synchronize(device),
     )
     return DEFAULT_BOUND_CALLS * (median([sample.seconds for (sample,) in rounds]) or 0.0)
 

@@ -38,7 +38,12 @@ def page_of(run: Run, *, columns: bool, sentences: bool, color: bool = False) ->
     return Page(
         tuple(time_lines(results)),
         verdict.render_answer(results),
-        render_table(results, verbose=columns, color=color),
+        render_table(
+            results,
+            verbose=columns,
+            color=color,
+            flushed_l2=bool(run.config.get("flush_l2")),
+        ),
         render_notes(results),
         verdict.render_remarks(results, environment, verbose=sentences),
     )

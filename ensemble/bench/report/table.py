@@ -13,9 +13,10 @@ from ensemble.statistics import CONFIDENCE
 from ensemble.strategies import Hybrid, Strategy
 
 UNKNOWN = ""
-WIDTH = 90  # of the default table, in characters
+WIDTH, GPU_WIDTH = 90, 110  # of the default table, in characters; of one with times of a GPU
 STRATEGIES_WIDTH = 100
 MAX_WIDTH = 1000  # of a table before columns are left out, and of the verbose one
+L2_FLUSHED = "; L2 cache flushed before each call"
 PEERS_HINT = "peers: pip install -r requirements-peers.txt, on CUDA -r requirements-peers-cuda.txt"
 STYLES = {"faster": "green", "slower": "red", "failed": "bold red"}
 
@@ -35,11 +36,18 @@ class Column:
     default: str = UNKNOWN
 
 
-def render_table(results: Sequence[Summary], *, verbose: bool = False, color: bool = False) -> str:
+def render_table(
+    results: Sequence[Summary],
+    *,
+    verbose: bool = False,
+    color: bool = False,
+    flushed_l2: bool = False,
+) -> str:
     """One table, a row per strategy; with `verbose` all columns and all rows.
 
     Unavailable strategies appear in `render_notes` only. The default table leaves columns out until
-    it fits `WIDTH`, and names them. `color` adds escape sequences for a terminal.
+    it fits, and names them. `color` adds escape sequences for a terminal. `flushed_l2`: the L2
+    cache was flushed before each timed call.
     """
     shown = [row for row in results if verbose or row.status != "unavailable"]
     every = _columns(results, verbose=verbose)
@@ -47,14 +55,16 @@ def render_table(results: Sequence[Summary], *, verbose: bool = False, color: bo
     lines = grid(shown, columns, color=color)
     if left_out:
         lines.append(f"Left out for width: {', '.join(left_out)}; --verbose shows all.")
-    return "\n".join([title([row.case for row in results]), *lines]) + "\n"
+    head = title([row.case for row in results]) + (L2_FLUSHED if flushed_l2 else "")
+    return "\n".join([head, *lines]) + "\n"
 
 
 def _fitting(columns: Sequence[Column], rows: Sequence[Summary]) -> tuple[list[Column], list[str]]:
-    """The columns that fit `WIDTH`, and the names of those left out."""
+    """The columns that fit the width, and the names of those left out."""
     kept, left_out = list(columns), []
+    width = GPU_WIDTH if GPU in columns else WIDTH
     for name, column, shorter in LEFT_OUT_FIRST:
-        if max(map(len, grid(rows, kept)), default=0) <= WIDTH:
+        if max(map(len, grid(rows, kept)), default=0) <= width:
             break
         if column in kept:
             at = kept.index(column)
@@ -181,9 +191,11 @@ def _is_non_empty(column: Column, results: Sequence[Summary]) -> bool:
 
 
 def _per_call(row: Summary) -> str:
-    if row.median_s is None:
-        return UNKNOWN
-    return f"{row.median_s * 1e3:.{_digits(row.median_s)}f}"
+    return _milliseconds(row.median_s)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return UNKNOWN if seconds is None else f"{seconds * 1e3:.{_digits(seconds)}f}"
 
 
 def _per_call_with_spread(row: Summary) -> str:
@@ -216,6 +228,13 @@ def number(value: float | None, form: str, scale: float = 1.0) -> str:
 
 PER_CALL = Column("per call\nms (IQR)", _per_call_with_spread)
 MEMORY = Column("memory\n(MB)", lambda row: number(row.peak_memory_bytes, ".0f", 1e-6))
+RESERVED = Column(
+    "reserved\n(MB)", lambda row: number(row.peak_reserved_bytes, ".0f", 1e-6), always=False
+)
+GPU = Column("GPU\n(ms)", lambda row: _milliseconds(row.device_median_s), always=False)
+WITH_COPIES = Column(
+    "with copies\n(ms)", lambda row: _milliseconds(row.with_copies_s), always=False
+)
 PAGE_FAULTS = Column(
     "page\nfaults",
     lambda row: number(row.page_faults_per_call, ",.0f"),
@@ -225,10 +244,13 @@ PAGE_FAULTS = Column(
 LIMIT = Column("of the\nlimit", lambda row: number(row.roofline_share, ".0%"), always=False)
 COLUMNS = (
     PER_CALL,
+    GPU,
+    WITH_COPIES,
     Column(f"speedup\n[{CONFIDENCE:.0%} CI]", _speedup),
     Column("\nerror", lambda row: number(row.max_rel_error, ".0e")),
     Column("start\n(s)", lambda row: number(row.start_s, ".2f")),
     MEMORY,
+    RESERVED,
     PAGE_FAULTS,
     Column(
         "top-1\nagrees",
@@ -248,7 +270,9 @@ LEFT_OUT_FIRST: tuple[tuple[str, Column, Column | None], ...] = (
     ("page faults", PAGE_FAULTS, None),
     ("IQR", PER_CALL, Column("per call\nms", _per_call)),
     ("of the limit", LIMIT, None),
+    ("reserved memory", RESERVED, None),
     ("memory", MEMORY, None),
+    ("with copies", WITH_COPIES, None),
 )
 VERBOSE_COLUMNS = (
     Column("build\n(s)", lambda row: number(row.build_s, ".2f")),

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ensemble import strategies
 from ensemble.bench import build as build_module
 from ensemble.bench import result_file
+from ensemble.bench.build import BuiltStrategy
 from ensemble.bench.case import Case
 from ensemble.bench.config import Config
-from ensemble.bench.load import engine_builder, load_tester
+from ensemble.bench.load import engine_builder, load_tester, measure_load
 from ensemble.bench.load.batching import (
     ALL_TENANTS,
     SINGLE_TENANT,
@@ -28,6 +29,7 @@ from ensemble.bench.load.request_queue import Request
 from ensemble.bench.report import curves
 from ensemble.bench.setup import Setup, local_setup
 from ensemble.bench.summary import Run, Summary
+from ensemble.bench.timed_calls import TimedCalls
 from ensemble.machine.precision import (
     Float32Precision,
     current_float32_precision,
@@ -259,3 +261,51 @@ def test_under_load_a_row_in_tf32_is_served_in_tf32(
         for batch in batches(engine, 1):
             assert engine.execute(batch)[0] == 0
     assert found == [Float32Precision.TF32] * 2
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_requests_have_their_images_in_host_memory_and_plans_are_timed_from_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_host: list[Tensor] = []
+    timed: list[torch.Size] = []
+
+    def pinned(x: Tensor) -> Tensor:
+        on_host.append(x.clone())
+        return on_host[-1]
+
+    def calls(built: BuiltStrategy, example: Tensor) -> TimedCalls:
+        timed.append(built.example.shape)
+        return TimedCalls(built, example)
+
+    monkeypatch.setattr(engine_builder, "pinned", pinned)
+    monkeypatch.setattr(engine_builder, "calls_from_host", calls)
+    case = case_of("loop")
+    engine = engine_builder.build_engine(
+        case, setup_of(case), max_batch=2, on_stage=lambda *_: None
+    )
+    (images,) = on_host
+    assert [image.data_ptr() for image in engine._images] == [x.data_ptr() for x in images]
+    assert timed == [(1, 3, 8, 8), (2, 3, 8, 8)]
+    assert engine.device == torch.device("cpu")
+
+
+def test_the_latency_bound_of_the_loop_includes_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_host: list[Tensor] = []
+
+    def pinned(x: Tensor) -> Tensor:
+        on_host.append(x.clone())
+        return on_host[-1]
+
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x is on_host[0]
+            return x.flatten(1)
+
+    monkeypatch.setattr(measure_load, "pinned", pinned)
+    case = case_of("loop")
+    setup = replace(setup_of(case), models=[Reads()])
+    config = with_options(CONFIG_UNDER_LOAD, latency_bound_ms=None)
+    assert config.load is not None
+    assert measure_load._bound_s(case, setup, config.load, warmup=1) > 0
+    assert len(on_host) == 1

@@ -23,6 +23,7 @@ from tests.made import (
     LOOP,
     ROW,
     VMAP,
+    changed,
     row_of,
 )
 
@@ -219,3 +220,21 @@ def test_a_symlink_and_the_file_mode_are_preserved(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o600
     write_atomically(tmp_path / ("n" * 250), "a name of almost 255 letters")
     assert sorted(path.name[:5] for path in tmp_path.iterdir()) == ["lates", "nnnnn", "run.j"]
+
+
+def test_figures_of_a_gpu_are_in_the_files_and_survive_them() -> None:
+    row = changed(
+        VMAP,
+        device_times_s=(0.045, 0.047, 0.049),
+        reference_device_times_s=(0.09,) * 3,
+        with_copies_s=0.0534,
+        peak_reserved_bytes=412,
+    )
+    run = Run(ENVIRONMENT, {}, (row,))
+    assert result_file.from_json(result_file.to_json(run)).results == (row,)
+    (line,) = csv.DictReader(io.StringIO(exports.to_csv(run)))
+    assert (line["device_median_s"], line["with_copies_s"]) == ("0.047", "0.0534")
+    assert line["peak_reserved_bytes"] == "412"
+    bad = result_file.to_json(run).replace("0.047", "-0.047")
+    with pytest.raises(ValueError, match="expected times in seconds above 0"):
+        result_file.from_json(bad)

@@ -8,6 +8,7 @@ import pytest
 from ensemble.bench.measurement import Roofline
 from ensemble.bench.report import exports
 from ensemble.bench.report.labels import time_lines
+from ensemble.bench.report.page import page_of
 from ensemble.bench.report.table import (
     WIDTH,
     render_notes,
@@ -15,15 +16,17 @@ from ensemble.bench.report.table import (
     render_table,
 )
 from ensemble.bench.report.verdict import render_answer, render_remarks
-from ensemble.bench.summary import Summary
+from ensemble.bench.summary import Run, Summary
 from ensemble.strategies import STRATEGIES
 from tests.made import (
+    CONFIG,
     ENVIRONMENT,
     LOOP,
     UNAVAILABLE,
     VMAP,
     changed,
     row_of,
+    with_options,
 )
 
 DATA = Path(__file__).parents[1] / "data"
@@ -378,3 +381,66 @@ def test_the_two_time_lines_name_another_dtype() -> None:
         "Time taken for prediction with vmap: not measured (bfloat16)",
     ]
     assert time_lines([LOOP, VMAP, bf16]) == time_lines([LOOP, VMAP])
+
+
+ON_CUDA = changed(
+    VMAP,
+    device_times_s=(0.0451,) * 20,
+    reference_device_times_s=(0.09,) * 20,
+    with_copies_s=0.0534,
+    peak_reserved_bytes=412_000_000,
+    page_faults_per_call=0.0,
+)
+
+
+def test_times_of_a_gpu_with_copies_and_reserved_memory_have_columns_if_there_are_such() -> None:
+    lines = render_table([LOOP, ON_CUDA]).splitlines()
+    assert cells(lines[1]) == "per call GPU with copies speedup start memory reserved"
+    assert cells(lines[2]) == "strategy N ms (IQR) (ms) (ms) [95% CI] error (s) (MB) (MB)"
+    assert cells(lines[4]) == (
+        "vmap 4 50.00 (0.00) 45.10 53.40 2.00 [2.00, 2.00] 2e-07 0.12 196 412"
+    )
+    for word in ("GPU", "copies", "reserved"):
+        assert word not in render_table([LOOP, VMAP])
+    assert ON_CUDA.speedup == 2.0  # of wall times
+
+
+def test_a_table_with_times_of_a_gpu_fits_110_columns_and_keeps_them() -> None:
+    row = changed(ON_CUDA, strategy="best", picked="cudagraph_compiled_concurrent", num_models=32)
+    text = render_table([row])
+    assert max(map(len, text.splitlines())) <= 110
+    assert "45.10" in text
+    assert "53.40" in text
+    assert "Left out for width: IQR, reserved memory" in text
+
+
+def test_the_caption_says_that_the_l2_cache_was_flushed() -> None:
+    config = with_options(CONFIG, flush_l2=True)
+    flushed = page_of(Run(ENVIRONMENT, config.plain(), (VMAP,)), columns=False, sentences=False)
+    assert flushed.table.splitlines()[0].endswith(
+        "speedup over the float32 loop; L2 cache flushed before each call"
+    )
+    plain = page_of(Run(ENVIRONMENT, CONFIG.plain(), (VMAP,)), columns=False, sentences=False)
+    assert "L2" not in plain.table
+
+
+def test_the_answer_says_what_a_cuda_graph_of_the_loop_alone_gives() -> None:
+    graph = changed(VMAP, strategy="cudagraph_loop", times_s=(0.04,) * 20)
+    best = changed(VMAP, strategy="best", picked="cudagraph_vmap", times_s=(0.02,) * 20)
+    assert render_answer([LOOP, VMAP, graph, best]) == (
+        "4 models: best (cudagraph_vmap) is 5.00x faster than the loop (95% CI 5.00-5.00) and"
+        " breaks even after 0 calls; vmap is 2.00x (2.00-2.00); a CUDA graph of the loop alone"
+        " (cudagraph_loop) is 2.50x (2.50-2.50).\n"
+    )
+    first = render_answer([LOOP, VMAP, graph])
+    assert first.startswith("4 models: cudagraph_loop is 2.50x faster than the loop")
+    assert "alone" not in first
+    failed = changed(graph, status="failed", error="broke")
+    assert "alone" not in render_answer([LOOP, VMAP, failed, best])
+
+
+def test_page_faults_are_not_blamed_for_a_slowdown_on_a_gpu() -> None:
+    slow = changed(VMAP, times_s=(0.110,) * 20)
+    on_cuda = replace(ENVIRONMENT, device="cuda:0")
+    assert "Page faults" in render_remarks([LOOP, slow], ENVIRONMENT)
+    assert "Page faults" not in render_remarks([LOOP, slow], on_cuda)

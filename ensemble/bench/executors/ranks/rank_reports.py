@@ -18,6 +18,7 @@ class RankReport:
     build_s: float = 0.0
     first_call_s: float = 0.0
     peak_memory_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
     notes: tuple[Note, ...] = ()
     choice: Choice | None = None
 

@@ -126,6 +126,7 @@ class RankWorker:
             build_s=built.build_s,
             first_call_s=built.first_call_s,
             peak_memory_bytes=built.peak_memory_bytes,
+            peak_reserved_bytes=built.peak_reserved_bytes,
             notes=built.notes,
             choice=built.choice,
         )

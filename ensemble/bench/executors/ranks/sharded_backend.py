@@ -65,6 +65,9 @@ def _build(
         return call(x, "none")
 
     peaks = [report.peak_memory_bytes for report in reports if report.peak_memory_bytes is not None]
+    reserved = [
+        report.peak_reserved_bytes for report in reports if report.peak_reserved_bytes is not None
+    ]
     return BuiltStrategy(
         forward=forward,
         timed_forward=lambda x: call(x, reduce),
@@ -73,6 +76,7 @@ def _build(
         build_s=max(report.build_s for report in reports),
         first_call_s=max(report.first_call_s for report in reports),
         peak_memory_bytes=max(peaks, default=None),
+        peak_reserved_bytes=max(reserved, default=None),
         choice=reports[0].choice,
         notes=_notes(reports),
         ready=lambda: leader.announce_call(key, reduce),
