@@ -31,7 +31,7 @@ try:
         from ensemble import gc_pause
         from ensemble.bench import cli
         from ensemble.bench.config import Config
-        from ensemble.bench.report import exports, resuming, show
+        from ensemble.bench.report import exports, gpu_remarks, resuming, show
         from ensemble.bench.summary import Run
         from ensemble.machine import launch, signals, streams
 except InputError as error:
@@ -128,6 +128,8 @@ def measure_all(
 
     print("Serving multiple models")
     print(f"Running on {workload.device_name(config)}")
+    for line in gpu_remarks.warnings_before(begun.environment):
+        show.print_wrapped(line)
     options = config.load
     if options and options.scenario == "server" and options.target_qps is None:
         show.print_wrapped(search.announcement(options, config.measure.min_seconds))

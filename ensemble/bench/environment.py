@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensemble.machine import cores
+from ensemble.machine.gpu_state import GpuState
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class Environment:
     hosts: tuple[str, ...] | None = None
     rank_devices: tuple[str, ...] | None = None
     usable_cores: float | None = None  # below `cores` by affinity or a CPU quota
+    gpu: GpuState | None = None  # before the run
 
 
 def describe(
@@ -53,7 +55,7 @@ def describe(
     """The environment of the measurements that are about to be taken."""
     import torch
 
-    from ensemble.machine import devices, memory
+    from ensemble.machine import devices, gpu_state, memory
     from ensemble.machine.precision import Float32Precision, current_float32_precision
 
     found = cores.detect()
@@ -77,6 +79,7 @@ def describe(
         page_fault_s=memory.page_fault_seconds(),
         weights=weights,
         first_forward_s=first_forward_s,
+        gpu=gpu_state.read(device),
     )
 
 

@@ -20,7 +20,7 @@ from ensemble.bench.setup import Setup
 from ensemble.bench.stages import BUILDING, TIMING, OnStage, reported_compilation
 from ensemble.bench.timed_calls import TimedCalls, leak, remarks
 from ensemble.errors import UnavailableError
-from ensemble.machine import memory, other_processes
+from ensemble.machine import gpu_state, memory, other_processes
 from ensemble.machine.devices import l2_flush, synchronize
 from ensemble.machine.dtypes import numeric_format
 from ensemble.machine.precision import Float32Precision, switch_float32_precision
@@ -207,7 +207,9 @@ def _timed(
     own, is_cpu = setup.backend.own_processes, setup.example.device.type == "cpu"
     is_reference, before = found.case.is_reference, other_processes.read(own)
     timed = [setup.reference] if is_reference else [setup.reference, built]
+    reader = gpu_state.open_reader(setup.example.device)
     rounds = _time_rounds(timed, setup, options, reduce, on_stage)
+    gpu = reader.read(own=own) if reader else None  # at once, before its clocks fall
     after = other_processes.read(own)
     left_behind = remarks(leak(rounds.used_bytes, rounds.calls), other_processes.busy_cores(own))
     ours = [samples[-1] for samples in rounds.samples]
@@ -227,6 +229,7 @@ def _timed(
         ),
         max_rel_error=max([found.max_rel_error or 0.0, *rounds.errors]),
         notes=found.notes + tuple(map(Note, left_behind)),
+        gpu=gpu,
     )
 
 

@@ -5,6 +5,7 @@ from functools import cached_property
 
 from ensemble.bench.case import Case
 from ensemble.bench.load.record import LoadTest
+from ensemble.machine.gpu_state import GpuState
 from ensemble.statistics import bootstrap_interval, bootstrap_ratio_interval, median
 
 OK, FAILED, UNAVAILABLE = "ok", "failed", "unavailable"
@@ -95,6 +96,7 @@ class Measurement:
     picked: str | None = None  # the strategy that `best` chose
     load: LoadTest | None = None
     ranks: RankTimes | None = None
+    gpu: GpuState | None = None  # right after the last timed call
 
     @property
     def is_measured(self) -> bool:

@@ -26,9 +26,19 @@ from ensemble.bench.measurement import (
 from ensemble.bench.summary import Run, Summary
 from ensemble.errors import InputError
 from ensemble.files import first_bytes
+from ensemble.machine.gpu_state import GpuProcess, GpuState
 
 Record = TypeVar(
-    "Record", Case, Environment, LoadRun, LoadTest, Measurement, RankTimes, Roofline, RateEstimate
+    "Record",
+    Case,
+    Environment,
+    GpuState,
+    LoadRun,
+    LoadTest,
+    Measurement,
+    RankTimes,
+    Roofline,
+    RateEstimate,
 )
 
 SCHEMA, READ_SCHEMAS = 3, (1, 2, 3)
@@ -159,7 +169,7 @@ def is_result_file(text: str) -> bool:
 
 def environment_of(values: Mapping[str, Any]) -> Environment:
     """The environment of its plain values."""
-    about = dict(values)
+    about = {**values, "gpu": _gpu_of(values.get("gpu"))}
     if about["first_forward_s"] is None:  # other programs write null for NaN
         about["first_forward_s"] = math.nan
     return _record(Environment, about)
@@ -176,8 +186,17 @@ def measurement_of(values: Mapping[str, Any]) -> Measurement:
             "notes": [Note(**note) for note in values.get("notes", [])],
             "load": _load_test_of(load_test) if load_test else None,
             "ranks": _record(RankTimes, ranks) if ranks else None,
+            "gpu": _gpu_of(values.get("gpu")),
         },
     )
+
+
+def _gpu_of(values: Mapping[str, Any] | None) -> GpuState | None:
+    if values is None:
+        return None
+    others = values.get("other_processes")
+    processes = None if others is None else tuple(GpuProcess(**one) for one in others)
+    return _record(GpuState, {**values, "other_processes": processes})
 
 
 def _summary_of(row: Mapping[str, Any]) -> Summary:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ensemble.errors import InputError
-from ensemble.machine import cores, precision
+from ensemble.machine import cores, gpu_state, precision
 from ensemble.machine.precision import Float32Precision
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,9 @@ def find_device(name: str, *, say: Callable[[str], None] = log.warning) -> torch
     `auto` is the accelerator if there is one, else the CPU; where the driver of one is broken,
     `say` is given the reason.
 
+    If the first CUDA device is busy and another is not, `auto` selects the least busy one, and says
+    so by `say`.
+
     Raises:
         InputError: the device is not available; the message lists those that are, and says why an
             accelerator is not among them.
@@ -34,7 +37,8 @@ def find_device(name: str, *, say: Callable[[str], None] = log.warning) -> torch
     if name == "auto":
         if why_not:
             say(f"Running on the CPU, because the accelerator is not usable: {why_not}")
-        return accelerator or torch.device("cpu")
+        is_cuda = accelerator is not None and accelerator.type == "cuda"
+        return _idle_cuda_device(say) if is_cuda else accelerator or torch.device("cpu")
     count = torch.accelerator.device_count() if accelerator else 0
     available = ["cpu", *(f"{accelerator.type}:{index}" for index in range(count) if accelerator)]
     try:
@@ -71,6 +75,16 @@ def _accelerator() -> tuple[torch.device | None, str]:
         found = torch.accelerator.current_accelerator(check_available=True)
     texts = [" ".join(str(warning.message).split()) for warning in caught]
     return found, "; ".join(text.partition(" (Triggered internally")[0] for text in texts)
+
+
+def _idle_cuda_device(say: Callable[[str], None]) -> torch.device:
+    """The first CUDA device, or the least busy one."""
+    states = gpu_state.read_all()
+    index, first = gpu_state.least_busy(states), states[0] if states else None
+    if not index or first is None:
+        return torch.device("cuda")
+    say(f"cuda:0 is busy ({gpu_state.describe_load(first)}): selected cuda:{index}")
+    return torch.device("cuda", index)
 
 
 def configure(*, threads: int | None) -> None:

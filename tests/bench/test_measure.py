@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,8 +19,9 @@ from ensemble.bench.measure import measure, measurement_of_reference, time_alone
 from ensemble.bench.measurement import Measurement
 from ensemble.bench.setup import Backend, Setup
 from ensemble.bench.timed_calls import TimedCalls
-from ensemble.machine import memory, other_processes
+from ensemble.machine import gpu_state, memory, other_processes
 from ensemble.machine.dtypes import FLOAT32, NumericFormat, numeric_format
+from ensemble.machine.gpu_state import GpuReader, GpuState
 from ensemble.machine.precision import (
     Float32Precision,
     current_float32_precision,
@@ -267,7 +268,7 @@ def test_times_of_the_device_are_those_of_the_strategy_the_pairs_and_the_referen
 def test_on_a_cpu_no_call_is_timed_by_events_nor_from_another_memory() -> None:
     row = measured(setup_of(logits))
     assert (row.device_times_s, row.reference_device_times_s) == ((), ())
-    assert (row.with_copies_s, row.peak_reserved_bytes) == (None, None)
+    assert (row.with_copies_s, row.peak_reserved_bytes, row.gpu) == (None, None, None)
 
 
 def test_events_are_asked_for_by_the_device_of_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,3 +371,34 @@ def test_a_time_with_copies_that_cannot_be_had_costs_no_row(
     assert [str(note) for note in row.notes] == [
         "no time with copies: RuntimeError: cannot pin memory"
     ]
+
+
+def test_the_state_of_the_gpu_is_read_right_after_the_last_timed_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+
+    class Reader(GpuReader):
+        def __init__(self) -> None:
+            log.append("open")
+
+        def read(self, *, own: Collection[int] = ()) -> GpuState:
+            log.append("read")
+            return GpuState("GPU-x", throttle_reasons=("SwPowerCap",))
+
+    def forward(x: Tensor) -> Tensor:
+        log.append("call")
+        return logits(x)
+
+    read = other_processes.read
+
+    def read_processes(own: Sequence[int]) -> object:
+        log.append("processes")
+        return read(own)
+
+    monkeypatch.setattr(gpu_state, "open_reader", lambda device: Reader())
+    monkeypatch.setattr(other_processes, "read", read_processes)
+    row = measured(setup_of(forward))
+    assert row.gpu == GpuState("GPU-x", throttle_reasons=("SwPowerCap",))
+    assert log.index("open") < log.index("call", log.index("open"))
+    assert log[log.index("read") - 1 : log.index("read") + 2] == ["call", "read", "processes"]

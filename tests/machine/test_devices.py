@@ -9,7 +9,8 @@ import torch
 
 from ensemble.bench import environment
 from ensemble.errors import InputError
-from ensemble.machine import devices
+from ensemble.machine import devices, gpu_state
+from ensemble.machine.gpu_state import GpuState
 
 
 def test_auto_selects_the_accelerator_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,3 +123,14 @@ def test_what_evicts_the_l2_cache_writes_twice_its_size_and_at_least_256_mb(
     assert buffer.min() == 1
     flush()
     assert buffer.max() == 0
+
+
+def test_the_environment_has_the_state_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = GpuState("GPU-x", driver="580.65.06")
+    monkeypatch.setattr(gpu_state, "read", {torch.device("cuda", 1): state}.get)
+    monkeypatch.setattr(devices, "device_name", lambda device: "NVIDIA H100")
+    described = [
+        environment.describe(device, allocator="system", weights="none", first_forward_s=0.1).gpu
+        for device in (torch.device("cuda", 1), torch.device("cpu"))
+    ]
+    assert described == [state, None]

@@ -24,7 +24,7 @@ from ensemble.bench.setup import Setup
 from ensemble.bench.stages import OnStage
 from ensemble.errors import UnavailableError
 from ensemble.formatting import milliseconds
-from ensemble.machine import memory, other_processes
+from ensemble.machine import gpu_state, memory, other_processes
 from ensemble.machine.devices import synchronize
 from ensemble.machine.dtypes import numeric_format
 from ensemble.machine.precision import Float32Precision, switch_float32_precision
@@ -80,7 +80,9 @@ def measure_under_load(
             seed=seed,
             on_stage=on_stage,
         )
+        reader = gpu_state.open_reader(device)
         load_test = _run_scenario(load_options, tester)
+        gpu = reader.read() if reader else None
     except UnavailableError as error:
         return replace(measurement, status=UNAVAILABLE, error=str(error))
     except (DisagreementError, TooSlowError) as error:
@@ -106,6 +108,7 @@ def measure_under_load(
         peak_reserved_bytes=memory.increase(reserved_before, peak_reserved, shared),
         others_cpu_share=other_processes.share_of_others(cpu, other_processes.read()),
         load=load_test,
+        gpu=gpu,
     )
 
 

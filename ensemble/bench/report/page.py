@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ensemble.bench.report import load_table, verdict
+from ensemble.bench.report import gpu_remarks, load_table, verdict
 from ensemble.bench.report.labels import time_lines
 from ensemble.bench.report.table import render_notes, render_table
 from ensemble.bench.summary import Run
@@ -33,7 +33,7 @@ def page_of(run: Run, *, columns: bool, sentences: bool, color: bool = False) ->
             load_table.render_answer(results),
             load_table.render_table(results, verbose=columns, color=color),
             render_notes(results),
-            load_table.render_remarks(results, verbose=sentences),
+            load_table.render_remarks(results, verbose=sentences) + gpu_remarks.render(run),
         )
     return Page(
         tuple(time_lines(results)),
@@ -45,5 +45,5 @@ def page_of(run: Run, *, columns: bool, sentences: bool, color: bool = False) ->
             flushed_l2=bool(run.config.get("flush_l2")),
         ),
         render_notes(results),
-        verdict.render_remarks(results, environment, verbose=sentences),
+        verdict.render_remarks(results, environment, verbose=sentences) + gpu_remarks.render(run),
     )
