@@ -52,8 +52,9 @@ class GpuState:
     """A GPU at one moment. Unknown is None.
 
     With MIG, clocks, power, temperature and throttling are those of the whole GPU. `utilization` is
-    the share of the last second or less in which a kernel ran, 0 to 1. `other_processes` are those
-    that do not belong to this run.
+    the share of the last second or less in which a kernel ran, 0 to 1; unknown where this process
+    holds memory of a GPU, since it would be its own. `other_processes` are those that do not belong
+    to this run.
     """
 
     uuid: str
@@ -116,7 +117,7 @@ class GpuReader:
             known(function, gpu)
             for function in (nvml.nvmlDeviceGetPowerUsage, nvml.nvmlDeviceGetEnforcedPowerLimit)
         )
-        utilization = known(nvml.nvmlDeviceGetUtilizationRates, self._handle)
+        rates = None if _is_in_use() else known(nvml.nvmlDeviceGetUtilizationRates, self._handle)
         return GpuState(
             uuid=self._uuid,
             name=known(nvml.nvmlDeviceGetName, self._handle),
@@ -133,7 +134,7 @@ class GpuReader:
             temperature_celsius=known(
                 nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU
             ),
-            utilization=None if utilization is None else utilization.gpu / 100,
+            utilization=None if rates is None else rates.gpu / 100,
             throttle_reasons=self._reasons(),
             other_processes=self._others(own),
         )
@@ -158,15 +159,13 @@ class GpuReader:
         None where this process holds memory of a GPU, but is not listed: in a container NVML gives
         the pids of the host, of which none can be told to be ours.
         """
-        import torch
-
         listed = self._known(self._nvml.nvmlDeviceGetComputeRunningProcesses, self._handle)
         if listed is None:
             return None
         others = tuple(
             GpuProcess(one.pid, one.usedGpuMemory) for one in listed if not _is_own(one.pid, own)
         )
-        if torch.cuda.is_initialized() and torch.cuda.memory_reserved():
+        if _is_in_use():
             return others if os.getpid() in {one.pid for one in listed} else None
         return others
 
@@ -263,6 +262,13 @@ def _reader_of(uuid: str, nvml: Any) -> GpuReader | None:
         except nvml.NVMLError:
             continue
     return None
+
+
+def _is_in_use() -> bool:
+    """Does this process hold memory of a GPU?"""
+    import torch
+
+    return torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 0
 
 
 def _cudnn_version() -> int | None:

@@ -179,12 +179,14 @@ def test_processes_of_this_run_are_not_others(monkeypatch: pytest.MonkeyPatch) -
 def test_in_a_container_whose_pids_are_those_of_the_host_other_processes_are_unknown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu = FakeGpu("GPU-x", processes=[process(THEIRS, 10**10)])
+    gpu = FakeGpu("GPU-x", utilization=90, processes=[process(THEIRS, 10**10)])
     reader = GpuReader(FakeNvml(gpu), gpu.uuid, gpu)
     assert reader.read().is_shared
+    assert reader.read().utilization == 0.9
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**20)
     assert reader.read().other_processes is None
+    assert reader.read().utilization is None  # it may be our own
     gpu.processes.append(process(OURS, 2**20))
     assert reader.read().other_processes == (GpuProcess(THEIRS, 10**10),)
 
