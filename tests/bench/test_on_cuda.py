@@ -46,7 +46,7 @@ def test_a_row_has_times_by_events_with_copies_and_its_reserved_memory() -> None
     wall, device = median(row.times_s) or 0.0, median(row.device_times_s) or 0.0
     assert 0.1 * wall < device < 1.1 * wall
     assert (row.with_copies_s or 0.0) > device
-    assert (row.peak_reserved_bytes or 0) >= 0.9 * (row.peak_memory_bytes or 1)
+    assert (row.peak_reserved_bytes or 0) >= 0.5 * (row.peak_memory_bytes or 1)
 
 
 def test_a_row_in_tf32_differs_from_float32_and_the_next_row_does_not() -> None:

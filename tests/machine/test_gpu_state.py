@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -169,11 +171,16 @@ def test_a_gpu_is_busy_by_its_utilization_or_by_the_memory_of_others(
     assert state.is_busy is is_busy
 
 
-def test_processes_of_this_run_are_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_this_run_are_not_others() -> None:
     gpu = FakeGpu("GPU-x")
-    gpu.processes = [process(pid, 1) for pid in (OURS, os.getppid(), THEIRS, THEIRS + 1)]
     reader = GpuReader(FakeNvml(gpu), gpu.uuid, gpu)
-    assert reader.read(own=[THEIRS]).other_processes == (GpuProcess(THEIRS + 1, 1),)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        pids = (OURS, os.getppid(), child.pid, THEIRS, THEIRS + 1, 1)
+        gpu.processes = [process(pid, 1) for pid in pids]
+        others = reader.read(own=[THEIRS]).other_processes
+        child.kill()
+    expected = (GpuProcess(THEIRS + 1, 1), GpuProcess(1, 1))
+    assert others == (expected if os.getppid() != 1 else expected[:1])
 
 
 def test_in_a_container_whose_pids_are_those_of_the_host_other_processes_are_unknown(
