@@ -288,7 +288,7 @@ def test_a_worker_has_its_models_and_images_on_the_accelerator(
 
     path, cuda = str(tmp_path / "shared.pt"), torch.device("cuda")
     workload.save_shared(path, (8,))
-    monkeypatch.setattr(devices, "select_device", lambda name: torch.device(name))
+    monkeypatch.setattr(devices, "select_device", lambda name, say: torch.device(name))
     # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode():
