@@ -46,6 +46,7 @@ CANDIDATES = {
     ),
 }
 OTHER_DEVICES = ("loop", "folded_loop", "folded_vmap", "concurrent", "vmap")
+OWN_SHARE = 0.25  # of the autotuning budget, for a candidate that autotunes itself
 # Peak memory of a build relative to the models' weights, at most: `lowered_vmap` of four ResNet-18
 # held 917 MB, their weights 187 MB.
 PEAK_TO_WEIGHTS = 5
@@ -59,8 +60,12 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     begin = time.perf_counter()
     names = candidates(example.device, weight_dtype(models, example))
     x = agreement.informative(example)
+    share = OWN_SHARE * tune_seconds
     found = autotune.select_fastest(
-        {name: partial(build_unverified, name, models, example) for name in names},
+        {
+            name: partial(build_unverified, name, models, example, tune_seconds=share)
+            for name in names
+        },
         x,
         check=_checker(models, x),
         seconds=tune_seconds,
