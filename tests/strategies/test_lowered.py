@@ -27,6 +27,8 @@ from ensemble.strategies.agreement import TOLERANCES
 from ensemble.strategies.build_result import ForwardFn
 from tests import nets
 from tests.checkpoints import lively
+from tests.compiler.cuda import interpreter
+from tests.compiler.cuda.interpreter import DEVICE
 from tests.marks import some_slow
 from tests.nets import Net, Norm, SumWith
 from tests.tiny import independent
@@ -348,9 +350,12 @@ def test_the_triton_path_has_the_right_device_dtype_and_shape_under_fake_tensors
     assert built.note == "kernels: 18 implicit GEMM"
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(bool(interpreter.why_not()), reason=interpreter.why_not())
 def test_the_triton_kernels_give_what_the_loop_gives() -> None:
+    torch.manual_seed(0)
     models = [nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten()).eval() for _ in range(2)]
-    x = torch.rand(1, 3, 7, 6)
+    models, x = [model.to(DEVICE) for model in models], torch.rand(1, 3, 7, 6, device=DEVICE)
     with torch.inference_mode():
         built = lowered.implicit_gemm_vmap(models, x, tune_seconds=0.0)
         expected = torch.stack([model(x) for model in models])

@@ -15,9 +15,11 @@ from ensemble.compiler.cuda.tiles import Tile, candidate_tiles, default_tile
 from ensemble.compiler.operators.activation import activated
 from ensemble.compiler.planning.shape_inference import conv_geometry
 from ensemble.compiler.planning.step import Activation, Kind, Step
+from tests.compiler.cuda import interpreter
+from tests.compiler.cuda.interpreter import DEVICE
 
 pytestmark = pytest.mark.cuda
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreter.require()
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 

@@ -19,9 +19,11 @@ from ensemble.compiler.pipeline import CompiledForward, compile_vmapped
 from ensemble.compiler.planning.gemm_tuning import GemmTuning
 from ensemble.compiler.planning.kernel_accuracy import ErrorBound
 from ensemble.compiler.planning.step import Activation
+from tests.compiler.cuda import interpreter
+from tests.compiler.cuda.interpreter import DEVICE
 
 pytestmark = pytest.mark.cuda
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreter.require()
 NUM_MODELS = 2
 
 
