@@ -10,8 +10,9 @@ MAX_SPLITS = 8
 # Blocks of the depth that a split has at least: fewer do not fill the pipeline of loads.
 MIN_BLOCKS_PER_SPLIT = 4
 MANY_ROWS, FEW_ROWS = 512, 32  # of a product
-# The largest tile in rows and columns, which takes 8 warps, the deepest block, and the most stages,
-# by the format of the products: larger ones spill registers (see the tests of the machine code).
+# The largest tile in rows and columns, the deepest block, and the most stages, by the format of the
+# products: larger ones spill registers (see the tests of the machine code). The largest takes 8
+# warps, as do 128 rows: two warpgroups of an H100, which multiply 64 rows each.
 LARGEST = {
     "16 bits": ((128, 128), 64, 4),
     "tf32": ((128, 64), 32, 4),
@@ -87,8 +88,8 @@ def _fitted(block_m: int, block_n: int, problem: ConvProblem, limits: Limits) ->
     largest, block_k, stages = LARGEST[_kind(problem)]
     block_m, block_n = min(block_m, largest[0]), min(block_n, largest[1])
     block_k = next(block for block in problem.blocks if block <= block_k)
-    is_large = block_m * block_n >= largest[0] * largest[1]
-    tile = Tile(block_m, block_n, block_k, 8 if is_large else 4, stages)
+    has_many_warps = block_m >= 128 or block_m * block_n >= largest[0] * largest[1]
+    tile = Tile(block_m, block_n, block_k, 8 if has_many_warps else 4, stages)
     while tile.num_stages > 2 and tile.shared_bytes(problem) > limits.shared_bytes:
         tile = replace(tile, num_stages=tile.num_stages - 1)
     return replace(tile, splits=_splits(tile, problem, limits))
