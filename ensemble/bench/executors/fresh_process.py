@@ -33,6 +33,7 @@ from ensemble.bench.result_file import measurement_of
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError, interrupt_behind
 from ensemble.machine import memory
+from ensemble.strategies import find
 
 PACKAGE = Path(ensemble.__file__)
 # The start of a worker: this package is imported from its own file, because `-m` and an entry of
@@ -67,7 +68,7 @@ class Job:
     device: str
     timeout_s: float
     shares_workers: bool  # see `schedule.shares_workers`
-    caches: str  # the folder of what workers compile
+    caches: str | None  # the folder of what workers compile; None if they do not
 
     def batches(self, cases: Sequence[Case]) -> list[tuple[Case, ...]]:
         """The cases of each worker: one, or those of a grid point."""
@@ -79,6 +80,8 @@ class Job:
         """The environment of a worker of these cases. Caches on disk are empty at their first
         process, whose start is reported; the others read what it compiled. The user's own are
         kept."""
+        if self.caches is None:
+            return {**os.environ, "PYTHONUNBUFFERED": "1"}
         shared = cases[0].grid_point if self.shares_workers and cases else tuple(cases)
         folder = os.path.join(self.caches, f"{hash(shared):x}")
         own = {name: os.path.join(folder, name) for name in CACHES}
@@ -95,7 +98,8 @@ def fresh_processes(config: Config, workload: Workload) -> Iterator[Execute]:
 @contextmanager
 def jobs(config: Config, workload: Workload) -> Iterator[Job]:
     """The job of a run: models and images in one file, which all workers map. On Linux it has no
-    name: however this process ends, it is not left. A temporary folder has what workers compile.
+    name: however this process ends, it is not left. Where workers compile, a temporary folder has
+    what they do.
 
     Raises:
         InputError: there is no room for the file.
@@ -113,9 +117,7 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
                 folder = tempfile.TemporaryDirectory(prefix="resnet_vmap_")
                 path, inherited = os.path.join(stack.enter_context(folder), "workload.pt"), ()
                 file = stack.enter_context(open(path, "w+b"))
-            caches = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="resnet_vmap_", ignore_cleanup_errors=True)
-            )
+            caches = stack.enter_context(_caches()) if _compiles(config, device) else None
             workload.save_shared(file, config.models.image_size)
             file.flush()
             if config.load and config.load.load_log is None:  # a killed worker would leave them
@@ -132,6 +134,16 @@ def jobs(config: Config, workload: Workload) -> Iterator[Job]:
                 f" {files.reason(error)}; set TMPDIR to a folder with room, or use --processes 0"
             ) from error
         yield Job(config, path, inherited, device, timeout_s, shares_workers, caches)
+
+
+def _compiles(config: Config, device: str) -> bool:
+    """Do workers compile by Inductor or Triton? `best` does so on an accelerator alone."""
+    found = filter(None, map(find, config.run.strategies))
+    return device != "cpu" or any(strategy.uses_inductor for strategy in found)
+
+
+def _caches() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="resnet_vmap_", ignore_cleanup_errors=True)
 
 
 class StartError(Exception):

@@ -288,7 +288,7 @@ def test_a_worker_has_its_models_and_images_on_the_accelerator(
 
     path, cuda = str(tmp_path / "shared.pt"), torch.device("cuda")
     workload.save_shared(path, (8,))
-    monkeypatch.setattr(devices, "select_device", lambda name, say: torch.device(name))
+    monkeypatch.setattr(devices, "select_device", torch.device)
     # functorch copies modules deeply, and with a fake tensor goes a copy of its whole mode.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     with FakeTensorMode():
@@ -700,6 +700,9 @@ def test_a_job_holds_its_file_only_as_long_as_it_runs(workload: Workload) -> Non
     assert not Path(job.shared).exists()
 
 
+COMPILED = replace(QUICK, run=replace(QUICK.run, strategies=("loop", "compiled_loop")))
+
+
 def test_the_processes_of_a_case_share_caches_that_no_other_case_or_run_has_filled(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -707,13 +710,20 @@ def test_the_processes_of_a_case_share_caches_that_no_other_case_or_run_has_fill
         monkeypatch.delenv(name, raising=False)
     found = list[str]()
     for _ in range(2):
-        with workers.jobs(QUICK, workload) as job:
+        with workers.jobs(COMPILED, workload) as job:
             for one in (case("compiled_loop"), case("compiled_loop", num_models=2)):
                 assert job.environment([one]) == job.environment([one])
                 found += [job.environment([one])[name] for name in workers.CACHES]
+            assert job.caches
             assert os.path.isdir(job.caches)
         assert not os.path.exists(job.caches)
     assert len(set(found)) == 2 * 2 * 2
+
+
+def test_workers_that_do_not_compile_have_no_folder_for_it(workload: Workload) -> None:
+    with workers.jobs(QUICK, workload) as job:
+        assert job.caches is None
+        assert job.environment([case("vmap")]) == {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def test_caches_that_the_user_has_set_are_kept(
@@ -721,7 +731,7 @@ def test_caches_that_the_user_has_set_are_kept(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    with workers.jobs(QUICK, workload) as job:
+    with workers.jobs(COMPILED, workload) as job:
         environment = job.environment([case("compiled_loop")])
         assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
-        assert environment["TRITON_CACHE_DIR"].startswith(job.caches)
+        assert environment["TRITON_CACHE_DIR"].startswith(str(job.caches))
