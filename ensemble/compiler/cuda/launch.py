@@ -57,6 +57,8 @@ def conv2d(
     )
     if not problem.is_narrow:
         x = _channels_last(x)
+    if bias is not None:
+        bias = bias.contiguous()  # models may share it by a stride of 0
     if other is not None:
         other = _channels_last(other).movedim(-3, -1)
     if shortcut is not None:

@@ -81,6 +81,8 @@ def _fuse_shortcut(graph: fx.Graph, node: fx.Node) -> None:
     other = node.args[3]
     if not isinstance(other, fx.Node) or not _is_bare(other) or _groups(node) != 1:
         return
+    if node.args[0] is other:  # which the convolution reads as well
+        return
     main, shortcut = (node, other) if _is_of_pixels(other) else (other, node)
     if not _is_of_pixels(shortcut) or _groups(main) != 1 or main.args[4] or shortcut.args[4]:
         return

@@ -55,6 +55,30 @@ class Identity(Block):
         return (self.bn2(self.conv2(out)) + out).relu()
 
 
+class Unactivated(nn.Module):
+    """A residual block whose first convolution gives what is convolved and added."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, first)
+        self.second = nn.Conv2d(16, 16, second, padding=second // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) + x
+
+
+class Scaled(nn.Module):
+    """A convolution without bias, and constants that all models share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.conv(x) + 0.25
+
+
 def net(*body: nn.Module, features: int) -> nn.Module:
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, 7))
 
@@ -67,6 +91,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
     ),
     "bottleneck": (lambda: net(Block(3, 16, kernel=1), features=16), 3, []),
     "identity": (lambda: net(Identity(3, 16), features=16), 3, []),
+    "1x1, read twice": (lambda: net(Unactivated(1, 3), features=16), 3, []),
+    "3x3, read twice by a 1x1": (lambda: net(Unactivated(3, 1), features=16), 3, []),
+    "shared constants": (lambda: net(Scaled(), features=16), 2, []),
     "groups": (
         lambda: net(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3, groups=4), features=24),
         3,
