@@ -1,9 +1,12 @@
 """The strategy `lowered_vmap`: its accuracy, what it holds, and what it falls back to."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from ensemble.compiler.cuda.tuning import TileTuner
 from ensemble.compiler.graph.constant_folding import State
 from ensemble.compiler.pipeline import compile_vmapped
 from ensemble.errors import UnavailableError
+from ensemble.machine.precision import Float32Precision, float32_precision
 from ensemble.models import stacking
 from ensemble.models.vision import torchvision
 from ensemble.strategies import lowered
@@ -35,6 +39,7 @@ from tests.tiny import independent
 
 pytest.importorskip("numba")
 
+ROOT = Path(__file__).parents[2]
 H100 = Limits(132, 227 * 2**10)
 LIMIT = 2e-5  # of the largest logit, against float64
 
@@ -356,7 +361,7 @@ def test_the_triton_kernels_give_what_the_loop_gives() -> None:
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten()).eval() for _ in range(2)]
     models, x = [model.to(DEVICE) for model in models], torch.rand(1, 3, 7, 6, device=DEVICE)
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_precision(Float32Precision.IEEE):
         built = lowered.implicit_gemm_vmap(models, x, tune_seconds=0.0)
         expected = torch.stack([model(x) for model in models])
         torch.testing.assert_close(built.forward(x), expected, rtol=0, atol=1e-5)
@@ -390,3 +395,16 @@ def test_without_triton_the_row_is_unavailable(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(lowered, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match="Triton, which is not installed"):
         lowered.implicit_gemm_vmap([], torch.rand(1, 3, 7, 6), tune_seconds=0.0)
+
+
+def test_the_kernels_of_the_cpu_need_no_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None; import torch; from torch import nn;"
+        " from ensemble.strategies import lowered;"
+        " import ensemble.compiler.pipeline as pipeline;"
+        " model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten()).eval();"
+        " print(pipeline.compile_vmapped([model], torch.rand(1, 3, 7, 6), threads=1).gemms)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

@@ -9,14 +9,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ensemble.compiler.cuda import launch
 from ensemble.compiler.cuda.problem import ConvProblem
 from ensemble.compiler.cuda.tiles import Tile, candidate_tiles
 from ensemble.errors import first_line
@@ -57,6 +55,8 @@ class TileTuner:
         Raises:
             Exception: no tile runs; the error of the default one.
         """
+        from ensemble.compiler.cuda import launch  # Triton may not be installed
+
         tiles = candidate_tiles(problem, launch.limits_of(device))
         time_tile = self._time_tile or (seconds_per_launch if device.type == "cuda" else None)
         if time_tile is None or len(tiles) == 1:
@@ -110,8 +110,10 @@ def seconds_per_launch(run: Run, tile: Tile) -> float:
 
 def _key(problem: ConvProblem, device: torch.device) -> str:
     """What a choice depends on: the problem, the device, and the compiler."""
+    import triton  # may not be installed, or by a package of another name
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    content = repr((problem, name, version("triton"), torch.version.cuda))
+    content = repr((problem, name, triton.__version__, torch.version.cuda))
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
