@@ -128,11 +128,16 @@ def exact(layer: Layer, given: dict[str, Tensor | None]) -> Tensor:
     return torch.stack(results)
 
 
-def found(layer: Layer, given: dict[str, Tensor | None], tile: Tile | None = None) -> Tensor:
+def found(
+    layer: Layer,
+    given: dict[str, Tensor | None],
+    tile: Tile | None = None,
+    precision: DotPrecision = DotPrecision.IEEE,
+) -> Tensor:
     x, weight = given["x"], given["weight"]
     assert x is not None
     assert weight is not None
-    problem = problem_of(layer, x, DotPrecision.IEEE)
+    problem = problem_of(layer, x, precision)
     packed = pack_weight(weight, given["shortcut_weight"], layer.groups)
     tile = tile or default_tile(problem, launch.limits_of(x.device))
     return launch.conv2d(problem, tile, x, packed, given["bias"], given["other"], given["shortcut"])
@@ -210,6 +215,50 @@ def test_every_shape_of_tiles_gives_the_same(blocks: tuple[int, int, int]) -> No
 
 def test_more_splits_than_blocks_of_the_depth_add_nothing() -> None:
     check(Layer(kernel=(1, 1), padding=(0, 0)), replace(SMALL, splits=8))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_bias_that_all_models_share_is_not_read_beyond_its_end(splits: int) -> None:
+    layer = Layer(num_models=3)
+    given = tensors(layer)
+    assert given["bias"] is not None
+    given["bias"] = given["bias"][:1].expand(3, -1)
+    result = found(layer, given, replace(SMALL, splits=splits))
+    assert (result.cpu().double() - exact(layer, given)).abs().max() <= 1e-4
+
+
+def in_tf32(x: Tensor) -> Tensor:
+    """The nearest numbers of 10 bits of mantissa."""
+    fraction, exponent = torch.frexp(x.double())
+    return torch.ldexp((fraction * 2**11).round() / 2**11, exponent).to(x.dtype)
+
+
+def test_tf32_factors_are_rounded_to_nearest_not_cut_off() -> None:
+    layer = Layer(shortcut=(16, (1, 1)))
+    given = tensors(layer)
+    result = found(layer, given, precision=DotPrecision.TF32)
+    factors = ("x", "weight", "shortcut", "shortcut_weight")
+    rounded = {
+        name: in_tf32(t) if name in factors and t is not None else t for name, t in given.items()
+    }
+    expected = exact(layer, rounded)
+    error = (result.cpu().double() - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-5  # 3e-4 if they are cut off
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_tf32_factors_that_are_not_finite_stay_so(value: float) -> None:
+    layer = Layer(kernel=(1, 1), padding=(0, 0), bias=False)
+    given = tensors(layer)
+    x, weight = given["x"], given["weight"]
+    assert x is not None
+    assert weight is not None
+    given["weight"] = weight.abs()
+    x[1, 0, 3, 2, 2] = value
+    result = found(layer, given, precision=DotPrecision.TF32)
+    expected = torch.tensor(value, device=DEVICE).expand(layer.filters)
+    torch.testing.assert_close(result[1, 0, :, 2, 2], expected, equal_nan=True)
+    assert result[0].isfinite().all()
 
 
 def test_nan_is_no_negative_number() -> None:
