@@ -36,10 +36,11 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def factor(x, PRECISION: tl.constexpr):
-    """A factor of a product, rounded to TF32 if it is one: tensor cores ignore the lower 13 bits,
-    so each product would be too small, and the errors of a network's layers would add up.
+    """Pixels as a factor of a product, rounded to TF32 if it is one: tensor cores ignore the lower
+    13 bits, so each product would be too small, and the errors of a network's layers would add up.
 
-    To nearest, as `cvt.rna.tf32` does. NaN and infinities stay.
+    To nearest, as `cvt.rna.tf32` does. NaN and infinities stay. Weights are rounded at build
+    (`problem.rounded_to_tf32`).
     """
     if PRECISION == "tf32":
         bits = x.to(tl.int32, bitcast=True)
@@ -174,9 +175,7 @@ def implicit_gemm(
                 inside = is_inside[:, None] & (channel < channels)[None, :]
             left = tl.load(images + offsets, mask=inside, other=0.0)
             right = weight.load([first_row + block * BLOCK_K, first_column])
-            sums = tl.dot(
-                factor(left, PRECISION), factor(right, PRECISION), sums, input_precision=PRECISION
-            )
+            sums = tl.dot(factor(left, PRECISION), right, sums, input_precision=PRECISION)
         if HAS_SHORTCUT:
             sources = shortcut + model * shortcut_model
             source_offset = image * shortcut_image
@@ -190,12 +189,7 @@ def implicit_gemm(
                     other=0.0,
                 )
                 right = weight.load([first_row + block * BLOCK_K, first_column])
-                sums = tl.dot(
-                    factor(left, PRECISION),
-                    factor(right, PRECISION),
-                    sums,
-                    input_precision=PRECISION,
-                )
+                sums = tl.dot(factor(left, PRECISION), right, sums, input_precision=PRECISION)
 
         column = first_column + tl.arange(0, BLOCK_N)
         filter_index = group * columns + column

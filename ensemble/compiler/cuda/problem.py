@@ -155,6 +155,14 @@ def pack_weight(weight: Tensor, shortcut: Tensor | None, groups: int) -> Tensor:
     return functional.pad(matrix, (0, missing)).contiguous()
 
 
+def rounded_to_tf32(tensor: Tensor) -> Tensor:
+    """A float32 tensor rounded to the nearest TF32 numbers, as `cvt.rna.tf32` of PTX does; NaN and
+    infinities stay."""
+    bits = tensor.contiguous().view(torch.int32)
+    rounded = ((bits + 0x1000) & -0x2000).view(torch.float32)
+    return torch.where(tensor.isfinite(), rounded, tensor)
+
+
 def _depth_by_filters(weight: Tensor, groups: int) -> Tensor:
     """`(N, K, C, R, S)` -> `(N, groups, depth, K / groups)`, taps first."""
     num_models, filters, channels, *taps = weight.shape

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ensemble.compiler.cuda.problem import DotPrecision
+from ensemble.compiler.cuda.problem import DotPrecision, rounded_to_tf32
 from ensemble.compiler.cuda.tiles import Tile
 from ensemble.compiler.cuda.tuning import TileTuner
 from ensemble.compiler.graph.analysis import node_of
@@ -46,7 +46,9 @@ class GemmTuning:
         """
         packing = node_of(node.args[1])
         if packing not in values:
-            values[packing] = pack_block_weight(*_given(packing.args, values))
+            weights = pack_block_weight(*_given(packing.args, values))
+            is_tf32 = self._precision is DotPrecision.TF32 and weights.dtype == torch.float32
+            values[packing] = rounded_to_tf32(weights) if is_tf32 else weights
         tensors = tuple(_given(node.args[:5], values))
         found = self._compute(node, tensors, self._precision)
         if precision_of(node) is DotPrecision.TF32X3:

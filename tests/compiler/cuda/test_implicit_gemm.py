@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ensemble.compiler.cuda import launch
-from ensemble.compiler.cuda.problem import ConvProblem, DotPrecision, Shortcut, pack_weight
+from ensemble.compiler.cuda.problem import (
+    ConvProblem,
+    DotPrecision,
+    Shortcut,
+    pack_weight,
+    rounded_to_tf32,
+)
 from ensemble.compiler.cuda.tiles import Tile, candidate_tiles, default_tile
 from ensemble.compiler.operators.activation import activated
 from ensemble.compiler.planning.shape_inference import conv_geometry
@@ -139,6 +145,7 @@ def found(
     assert weight is not None
     problem = problem_of(layer, x, precision)
     packed = pack_weight(weight, given["shortcut_weight"], layer.groups)
+    packed = rounded_to_tf32(packed) if precision is DotPrecision.TF32 else packed
     tile = tile or default_tile(problem, launch.limits_of(x.device))
     return launch.conv2d(problem, tile, x, packed, given["bias"], given["other"], given["shortcut"])
 

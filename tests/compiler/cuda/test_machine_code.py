@@ -54,8 +54,7 @@ def _allowed_stack(launch: Layer, capability: int) -> float:
     """The bytes of spilled registers that are allowed."""
     if capability < 90 and TRITON < (3, 8):
         return inf
-    is_exact = launch.dtype == "float32" and launch.precision != "tf32"
-    return FEW_BYTES if is_exact else 0
+    return FEW_BYTES if launch.dtype == "float32" else 0
 
 
 def _check_instructions(launch: Layer, kernel: Usage, capability: int) -> None:

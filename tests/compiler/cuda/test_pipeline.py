@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.compiler.cuda import launch
-from ensemble.compiler.cuda.problem import ConvProblem, DotPrecision
+from ensemble.compiler.cuda.problem import ConvProblem, DotPrecision, rounded_to_tf32
 from ensemble.compiler.cuda.tiles import Tile
 from ensemble.compiler.cuda.tuning import TileTuner
 from ensemble.compiler.operators.implicit_gemm import STACKED_CONV2D_BLOCK
@@ -224,6 +224,9 @@ def test_tf32_products_that_the_caller_asks_for_are_not_checked(
     models = models_of(NETS["residual"][0])
     found = compiled(models, torch.randn(1, 3, 17, 13, device=DEVICE), DotPrecision.TF32)
     assert {args[-2] for args in blocks(found)} == {"tf32"}
+    weights = [weight for name, weight in found.forward.named_buffers() if "pack" in name]
+    assert len(weights) == 4
+    assert all(torch.equal(weight, rounded_to_tf32(weight)) for weight in weights)
     assert not found.has_fast_kernels
 
 
