@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +88,16 @@ def state(context: Context) -> None:
 
 
 def tests(context: Context) -> None:
-    """All tests that use a GPU; those of the kernels compile many, and come last."""
+    """Tests that use a GPU, those of the kernels first; without what Inductor compiles: minutes."""
     kernels = "tests/compiler/cuda"
     chosen = ["-k", "1x1"] if context.is_dry else ["-m", "cuda"]
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
     command += [*chosen, "--durations=5"]
+    half = replace(context, deadline=time.time() + context.left() / 2)
+    _command(half, "tests", "kernels", [*command, f"{kernels}/test_implicit_gemm.py"])
     if not context.is_dry:
-        _command(context, "tests", "others", [*command, "tests", f"--ignore={kernels}"])
-    _command(context, "tests", "kernels", [*command, f"{kernels}/test_implicit_gemm.py"])
+        others = ["tests", f"--ignore={kernels}", "-k", "not compiled and not best"]
+        _command(context, "tests", "others", [*command, *others])
 
 
 def strategies(context: Context) -> None:
@@ -141,27 +145,22 @@ def layers(context: Context) -> None:
         ("float32", "ieee"),
     )
     # Triton's interpreter multiplies the bits of bfloat16 as integers.
-    for dtype, precision in formats[-1:] if context.is_dry else formats:
-        for name, layer in list(RESNET18.items())[-1 if context.is_dry else 0 :]:
-            for num_models in (2,) if context.is_dry else (4, 32):
-                one = replace(layer, dtype=dtype, precision=precision, num_models=num_models)
-                problem, given = one.problem(), one.operands(device)
-                exact = one.exact(given)
-                run = partial(_launched, problem, given)
-                for tile in candidate_tiles(problem, launch.limits_of(device)):
-                    with _reported(context, "layers", layer=name, tile=repr(tile)):
-                        error = (run(tile).double() - exact).abs().max() / exact.abs().max()
-                        seconds = None if context.is_dry else tuning.seconds_per_launch(run, tile)
-                        context.write(
-                            step="layers",
-                            layer=name,
-                            dtype=dtype,
-                            precision=precision,
-                            num_models=num_models,
-                            tile=list(tile.fields),
-                            error=float(error),
-                            seconds=seconds,
-                        )
+    formats = formats[-1:] if context.is_dry else formats
+    names = list(RESNET18)[-1:] if context.is_dry else list(RESNET18)
+    counts = (2,) if context.is_dry else (4, 32)
+    # The default tile of all layers and formats first: each is compiled, and the time is short.
+    for rank, (dtype, precision), name, num_models in product(range(4), formats, names, counts):
+        one = replace(RESNET18[name], dtype=dtype, precision=precision, num_models=num_models)
+        problem = one.problem()
+        for tile in candidate_tiles(problem, launch.limits_of(device))[rank : rank + 1]:
+            about = {"dtype": dtype, "precision": precision, "num_models": num_models}
+            about |= {"layer": name, "tile": list(tile.fields)}
+            with _reported(context, "layers", **about):
+                given = one.operands(device)
+                exact, run = one.exact(given), partial(_launched, problem, given)
+                error = (run(tile).double() - exact).abs().max() / exact.abs().max()
+                seconds = None if context.is_dry else tuning.seconds_per_launch(run, tile)
+                context.write(step="layers", **about, error=float(error), seconds=seconds)
 
 
 def command(context: Context) -> None:
@@ -192,7 +191,7 @@ def max_autotune(context: Context) -> None:
 
 def out_of_memory(context: Context) -> None:
     """Is the text of a row that ran out of memory right?"""
-    size = _tiny() if context.is_dry else ["--arch", "resnet50", "--batch_size", "1024"]
+    size = _tiny() if context.is_dry else ["--arch", "resnet18", "--batch_size", "1024"]
     count = "2" if context.is_dry else "32"
     quick = ["--processes", "1", "--min_pairs", "1", "--min_seconds", "0"]
     names = ["--strategies", "loop", "vmap"]
@@ -288,7 +287,8 @@ def _models(context: Context, num_models: int, dtype: str) -> tuple[list[nn.Modu
     templates, image = _templates(num_models, context.is_dry)
     kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     device = torch.device(context.device)
-    models = [model.to(device, kind) for model in templates]
+    # Copies: `to` casts in place, and what was bfloat16 once is exact in TF32.
+    models = [copy.deepcopy(model).to(device, kind) for model in templates]
     return models, image.to(device, kind)
 
 
@@ -334,8 +334,6 @@ def _time_strategy(
 
 
 def _double(model: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(model).double()
 
 
@@ -440,7 +438,12 @@ def _command(context: Context, step: str, name: str, command: Sequence[str]) -> 
         start_new_session=True,
     )
     lines: list[str] = []
-    with _killed_at(process, context.deadline - 3):
+    # Interrupted, pytest and this program still say what they have found.
+    with (
+        process,
+        _ended_at(process, context.deadline - 8, signal.SIGINT),
+        _ended_at(process, context.deadline - 3),
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(f"{time.time() - begin:6.1f} {line.rstrip()}")
@@ -456,15 +459,17 @@ def _command(context: Context, step: str, name: str, command: Sequence[str]) -> 
 
 
 @contextlib.contextmanager
-def _killed_at(process: subprocess.Popen[Any], deadline: float) -> Iterator[None]:
-    """Kill a process and all that it started at a time of `time.time()`."""
+def _ended_at(
+    process: subprocess.Popen[Any], deadline: float, number: signal.Signals = signal.SIGKILL
+) -> Iterator[None]:
+    """Send a signal to a process and all that it started at a time of `time.time()`."""
     import threading
 
-    def kill() -> None:
+    def end() -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, number)
 
-    timer = threading.Timer(max(0.1, deadline - time.time()), kill)
+    timer = threading.Timer(max(0.1, deadline - time.time()), end)
     timer.start()
     try:
         yield
@@ -526,7 +531,7 @@ def _run_step(name: str, options: argparse.Namespace) -> bool:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-        with _killed_at(process, context.deadline):
+        with _ended_at(process, context.deadline):
             code = process.wait()
     is_over = time.time() >= context.deadline
     status = "ok" if not code else "out of time" if is_over else f"exit code {code}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import gpu_run
 from tests.studies import cuda
@@ -39,6 +41,28 @@ def test_steps_after_the_time_of_the_run_are_skipped(tmp_path: Path) -> None:
 def test_what_a_step_has_measured_survives_its_end(tmp_path: Path) -> None:
     lines = run(tmp_path, "--steps", "strategies", "--seconds", "7.5")
     assert lines[-1]["status"] in ("out of time", "ok")
+
+
+def test_models_of_a_format_are_not_rounded_by_the_one_before(tmp_path: Path) -> None:
+    context = gpu_run.Context(tmp_path, is_dry=True, deadline=0.0)
+    gpu_run._models(context, 1, "bfloat16")
+    (model,), x = gpu_run._models(context, 1, "float32")
+    weight = next(model.parameters())
+    assert weight.dtype == x.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_a_command_is_interrupted_before_it_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import time\n"
+        "try:\n    print('begun', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('what was found')"
+    )
+    context = gpu_run.Context(tmp_path, is_dry=True, deadline=time.time() + 10)
+    gpu_run._command(context, "tests", "kernels", [sys.executable, "-c", program])
+    line = json.loads((tmp_path / gpu_run.LINES).read_text())
+    assert line["output"].endswith("what was found")
+    assert line["exit_code"] == 0
 
 
 @pytest.mark.slow
