@@ -145,11 +145,11 @@ def layers(context: Context) -> None:
         ("float32", "ieee"),
     )
     # Triton's interpreter multiplies the bits of bfloat16 as integers.
-    formats = formats[-1:] if context.is_dry else formats
+    chosen = formats[-1:] if context.is_dry else formats
     names = list(RESNET18)[-1:] if context.is_dry else list(RESNET18)
     counts = (2,) if context.is_dry else (4, 32)
     # The default tile of all layers and formats first: each is compiled, and the time is short.
-    for rank, (dtype, precision), name, num_models in product(range(4), formats, names, counts):
+    for rank, (dtype, precision), name, num_models in product(range(4), chosen, names, counts):
         one = replace(RESNET18[name], dtype=dtype, precision=precision, num_models=num_models)
         problem = one.problem()
         for tile in candidate_tiles(problem, launch.limits_of(device))[rank : rank + 1]:
