@@ -20,7 +20,9 @@ from ensemble.compiler.operators.implicit_gemm import CONV2D_BLOCK
 from ensemble.compiler.planning.step import Activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_ELEMENTS = 2**31 - 1  # the kernel's offsets within the images of a model are 32 bits
+# The kernel's offsets within the images of a model are 32 bits, those beyond the end of the last
+# tile as well, of at most 1024 elements: wrapped around, they would pass for valid.
+MAX_ELEMENTS = 2**31 - 1024
 
 
 def select_gemms(module: fx.GraphModule) -> list[str]:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ensemble.compiler.cuda import launch
 from ensemble.compiler.cuda.problem import ConvProblem, DotPrecision, rounded_to_tf32
 from ensemble.compiler.cuda.tiles import Tile
 from ensemble.compiler.cuda.tuning import TileTuner
+from ensemble.compiler.graph.gemm_selection import select_gemms
+from ensemble.compiler.operators.conv2d import CONV2D
 from ensemble.compiler.operators.implicit_gemm import STACKED_CONV2D_BLOCK
 from ensemble.compiler.pipeline import CompiledForward, compile_vmapped
 from ensemble.compiler.planning.gemm_tuning import GemmTuning
@@ -235,3 +237,23 @@ def test_without_fast_kernels_no_layer_emulates_float32() -> None:
     x = torch.randn(1, 3, 17, 13, device=DEVICE)
     found = compiled(models, x, error_bound=ErrorBound.NO_FAST_KERNELS)
     assert {args[-2] for args in blocks(found)} == {"ieee"}
+
+
+@pytest.mark.parametrize(
+    ("width", "left"), [(2**22 - 1, ["images too large"]), (2**22 - 2, [])], ids=str
+)
+def test_images_whose_last_tile_ends_beyond_32_bits_are_left_to_torch(
+    width: int, left: list[str]
+) -> None:
+    graph = fx.Graph()
+    shapes = {"weight": (1, 1, 1, 1), "x": (1, 1, 512, width)}
+    inputs = {name: graph.placeholder(name) for name in shapes}
+    none, ones = [0, 0], [1, 1]
+    conv = graph.call_function(
+        CONV2D, (inputs["x"], inputs["weight"], None, None, ones, none, ones, 1, False)
+    )
+    graph.output(conv)
+    for name, node in inputs.items():
+        node.meta["val"] = torch.empty(shapes[name], device="meta")
+    conv.meta["val"] = inputs["x"].meta["val"]
+    assert select_gemms(fx.GraphModule(nn.Module(), graph)) == left
