@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo  # by `make_fx`, in its first trace: then a build would take a second longer
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
