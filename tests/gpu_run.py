@@ -16,7 +16,6 @@ import copy
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -30,8 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensemble.bench.host_copies import from_host, pinned
 from ensemble.compiler.cuda.problem import ConvProblem
 from ensemble.compiler.cuda.tiles import Tile
+from ensemble.machine import memory
+from ensemble.machine.devices import l2_flush, synchronize
+from ensemble.machine.timing import Sample, event_maker, time_call
+from ensemble.statistics import median
 from tests.compiler.cuda.layers import RESNET18, Operands
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +43,6 @@ LINES = "gpu_run.jsonl"
 SECONDS = 560.0  # of the whole run: a command on the machines at hand may take 600
 PATIENCE = 10  # a dry run may meet a busy machine
 CALLS = 30  # timed, of each forward
-FLUSH_BYTES = 2**28  # larger than any L2 cache, as in triton.testing.do_bench
 COUNTS = (4, 16, 32)  # of models, in step 2
 STREAMS = (1, 2, 4, 8, 16)
 DTYPES = ("bfloat16", "tf32", "float32")
@@ -116,7 +119,7 @@ def streams(context: Context) -> None:
     from ensemble.strategies import concurrent
 
     for count in STREAMS[:1] if context.is_dry else STREAMS:
-        concurrent.MAX_STREAMS = count
+        setattr(concurrent, "MAX_STREAMS", count)  # noqa: B010
         models, x = _models(context, 2 if context.is_dry else 16, "bfloat16")
         name = "concurrent" if context.is_dry else "cudagraph_concurrent"
         _time_strategy(context, "streams", name, models, x, "bfloat16", streams=count)
@@ -339,54 +342,42 @@ def _double(model: nn.Module) -> nn.Module:
 
 def _times(context: Context, run: Callable[[], object]) -> dict[str, float | None]:
     """The median wall and event time of a call, and the event time after a flush of the L2."""
+    device = torch.device(context.device)
     for _ in range(3):
         run()
+    warm = _samples(run, device, 3 if context.is_dry else CALLS)
+    found = {"wall_s": median([sample.seconds for sample in warm])}
     if context.is_dry:
-        return {"wall_s": statistics.median(_wall(run) for _ in range(3))}
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    cold = [_event(run, before=flush.zero_) for _ in range(CALLS)]
-    return {
-        "wall_s": statistics.median(_wall(run) for _ in range(CALLS)),
-        "event_s": statistics.median(_event(run) for _ in range(CALLS)),
-        "cold_event_s": statistics.median(cold),
-        "reserved_bytes": torch.cuda.memory_reserved(),
-    }
+        return found
+    cold = _samples(run, device, CALLS, before=l2_flush(device))
+    for name, samples in (("event_s", warm), ("cold_event_s", cold)):
+        found[name] = median([one.device_seconds or 0.0 for one in samples])
+    return found | {"reserved_bytes": memory.reserved_bytes(device)}
 
 
-def _wall(run: Callable[[], object]) -> float:
-    from ensemble.machine.devices import synchronize
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    synchronize(device)
-    begin = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - begin
-
-
-def _event(run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
-    torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before()
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def _with_copies(forward: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float]:
-    """From an image on the host to logits there, from pinned memory and not."""
-    found = {}
-    for name, image in (("pageable", x.cpu()), ("pinned", x.cpu().pin_memory())):
-        call = partial(_from_host, forward, image)
-        call()
-        found[f"{name}_s"] = statistics.median(_wall(call) for _ in range(CALLS))
+def _samples(
+    run: Callable[[], object],
+    device: torch.device,
+    count: int,
+    before: Callable[[], None] = lambda: None,
+) -> list[Sample]:
+    """Timed calls, each after `before`."""
+    make_event, found = event_maker(device), list[Sample]()
+    for _ in range(count):
+        before()
+        events = (make_event(), make_event()) if make_event else None
+        found.append(time_call(run, synchronize=lambda: synchronize(device), events=events))
     return found
 
 
-def _from_host(forward: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    return forward(image.to("cuda", non_blocking=True)).cpu()
+def _with_copies(forward: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float | None]:
+    """From an image on the host to logits there, from pinned memory and not."""
+    found, call = {}, from_host(forward, x.device)
+    for name, image in (("pageable", x.cpu()), ("pinned", pinned(x))):
+        run = partial(call, image)
+        run()
+        found[f"{name}_s"] = median([one.seconds for one in _samples(run, x.device, CALLS)])
+    return found
 
 
 def _captured(run: Callable[[], object]) -> Callable[[], None]:

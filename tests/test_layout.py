@@ -1,6 +1,8 @@
 """The folders are the architecture: what each wing may import."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,19 @@ def test_every_file_of_tests_says_what_it_holds() -> None:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         if path.name != "__init__.py":
             assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+IMPORTS = """
+import sys
+import ensemble.bench.executors.device_probe, ensemble.bench.session
+print("torch._dynamo" in sys.modules)
+import ensemble.strategies.lowered
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_dynamo_is_imported_by_what_traces_and_by_nothing_that_every_run_imports() -> None:
+    """It takes a second: of the program if imported early, and of a timed build if late."""
+    command = [sys.executable, "-c", IMPORTS]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert answer.stdout.split() == ["False", "True"]

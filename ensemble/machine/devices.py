@@ -16,6 +16,8 @@ from ensemble.machine.precision import Float32Precision
 log = logging.getLogger(__name__)
 
 MIN_FLUSH_BYTES = 256 * 2**20
+# More streams do not help: each kernel of a ResNet already occupies a large part of a GPU.
+MAX_STREAMS = 16
 
 
 def find_device(name: str, *, say: Callable[[str], None] = log.warning) -> torch.device:

@@ -157,7 +157,7 @@ class GpuReader:
         """The processes that are not of this run.
 
         None where this process holds memory of a GPU, but is not listed: in a container NVML gives
-        the pids of the host, of which none can be told to be ours.
+        the pids of the host, which do not identify our own.
         """
         listed = self._known(self._nvml.nvmlDeviceGetComputeRunningProcesses, self._handle)
         if listed is None:

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ensemble.compiler.graph.batch_norm_folding import channels_last, private
+from ensemble.machine.devices import MAX_STREAMS
 from ensemble.machine.per_process import PerProcess
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.compiled import compiled_models
 from ensemble.strategies.folded import folded_models
-
-# More streams do not help: each kernel of a ResNet already occupies a large part of the device.
-MAX_STREAMS = 16
 
 T = TypeVar("T")
 _THREAD_COUNT_LOCK = PerProcess(Lock)

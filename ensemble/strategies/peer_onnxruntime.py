@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ensemble.compiler.graph.batch_norm_folding import folded
 from ensemble.errors import UnavailableError
+from ensemble.machine.devices import MAX_STREAMS
 from ensemble.strategies import peer_autotune, peer_conversion, peer_streams
 from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.concurrent import MAX_STREAMS
 from ensemble.strategies.peer_autotune import RunModels, Settings
 
 # Dtypes of a provider's convolution and max pooling, in onnxruntime-gpu 1.31.1. Its CUDA provider

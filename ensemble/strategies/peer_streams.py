@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ensemble.machine import cuda_graphs
 from ensemble.strategies.peer_autotune import RunModels
 
 TUNING_MODELS = 8  # each setting builds its own sessions, and a session takes about a second
@@ -104,12 +105,8 @@ def _fork_and_join(
 
 def _captured(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """`launch` as one CUDA graph, which reads and writes the same memory."""
-    launch()  # lazy initialization must not be captured
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)
-    # Other threads may allocate memory meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        launch()
+    launch()  # on the caller's stream: lazy initialization must not be captured
+    graph, _ = cuda_graphs.capture(launch, device, warmup=0)
 
     def replay(_keep: Callable[[], None] = launch) -> None:  # it holds what the graph runs
         graph.replay()

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ensemble.compiler.graph.batch_norm_folding import folded
 from ensemble.errors import UnavailableError
+from ensemble.machine.devices import MAX_STREAMS
 from ensemble.strategies import peer_autotune, peer_conversion, peer_streams
 from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.concurrent import MAX_STREAMS
 from ensemble.strategies.peer_autotune import Settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

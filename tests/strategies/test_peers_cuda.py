@@ -72,7 +72,9 @@ class Device:
         return SimpleNamespace(name=name, record=record)
 
     @contextlib.contextmanager
-    def capture(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    def capture(
+        self, graph: Any, pool: Any, stream: Any, capture_error_mode: str
+    ) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
         before, self.current = self.current, stream.name
         begin = len(self.log)
@@ -89,6 +91,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch.cuda, "Event", fake.event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", fake.capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: fake.named(fake.current))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     return fake

@@ -1,4 +1,4 @@
-"""What is told of the GPU: other processes on it, and lowered clocks. Imports no torch."""
+"""Warnings about the GPU: other processes on it, and lowered clocks. Imports no torch."""
 
 from collections.abc import Callable, Sequence
 

@@ -101,7 +101,7 @@ def implicit_gemm(
     DILATION_W: tl.constexpr,
     SHORTCUT_STRIDE_H: tl.constexpr,
     SHORTCUT_STRIDE_W: tl.constexpr,
-    NARROW_CHANNELS: tl.constexpr,  # the channels of a group if a block spans several taps, else 0
+    FEW_CHANNELS: tl.constexpr,  # the channels of a group if a block spans several taps, else 0
     HAS_BIAS: tl.constexpr,
     HAS_OTHER: tl.constexpr,
     HAS_SHORTCUT: tl.constexpr,
@@ -143,10 +143,10 @@ def implicit_gemm(
         end = tl.minimum(begin + blocks_per_split, total_blocks)
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for block in tl.range(begin, tl.minimum(end, depth_blocks)):
-            if NARROW_CHANNELS > 0:
+            if FEW_CHANNELS > 0:
                 depth = block * BLOCK_K + in_block
-                tap = depth // NARROW_CHANNELS
-                channel = depth % NARROW_CHANNELS
+                tap = depth // FEW_CHANNELS
+                channel = depth % FEW_CHANNELS
                 offsets, inside = gathered(
                     image_offset[:, None],
                     first_y[:, None] + (tap // KERNEL_W * DILATION_H)[None, :],

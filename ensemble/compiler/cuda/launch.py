@@ -48,49 +48,56 @@ def conv2d(
     Returns:
         `(N, B, K, OH, OW)`, channels-last in memory.
     """
-    geometry, dtype = problem.geometry, x.dtype
-    num_models, filters = problem.num_models, geometry.out_channels
-    out = torch.empty(num_models, *geometry.out_shape, dtype=dtype, device=x.device)
-    split = tile.splits > 1
-    partial = (
-        torch.empty(tile.splits, *out.shape, dtype=torch.float32, device=x.device) if split else out
-    )
-    if not problem.is_narrow:
+    if not problem.has_few_channels:
         x = _channels_last(x)
-    if bias is not None:
-        bias = bias.contiguous()  # models may share it by a stride of 0
-    if other is not None:
-        other = _channels_last(other).movedim(-3, -1)
-    if shortcut is not None:
-        shortcut = _channels_last(shortcut)
-    other_model = other.stride(0) if other is not None else 0
-    row_tiles, column_tiles = tile.grid(problem)
-    limits = limits_of(x.device)
-    programs = min(tile.count(problem), PROGRAMS_PER_MULTIPROCESSOR * limits.multiprocessors)
+    bias = None if bias is None else bias.contiguous()
+    other = None if other is None else _channels_last(other).movedim(-3, -1)
+    shortcut = None if shortcut is None else _channels_last(shortcut)
+    out = x.new_empty(problem.num_models, *problem.geometry.out_shape)
+    if tile.splits == 1:
+        _launch_gemm(problem, tile, x, weight, bias, other, shortcut, out)
+    else:
+        partial = x.new_empty(tile.splits, *out.shape, dtype=torch.float32)
+        _launch_gemm(problem, tile, x, weight, bias, other, shortcut, partial)
+        _launch_sum(problem, tile, partial, bias, other, out)
+    return out.movedim(-1, -3)
+
+
+def _launch_gemm(
+    problem: ConvProblem,
+    tile: Tile,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    shortcut: Tensor | None,
+    out: Tensor,
+) -> None:
+    """`kernels.implicit_gemm`: into the result, or into one part of its sum per split."""
+    geometry, block_k = problem.geometry, tile.block_k
+    channels, taps = geometry.channels_per_group[0], math.prod(geometry.kernel)
     depth, shortcut_depth = problem.depths
-    block_k = tile.block_k
-    per_group = geometry.channels_per_group[0]
     matrix = weight.view(-1, weight.shape[-1])
-    kernels.implicit_gemm[(programs,)](
+    programs = PROGRAMS_PER_MULTIPROCESSOR * limits_of(x.device).multiprocessors
+    kernels.implicit_gemm[(min(tile.count(problem), programs),)](
         x,
         TensorDescriptor.from_tensor(matrix, [block_k, tile.block_n]),
         bias,
         other,
         shortcut,
-        partial,
+        out,
         problem.rows,
         problem.columns,
-        per_group,
+        channels,
         problem.products,
-        row_tiles,
-        column_tiles,
+        *tile.grid(problem),
         *geometry.size,
         *geometry.out_size,
         *_strides(x),
-        other_model,
-        shortcut.shape[-3] if shortcut is not None else 0,
-        *(_strides(shortcut)[:4] if shortcut is not None else (0,) * 4),
-        depth // (geometry.kernel[0] * geometry.kernel[1] * block_k),
+        _model_stride(other),
+        0 if shortcut is None else shortcut.shape[-3],
+        *((0,) * 4 if shortcut is None else _strides(shortcut)[:4]),
+        depth // (taps * block_k),
         depth // block_k,
         shortcut_depth // block_k,
         geometry.groups,
@@ -99,7 +106,7 @@ def conv2d(
         *geometry.padding,
         *geometry.dilation,
         *(problem.shortcut.stride if problem.shortcut else (1, 1)),
-        per_group if problem.is_narrow else 0,
+        channels if problem.has_few_channels else 0,
         bias is not None,
         other is not None,
         shortcut is not None,
@@ -112,23 +119,36 @@ def conv2d(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if split:
-        per_model = math.prod(geometry.out_shape)
-        kernels.sum_splits[(-(-per_model // SUM_BLOCK), num_models)](
-            partial,
-            bias,
-            other,
-            out,
-            per_model,
-            filters,
-            other_model,
-            tile.splits,
-            bias is not None,
-            other is not None,
-            int(problem.activation),
-            SUM_BLOCK,
-        )
-    return out.movedim(-1, -3)
+
+
+def _launch_sum(
+    problem: ConvProblem,
+    tile: Tile,
+    partial: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    out: Tensor,
+) -> None:
+    """`kernels.sum_splits`."""
+    per_model = math.prod(problem.geometry.out_shape)
+    kernels.sum_splits[(-(-per_model // SUM_BLOCK), problem.num_models)](
+        partial,
+        bias,
+        other,
+        out,
+        per_model,
+        problem.geometry.out_channels,
+        _model_stride(other),
+        tile.splits,
+        bias is not None,
+        other is not None,
+        int(problem.activation),
+        SUM_BLOCK,
+    )
+
+
+def _model_stride(other: Tensor | None) -> int:
+    return 0 if other is None else other.stride(0)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

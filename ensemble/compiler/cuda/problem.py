@@ -22,7 +22,7 @@ from ensemble.compiler.planning.step import Activation, Geometry
 MAX_BLOCK = 64  # depth that the kernel multiplies at once
 MIN_BLOCK = 16  # what a tensor core takes
 # Of fewer input channels per group, a block of the depth spans several taps.
-NARROW, NARROW_BLOCK = 16, 32
+FEW_CHANNELS, FEW_CHANNELS_BLOCK = 16, 32
 COLUMN_ALIGNMENT = 8  # a row of packed weights is a multiple of 16 bytes, as TMA requires
 
 
@@ -77,8 +77,8 @@ class ConvProblem:
         return self.geometry.channels_per_group[1]
 
     @property
-    def is_narrow(self) -> bool:
-        return is_narrow(self.geometry.channels_per_group[0])
+    def has_few_channels(self) -> bool:
+        return has_few_channels(self.geometry.channels_per_group[0])
 
     @property
     def depths(self) -> tuple[int, int]:
@@ -90,8 +90,8 @@ class ConvProblem:
     @property
     def blocks(self) -> list[int]:
         """The possible depths of a block, the largest first: no block spans two taps, unless the
-        channels are narrow, nor the convolution and the shortcut."""
-        common = NARROW_BLOCK if self.is_narrow else self._padded_channels
+        are few channels, nor the convolution and the shortcut."""
+        common = FEW_CHANNELS_BLOCK if self.has_few_channels else self._padded_channels
         if self.shortcut:
             common = gcd(common, self.depths[1])
         return [block for block in (64, 32, 16) if common % block == 0]
@@ -101,9 +101,9 @@ class ConvProblem:
         return padded_channels(self.geometry.channels_per_group[0])
 
 
-def is_narrow(channels: int) -> bool:
+def has_few_channels(channels: int) -> bool:
     """Are there so few channels per group that a block of the depth spans several taps?"""
-    return channels < NARROW
+    return channels < FEW_CHANNELS
 
 
 def padded_channels(channels: int) -> int:
@@ -118,8 +118,8 @@ def padded_channels(channels: int) -> int:
 
 def padded_depth(channels: int, taps: int) -> int:
     """The depth of a product in memory."""
-    if is_narrow(channels):
-        return -(-channels * taps // NARROW_BLOCK) * NARROW_BLOCK
+    if has_few_channels(channels):
+        return -(-channels * taps // FEW_CHANNELS_BLOCK) * FEW_CHANNELS_BLOCK
     return taps * padded_channels(channels)
 
 
@@ -169,7 +169,7 @@ def _depth_by_filters(weight: Tensor, groups: int) -> Tensor:
     by_taps = weight.view(num_models, groups, filters // groups, channels, -1).permute(
         0, 1, 4, 3, 2
     )
-    if not is_narrow(channels):
+    if not has_few_channels(channels):
         by_taps = functional.pad(by_taps, (0, 0, 0, padded_channels(channels) - channels))
     matrix = by_taps.flatten(2, 3)
     depth = padded_depth(channels, taps[0] * taps[1])

@@ -29,30 +29,6 @@ from ensemble.compiler.planning.step import Activation
 # Definition
 
 
-@custom_op("ensemble::conv2d_block", mutates_args=())
-def conv2d_block(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor | None,
-    shortcut: Tensor | None,
-    shortcut_weight: Tensor | None,
-    shortcut_bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    shortcut_stride: Sequence[int],
-    activation: int,
-) -> Tensor:
-    """`activation(conv2d(x) + other + conv2d(shortcut))` of one model: x `(B, C, H, W)` ->
-    `(B, K, OH, OW)`. The filters of the shortcut are of one pixel."""
-    return plain_conv2d_block(
-        *(x, weight, bias, other, shortcut, shortcut_weight, shortcut_bias),
-        *(stride, padding, dilation, groups, shortcut_stride, activation),
-    )
-
-
 def plain_conv2d_block(
     x: Tensor,
     weight: Tensor,
@@ -68,7 +44,10 @@ def plain_conv2d_block(
     shortcut_stride: Sequence[int],
     activation: int,
 ) -> Tensor:
-    """`conv2d_block` by torch's own operators."""
+    """`activation(conv2d(x) + other + conv2d(shortcut))` of one model by torch's own operators.
+
+    x `(B, C, H, W)` -> `(B, K, OH, OW)`. The filters of the shortcut are of one pixel.
+    """
     result = functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if other is not None:
         result = result + other
@@ -79,9 +58,8 @@ def plain_conv2d_block(
     return activation_of(Activation(activation), result)
 
 
-@conv2d_block.register_fake
-def _(*arguments: Any) -> Tensor:
-    return plain_conv2d_block(*arguments)
+conv2d_block = custom_op("ensemble::conv2d_block", mutates_args=())(plain_conv2d_block)
+conv2d_block.register_fake(plain_conv2d_block)
 
 
 # Batching rule
@@ -95,7 +73,8 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tens
     weight, bias, other, shortcut, shortcut_weight, shortcut_bias = expanded(
         others, is_batched[1:], info.batch_size
     )
-    biases = [t.float() for t in (bias, shortcut_bias) if t is not None]
+    # Contiguous, also where the models share them: a constant of the graph.
+    biases = [t.float().contiguous() for t in (bias, shortcut_bias) if t is not None]
     result = stacked_conv2d_block(
         x,
         pack_block_weight(weight, shortcut_weight, groups),
@@ -170,32 +149,18 @@ def _(x: Tensor, weight: Tensor, bias: Any, other: Any, shortcut: Any, *options:
     return fake_result(x, len(weight), geometry)
 
 
-def problem_of(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor | None,
-    shortcut: Tensor | None,
-    filters: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    shortcut_stride: Sequence[int],
-    activation: int,
-    precision: str,
-) -> ConvProblem:
-    """The sizes of a `stacked_conv2d_block`."""
-    y, x_stride = shortcut_stride
+def problem_of(*arguments: Any) -> ConvProblem:
+    """The sizes of a `stacked_conv2d_block`, by its arguments without the tile."""
+    x, weight, _, other, shortcut, filters, *sizes, stride, activation, precision = arguments
+    y_stride, x_stride = stride
     return ConvProblem(
         len(weight),
-        conv_geometry(x, filters, kernel, stride, padding, dilation, groups),
+        conv_geometry(x, filters, *sizes),
         x.dtype,
         DotPrecision(precision),
         Activation(activation),
         other is not None,
-        None if shortcut is None else Shortcut(shortcut.shape[-3], (y, x_stride)),
+        None if shortcut is None else Shortcut(shortcut.shape[-3], (y_stride, x_stride)),
     )
 
 

@@ -1,4 +1,4 @@
-"""A CUDA device that is none: workers are told of it and compute on the CPU. See `install`."""
+"""A simulated CUDA device: workers select it and compute on the CPU. See `install`."""
 
 from __future__ import annotations
 

@@ -98,11 +98,11 @@ def test_a_worker_measures_what_this_process_would(workload: Workload) -> None:
         assert rows[name].status == "ok"
         assert len(rows[name].times_s) == len(rows[name].reference_times_s) == 6
         assert (rows[name].max_rel_error or 0.0) < 1e-5
-        beside = halves[name]
-        assert beside is not None
-        assert beside.case == case("loop")
-        assert len(beside.times_s) >= 3
-        assert beside.times_s == rows[name].reference_alone_times_s
+        reference = halves[name]
+        assert reference is not None
+        assert reference.case == case("loop")
+        assert len(reference.times_s) >= 3
+        assert reference.times_s == rows[name].reference_alone_times_s
     models, images = workload.models, workload.images(8)
     expected = [model(images[:1]).argmax(1).tolist() for model in models]
     assert rows["vmap"].top1 == expected
