@@ -136,7 +136,7 @@ def _fewest(times: Mapping[tuple[str, str, int], float], dtype: str, name: str, 
         if times[dtype, name, count] >= times[dtype, over, count]:
             break
         fewest = str(count)
-    return fewest or ("none measured" if counts else "")
+    return fewest or ("none" if counts else "")
 
 
 def _layers(lines: Sequence[Line]) -> list[str]:
