@@ -103,14 +103,20 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "with gradient": lambda x: x.clone().requires_grad_(),
     "inference": _inference,
 }
-BAD: dict[str, Callable[[Tensor], Any]] = {
-    "batch": lambda x: torch.cat([x, x], -4),
+# Other shapes than the example's: what the models give for them, or an error.
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "one image": lambda x: x[..., :1, :, :, :],
+    "three images": lambda x: torch.cat([x, x.flip(-1), x], -4)[..., :3, :, :, :],
     "larger": lambda x: torch.nn.functional.pad(x, (0, 1)),
+    "doubled": lambda x: torch.cat([x, x], -1),
     "transposed": lambda x: x.mT,
     "row": lambda x: x.flatten(-2)[..., None, :],
-    "missing": lambda x: x[0],
-    "extra": lambda x: x[None],
-    "for each": lambda x: x[None].expand(2, *x.shape),
+}
+BAD: dict[str, Callable[[Tensor], Any]] = {
+    "batch": lambda x: torch.cat([x] * 4, -4),
+    "missing": lambda x: x[..., 0, :, :, :][0] if x.dim() == 5 else x[0],
+    "extra": lambda x: x[None, None],
+    "for each": lambda x: x[None].expand(7, *x.shape),
     "channels": lambda x: torch.cat([x, x], -3),
     "channels last": lambda x: x.movedim(-3, -1),
     "double": lambda x: x.to(torch.float64 if x.dtype != torch.float64 else torch.float32),
@@ -166,6 +172,7 @@ class Case(Described):
     example: tuple[str, str] = ("random", "contiguous")
     inputs: tuple[tuple[str, str], ...] = (("random", "contiguous"),)
     bad: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
     around_build: str = "nothing"
     around_call: str = "nothing"
     stacked: bool = False  # the models' tensors are slices of one stack
@@ -220,6 +227,7 @@ def draw(rng: random.Random) -> Case:
         example=image() if rarely() else ("random", "contiguous"),
         inputs=tuple(image() for _ in range(rng.choice([1, 2, 3]))),
         bad=tuple(rng.choice([*BAD]) for _ in range(rng.choice([0, 0, 1, 2]))),
+        shapes=tuple(rng.choice([*SHAPES]) for _ in range(rng.choice([0, 1, 2]))),
         around_build=rng.choice(around),
         around_call=rng.choice(around),
         stacked=rarely(),
@@ -618,14 +626,44 @@ def _hold(name: str, case: Case, prepared: Prepared, counts: Counter[str]) -> No
     for each in prepared.inputs:
         for one, found in _called(name, case, prepared, forward, each, each):
             _check(f"{name} after its results were written over", one, found, prepared)
+    for how in () if prepared.keeps else case.shapes:
+        _check_other_shape(name, forward, how, prepared)
     if not prepared.keeps:
         _check_changed_weights(name, case, forward, prepared)
+
+
+def _check_other_shape(name: str, forward: Any, how: str, prepared: Prepared) -> None:
+    """Another shape gives what the models give for it, twice; or an error."""
+    x = SHAPES[how](_plain(prepared.example)).clone()
+    expected = _eager(prepared.models, x)
+    for _ in range(2):
+        try:
+            with torch.no_grad():
+                found = forward(x)
+        except UnavailableError:
+            assert name != "loop", f"loop is unavailable for another shape ({how})"
+            return
+        except Exception:
+            assert not isinstance(expected, Tensor), f"{name} fails for another shape ({how})"
+            return
+        what = f"{name}, another shape ({how}) {tuple(x.shape)}"
+        assert isinstance(expected, Tensor), f"{what}: the models fail, it does not"
+        assert found.shape == expected.shape, f"{what} gives {tuple(found.shape)}"
+        off = relative_error(found, expected)
+        limit = max(each.limit for each in prepared.inputs)
+        assert off <= max(limit, 1e-3), f"{what} is off by {off:.1e}"
 
 
 def _built(name: str, case: Case, prepared: Prepared) -> Any:
     def build() -> Any:
         with AROUND[case.around_build]():
-            return ensemble.build(name, prepared.models, prepared.example, tune_seconds=TUNE_S)
+            return ensemble.build(
+                name,
+                prepared.models,
+                prepared.example,
+                max_batch=max(3, prepared.example.shape[-4]),
+                tune_seconds=TUNE_S,
+            )
 
     try:
         return _in_thread(build) if case.around_build in ("thread", "threads") else build()

@@ -14,6 +14,7 @@ from ensemble.compiler.graph.batching_rules import without_batching_rule
 from ensemble.compiler.graph.canonicalize import keep_mean_dims, remove_identities
 from ensemble.compiler.graph.capture import capture
 from ensemble.compiler.graph.constant_folding import (
+    Folded,
     LayerCheck,
     State,
     embed_constants,
@@ -22,7 +23,7 @@ from ensemble.compiler.graph.constant_folding import (
 from ensemble.compiler.graph.data_movement import fold_data_movement
 from ensemble.compiler.graph.functionalize import trace_functional
 from ensemble.compiler.graph.gemm_selection import select_gemms
-from ensemble.compiler.graph.graph_module import finished, recompile
+from ensemble.compiler.graph.graph_module import copied_graph, finished, forget_source, recompile
 from ensemble.compiler.graph.operator_selection import select_operators
 from ensemble.compiler.operators.conv2d import STACKED_CONV2D
 from ensemble.compiler.operators.implicit_gemm import STACKED_CONV2D_BLOCK, precision_of
@@ -32,6 +33,7 @@ from ensemble.compiler.planning.kernel_accuracy import ErrorBound, KernelAccurac
 from ensemble.compiler.planning.kernel_selection import select_kernels
 from ensemble.compiler.planning.step import Step
 from ensemble.compiler.runtime.program_building import build_program
+from ensemble.compiler.shared_weights import SharedWeights, WeightMap
 from ensemble.models import stacking
 
 
@@ -40,6 +42,8 @@ class CompiledForward:
     """`forward(x)`, and what a note reports of it.
 
     steps: of all programs.
+    weights: which forwards for other shapes share.
+    weight_map: where the parts of one model lie.
     gemms: convolutions by implicit GEMM, on CUDA.
     left: why other convolutions there are left to torch, one reason each.
     has_fast_kernels: some round more than the plain product does.
@@ -49,6 +53,8 @@ class CompiledForward:
 
     forward: fx.GraphModule
     steps: tuple[Step, ...]
+    weights: SharedWeights
+    weight_map: WeightMap
     rejections: tuple[str, ...]
     looped: tuple[str, ...]
     gemms: int = 0
@@ -80,22 +86,10 @@ def compile_vmapped(
         ValueError: the models differ in architecture, or do not return one tensor.
     """
     stacking.check_same_architecture(models)
-    is_per_model = example.dim() == 5
-
-    # The graph of one model: functional ATen operators, then ours.
-    one_model, names = capture(models[0], example[0] if is_per_model else example)
-    fold_data_movement(one_model)
-    select_operators(one_model)  # and batch norm folding
-    left = select_gemms(one_model) if gemm else []
-    looped = _operators_without_batching_rule(one_model, is_per_model)
-
-    # The graph of N models: vmap over stacked weights. The batching rules select convolution
-    # kernels by a cost model. A trace holds for inputs with the strides of its example.
+    one = _one_model(models[0], example, by_gemm=gemm is not None)
     example = example.contiguous()
-    state = stacked_weights(models, names)
-    module = _vmap(one_model, state, example, num_models=len(models))
-    keep_mean_dims(module.graph)
-    remove_identities(module.graph)
+    state = stacked_weights(models, one.names)
+    module = _vmap(one.graph, state, example, num_models=len(models))
 
     # Weights: constant folding, which packs them, and the accuracy check of fast kernels.
     accuracy = KernelAccuracyCheck(error_bound)
@@ -103,16 +97,79 @@ def compile_vmapped(
     if gemm:
         checks[STACKED_CONV2D_BLOCK] = gemm
     folded = fold_constants(module, state, example, checks)
+    weights = SharedWeights()
+    weights.add(module, one.names, folded.constants)
+    rejections = (*accuracy.rejections, *(gemm.rejections if gemm else ()))
+    return _as_programs(module, folded, one, weights, len(models), threads, rejections)
 
-    # Programs: lowering to kernel steps, activation fusion, row tiling, memory planning.
+
+def compile_for_shape(
+    model: nn.Module, example: Tensor, weights: SharedWeights, *, num_models: int, threads: int
+) -> CompiledForward:
+    """The forward of N compiled models for inputs of another shape, over the same packed weights.
+
+    Args:
+        model: one of the models; its weights are not used.
+        example: `(B, C, H, W)`, or `(N, B, C, H, W)`.
+        weights: of a forward that `compile_vmapped` returned, on the CPU.
+        num_models: N.
+        threads: cores to use.
+
+    Raises:
+        UnavailableError: torch cannot trace or vmap the models for this shape, or they need other
+            constants than those that `weights` holds.
+    """
+    one = _one_model(model, example, by_gemm=False)
+    tensors = stacking.named_tensors(model)
+    state = {name: _unfilled_stack(tensors[name], num_models) for name in one.names}
+    module = _vmap(one.graph, state, example.contiguous(), num_models=num_models)
+    folded = weights.restore(module, one.names)
+    return _as_programs(module, folded, one, weights, num_models, threads, ())
+
+
+@dataclass(frozen=True)
+class _OneModel:
+    """The graph of one model, `(*tensors, x)`; names: of those tensors. For `left` and `looped` see
+    `CompiledForward`."""
+
+    graph: fx.GraphModule
+    names: tuple[str, ...]
+    left: tuple[str, ...]
+    looped: tuple[str, ...]
+
+
+def _one_model(model: nn.Module, example: Tensor, *, by_gemm: bool) -> _OneModel:
+    """The graph of one model: functional ATen operators, then ours."""
+    is_per_model = example.dim() == 5
+    graph, names = capture(model, example[0] if is_per_model else example)
+    fold_data_movement(graph)
+    select_operators(graph)  # and batch norm folding
+    left = select_gemms(graph) if by_gemm else []
+    looped = _operators_without_batching_rule(graph, is_per_model)
+    return _OneModel(graph, tuple(names), tuple(left), tuple(looped))
+
+
+def _as_programs(
+    module: fx.GraphModule,
+    folded: Folded,
+    one: _OneModel,
+    weights: SharedWeights,
+    num_models: int,
+    threads: int,
+    rejections: tuple[str, ...],
+) -> CompiledForward:
+    """Programs: lowering to kernel steps, activation fusion, row tiling, memory planning."""
+    vmapped = fx.GraphModule(module, copied_graph(module))
+    forget_source(vmapped)
     nodes = list(module.graph.nodes)
     context = LoweringContext(
         folded.constants,
         value_ids={node: index for index, node in enumerate(nodes)},
         producers=dict(enumerate(nodes)),
-        num_models=len(models),
+        num_models=num_models,
     )
     runs = select_kernels(module.graph, folded.dynamic, context)
+    lowered = {node.name: tuple(steps) for run in runs for node, steps in run.items()}
     steps = [step for run in runs for step in build_program(module, run, context, threads)]
     embed_constants(module, folded)
     module.graph.lint()
@@ -121,13 +178,22 @@ def compile_vmapped(
     return CompiledForward(
         finished(module),
         tuple(steps),
-        rejections=(*accuracy.rejections, *(gemm.rejections if gemm else ())),
-        looped=tuple(looped),
+        weights,
+        WeightMap(finished(vmapped), one.names, lowered, dict(module.named_buffers())),
+        rejections=rejections,
+        looped=one.looped,
         gemms=len(gemms),
-        left=tuple(left),
+        left=one.left,
         has_fast_kernels=any(step.kind.fast_candidates for step in steps)
         or any(precision_of(node) is DotPrecision.TF32X3 for node in gemms),
     )
+
+
+def _unfilled_stack(tensor: Tensor, num_models: int) -> Tensor:
+    """A stack like N of this tensor, for a trace, which reads no values: its memory is never
+    touched."""
+    size, stride = (num_models, *tensor.shape), (tensor.numel(), *tensor.stride())
+    return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
 
 
 def stacked_weights(models: Sequence[nn.Module], names: Sequence[str]) -> State:
@@ -139,13 +205,20 @@ def stacked_weights(models: Sequence[nn.Module], names: Sequence[str]) -> State:
 def _vmap(
     one_model: fx.GraphModule, state: State, example: Tensor, *, num_models: int
 ) -> fx.GraphModule:
-    """The graph of `(*state, x)` -> `(N, B, classes)`."""
+    """The graph of `(*state, x)` -> `(N, B, classes)`: vmap over stacked weights.
+
+    The batching rules select convolution kernels by a cost model. A trace holds for inputs with the
+    strides of its example.
+    """
     is_per_model = example.dim() == 5
     in_dims = (*[0] * len(state), 0 if is_per_model else None)
     vmapped: Callable[..., Tensor] = torch.vmap(one_model, in_dims=in_dims)
     if not state and not is_per_model:  # nothing to map over: all models return the same
         vmapped = lambda x: (y := one_model(x)).expand(num_models, *y.shape)  # noqa: E731
-    return trace_functional(vmapped, (*state.values(), example), is_vmapped=True)
+    module = trace_functional(vmapped, (*state.values(), example), is_vmapped=True)
+    keep_mean_dims(module.graph)
+    remove_identities(module.graph)
+    return module
 
 
 def _operators_without_batching_rule(one_model: fx.GraphModule, is_per_model: bool) -> list[str]:

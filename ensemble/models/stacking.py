@@ -172,6 +172,30 @@ def private_copy(model: nn.Module) -> nn.Module:
     return structure
 
 
+def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` with the weights of a state dict, which may lack none and have no others.
+
+    Raises:
+        ValueError: other names, shapes or dtypes than the model's.
+    """
+    copied, names = private_copy(model), canonical_names(model)
+    own = named_tensors(copied)
+    differing = sorted(names.keys() ^ state.keys())
+    if differing:
+        name = differing[0]
+        found = "got none" if name in names else "got one that the model does not have"
+        raise ValueError(f"state dict: expected the names of the model's: {name}: {found}")
+    for name, tensor in state.items():
+        target = own[names[name]]
+        if (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
+            expected, found = (f"{tuple(t.shape)} {t.dtype}" for t in (target, tensor))
+            raise ValueError(f"state dict: expected {name} to be {expected}, got {found}")
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in state.items():
+            own[names[name]].copy_(tensor)
+    return copied
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers of one model."""
     return sum(tensor.nbytes for tensor in named_tensors(model).values())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ensemble.strategies.build_result import Builder, BuildResult
+    from ensemble.strategies.build_result import Builder, BuildResult, RawForward
     from ensemble.strategies.forward import Forward
 
 LOOP, BEST = "loop", "best"
@@ -254,6 +254,7 @@ def build(
     models: Sequence[nn.Module],
     example: Tensor,
     *,
+    max_batch: int | None = None,
     tune_seconds: float = TUNE_SECONDS,
 ) -> Forward:
     """Build a strategy: returns a `strategies.forward.Forward`; all share its contract.
@@ -266,7 +267,8 @@ def build(
     `chunked_vmap` if these are consecutive slices of one stack, as returned by `load_models`: that
     needs no extra memory, and later in-place updates of the weights are visible. Otherwise they
     copy the weights. All other strategies hold transformed weights: updates are not visible, and
-    the models may be freed. `best` behaves like the strategy it selects.
+    the models may be freed, but those of other runtimes, `cudagraph_...` and the user's own, which
+    are built again for each shape. `best` behaves like the strategy it selects.
 
     A process forked afterward may call the forward and build others. torch's thread pool does not
     survive a fork, so it computes on one thread there (`lowered_vmap` and the concurrent strategies
@@ -279,11 +281,13 @@ def build(
             tensor.
         example: `(B, channels, H, W)`, shared by all models, or `(N, B, channels, H, W)`, one batch
             per model.
+        max_batch: the largest number of images a model in a call; default: the example's. The
+            strategy is tuned for the example.
         tune_seconds: the autotuning budget: no further candidate is built after it.
 
     Returns:
-        forward: x like `example` -> logits `(N, B, classes)`, or the stacked outputs `(N, *shape)`
-            of models that return another single tensor.
+        forward: images -> logits `(N, B, classes)`, or the stacked outputs `(N, *shape)` of models
+            that return another single tensor.
 
     Raises:
         ValueError: an unknown name; unusable models or example; models that do not return a single
@@ -301,6 +305,7 @@ def build(
 
     get(name)
     models, example = arguments.validated(models, example)
+    arguments.check_max_batch(max_batch, example)
     behavior = verification.behavior(models[0], example)
     if behavior is Behavior.USES_AUTOGRAD:
         raise UnavailableError(
@@ -312,8 +317,16 @@ def build(
         name = LOOP
     failed = f"{name} cannot run these models"
     with unavailable_on_failure(failed, but=(ValueError, UnavailableError)):
-        forward = build_unverified(name, models, example, tune_seconds=tune_seconds).forward
-        assert isinstance(forward, Forward)
+        built = _build(name, models, example, tune_seconds=tune_seconds)
+        forward = Forward(
+            built,
+            name,
+            example,
+            models,
+            rebuild=_rebuild(built, name, tune_seconds),
+            max_batch=max_batch,
+            is_verified=behavior is Behavior.PURE and name != LOOP,
+        )
         if behavior is Behavior.PURE and name not in (LOOP, BEST):
             verification.check(forward, models, example)
     return forward
@@ -327,18 +340,43 @@ def build_unverified(
     tune_seconds: float = TUNE_SECONDS,
 ) -> BuildResult:
     """`build` without comparing the output with the models', and with the builder's notes."""
+    from ensemble.strategies import arguments
+    from ensemble.strategies.forward import Forward
+
+    get(name)
+    models, example = arguments.validated(models, example)
+    built = _build(name, models, example, tune_seconds=tune_seconds)
+    rebuild = _rebuild(built, name, tune_seconds)
+    return replace(built, forward=Forward(built, name, example, models, rebuild=rebuild))
+
+
+def _build(
+    name: str, models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
+) -> BuildResult:
+    """The builder's own result, in the context of a build."""
     from ensemble.machine.per_process import use_one_thread_after_fork
     from ensemble.strategies import arguments, forward
 
-    strategy = get(name)
-    models, example = arguments.validated(models, example)
     use_one_thread_after_fork()
-    builder = strategy.builder(tune_seconds=tune_seconds)
+    builder = get(name).builder(tune_seconds=tune_seconds)
     with forward.execution_context(example.device), forward.default_device(example.device):
         try:
             built = builder(models, example)
         except Exception:
             arguments.check_runs(models[0], example)
             raise
-    run = built.forward.run if isinstance(built.forward, forward.Forward) else built.forward
-    return replace(built, forward=forward.Forward(run, name, example, len(models)))
+    # `best` returns what another strategy has built.
+    inner = built.forward
+    return replace(built, forward=inner.raw) if isinstance(inner, forward.Forward) else built
+
+
+def _rebuild(
+    built: BuildResult, name: str, tune_seconds: float
+) -> Callable[[Sequence[nn.Module], Tensor], RawForward]:
+    """How to build again what was built, or what an autotuner chose."""
+    chosen = built.choice.name if built.choice else name
+
+    def rebuild(models: Sequence[nn.Module], example: Tensor) -> RawForward:
+        return _build(chosen, models, example, tune_seconds=tune_seconds).forward
+
+    return rebuild

@@ -45,6 +45,13 @@ def validated(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]
     return every, example.detach().clone()
 
 
+def check_max_batch(max_batch: object, example: Tensor) -> None:
+    """Raise ValueError unless it is None, or a number of at least the example's images a model."""
+    least = example.shape[-4]
+    if max_batch is not None and not (isinstance(max_batch, int) and max_batch >= least):
+        raise ValueError(f"max_batch: expected at least the example's {least}, got {max_batch!r}")
+
+
 def _models(models: Any) -> tuple[nn.Module, ...]:
     if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
         raise ValueError(f"models: expected a list of modules, got one {type(models).__name__}")

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ensemble.errors import first_line
 from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
 from ensemble.strategies import (
@@ -73,7 +74,8 @@ def fastest(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
     )
     assert found.built is not None
     tuning_s = time.perf_counter() - begin - found.build_s[found.name]
-    choice = Choice(found.name, found.tried, tuning_s)
+    errors = {name: first_line(error) for name, error in found.errors.items()}
+    choice = Choice(found.name, found.tried, tuning_s, found.times_s, errors)
     return replace(found.built, choice=choice)
 
 

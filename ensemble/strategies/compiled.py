@@ -25,14 +25,20 @@ from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
 from ensemble.models.stacking import stacked_state
 from ensemble.strategies import eager
-from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.folded import folded_for_vmap, folded_models
+from ensemble.strategies.build_result import BuildResult, RawForward
+from ensemble.strategies.folded import folded_for_vmap, folded_models, serving_of
 from ensemble.strategies.vmapped import call_noting_fallbacks
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """One compiled forward, called with the weights of each folded model in turn."""
-    return eager.loop(compiled_models(folded_models(models, example)), example, private=private)
+    copies = folded_models(models, example)
+
+    def plan(_: nn.Module, x: Tensor) -> RawForward:
+        return eager.loop(compiled_models(copies), x, private=private).forward
+
+    serving = serving_of(copies, plan=plan, plans_in_seconds=True)
+    return BuildResult(plan(copies[0], example), serving=serving)
 
 
 def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
@@ -41,13 +47,19 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     Uses `torch.func.functional_call`, as dynamo does not trace functorch's stateless module.
     """
     copies = folded_for_vmap(models, example)
-    mapped = torch.vmap(
-        stacking.stateless(copies[0]),
-        in_dims=(0, 0 if example.dim() == 5 else None),
-        randomness="different",
-    )
-    forward = _CompiledVmap(as_one_graph(mapped), stacked_state(copies))
-    return BuildResult(forward, deferred_note=forward.note)
+    state = stacked_state(copies)  # a view of theirs
+
+    def plan(_: nn.Module, x: Tensor) -> _CompiledVmap:
+        mapped = torch.vmap(
+            stacking.stateless(copies[0]),
+            in_dims=(0, 0 if x.dim() == 5 else None),
+            randomness="different",
+        )
+        return _CompiledVmap(as_one_graph(mapped), state)
+
+    forward = plan(copies[0], example)
+    serving = serving_of(copies, plan=plan, plans_in_seconds=True)
+    return BuildResult(forward, deferred_note=forward.note, serving=serving)
 
 
 class _CompiledVmap:

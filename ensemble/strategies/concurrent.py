@@ -15,7 +15,7 @@ from ensemble.machine.devices import MAX_STREAMS
 from ensemble.machine.per_process import PerProcess
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.compiled import compiled_models
-from ensemble.strategies.folded import folded_models
+from ensemble.strategies.folded import folded_models, serving_of
 
 T = TypeVar("T")
 _THREAD_COUNT_LOCK = PerProcess(Lock)
@@ -25,14 +25,21 @@ Model = Callable[[Tensor], object]  # channels-last images (B, 3, H, W) -> logit
 
 def eager(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """Folded models, eager, concurrently."""
-    models_with_copies = [_with_private_input(model) for model in folded_models(models, example)]
-    return concurrent_forward(models_with_copies, example)
+    copies = folded_models(models, example)
+    run = concurrent_forward([_with_private_input(model) for model in copies], example)
+    return BuildResult(run, serving=serving_of(copies))
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """Folded models through one compiled forward, concurrently."""
-    forwards = compiled_models(folded_models(models, example))
-    return concurrent_forward([_with_private_input(forward) for forward in forwards], example)
+    copies = folded_models(models, example)
+
+    def plan(_: nn.Module, x: Tensor) -> RawForward:
+        forwards = compiled_models(copies)
+        return concurrent_forward([_with_private_input(forward) for forward in forwards], x)
+
+    serving = serving_of(copies, plan=plan, plans_in_seconds=True)
+    return BuildResult(plan(copies[0], example), serving=serving)
 
 
 def _with_private_input(model: Model) -> Model:
@@ -52,18 +59,18 @@ def partition(num_models: int, cores: int) -> list[tuple[list[int], int]]:
     return plan + [([whole + index], max(1, cores // remaining)) for index in range(remaining)]
 
 
-def concurrent_forward(models: Sequence[Model], example: Tensor) -> BuildResult:
-    """A forward that runs all models on channels-last images, several at once.
+def concurrent_forward(models: Sequence[Model], example: Tensor) -> RawForward:
+    """A forward that runs all models on channels-last images of any shape, several at once.
 
-    models: must not write to their input.
+    models: must not write to their input. A call reads each once.
     """
     if example.device.type == "cpu":
-        return BuildResult(_over_cores(models, example))
-    return BuildResult(_over_streams(models, example))
+        return _over_cores(models)
+    return _over_streams(models, example.device)
 
 
-def _over_cores(models: Sequence[Model], example: Tensor) -> RawForward:
-    cores, per_model = torch.get_num_threads(), example.dim() == 5
+def _over_cores(models: Sequence[Model]) -> RawForward:
+    cores = torch.get_num_threads()
     plan = partition(len(models), cores)
     widths = sorted({threads for _, threads in plan})
     pools = PerProcess(lambda: {threads: _pool(cores // threads, threads) for threads in widths})
@@ -71,7 +78,7 @@ def _over_cores(models: Sequence[Model], example: Tensor) -> RawForward:
 
     def work(indices: list[int], x: Tensor) -> list[object]:
         with torch.inference_mode():  # thread-local: not inherited from the caller
-            return [models[index](x[index] if per_model else x) for index in indices]
+            return [models[index](x[index] if x.dim() == 5 else x) for index in indices]
 
     def forward(x: Tensor) -> PerModel:
         x = channels_last(x)
@@ -121,9 +128,8 @@ def _in_new_thread(function: Callable[[], T]) -> T:
         return pool.submit(function).result()
 
 
-def _over_streams(models: Sequence[Model], example: Tensor) -> RawForward:
-    per_model = example.dim() == 5
-    streams = [torch.Stream(example.device) for _ in range(min(len(models), MAX_STREAMS))]
+def _over_streams(models: Sequence[Model], device: torch.device) -> RawForward:
+    streams = [torch.Stream(device) for _ in range(min(len(models), MAX_STREAMS))]
 
     def forward(x: Tensor) -> PerModel:
         x = channels_last(x)
@@ -132,7 +138,7 @@ def _over_streams(models: Sequence[Model], example: Tensor) -> RawForward:
             stream.wait_stream(caller)
         for index in range(len(models)):
             with streams[index % len(streams)] as stream:
-                logits.append(models[index](x[index] if per_model else x))
+                logits.append(models[index](x[index] if x.dim() == 5 else x))
                 x.record_stream(stream)
         for stream in streams:
             caller.wait_stream(stream)

@@ -22,10 +22,7 @@ from ensemble.strategies import (
     im2col,
     lowered,
 )
-from ensemble.strategies.build_result import (
-    BuildResult,
-    serialized,
-)
+from ensemble.strategies.build_result import BuildResult, RawForward, serialized
 from ensemble.strategies.forward import default_device, execution_context, stack_outputs
 
 WARMUP_CALLS = 3  # as in make_graphed_callables: lazy initialization must not be captured
@@ -77,11 +74,19 @@ def _graphed(built: BuildResult, example: Tensor, num_models: int) -> BuildResul
 
     Source: torch's notes on CUDA semantics, "CUDA Graphs".
     """
-    forward = built.forward
-    run = cuda_graphs.graphed(
-        lambda x: stack_outputs(forward(x), num_models), example, warmup=WARMUP_CALLS
-    )
-    return replace(built, forward=serialized(run))
+    inner = built.serving
+
+    def capture(forward: RawForward, x: Tensor) -> RawForward:
+        stacked = lambda x: stack_outputs(forward(x), num_models)  # noqa: E731
+        return serialized(cuda_graphs.graphed(stacked, x, warmup=WARMUP_CALLS))
+
+    def plan(model: nn.Module, x: Tensor) -> RawForward:
+        assert inner is not None
+        return capture(inner.plan(model, x) if inner.plan else built.forward, x)
+
+    # Graphs hold addresses: an exchange writes into the tensors of the folded copies.
+    serving = inner and replace(inner, plan=plan, plans_in_seconds=True)
+    return replace(built, forward=capture(built.forward, example), serving=serving)
 
 
 def _fastest(

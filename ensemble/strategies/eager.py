@@ -15,6 +15,14 @@ from ensemble.models.meta import MetaWithoutDynamo
 from ensemble.strategies.arguments import weight_dtype
 from ensemble.strategies.build_result import BuildResult, PerModel, serialized
 from ensemble.strategies.forward import ieee_products, stack_outputs
+from ensemble.strategies.serving import (
+    Commit,
+    Serving,
+    Undo,
+    exchange_entry,
+    tensors_of,
+    write_in_place,
+)
 from ensemble.strategies.vmapped import VmappedForward
 
 try:
@@ -33,15 +41,17 @@ def loop(
 
     private: copies x, in the memory format that the models receive.
     """
-    if example.dim() == 5:
-        return BuildResult(
-            lambda x: PerModel([model(one) for model, one in zip(models, private(x), strict=True)])
-        )
-    return BuildResult(SharedInput(models, private))
+    called: list[Any] = list(models)
+    serving = Serving(
+        tensors=lambda: tensors_of(called),
+        stage=lambda index, model, _: exchange_entry(called, index, model),
+        is_same_architecture=False,
+    )
+    return BuildResult(_Loop(called, private), serving=serving)
 
 
-class SharedInput:
-    """Call all models with the same batch, copy-on-write.
+class _Loop:
+    """Call each model with its own batch, or all models with the same batch, copy-on-write.
 
     A model may modify its input in place, possibly through numpy. On the CPU each model gets a
     copy, which takes less than 0.2 % of a ResNet. On an accelerator a copy is a kernel launch, so
@@ -54,6 +64,9 @@ class SharedInput:
         self._models, self._private = models, private
 
     def __call__(self, x: Tensor) -> PerModel:
+        if x.dim() == 5:
+            batches = zip(self._models, self._private(x), strict=True)
+            return PerModel([model(batch) for model, batch in batches])
         if x.device.type == "cpu":
             return PerModel([model(self._private(x)) for model in self._models])
         outputs, shared, version = list[object](), None, 0
@@ -98,26 +111,60 @@ def vmap(
     chunk_size: int | None = None,
     *,
     private: Callable[[Tensor], Tensor] = torch.clone,
+    is_own_stack: bool = False,
 ) -> BuildResult:
     """`torch.vmap` of the stateless model over the stacked parameters and buffers.
 
-    chunk_size: models per vmapped call; default: all.
+    chunk_size: models per vmapped call; default: all. is_own_stack: the models are copies that
+    nobody else reads, so their stack may be written to.
     """
-    state = stacking.stacked_state(models)
-    stateless, parameter_names, buffer_names = stateless_model(models)
-    parameters = tuple(state[name] for name in parameter_names)
-    buffers = tuple(state[name] for name in buffer_names)
+    state = StackedState(models, is_own=is_own_stack)
+    stateless, parameters, buffers = stateless_model(models)
     mapped = VmappedForward(
-        stateless,
-        len(models),
-        per_model=example.dim() == 5,
-        private=private,
-        chunk_size=chunk_size or len(models),
+        stateless, len(models), private=private, chunk_size=chunk_size or len(models)
     )
     # Serialized: the stateless module is called with the state swapped in.
     return BuildResult(
-        serialized(lambda x: mapped(parameters, buffers, x)), deferred_note=mapped.note
+        serialized(lambda x: mapped(state.of(parameters), state.of(buffers), x)),
+        deferred_note=mapped.note,
+        serving=Serving(
+            tensors=state.tensors.values,
+            stage=lambda index, model, _: state.exchange(index, model),
+        ),
     )
+
+
+class StackedState:
+    """The stacked tensors of N models by name. As long as no model is exchanged they may be the
+    stack that the models' own tensors are slices of."""
+
+    def __init__(self, models: Sequence[nn.Module], *, is_own: bool) -> None:
+        self.tensors = stacking.stacked_state(models)
+        of_models = {_storage(tensor) for tensor in stacking.named_tensors(models[0]).values()}
+        is_view = any(_storage(tensor) in of_models for tensor in self.tensors.values())
+        self._is_shared = is_view and not is_own
+
+    def of(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        return tuple(self.tensors[name] for name in names)
+
+    def exchange(self, index: int, model: nn.Module) -> Commit:
+        """Exchange one model's slices; those of the models themselves are never written to."""
+        new = stacking.named_tensors(model)
+
+        def commit() -> Undo:
+            if self._is_shared:
+                for name, tensor in self.tensors.items():
+                    self.tensors[name] = tensor.clone()
+                self._is_shared = False
+            pairs = [(tensor[index], new[name]) for name, tensor in self.tensors.items()]
+            return write_in_place(pairs)()
+
+        return commit
+
+
+def _storage(tensor: Tensor) -> int:
+    """The identity of a tensor's storage."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def stateless_model(

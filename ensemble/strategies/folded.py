@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from ensemble.models import stacking
 from ensemble.strategies import eager
 from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.forward import ieee_products
+from ensemble.strategies.serving import Commit, Serving, exchange_tensors, tensors_of
 
 
 def loop(
@@ -27,8 +30,9 @@ def loop(
     copies = folded_models(models, example)
     if memory_format == torch.contiguous_format:
         _make_contiguous(copies)
-        return eager.loop(copies, example)
-    return eager.loop(copies, example, private=batch_norm_folding.private)
+        return replace(eager.loop(copies, example), serving=serving_of(copies))
+    built = eager.loop(copies, example, private=batch_norm_folding.private)
+    return replace(built, serving=serving_of(copies))
 
 
 def vmap(
@@ -42,10 +46,35 @@ def vmap(
     memory_format: as for `loop`.
     """
     copies = folded_for_vmap(models, example)
+    private: Callable[[Tensor], Tensor] = batch_norm_folding.private
     if memory_format == torch.contiguous_format:
         _make_contiguous(copies)
-        return eager.vmap(copies, example)
-    return eager.vmap(copies, example, private=batch_norm_folding.private)
+        private = torch.clone
+    built = eager.vmap(copies, example, private=private, is_own_stack=True)
+    assert built.serving is not None
+    exchange = built.serving.stage
+
+    def stage(index: int, model: nn.Module, example: Tensor) -> Commit:
+        return exchange(index, _folded_one(model, index, example), example)
+
+    return replace(built, serving=replace(built.serving, stage=stage))
+
+
+def serving_of(copies: Sequence[nn.Module], **options: Any) -> Serving:
+    """The serving of a strategy that runs folded copies, or the stack that they are slices of.
+
+    options: of `Serving`.
+    """
+
+    def stage(index: int, model: nn.Module, example: Tensor) -> Commit:
+        return exchange_tensors(copies[index], _folded_one(model, index, example))
+
+    return Serving(tensors=lambda: tensors_of(copies), stage=stage, **options)
+
+
+def _folded_one(model: nn.Module, index: int, example: Tensor) -> nn.Module:
+    x = example[index : index + 1] if example.dim() == 5 else example
+    return folded_models([model], x)[0]
 
 
 def folded_models(models: Sequence[nn.Module], example: Tensor) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -23,6 +24,8 @@ from ensemble.machine.precision import Float32Precision, current_float32_precisi
 from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import OutputAccuracy
 from ensemble.strategies.build_result import BuildResult
+from ensemble.strategies.lowered_serving import CompiledModels, on_contiguous
+from ensemble.strategies.serving import Serving
 
 Compile = Callable[[ErrorBound], CompiledForward]
 
@@ -53,7 +56,9 @@ def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -
     kinds = Counter(step.kind.label for step in found.steps)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
-    return _built(found, note, *notes)
+    served = CompiledModels(found, x, len(models), threads)
+    serving = Serving(served.tensors, served.stage, served.plan)
+    return replace(_built(found, note, *notes), serving=serving, kernels=kinds)
 
 
 def implicit_gemm_vmap(
@@ -105,7 +110,7 @@ def _why_not_triton(device: torch.device) -> str:
 
 def _built(found: CompiledForward, *notes: str) -> BuildResult:
     return BuildResult(
-        lambda x: found.forward(serial_copy.contiguous(x)),
+        on_contiguous(found.forward),
         "; ".join(filter(None, (*notes, looped_note(found.looped)))),
     )
 

@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from ensemble.compiler.graph.batch_norm_folding import channels_last
-from ensemble.compiler.graph.prepacking import Packed, pack
+from ensemble.compiler.graph.prepacking import Packed, pack, packed_for_shape
 from ensemble.machine.memory import unavailable_on_failure
 from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import OutputAccuracy
-from ensemble.strategies.build_result import BuildResult, PerModel
+from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.concurrent import concurrent_forward
 from ensemble.strategies.forward import stack_outputs
+from ensemble.strategies.serving import Commit, Serving, Undo
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """One prepacked forward per model, sequentially, each on all cores."""
-    packed, per_model = _packed(models, example), example.dim() == 5
-
-    def forward(x: Tensor) -> PerModel:
-        x = channels_last(x)
-        return PerModel([one(x[i] if per_model else x) for i, one in enumerate(packed)])
-
-    return BuildResult(forward)
+    return _built(models, example, _sequential)
 
 
 def concurrent(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """One prepacked forward per model, one model per core."""
-    return concurrent_forward(_packed(models, example), example)
+    return _built(models, example, concurrent_forward)
+
+
+def _built(
+    models: Sequence[nn.Module],
+    example: Tensor,
+    run: Callable[[Sequence[Packed], Tensor], RawForward],
+) -> BuildResult:
+    packed = _packed(models, example)
+
+    def plan(model: nn.Module, x: Tensor) -> RawForward:
+        return run(packed_for_shape(model, x[0] if x.dim() == 5 else x, packed), x)
+
+    def stage(index: int, model: nn.Module, _: Tensor) -> Commit:
+        constants, new = packed[index].constants, packed[index].recipe.constants_of(model)
+
+        def commit() -> Undo:
+            old = list(constants)
+            constants[:] = new
+            return lambda: constants.__setitem__(slice(None), old)
+
+        return commit
+
+    def tensors() -> list[Tensor]:
+        return [tensor for one in packed for tensor in one.tensors()]
+
+    return BuildResult(run(packed, example), serving=Serving(tensors, stage, plan))
+
+
+def _sequential(packed: Sequence[Packed], _: Tensor) -> RawForward:
+    def forward(x: Tensor) -> PerModel:
+        x = channels_last(x)
+        return PerModel([one(x[i] if x.dim() == 5 else x) for i, one in enumerate(packed)])
+
+    return forward
 
 
 def _packed(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:

@@ -31,7 +31,6 @@ class VmappedForward:
     Args:
         stateless: `(parameters, buffers, x)` -> output of one model.
         num_models: N.
-        per_model: x is `(N, B, C, H, W)`, not a batch shared by all models.
         private: copies x, which models may modify.
         chunk_size: models per vmapped call.
 
@@ -45,17 +44,18 @@ class VmappedForward:
         stateless: Callable[[State, State, Tensor], object],
         num_models: int,
         *,
-        per_model: bool,
         private: Callable[[Tensor], Tensor],
         chunk_size: int,
     ) -> None:
-        self._stateless, self._num_models, self._per_model = stateless, num_models, per_model
-        self._private = private
+        self._stateless, self._num_models, self._private = stateless, num_models, private
         self._chunks = [
             slice(first, first + chunk_size) for first in range(0, num_models, chunk_size)
         ]
-        in_dims = (0, 0, 0 if per_model else None)
-        self._mapped = torch.vmap(stateless, in_dims=in_dims, randomness="different")
+        # By the dimensions of x: a batch shared by all models, or one for each.
+        self._mapped = {
+            dims: torch.vmap(stateless, in_dims=(0, 0, in_dim), randomness="different")
+            for dims, in_dim in ((4, None), (5, 0))
+        }
         self._looped: tuple[str, ...] | None = None  # None: not called yet
 
     def note(self) -> str:
@@ -63,7 +63,7 @@ class VmappedForward:
         return looped_note(self._looped or ())
 
     def __call__(self, parameters: State, buffers: State, x: Tensor) -> Any:
-        if not parameters and not buffers and not self._per_model:
+        if not parameters and not buffers and x.dim() == 4:
             return self._call_each(parameters, buffers, x)  # there is no dimension to map over
         try:
             if self._looped is None:
@@ -85,8 +85,9 @@ class VmappedForward:
             some_parameters, some_buffers = (
                 tuple(tensor[chunk] for tensor in tensors) for tensors in (parameters, buffers)
             )
-            images = x[chunk] if self._per_model else x
-            parts.append(self._mapped(some_parameters, some_buffers, self._private(images)))
+            images = x[chunk] if x.dim() == 5 else x
+            mapped = self._mapped[x.dim()]
+            parts.append(mapped(some_parameters, some_buffers, self._private(images)))
         if len(parts) == 1 or not all(isinstance(part, Tensor) for part in parts):
             return parts[0]
         return torch.cat(parts)
@@ -101,7 +102,7 @@ class VmappedForward:
         for index in range(self._num_models):
             own_parameters = tuple(nn.Parameter(t[index], requires_grad=False) for t in parameters)
             own_buffers = tuple(tensor[index] for tensor in buffers)
-            images = x[index] if self._per_model else x
+            images = x[index] if x.dim() == 5 else x
             outputs.append(self._stateless(own_parameters, own_buffers, images.clone()))
         return PerModel(outputs)
 

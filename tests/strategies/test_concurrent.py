@@ -57,7 +57,7 @@ def test_each_worker_has_the_planned_number_of_threads(num_models: int, threads:
     def one(x: torch.Tensor) -> torch.Tensor:
         return torch.tensor(torch.get_num_threads())
 
-    forward = concurrent.concurrent_forward([one] * num_models, torch.randn(1, 3, 8, 8)).forward
+    forward = concurrent.concurrent_forward([one] * num_models, torch.randn(1, 3, 8, 8))
     for _ in range(2):
         assert stack_outputs(forward(torch.randn(1, 3, 8, 8)), num_models).tolist() == threads
 

@@ -7,7 +7,6 @@ import linecache
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ import ensemble
 from ensemble import strategies
 from ensemble.errors import UnavailableError
 from ensemble.strategies import BEST, STRATEGIES
-from ensemble.strategies.build_result import BuildResult, ForwardFn
+from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.forward import execution_context
 from tests.marks import some_slow
 from tests.tiny import TinyNet, independent, tiny_models
@@ -79,37 +78,6 @@ def check(name: str, models: list[nn.Module], example: Tensor, *inputs: Tensor) 
 # Inputs
 
 NORMALIZED = lambda self, x: self.classify((x - self.mean) / 2)  # noqa: E731
-PATCHES = lambda self, x: self.patches(x.reshape(len(x), -1, 48)).mean(1)  # noqa: E731
-
-
-@lru_cache(maxsize=1)
-def of_two_images(name: str, use: Callable[[Any, Tensor], Tensor]) -> ForwardFn:
-    return ensemble.build(name, nets(use), torch.randn(2, 3, 8, 8))
-
-
-@pytest.mark.parametrize(  # first, so that those of one forward come one after the other
-    "shape",
-    [
-        (1, 3, 8, 8),
-        (4, 3, 8, 8),
-        (2, 3, 8, 1),
-        (2, 3, 4, 16),
-        (3, 8, 8),
-        (2, 2, 3, 8, 8),
-        (2, 1, 8, 8),
-    ],
-    ids=str,
-)
-@by_every_strategy
-@pytest.mark.parametrize("use", [NORMALIZED, PATCHES], ids=["normalized", "patches"])
-def test_a_shape_unequal_to_the_examples_is_rejected_before_running(
-    name: str, use: Callable[[Any, Tensor], Tensor], shape: tuple[int, ...]
-) -> None:
-    with pytest.raises(
-        ValueError, match=r"x: expected a tensor of shape \(2, 3, 8, 8\) in"
-    ) as error:
-        of_two_images(name, use)(torch.randn(shape))
-    assert f"got shape {shape} in torch.float32 on cpu; build another forward" in str(error.value)
 
 
 @by_every_strategy
@@ -514,7 +482,10 @@ def test_tracing_a_forward_raises(name: str) -> None:
 
 def test_the_repr_of_a_forward_names_strategy_and_example() -> None:
     forward = ensemble.build("loop", tiny_models(2), torch.randn(2, 3, 8, 8))
-    assert repr(forward) == ("<loop forward of 2 models, x: (2, 3, 8, 8) in torch.float32 on cpu>")
+    assert repr(forward) == (
+        "<loop forward of 2 models, x up to (2, 3, 8, 8) in torch.float32 on cpu; without tuning:"
+        " ensemble.build('loop', models, example, max_batch=2)>"
+    )
 
 
 # Arguments of `build`

@@ -6,10 +6,11 @@ used to check each layer on the inputs that it really gets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, fx
 
 from ensemble.compiler.graph.analysis import dynamic_nodes, node_of
@@ -31,14 +32,11 @@ class LayerCheck(Protocol):
 
 @dataclass(frozen=True)
 class Folded:
-    """The constants of a graph, and its dynamic nodes.
-
-    model_storages: the storages of the models' own tensors, which the models may later change.
-    """
+    """The constants that dynamic nodes read, which share no memory with the models, and the
+    dynamic nodes."""
 
     constants: Values
     dynamic: set[fx.Node]
-    model_storages: set[int]
 
 
 def fold_constants(
@@ -74,7 +72,12 @@ def fold_constants(
         interpreter.evaluate(node)
     for node in interpreter.dynamic & values.keys():
         del values[node]
-    return Folded(values, interpreter.dynamic, model_storages)
+    for node, value in values.items():
+        if isinstance(value, Tensor) and (
+            node.op == "get_attr" or _storage(value) in model_storages
+        ):
+            values[node] = value.clone()  # the models may change theirs later
+    return Folded(values, interpreter.dynamic)
 
 
 class _Interpreter:
@@ -107,18 +110,64 @@ class _Interpreter:
 
 def embed_constants(module: fx.GraphModule, folded: Folded) -> None:
     """Register the constants that the graph still reads as buffers, and erase everything else that
-    does not depend on x. Tensors of the models are copied: the models may change them later."""
+    does not depend on x."""
     x = module.graph.find_nodes(op="placeholder")[-1]
     for node in reversed(module.graph.nodes):
         if node.users and node in folded.constants:
-            name = f"constant_{node.name}"
-            constant = folded.constants[node]
-            is_shared = node.op == "get_attr" or _storage(constant) in folded.model_storages
-            module.register_buffer(name, constant.clone() if is_shared else constant)
+            name = buffer_name(node)
+            module.register_buffer(name, folded.constants[node])
             with module.graph.inserting_before(x):
                 node.replace_all_uses_with(module.graph.get_attr(name))
         if not node.users and node is not x and node.op != "output":
             module.graph.erase_node(node)
+
+
+def buffer_name(node: fx.Node) -> str:
+    """The name of the buffer that an embedded constant becomes."""
+    return f"constant_{node.name}"
+
+
+def evaluate_constants(module: fx.GraphModule, state: State, wanted: Collection[fx.Node]) -> Values:
+    """The values of these nodes, which depend on the weights only.
+
+    Args:
+        module: `(*state, x)`, vmapped over N models.
+        state: tensors by name, in the order of the placeholders: of N models, or of one
+        wanted: constants of `module`.
+    """
+    num_models = None
+    *placeholders, _ = module.graph.find_nodes(op="placeholder")
+    values: Values = dict(zip(placeholders, state.values(), strict=True))
+    if placeholders:
+        num_models = len(placeholders[0].meta["val"])
+    needed = _ancestors(wanted)
+    for node in module.graph.nodes:
+        if node not in needed or node in values:
+            continue
+        if node.op == "get_attr":
+            values[node] = getattr(module, str(node.target))
+            continue
+        arguments, options = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.target in _SIZED and len(state) and arguments[1][:1] == [num_models]:
+            stack = next(iter(state.values()))
+            arguments = (arguments[0], [len(stack), *arguments[1][1:]], *arguments[2:])
+        values[node] = node.target(*arguments, **options)
+    return {node: values[node] for node in wanted}
+
+
+# Operators whose second argument is a size, which begins with the number of models under vmap.
+_SIZED = (torch.ops.aten.reshape.default, torch.ops.aten.expand.default)
+
+
+def _ancestors(nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that they are computed from."""
+    found, left = set[fx.Node](), list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
 
 
 def _first_source(node: fx.Node) -> fx.Node:

@@ -23,6 +23,16 @@ def forget_source(module: fx.GraphModule) -> None:
     linecache.cache.pop(name, None)
 
 
+def copied_graph(module: fx.GraphModule) -> fx.Graph:
+    """A copy of the module's graph, whose nodes have the same names and fake values."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    result = graph.graph_copy(module.graph, copies)
+    graph.output(result)
+    for node, copy in copies.items():
+        assert node.name == copy.name
+    return graph
+
+
 def finished(module: fx.GraphModule) -> fx.GraphModule:
     """`module`, which no pass will change, without the reference cycle to its graph.
 

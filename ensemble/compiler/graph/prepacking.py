@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ensemble.compiler.graph.analysis import dynamic_nodes, node_of, value_of
 from ensemble.compiler.graph.capture import capture
+from ensemble.compiler.graph.expressions import Key, expression_keys
 from ensemble.compiler.graph.graph_module import finished, forget_source, recompile
 from ensemble.compiler.graph.operator_selection import select_operators
 from ensemble.compiler.operators.affine import AFFINE
@@ -39,15 +40,58 @@ from ensemble.models import stacking
 
 @dataclass(frozen=True)
 class Packed:
-    """A model as a graph of x and constants. `run(*constants, x)` may be shared by models."""
+    """A model as a graph of x and constants: `run(*constants, x)` may be shared by models, the list
+    of constants by graphs for inputs of other shapes."""
 
     run: fx.GraphModule
-    constants: tuple[Any, ...]
+    constants: list[Any]
+    recipe: Recipe
 
     def __call__(self, x: Tensor) -> Tensor:
         """x, `(B, C, H, W)` -> logits. x is not mutated; channels-last is fastest."""
         result: Tensor = self.run(*self.constants, x)
         return result
+
+    def tensors(self) -> list[Tensor]:
+        """The constants that are tensors."""
+        return [constant for constant in self.constants if isinstance(constant, Tensor)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the constants of a graph are computed from a model's tensors: the captured graph, the
+    names of the tensors that it reads, and the constants' sources."""
+
+    graph: fx.GraphModule
+    names: tuple[str, ...]
+    sources: tuple[_Source, ...]
+
+    def constants_of(self, model: nn.Module) -> list[Any]:
+        """The constants of a model, which share no memory with it."""
+        tensors = stacking.named_tensors(model)
+        return _constants(self.graph, self.sources, [tensors[name] for name in self.names])
+
+    def keys(self) -> list[tuple[Key, bool]]:
+        """What each constant is: the expression that computes it, and whether it is packed."""
+        keys = expression_keys(self.graph, self.names)
+        return [(keys[source.node], source.conv is not None) for source in self.sources]
+
+
+def packed_for_shape(model: nn.Module, example: Tensor, packed: Sequence[Packed]) -> list[Packed]:
+    """Packed models for inputs of another shape, with the same constants.
+
+    model: one of the models; its weights are not used.
+
+    Raises:
+        UnavailableError: torch cannot trace it for this shape, or the graph needs other constants.
+    """
+    run, recipe = _captured(model, example)
+    if recipe.keys() != packed[0].recipe.keys():
+        raise UnavailableError(
+            "inputs of this shape need other constants than those that this forward holds; build"
+            " another forward with an example of that shape"
+        )
+    return [Packed(run, one.constants, recipe) for one in packed]
 
 
 def pack(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
@@ -130,15 +174,17 @@ def _make_batch_statistics_accurate(graph: fx.GraphModule) -> None:
 
 
 def _pack(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
-    graph, names = capture(models[0], example)
+    run, recipe = _captured(models[0], example)
+    return [Packed(run, recipe.constants_of(model), recipe) for model in models]
+
+
+def _captured(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Recipe]:
+    """The graph `(*constants, x)` of a model, and how its constants are computed."""
+    graph, names = capture(model, example)
     _make_batch_statistics_accurate(graph)
     select_operators(graph)
-    dynamic = dynamic_nodes(graph.graph)
-    run, sources = _partition(graph, dynamic)
-    return [
-        Packed(run, _constants(graph, sources, dynamic, [tensors[name] for name in names]))
-        for tensors in map(stacking.named_tensors, models)
-    ]
+    run, sources = _partition(graph, dynamic_nodes(graph.graph))
+    return run, Recipe(finished(graph), tuple(names), tuple(sources))
 
 
 @dataclass(frozen=True)
@@ -190,9 +236,9 @@ def _partition(
 
 
 def _constants(
-    graph: fx.GraphModule, sources: list[_Source], dynamic: set[fx.Node], tensors: list[Tensor]
-) -> tuple[Any, ...]:
-    """The constants of one model, which share no memory with it."""
+    graph: fx.GraphModule, sources: Sequence[_Source], tensors: list[Tensor]
+) -> list[Any]:
+    dynamic = dynamic_nodes(graph.graph)
     values: dict[fx.Node, Any] = dict(
         zip(graph.graph.find_nodes(op="placeholder")[:-1], tensors, strict=True)
     )
@@ -204,7 +250,7 @@ def _constants(
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
-    return tuple(_constant(source, values[source.node]) for source in sources)
+    return [_constant(source, values[source.node]) for source in sources]
 
 
 def _constant(source: _Source, value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.library import custom_op
 from torch.nn import functional
 
-from ensemble.compiler.graph.analysis import node_of
+from ensemble.compiler.graph.analysis import node_of, value_of
 from ensemble.compiler.operators import im2col, support
 from ensemble.compiler.operators.batching import batch_dim_first
 from ensemble.compiler.operators.lowering import with_weights
@@ -270,6 +270,13 @@ CONV2D = torch.ops.ensemble.conv2d.default
 STACKED_CONV2D = torch.ops.ensemble.stacked_conv2d.default
 PACK_WEIGHT = torch.ops.ensemble.pack_weight.default
 LOWERINGS = {STACKED_CONV2D: with_weights(conv2d_step)}
+
+
+def conv_geometry_of(node: fx.Node) -> Geometry:
+    """The geometry of a `stacked_conv2d` node, with its channels padded to vectors."""
+    arguments: tuple[Any, ...] = node.args
+    x, _, bias, _, _, *sizes, _ = arguments
+    return conv_in_vectors(conv_geometry(value_of(x), value_of(bias).shape[1], *sizes))
 
 
 def with_kernel(node: fx.Node, kind: Kind) -> None:

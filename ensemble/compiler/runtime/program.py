@@ -61,6 +61,7 @@ class Program(nn.Module):
         super().__init__()
         self.steps, self._num_models, self._threads = steps, num_models, threads
         self._inputs, self._outputs, self._dtype = inputs, outputs, dtype
+        self._cache = cache
         for step in steps:
             if not kernels.can_run(step.kind, step.geometry):
                 raise ValueError(f"no kernel: {step.kind.label} of {step.geometry}")
@@ -110,6 +111,27 @@ class Program(nn.Module):
             _in_nchw(serial_copy.contiguous(result, self._dtype), step)
             for result, step in zip(results, self._output_steps, strict=True)
         ]
+
+    def with_steps(self, steps: Sequence[Step]) -> Program:
+        """A program of other steps with the same values, on memory of its own."""
+        return Program(
+            steps,
+            inputs=self._inputs,
+            outputs=self._outputs,
+            num_models=self._num_models,
+            threads=self._threads,
+            dtype=self._dtype,
+            cache=self._cache,
+        )
+
+    def workspace(self) -> list[Tensor]:
+        """The memory of intermediate values, and scratch memory."""
+        return [memory for memories in self._memory for memory in memories]
+
+    def weights_changed(self) -> None:
+        """Forget copies of the weights, which were written to."""
+        steps = self.steps
+        self._reference = PerProcess(lambda: Reference(steps))
 
     def _recompute_overflows(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Recompute, by torch, images of results that hold a NaN or a large number."""

@@ -1,0 +1,230 @@
+"""What a built strategy can do with its weights later: serve other shapes, exchange a model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ensemble.errors import UnavailableError
+from ensemble.models import stacking
+
+T = TypeVar("T")
+Undo = Callable[[], None]
+Commit = Callable[[], Undo]  # makes an exchange visible, in milliseconds; gives its inverse
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Further operations on the weights of a built strategy.
+
+    Attributes:
+        tensors: all that the strategy holds, weights and working memory.
+        stage: `(index, model, example)` -> commit. Prepares the weights of a new model, without
+            effect on calls. `commit` runs while no call runs.
+        plan: `(model, example)` -> a forward over the same weights for inputs like `example`; model
+            has the architecture and is not kept. None: the forward takes inputs of any shape.
+        plans_in_seconds: a plan compiles code.
+        is_same_architecture: the models share one graph or stack.
+    """
+
+    tensors: Callable[[], Iterable[Tensor]] | None  # None: another runtime holds them
+    stage: Callable[[int, nn.Module, Tensor], Commit]
+    plan: Callable[[nn.Module, Tensor], Callable[[Tensor], Any]] | None = None
+    plans_in_seconds: bool = False
+    is_same_architecture: bool = True
+
+
+class Rebuilding:
+    """The serving of a strategy that has none: it builds again, so it keeps the models.
+
+    Args:
+        build: `(models, example)` -> a forward.
+        models: N.
+        run: the forward for `example`.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Sequence[nn.Module], Tensor], Callable[[Tensor], Any]],
+        models: Sequence[nn.Module],
+        run: Callable[[Tensor], Any],
+        example: Tensor,
+    ) -> None:
+        self._build, self._models = build, list(models)
+        self.first = _Exchangeable(run, example)
+        self._all = WeakSet([self.first])
+        self.serving = Serving(None, self._stage, self._plan, plans_in_seconds=True)
+
+    def _plan(self, _: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
+        found = _Exchangeable(self._build(self._models, x), x.clone())
+        self._all.add(found)
+        return found
+
+    def _stage(self, index: int, model: nn.Module, _: Tensor) -> Commit:
+        models = [*self._models[:index], model, *self._models[index + 1 :]]
+        runs = [(each, self._build(models, each.example)) for each in self._all]
+
+        def commit() -> Undo:
+            before, old = [(each, each.run) for each, _ in runs], self._models
+            self._set(runs, models)
+            return lambda: self._set(before, old)
+
+        return commit
+
+    def _set(
+        self,
+        runs: Sequence[tuple[_Exchangeable, Callable[[Tensor], Any]]],
+        models: list[nn.Module],
+    ) -> None:
+        self._models = models
+        for each, run in runs:
+            each.run = run
+
+
+class _Exchangeable:
+    """A forward that another may take the place of, and the example that it was built with."""
+
+    def __init__(self, run: Callable[[Tensor], Any], example: Tensor) -> None:
+        self.run, self.example = run, example
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.run(x)
+
+
+def exchange_entry(entries: list[T], index: int, new: T) -> Commit:
+    """Commit an exchange in a list that calls read."""
+
+    def commit() -> Undo:
+        old = entries[index]
+        entries[index] = new
+        return lambda: entries.__setitem__(index, old)
+
+    return commit
+
+
+def write_in_place(pairs: Sequence[tuple[Tensor, Tensor]]) -> Commit:
+    """Commit by writing values into tensors whose addresses calls hold: (target, source)."""
+
+    def commit() -> Undo:
+        old = [(target, target.clone()) for target, _ in pairs]
+        _copy(pairs)
+        return lambda: _copy(old)
+
+    return commit
+
+
+@torch.no_grad()
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for target, source in pairs:
+        target.copy_(source)
+
+
+def exchange_tensors(model: nn.Module, new: nn.Module) -> Commit:
+    """Commit by writing the tensors of a new model into those of the old one.
+
+    Raises:
+        UnavailableError: their tensors differ in names or shapes.
+    """
+    old, given = stacking.named_tensors(model), stacking.named_tensors(new)
+    shapes = [{name: t.shape for name, t in each.items()} for each in (old, given)]
+    if shapes[0] != shapes[1]:
+        raise UnavailableError(
+            "this model is transformed otherwise than the one that it replaces; build another"
+            " forward"
+        )
+    return write_in_place([(old[name], given[name]) for name in old])
+
+
+def tensors_of(models: Iterable[Any]) -> list[Tensor]:
+    """Every parameter and buffer of those that are modules."""
+    return [
+        tensor
+        for model in models
+        if isinstance(model, nn.Module)
+        for tensor in stacking.named_tensors(model).values()
+    ]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors; those in one storage that they share count once."""
+    storages = {
+        tensor.untyped_storage()._cdata: tensor for tensor in tensors if not _is_opaque(tensor)
+    }
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) + sum(
+        tensor.nbytes for tensor in tensors if _is_opaque(tensor)
+    )
+
+
+def _is_opaque(tensor: Tensor) -> bool:
+    """Has it a layout without a storage, such as oneDNN's?"""
+    return tensor.layout != torch.strided
+
+
+class CallGate:
+    """Any number of calls at once, or one exchange: a readers-writer lock.
+
+    An exchange that waits comes before later calls.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._calls, self._is_closed = 0, False
+
+    def __enter__(self) -> None:
+        with self._condition:
+            while self._is_closed:
+                self._condition.wait()
+            self._calls += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._condition:
+            self._calls -= 1
+            if not self._calls:
+                self._condition.notify_all()
+
+    def closed(self) -> _Closed:
+        """The context in which no call runs."""
+        return _Closed(self)
+
+
+class _Closed:
+    def __init__(self, gate: CallGate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        gate = self._gate
+        with gate._condition:
+            while gate._is_closed:
+                gate._condition.wait()
+            gate._is_closed = True
+            try:
+                while gate._calls:
+                    gate._condition.wait()
+            except BaseException:
+                self._open()
+                raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._gate._condition:
+            self._open()
+
+    def _open(self) -> None:
+        self._gate._is_closed = False
+        self._gate._condition.notify_all()

@@ -1,0 +1,159 @@
+"""Which run serves an input of which shape: the strategy's own, a plan of its shape, or a larger
+plan with the batch padded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemble.compiler.graph.batch_norm_folding import is_close
+from ensemble.errors import UnavailableError
+from ensemble.machine.per_process import PerProcess
+from ensemble.strategies import agreement
+from ensemble.strategies.build_result import PerModel, RawForward
+
+Shape = tuple[int, ...]
+MAX_UNPREPARED = 16  # plans that calls have made, at most; the oldest is dropped
+
+
+@dataclass(frozen=True)
+class Route:
+    """A run of `batch_size` images, of which those of the caller are the first."""
+
+    run: RawForward
+    batch_size: int
+
+
+class ShapePlans:
+    """The routes of a forward, by the shape of its input.
+
+    A shape that is new is served by the first of these whose result for one model is the model's
+    own: a larger prepared batch with zeros appended, a plan of exactly that shape.
+
+    Args:
+        run: of the example that the strategy was built with.
+        shape: of that example.
+        plan: `(model, example)` -> a run for inputs like `example`; None: `run` takes any shape.
+        plans_in_seconds: planning compiles code, so that padding to the shape of the example is
+            preferred.
+        model: the first model, or a copy of it.
+        is_verified: compare the first result of each new shape with that of `model`.
+    """
+
+    def __init__(
+        self,
+        run: RawForward,
+        shape: Shape,
+        *,
+        plan: Callable[[nn.Module, Tensor], RawForward] | None,
+        plans_in_seconds: bool,
+        model: nn.Module | None,
+        is_verified: bool,
+    ) -> None:
+        self._run, self._plan, self._plans_in_seconds = run, plan, plans_in_seconds
+        self.model, self._is_verified = model, is_verified
+        own = Route(run, shape[-4])
+        self._prepared: dict[Shape, Route] = {shape: own} if plans_in_seconds else {}
+        self._built = {shape: own}  # in the order of their first inputs
+        self._own_shape = shape
+        self._lock = PerProcess(threading.RLock)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes that are served without planning."""
+        with self._lock():
+            return tuple(dict.fromkeys((*self._prepared, *self._built)))
+
+    def __call__(self, x: Tensor) -> Any:
+        """The outputs of the strategy for x: stacked `(N, B, ...)`, or `PerModel`."""
+        route = self._built.get(tuple(x.shape)) or self._route(x)
+        return _outputs(route, x)
+
+    def prepare(self, example: Tensor) -> None:
+        """Plan for inputs like `example`, and keep the plan."""
+        shape = tuple(example.shape)
+        with self._lock():
+            if shape in self._prepared:
+                return
+            route = self._built.get(shape)
+            if route is None or route.batch_size != example.shape[-4]:
+                route = self._verified([self._planned], example)
+            self._prepared[shape] = self._built[shape] = route
+
+    def _route(self, x: Tensor) -> Route:
+        """The route of a shape that has none yet."""
+        with self._lock():
+            if route := self._built.get(tuple(x.shape)):
+                return route
+            larger = self._larger(tuple(x.shape))
+            candidates: list[Callable[[Tensor], Route]] = [self._planned]
+            if larger is not None:
+                candidates.insert(0, lambda x: larger)
+            route = self._verified(candidates, x)
+            self._built[tuple(x.shape)] = route
+            kept = {self._own_shape, *self._prepared}
+            made = [shape for shape in self._built if shape not in kept]
+            if self._plan is not None:
+                for shape in made[:-MAX_UNPREPARED]:
+                    del self._built[shape]
+            return route
+
+    def _larger(self, shape: Shape) -> Route | None:
+        """The smallest prepared batch that holds one of this shape."""
+        alike = [
+            route
+            for other, route in self._prepared.items()
+            if (other[:-4], other[-3:]) == (shape[:-4], shape[-3:]) and other[-4] > shape[-4]
+        ]
+        return min(alike, key=lambda route: route.batch_size, default=None)
+
+    def _planned(self, x: Tensor) -> Route:
+        run = self._run
+        if self._plan is not None:
+            if self.model is None:
+                raise UnavailableError(
+                    f"this forward has no plan for inputs of shape {tuple(x.shape)}; prepare it"
+                    " before it is saved, or build another forward"
+                )
+            run = self._plan(self.model, x)
+        return Route(run, x.shape[-4])
+
+    def _verified(self, candidates: list[Callable[[Tensor], Route]], x: Tensor) -> Route:
+        """The first candidate whose result for the first model is the model's own.
+
+        Raises:
+            UnavailableError: there is none.
+            Exception: the model's own error for x.
+        """
+        if not self._is_verified or self.model is None:
+            return candidates[-1](x)  # padding relies on models that treat images independently
+        x = agreement.informative(x).contiguous()
+        expected = self.model((x[0] if x.dim() == 5 else x).clone())
+        for candidate in candidates:
+            route = candidate(x)
+            found = _outputs(route, x)
+            one = found.outputs[0] if isinstance(found, PerModel) else found[0]
+            if is_close(one, expected):
+                return route
+        raise UnavailableError(
+            f"inputs of shape {tuple(x.shape)} give another result than the models do; build"
+            " another forward with an example of that shape"
+        )
+
+
+def _outputs(route: Route, x: Tensor) -> Any:
+    """The outputs for x: `(B, C, H, W)`, or `(N, B, C, H, W)`, with zero images appended."""
+    batch_size = x.shape[-4]
+    if route.batch_size == batch_size:
+        return route.run(x)
+    shape = [*x.shape]
+    shape[-4] = route.batch_size - batch_size
+    outputs = route.run(torch.cat([x, x.new_zeros(shape)], dim=-4))
+    if isinstance(outputs, PerModel):
+        return PerModel([output[:batch_size] for output in outputs.outputs])  # type: ignore[index]
+    return outputs[:, :batch_size]

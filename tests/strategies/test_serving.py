@@ -1,0 +1,379 @@
+"""A built forward later: other shapes, an exchanged model, calls from threads, a report."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ensemble
+from ensemble.errors import UnavailableError
+from ensemble.strategies import BEST, STRATEGIES
+from ensemble.strategies.lowered_serving import CompiledModels
+from ensemble.strategies.serving import CallGate
+from tests.tiny import TinyNet, independent, tiny_models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OWN = [
+    name
+    for name, strategy in STRATEGIES.items()
+    if strategy.module not in ("peers", "cudagraph", "exported") and "compiled" not in name
+]
+by_every_strategy = pytest.mark.parametrize("name", OWN)
+SHAPES = [(1, 3, 8, 8), (5, 3, 8, 8), (3, 2, 3, 8, 8), (2, 3, 6, 10), (3, 4, 3, 7, 7)]
+
+
+def check(forward: Callable[[Tensor], Tensor], models: list[nn.Module], *shape: int) -> None:
+    x = torch.randn(shape)
+    torch.testing.assert_close(forward(x), independent(models, x), rtol=1e-4, atol=1e-4)
+
+
+@by_every_strategy
+def test_a_forward_takes_any_batch_shared_or_per_model_and_any_size(name: str) -> None:
+    models = tiny_models(3)
+    forward = ensemble.build(name, models, torch.randn(2, 3, 8, 8), max_batch=5)
+    for shape in [*SHAPES, *SHAPES]:  # when it is met first, and later
+        check(forward, models, *shape)
+
+
+@by_every_strategy
+def test_a_forward_built_per_model_takes_shared_images_too(name: str) -> None:
+    models = tiny_models(3)
+    forward = ensemble.build(name, models, torch.randn(3, 1, 3, 8, 8), max_batch=5)
+    for shape in SHAPES:
+        check(forward, models, *shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            (3, 3, 8, 8),
+            "expected up to 2 images a model, got 3; build the forward with max_batch=3",
+        ),
+        ((3, 3, 3, 8, 8), "expected up to 2 images a model, got 3"),
+        ((2, 1, 8, 8), r"expected shape \(B, 3, H, W\) or \(3, B, 3, H, W\), got \(2, 1, 8, 8\)"),
+        ((2, 2, 3, 8, 8), r"got \(2, 2, 3, 8, 8\)"),
+        ((3, 8, 8), r"got \(3, 8, 8\)"),
+        ((0, 3, 8, 8), r"got \(0, 3, 8, 8\)"),
+        ((1, 3, 0, 8), r"got \(1, 3, 0, 8\)"),
+    ],
+    ids=str,
+)
+@by_every_strategy
+def test_a_shape_that_no_input_may_have_is_rejected(
+    name: str, shape: tuple[int, ...], message: str
+) -> None:
+    forward = ensemble.build(name, tiny_models(3), torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=f"x: .*{message}"):
+        forward(torch.randn(shape))
+    with pytest.raises(ValueError, match=message):
+        forward.prepare([shape])
+
+
+@pytest.mark.parametrize("bad", [0, 1, -3, 2.5, "4"])
+def test_max_batch_is_at_least_that_of_the_example(bad: Any) -> None:
+    with pytest.raises(ValueError, match="max_batch: expected at least the example's 2, got"):
+        ensemble.build("loop", tiny_models(1), torch.randn(2, 3, 8, 8), max_batch=bad)
+
+
+class CountsImages(nn.Module):
+    """Centers the images of a batch: each result depends on all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = TinyNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x - x.mean(0))
+
+
+def coupled(count: int) -> list[nn.Module]:
+    models: list[nn.Module] = [CountsImages().eval() for _ in range(count)]
+    for model, tiny in zip(models, tiny_models(count), strict=True):
+        model.net = tiny
+    return models
+
+
+@by_every_strategy
+def test_models_whose_images_depend_on_each_other_are_never_padded(name: str) -> None:
+    models = coupled(2)
+    forward = ensemble.build(name, models, torch.randn(4, 3, 8, 8), max_batch=6)
+    forward.prepare([6])
+    for batch_size in (2, 3, 5, 6):
+        check(forward, models, batch_size, 3, 8, 8)
+
+
+class Recording:
+    """A strategy of the user's, whose forwards record the batches that they are called with."""
+
+    def __init__(self) -> None:
+        self.built: list[int] = []
+        self.called: list[int] = []
+
+    def build(self, models: Any, example: Tensor) -> Callable[[Tensor], Tensor]:
+        size = example.shape[-4]
+        self.built.append(size)
+
+        def forward(x: Tensor) -> Tensor:
+            assert x.shape[-4] == size
+            self.called.append(size)
+            return independent(models, x)
+
+        return forward
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
+    from ensemble.strategies import user
+
+    found = Recording()
+    monkeypatch.setattr(user, "load", lambda path, function: found.build)
+    return found
+
+
+def test_a_batch_between_prepared_ones_takes_the_next(recording: Recording) -> None:
+    models = tiny_models(2)
+    forward = ensemble.build("mine.py:build", models, torch.randn(2, 3, 8, 8), max_batch=8)
+    forward.prepare([4, 8])
+    assert recording.built == [2, 4, 8]
+    recording.called.clear()
+    for batch_size in (1, 2, 3, 4, 5, 7, 8):
+        check(forward, models, batch_size, 3, 8, 8)
+    assert recording.built == [2, 4, 8]
+    # The first of each size is compared with the model's own, on noise or the input itself.
+    assert sorted(set(recording.called)) == [2, 4, 8]
+    assert recording.called.count(8) >= 3
+
+
+def test_shapes_that_calls_have_planned_are_dropped_from_the_oldest_on(
+    recording: Recording,
+) -> None:
+    models = tiny_models(1)
+    forward = ensemble.build("mine.py:build", models, torch.randn(1, 3, 8, 8))
+    for width in range(9, 29):
+        check(forward, models, 1, 3, 8, width)
+    assert len(forward.shapes) == 17
+    assert (1, 3, 8, 8) in forward.shapes
+    assert (1, 3, 8, 9) not in forward.shapes
+    assert (1, 3, 8, 28) in forward.shapes
+
+
+def test_a_shape_that_gives_another_result_than_the_models_is_unavailable(
+    recording: Recording,
+) -> None:
+    forward = ensemble.build("mine.py:build", tiny_models(2), torch.randn(2, 3, 8, 8), max_batch=9)
+    wrong = lambda models, example: lambda x: independent(models, x) + 1  # noqa: E731
+    recording.build = wrong  # type: ignore[method-assign]
+    from ensemble.strategies import user
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(user, "load", lambda path, function: wrong)
+        with pytest.raises(UnavailableError, match="give another result than the models do"):
+            forward(torch.randn(9, 3, 8, 8))
+
+
+# Exchange
+
+
+@by_every_strategy
+def test_an_exchanged_model_serves_the_next_call_and_others_stay(name: str) -> None:
+    *models, new, other = tiny_models(5)
+    forward = ensemble.build(name, models, torch.randn(2, 3, 8, 8), max_batch=4)
+    check(forward, models, 4, 3, 8, 8)
+    check(forward, models, 1, 3, 6, 9)
+    forward.replace(1, new)
+    models[1] = new
+    for shape in [(2, 3, 8, 8), (4, 3, 8, 8), (1, 3, 6, 9), (3, 3, 3, 8, 8)]:
+        check(forward, models, *shape)
+    forward.replace(0, other.state_dict())
+    models[0] = other
+    for shape in [(2, 3, 8, 8), (4, 3, 8, 8), (1, 3, 6, 9), (2, 3, 12, 12)]:
+        check(forward, models, *shape)
+
+
+@by_every_strategy
+def test_an_exchange_leaves_the_models_themselves_as_they_are(name: str) -> None:
+    models = tiny_models(3)
+    before = [{key: value.clone() for key, value in m.state_dict().items()} for m in models]
+    forward = ensemble.build(name, models, torch.randn(1, 3, 8, 8))
+    forward.replace(0, models[2])
+    forward.replace(1, tiny_models(5)[4].state_dict())
+    for model, state in zip(models, before, strict=True):
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize("name", ["vmap", "chunked_vmap"])
+def test_an_exchange_leaves_the_stack_that_load_models_gives_as_it_is(name: str) -> None:
+    from ensemble.models import stacking
+
+    models = stacking.cast(tiny_models(3), torch.float32)
+    before = [{key: value.clone() for key, value in m.state_dict().items()} for m in models]
+    forward = ensemble.build(name, models, torch.randn(1, 3, 8, 8))
+    new = tiny_models(4)[3]
+    forward.replace(1, new)
+    check(forward, [models[0], new, models[2]], 1, 3, 8, 8)
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class Wider(TinyNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 6)
+
+
+@pytest.mark.parametrize("name", ["vmap", "folded_loop", "lowered_vmap", "prepacked_concurrent"])
+def test_a_model_that_does_not_fit_is_rejected_and_the_old_one_stays(name: str) -> None:
+    models = tiny_models(2)
+    forward = ensemble.build(name, models, torch.randn(1, 3, 8, 8))
+    state = models[0].state_dict()
+    short = {key: value for key, value in state.items() if key != "fc.bias"}
+    cases: list[tuple[Any, str]] = [
+        (Wider().eval(), "expected TinyNet like model 0, got Wider"),
+        (tiny_models(1)[0].train(), "expected eval mode"),
+        (short, "fc.bias"),
+        (state | {"extra": torch.zeros(1)}, "extra"),
+        (state | {"fc.bias": torch.zeros(7)}, r"expected fc.bias to be \(5,\) torch.float32"),
+    ]
+    for bad, message in cases:
+        with pytest.raises(ValueError, match=message):
+            forward.replace(1, bad)
+    for index in (-1, 2):
+        with pytest.raises(ValueError, match="index: expected 0 to 1, got"):
+            forward.replace(index, models[0])
+    check(forward, models, 1, 3, 8, 8)
+
+
+def test_an_exchange_whose_result_is_wrong_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ensemble.compiler.shared_weights import WeightMap
+
+    models, new = tiny_models(2), tiny_models(3)[2]
+    forward = ensemble.build("lowered_vmap", models, torch.randn(1, 3, 8, 8))
+    constants_of = WeightMap.constants_of
+
+    def doubled(self: WeightMap, *arguments: Any) -> dict[str, Tensor]:
+        return {key: 2 * value for key, value in constants_of(self, *arguments).items()}
+
+    monkeypatch.setattr(WeightMap, "constants_of", doubled)
+    with pytest.raises(UnavailableError, match="disagrees with the new model, so the old one"):
+        forward.replace(1, new)
+    check(forward, models, 1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["loop", "vmap", "folded_vmap", "lowered_vmap", "prepacked_loop"])
+def test_no_call_sees_a_part_of_an_exchange(name: str) -> None:
+    models, new = tiny_models(2), tiny_models(3)[2]
+    x = torch.randn(2, 3, 8, 8)
+    forward = ensemble.build(name, models, x)
+    allowed = [independent([one, models[1]], x) for one in (models[0], new)]
+    wrong, stop = list[Tensor](), threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            found = forward(x)
+            if not any(torch.allclose(found, each, rtol=1e-4, atol=1e-4) for each in allowed):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(5):
+            forward.replace(0, new)
+            forward.replace(0, models[0])
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_an_exchange_waits_for_running_calls_and_later_calls_wait_for_it() -> None:
+    gate, order = CallGate(), list[str]()
+    inside, may_leave, closing = threading.Event(), threading.Event(), threading.Event()
+
+    def call() -> None:
+        with gate:
+            inside.set()
+            may_leave.wait()
+            order.append("first call")
+
+    def exchange() -> None:
+        inside.wait()
+        closing.set()
+        with gate.closed():
+            order.append("exchange")
+
+    def later() -> None:
+        closing.wait()
+        while not gate._is_closed:
+            pass
+        with gate:
+            order.append("later call")
+
+    threads = [threading.Thread(target=work) for work in (call, exchange, later)]
+    for thread in threads:
+        thread.start()
+    closing.wait()
+    while not gate._is_closed:
+        pass
+    may_leave.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["first call", "exchange", "later call"]
+
+
+# Report
+
+
+def compiled_models(forward: Any) -> CompiledModels:
+    """What `lowered_vmap` holds."""
+    found: CompiledModels = forward._serving.stage.__self__
+    return found
+
+
+def test_the_report_of_best_has_the_times_of_all_candidates_and_what_was_picked() -> None:
+    forward = ensemble.build(BEST, tiny_models(2), torch.randn(2, 3, 8, 8))
+    report = forward.report
+    assert report.strategy in STRATEGIES
+    assert report.strategy in report.times_s
+    assert "loop" in report.times_s
+    assert all(seconds > 0 for seconds in report.times_s.values())
+    assert f"ensemble.build({report.strategy!r}, models, example, max_batch=2)" in repr(forward)
+
+
+def test_the_report_of_a_compiled_forward_counts_its_kernels_and_its_memory() -> None:
+    models = tiny_models(3)
+    forward = ensemble.build("lowered_vmap", models, torch.randn(1, 3, 8, 8), max_batch=64)
+    before = forward.report
+    assert sum(before.kernels.values()) >= 2
+    assert before.memory_bytes == forward.memory_bytes
+    packed = compiled_models(forward)._first.found.weights.constants
+    weights = sum(tensor.nbytes for tensor in packed.values())
+    forward.prepare([64])
+    assert before.memory_bytes is not None
+    assert forward.memory_bytes is not None
+    assert weights < before.memory_bytes < forward.memory_bytes
+
+
+def test_further_shapes_share_the_packed_weights() -> None:
+    models = [nn.Sequential(nn.Conv2d(3, 512, 3), nn.Conv2d(512, 256, 3)).eval() for _ in range(2)]
+    x = torch.randn(1, 3, 8, 8)
+    forward = ensemble.build("lowered_vmap", models, x, max_batch=4)
+    forward.prepare([2, 4, (1, 3, 12, 12)])
+    forward(torch.randn(3, 3, 9, 9))
+    compiled = compiled_models(forward)
+    stored = {t.data_ptr() for t in compiled._first.found.weights.constants.values()}
+    large = [
+        step.weight.data_ptr()
+        for program in compiled._programs()
+        for step in program.steps
+        if step.weight is not None and step.weight.numel() > 100_000
+    ]
+    assert len(large) >= 5
+    assert set(large) <= stored
