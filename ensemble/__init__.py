@@ -5,6 +5,7 @@ forward = ensemble.build("vmap", models, example)  # example: (B, 3, H, W), or (
 logits = forward(x)                                # (N, B, classes)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ensemble.errors import InputError, UnavailableError
@@ -12,14 +13,19 @@ from ensemble.strategies import STRATEGIES, build
 
 if TYPE_CHECKING:
     from ensemble.models.weights import load_models
+    from ensemble.strategies.saving import load, save
 
-__all__ = ["STRATEGIES", "InputError", "UnavailableError", "build", "load_models"]
+__all__ = ["STRATEGIES", "InputError", "UnavailableError", "build", "load", "load_models", "save"]
+
+_LAZY = {
+    "load_models": "ensemble.models.weights",
+    "load": "ensemble.strategies.saving",
+    "save": "ensemble.strategies.saving",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import torch lazily, with the first name that requires it: `--help` does not."""
-    if name == "load_models":
-        from ensemble.models.weights import load_models
-
-        return load_models
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

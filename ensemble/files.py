@@ -4,6 +4,8 @@ import os
 import re
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import BinaryIO
@@ -46,12 +48,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     # File names that are not UTF-8 decode to surrogates, which cannot be encoded: escape them.
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file that replaces `path` at the end of the context; see `write_atomically`."""
     path = Path(os.path.realpath(path))
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".resnet_vmap.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
         os.chmod(name, mode)
         os.replace(name, path)
     except BaseException:

@@ -13,7 +13,10 @@ ROOT = Path(ensemble.__file__).parent
 
 # From the ground up: a wing imports those before it, and itself.
 GROUND = ("errors", "statistics", "files", "formatting", "gc_pause")
-WINGS = (*GROUND, "machine", "models", "compiler", "strategies/__init__", "strategies", "bench")
+WINGS = (
+    *(*GROUND, "machine", "models", "compiler", "artifacts"),
+    *("strategies/__init__", "strategies", "bench"),
+)
 FREE_OF_TORCH = (
     *(*GROUND, "strategies/__init__"),
     *("bench/case", "bench/cli", "bench/config", "bench/environment", "bench/load/record"),

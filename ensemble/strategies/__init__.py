@@ -299,6 +299,7 @@ def build(
             `best` then selects it.
     """
     from ensemble.machine.memory import unavailable_on_failure
+    from ensemble.models import stacking
     from ensemble.strategies import arguments, verification
     from ensemble.strategies.forward import Forward
     from ensemble.strategies.verification import Behavior
@@ -318,14 +319,15 @@ def build(
     failed = f"{name} cannot run these models"
     with unavailable_on_failure(failed, but=(ValueError, UnavailableError)):
         built = _build(name, models, example, tune_seconds=tune_seconds)
+        is_verified = behavior is Behavior.PURE and name != LOOP
         forward = Forward(
             built,
             name,
             example,
-            models,
-            rebuild=_rebuild(built, name, tune_seconds),
+            num_models=len(models),
+            model=stacking.private_copy(models[0]) if is_verified else models[0],
             max_batch=max_batch,
-            is_verified=behavior is Behavior.PURE and name != LOOP,
+            is_verified=is_verified,
         )
         if behavior is Behavior.PURE and name not in (LOOP, BEST):
             verification.check(forward, models, example)
@@ -346,16 +348,17 @@ def build_unverified(
     get(name)
     models, example = arguments.validated(models, example)
     built = _build(name, models, example, tune_seconds=tune_seconds)
-    rebuild = _rebuild(built, name, tune_seconds)
-    return replace(built, forward=Forward(built, name, example, models, rebuild=rebuild))
+    forward = Forward(built, name, example, num_models=len(models), model=models[0])
+    return replace(built, forward=forward)
 
 
 def _build(
     name: str, models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float
 ) -> BuildResult:
-    """The builder's own result, in the context of a build."""
+    """The builder's own result, in the context of a build, with `Serving`."""
     from ensemble.machine.per_process import use_one_thread_after_fork
     from ensemble.strategies import arguments, forward
+    from ensemble.strategies.serving import Rebuilding
 
     use_one_thread_after_fork()
     builder = get(name).builder(tune_seconds=tune_seconds)
@@ -367,16 +370,13 @@ def _build(
             raise
     # `best` returns what another strategy has built.
     inner = built.forward
-    return replace(built, forward=inner.raw) if isinstance(inner, forward.Forward) else built
-
-
-def _rebuild(
-    built: BuildResult, name: str, tune_seconds: float
-) -> Callable[[Sequence[nn.Module], Tensor], RawForward]:
-    """How to build again what was built, or what an autotuner chose."""
-    chosen = built.choice.name if built.choice else name
+    if isinstance(inner, forward.Forward):
+        built = replace(built, forward=inner.raw)
+    if built.serving is not None:
+        return built
 
     def rebuild(models: Sequence[nn.Module], example: Tensor) -> RawForward:
-        return _build(chosen, models, example, tune_seconds=tune_seconds).forward
+        return _build(name, models, example, tune_seconds=tune_seconds).forward
 
-    return rebuild
+    rebuilding = Rebuilding(rebuild, models, built.forward, example)
+    return replace(built, forward=rebuilding.first, serving=rebuilding.serving)

@@ -34,7 +34,7 @@ def loop(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """One compiled forward, called with the weights of each folded model in turn."""
     copies = folded_models(models, example)
 
-    def plan(_: nn.Module, x: Tensor) -> RawForward:
+    def plan(_: nn.Module | None, x: Tensor) -> RawForward:
         return eager.loop(compiled_models(copies), x, private=private).forward
 
     serving = serving_of(copies, plan=plan, plans_in_seconds=True)
@@ -49,7 +49,7 @@ def vmap(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     copies = folded_for_vmap(models, example)
     state = stacked_state(copies)  # a view of theirs
 
-    def plan(_: nn.Module, x: Tensor) -> _CompiledVmap:
+    def plan(_: nn.Module | None, x: Tensor) -> _CompiledVmap:
         mapped = torch.vmap(
             stacking.stateless(copies[0]),
             in_dims=(0, 0 if x.dim() == 5 else None),

@@ -15,7 +15,8 @@ from ensemble.machine.devices import MAX_STREAMS
 from ensemble.machine.per_process import PerProcess
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.compiled import compiled_models
-from ensemble.strategies.folded import folded_models, serving_of
+from ensemble.strategies.folded import folded_models, saved_as, serving_of
+from ensemble.strategies.saved_run import CONCURRENT
 
 T = TypeVar("T")
 _THREAD_COUNT_LOCK = PerProcess(Lock)
@@ -27,14 +28,14 @@ def eager(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """Folded models, eager, concurrently."""
     copies = folded_models(models, example)
     run = concurrent_forward([_with_private_input(model) for model in copies], example)
-    return BuildResult(run, serving=serving_of(copies))
+    return BuildResult(run, serving=serving_of(copies, saved=saved_as(copies, CONCURRENT)))
 
 
 def compiled(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """Folded models through one compiled forward, concurrently."""
     copies = folded_models(models, example)
 
-    def plan(_: nn.Module, x: Tensor) -> RawForward:
+    def plan(_: nn.Module | None, x: Tensor) -> RawForward:
         forwards = compiled_models(copies)
         return concurrent_forward([_with_private_input(forward) for forward in forwards], x)
 

@@ -80,7 +80,7 @@ def _graphed(built: BuildResult, example: Tensor, num_models: int) -> BuildResul
         stacked = lambda x: stack_outputs(forward(x), num_models)  # noqa: E731
         return serialized(cuda_graphs.graphed(stacked, x, warmup=WARMUP_CALLS))
 
-    def plan(model: nn.Module, x: Tensor) -> RawForward:
+    def plan(model: nn.Module | None, x: Tensor) -> RawForward:
         assert inner is not None
         return capture(inner.plan(model, x) if inner.plan else built.forward, x)
 

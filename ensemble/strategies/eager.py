@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
 from ensemble.models.meta import MetaWithoutDynamo
+from ensemble.strategies import saved_run
 from ensemble.strategies.arguments import weight_dtype
 from ensemble.strategies.build_result import BuildResult, PerModel, serialized
 from ensemble.strategies.forward import ieee_products, stack_outputs
@@ -46,6 +47,7 @@ def loop(
         tensors=lambda: tensors_of(called),
         stage=lambda index, model, _: exchange_entry(called, index, model),
         is_same_architecture=False,
+        saved=lambda _, __, x: saved_run.of_modules(called, x, saved_run.EACH),
     )
     return BuildResult(_Loop(called, private), serving=serving)
 
@@ -97,7 +99,7 @@ def logits_in(models: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _cast(model: nn.Module, x: Tensor, dtype: torch.dtype) -> nn.Module:
-    if weight_dtype([model], x) != dtype:
+    if weight_dtype([model], x) != dtype and stacking.named_tensors(model):
         return stacking.cast([model], dtype)[0]
     try:
         return stacking.private_copy(model)  # a call may mutate the model
@@ -130,6 +132,9 @@ def vmap(
         serving=Serving(
             tensors=state.tensors.values,
             stage=lambda index, model, _: state.exchange(index, model),
+            saved=lambda _, __, x: saved_run.of_vmapped(
+                stateless, state.of(parameters), state.of(buffers), private(x)
+            ),
         ),
     )
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ensemble.compiler.graph import batch_norm_folding
 from ensemble.models import stacking
-from ensemble.strategies import eager
+from ensemble.strategies import eager, saved_run
 from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.forward import ieee_products
+from ensemble.strategies.saved_run import EACH, SavedRun
 from ensemble.strategies.serving import Commit, Serving, exchange_tensors, tensors_of
 
 
@@ -32,7 +33,7 @@ def loop(
         _make_contiguous(copies)
         return replace(eager.loop(copies, example), serving=serving_of(copies))
     built = eager.loop(copies, example, private=batch_norm_folding.private)
-    return replace(built, serving=serving_of(copies))
+    return replace(built, serving=serving_of(copies, saved=saved_as(copies, EACH)))
 
 
 def vmap(
@@ -70,6 +71,11 @@ def serving_of(copies: Sequence[nn.Module], **options: Any) -> Serving:
         return exchange_tensors(copies[index], _folded_one(model, index, example))
 
     return Serving(tensors=lambda: tensors_of(copies), stage=stage, **options)
+
+
+def saved_as(copies: Sequence[nn.Module], mode: str) -> Callable[..., SavedRun]:
+    """What is saved of folded copies, which are called with channels-last images."""
+    return lambda _, __, x: saved_run.of_modules(copies, batch_norm_folding.private(x), mode)
 
 
 def _folded_one(model: nn.Module, index: int, example: Tensor) -> nn.Module:

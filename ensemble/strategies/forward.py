@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from ensemble.machine.per_process import PerProcess
 from ensemble.machine.precision import Float32Precision, float32_precision
 from ensemble.models import stacking
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
-from ensemble.strategies.serving import CallGate, Rebuilding, bytes_of
+from ensemble.strategies.serving import CallGate, bytes_of
 from ensemble.strategies.shape_plans import ShapePlans
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -56,6 +56,7 @@ class Forward:
         max_batch: the largest number of images a model.
         shape, dtype, device: of the example.
         report: how it was built.
+        plans, serving: what `ensemble.save` reads.
 
     Raises (on call):
         ValueError: x has other channels, dtype or device than the example, too many images, or
@@ -71,32 +72,28 @@ class Forward:
         built: BuildResult,
         strategy: str,
         example: Tensor,
-        models: Sequence[nn.Module],
         *,
-        rebuild: Callable[[Sequence[nn.Module], Tensor], RawForward],
+        num_models: int,
+        model: nn.Module | None,
         max_batch: int | None = None,
         is_verified: bool = False,
     ) -> None:
-        """rebuild: `(models, example)` -> a run, for a strategy without `Serving`.
-        is_verified: compare the first result of a new shape with that of a copy of a model."""
-        self.strategy, self.num_models, self._built = strategy, len(models), built
-        self._is_verified = is_verified
+        """built: with `Serving`.
+        model: the first one, or a copy of it; None if its code is not there.
+        is_verified: compare the first result of a new shape with that of `model`."""
+        assert built.serving is not None
+        self.strategy, self.num_models, self._built = strategy, num_models, built
+        self.serving, self._is_verified = built.serving, is_verified
         self.shape, self.dtype, self.device = tuple(example.shape), example.dtype, example.device
         self.max_batch = self.shape[-4] if max_batch is None else max_batch
         self._type = type(example)
         self.__name__ = f"{strategy}_forward"  # torch.jit requires one
-        run = built.forward
-        if built.serving is None:
-            rebuilding = Rebuilding(rebuild, models, run, example)
-            run, self._serving = rebuilding.first, rebuilding.serving
-        else:
-            self._serving = built.serving
-        self._plans = ShapePlans(
-            run,
+        self.plans = ShapePlans(
+            built.forward,
             self.shape,
-            plan=self._serving.plan,
-            plans_in_seconds=self._serving.plans_in_seconds,
-            model=stacking.private_copy(models[0]) if is_verified else models[0],
+            plan=self.serving.plan,
+            plans_in_seconds=self.serving.plans_in_seconds,
+            model=model,
             is_verified=is_verified,
         )
         self._gate = PerProcess(CallGate)
@@ -107,7 +104,7 @@ class Forward:
         check_no_parametrization_cache()
         x = self._checked(x)
         with self._gate(), execution_context(self.device):
-            return stack_outputs(self._plans(x), self.num_models)
+            return stack_outputs(self.plans(x), self.num_models)
 
     @property
     def raw(self) -> RawForward:
@@ -128,14 +125,14 @@ class Forward:
         for shape in shapes:
             full = _with_batch(self.shape, shape) if isinstance(shape, int) else tuple(shape)
             self._check_shape(full)
-            x = _noise(full, self.dtype, self.device)
+            x = noise(full, self.dtype, self.device)
             with self._gate(), execution_context(self.device), default_device(self.device):
-                self._plans.prepare(x)
+                self.plans.prepare(x)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of inputs that need no planning."""
-        return self._plans.shapes
+        return self.plans.shapes
 
     def replace(self, index: int, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Exchange a model while others serve: the next call uses its weights, and no call sees a
@@ -156,15 +153,15 @@ class Forward:
             raise ValueError(f"index: expected 0 to {self.num_models - 1}, got {index}")
         with self._exchanges(), execution_context(self.device), default_device(self.device):
             new = self._new_model(index, model)
-            x = _noise(self.shape, self.dtype, self.device)
+            x = noise(self.shape, self.dtype, self.device)
             one = x[index] if x.dim() == 5 else x
             expected = stacking.private_copy(new)(one.clone()) if self._is_verified else None
-            commit = self._serving.stage(index, new, x)
+            commit = self.serving.stage(index, new, x)
             with self._gate().closed():
                 synchronize(self.device)
                 undo = commit()
                 try:
-                    found = stack_outputs(self._plans(x), self.num_models)[index]
+                    found = stack_outputs(self.plans(x), self.num_models)[index]
                     synchronize(self.device)
                     if not is_close(found, expected):
                         raise UnavailableError(
@@ -175,13 +172,13 @@ class Forward:
                     undo()
                     raise
                 if index == 0:
-                    self._plans.model = stacking.private_copy(new)
+                    self.plans.model = stacking.private_copy(new)
 
     @property
     def memory_bytes(self) -> int | None:
         """Memory of weights and intermediate values that are held between calls; None where another
         runtime holds them."""
-        return None if self._serving.tensors is None else bytes_of(self._serving.tensors())
+        return None if self.serving.tensors is None else bytes_of(self.serving.tensors())
 
     @property
     def report(self) -> Report:
@@ -264,7 +261,7 @@ class Forward:
         Raises:
             ValueError: it does not fit.
         """
-        first = self._plans.model
+        first = self.plans.model
         if first is None:
             raise UnavailableError(
                 "this forward was loaded from a file, without the code of its models; build one to"
@@ -272,7 +269,7 @@ class Forward:
             )
         if not isinstance(model, nn.Module):
             return stacking.with_state(first, model)
-        if self._serving.is_same_architecture:
+        if self.serving.is_same_architecture:
             stacking.check_same_architecture([first, model])
         return model
 
@@ -302,7 +299,7 @@ def _with_batch(shape: tuple[int, ...], batch_size: int) -> tuple[int, ...]:
     return (*shape[:-4], batch_size, *shape[-3:])
 
 
-def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Images to compare outputs on."""
     generator = torch.Generator(device).manual_seed(0)  # not the global generator
     options: Any = {"dtype": dtype, "device": device, "generator": generator}

@@ -24,7 +24,7 @@ from ensemble.machine.precision import Float32Precision, current_float32_precisi
 from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import OutputAccuracy
 from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.lowered_serving import CompiledModels, on_contiguous
+from ensemble.strategies.lowered_serving import CompiledModels
 from ensemble.strategies.serving import Serving
 
 Compile = Callable[[ErrorBound], CompiledForward]
@@ -57,8 +57,9 @@ def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
     served = CompiledModels(found, x, len(models), threads)
-    serving = Serving(served.tensors, served.stage, served.plan)
-    return replace(_built(found, note, *notes), serving=serving, kernels=kinds)
+    serving = Serving(served.tensors, served.stage, served.plan, saved=served.saved)
+    built = _built(found, note, *notes)
+    return replace(built, forward=served.run, serving=serving, kernels=kinds)
 
 
 def implicit_gemm_vmap(
@@ -110,7 +111,7 @@ def _why_not_triton(device: torch.device) -> str:
 
 def _built(found: CompiledForward, *notes: str) -> BuildResult:
     return BuildResult(
-        on_contiguous(found.forward),
+        lambda x: found.forward(serial_copy.contiguous(x)),
         "; ".join(filter(None, (*notes, looped_note(found.looped)))),
     )
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ensemble.compiler.pipeline import CompiledForward, compile_for_shape
 from ensemble.compiler.runtime import serial_copy
+from ensemble.compiler.runtime.instructions import Instructions, instructions_of
 from ensemble.compiler.runtime.program import Program
-from ensemble.compiler.runtime.rebatching import rebatched
 from ensemble.models import stacking
 from ensemble.strategies.build_result import RawForward
+from ensemble.strategies.saved_run import ALL, SavedRun
 from ensemble.strategies.serving import Commit, Undo, write_in_place
 
 
@@ -23,7 +24,19 @@ class Traced:
     """A compiled forward, and the shape of its input, `(..., B, C, H, W)`."""
 
     found: CompiledForward
+    graph: Instructions
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledRun:
+    """A forward for inputs of one shape; `traced` is what it derives from, and keeps alive."""
+
+    graph: Instructions
+    traced: Traced | None = None
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.graph(serial_copy.contiguous(x))
 
 
 class CompiledModels:
@@ -37,12 +50,13 @@ class CompiledModels:
     def __init__(
         self, found: CompiledForward, example: Tensor, num_models: int, threads: int
     ) -> None:
-        self._first = Traced(found, tuple(example.shape))
         self._num_models, self._threads = num_models, threads
-        self._traced, self._modules = WeakSet([self._first]), WeakSet[fx.GraphModule]()
-        self._modules.add(found.forward)
+        self._traced, self._runs = WeakSet[Traced](), WeakSet[CompiledRun]()
+        self.run = self._added(found, example)
+        assert self.run.traced is not None
+        self._first = self.run.traced
 
-    def plan(self, model: nn.Module, x: Tensor) -> RawForward:
+    def plan(self, model: nn.Module | None, x: Tensor) -> CompiledRun:
         """A forward for inputs like x; see `Serving`.
 
         Raises:
@@ -50,10 +64,12 @@ class CompiledModels:
         """
         for traced in list(self._traced):
             if traced.shape[-3:] == x.shape[-3:]:
-                module = traced.found.forward
                 images = traced.shape[-4], x.shape[-4]
-                if resized := rebatched(module, self._num_models, *images):
-                    return self._forward(resized, traced)
+                if graph := traced.graph.with_batch_size(self._num_models, *images):
+                    run = CompiledRun(graph, traced)
+                    self._runs.add(run)
+                    return run
+        assert model is not None
         found = compile_for_shape(
             model,
             x,
@@ -61,20 +77,14 @@ class CompiledModels:
             num_models=self._num_models,
             threads=self._threads,
         )
-        traced = Traced(found, tuple(x.shape))
+        return self._added(found, x)
+
+    def _added(self, found: CompiledForward, x: Tensor) -> CompiledRun:
+        traced = Traced(found, instructions_of(found.forward), tuple(x.shape))
+        run = CompiledRun(traced.graph, traced)
         self._traced.add(traced)
-        return self._forward(found.forward, traced)
-
-    def _forward(self, module: fx.GraphModule, traced: Traced) -> RawForward:
-        """The forward of a module, which keeps the trace that it derives from."""
-        self._modules.add(module)
-        run = on_contiguous(module)
-
-        def forward(x: Tensor) -> Any:
-            _ = traced
-            return run(x)
-
-        return forward
+        self._runs.add(run)
+        return run
 
     def stage(self, index: int, model: nn.Module, _: Tensor) -> Commit:
         """See `Serving`: packs one model's weights.
@@ -106,8 +116,13 @@ class CompiledModels:
             program.weights_changed()
 
     def _programs(self) -> Iterator[Program]:
-        for module in list(self._modules):
-            yield from (part for part in module.children() if isinstance(part, Program))
+        for run in list(self._runs):
+            yield from run.graph.programs()
+
+    def saved(self, run: RawForward, _: nn.Module | None, x: Tensor) -> SavedRun:
+        """See `Serving`."""
+        assert isinstance(run, CompiledRun)
+        return SavedRun(ALL, False, run.graph, [[]])
 
     def tensors(self) -> list[Tensor]:
         """The packed weights, and the memory of all programs."""
@@ -118,8 +133,3 @@ class CompiledModels:
                 t for step in program.steps for t in (step.weight, step.bias) if t is not None
             )
         return found
-
-
-def on_contiguous(module: fx.GraphModule) -> RawForward:
-    """The forward of a module that was traced for contiguous inputs."""
-    return lambda x: module(serial_copy.contiguous(x))

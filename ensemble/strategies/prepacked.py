@@ -8,34 +8,44 @@ from torch import Tensor, nn
 
 from ensemble.compiler.graph.batch_norm_folding import channels_last
 from ensemble.compiler.graph.prepacking import Packed, pack, packed_for_shape
+from ensemble.compiler.runtime.instructions import instructions_of
 from ensemble.machine.memory import unavailable_on_failure
 from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import OutputAccuracy
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.concurrent import concurrent_forward
 from ensemble.strategies.forward import stack_outputs
+from ensemble.strategies.saved_run import CONCURRENT, EACH, SavedRun
 from ensemble.strategies.serving import Commit, Serving, Undo
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """One prepacked forward per model, sequentially, each on all cores."""
-    return _built(models, example, _sequential)
+    return _built(models, example, _sequential, EACH)
 
 
 def concurrent(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
     """One prepacked forward per model, one model per core."""
-    return _built(models, example, concurrent_forward)
+    return _built(models, example, concurrent_forward, CONCURRENT)
 
 
 def _built(
     models: Sequence[nn.Module],
     example: Tensor,
     run: Callable[[Sequence[Packed], Tensor], RawForward],
+    mode: str,
 ) -> BuildResult:
     packed = _packed(models, example)
 
-    def plan(model: nn.Module, x: Tensor) -> RawForward:
+    def plan(model: nn.Module | None, x: Tensor) -> RawForward:
+        assert model is not None
         return run(packed_for_shape(model, x[0] if x.dim() == 5 else x, packed), x)
+
+    def saved(_: RawForward, model: nn.Module | None, x: Tensor) -> SavedRun:
+        assert model is not None
+        of_shape = packed_for_shape(model, x[0] if x.dim() == 5 else x, packed)
+        graph = instructions_of(of_shape[0].run)
+        return SavedRun(mode, True, graph, [one.with_packings() for one in of_shape])
 
     def stage(index: int, model: nn.Module, _: Tensor) -> Commit:
         constants, new = packed[index].constants, packed[index].recipe.constants_of(model)
@@ -50,7 +60,7 @@ def _built(
     def tensors() -> list[Tensor]:
         return [tensor for one in packed for tensor in one.tensors()]
 
-    return BuildResult(run(packed, example), serving=Serving(tensors, stage, plan))
+    return BuildResult(run(packed, example), serving=Serving(tensors, stage, plan, saved=saved))
 
 
 def _sequential(packed: Sequence[Packed], _: Tensor) -> RawForward:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
 from ensemble.models import stacking
+from ensemble.strategies.saved_run import SavedRun
 
 T = TypeVar("T")
 Undo = Callable[[], None]
@@ -32,13 +33,15 @@ class Serving:
             has the architecture and is not kept. None: the forward takes inputs of any shape.
         plans_in_seconds: a plan compiles code.
         is_same_architecture: the models share one graph or stack.
+        saved: `(run, model, example)` -> what a file holds of the run for inputs like `example`.
     """
 
     tensors: Callable[[], Iterable[Tensor]] | None  # None: another runtime holds them
     stage: Callable[[int, nn.Module, Tensor], Commit]
-    plan: Callable[[nn.Module, Tensor], Callable[[Tensor], Any]] | None = None
+    plan: Callable[[nn.Module | None, Tensor], Callable[[Tensor], Any]] | None = None
     plans_in_seconds: bool = False
     is_same_architecture: bool = True
+    saved: Callable[[Callable[[Tensor], Any], nn.Module | None, Tensor], SavedRun] | None = None
 
 
 class Rebuilding:
@@ -62,7 +65,7 @@ class Rebuilding:
         self._all = WeakSet([self.first])
         self.serving = Serving(None, self._stage, self._plan, plans_in_seconds=True)
 
-    def _plan(self, _: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
+    def _plan(self, _: nn.Module | None, x: Tensor) -> Callable[[Tensor], Any]:
         found = _Exchangeable(self._build(self._models, x), x.clone())
         self._all.add(found)
         return found

@@ -4,7 +4,7 @@ plan with the batch padded."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ class ShapePlans:
         run: RawForward,
         shape: Shape,
         *,
-        plan: Callable[[nn.Module, Tensor], RawForward] | None,
+        plan: Callable[[nn.Module | None, Tensor], RawForward] | None,
         plans_in_seconds: bool,
         model: nn.Module | None,
         is_verified: bool,
@@ -63,11 +63,32 @@ class ShapePlans:
         self._own_shape = shape
         self._lock = PerProcess(threading.RLock)
 
+    def add(self, routes: Mapping[Shape, Route]) -> None:
+        """Add prepared routes."""
+        with self._lock():
+            self._prepared |= routes
+            self._built |= routes
+
+    def routes(self) -> dict[Shape, Route]:
+        """What serves each of `shapes`."""
+        with self._lock():
+            return {**self._built, **self._prepared}
+
+    def treats_images_independently(self, x: Tensor) -> bool:
+        """Is the first model's result for an image, of two in x, the same without the other?"""
+        if self.model is None or not self._is_verified:
+            return False
+        try:
+            both, one = self.model(x.clone()), self.model(x[:1].clone())
+        except Exception:  # a model may need an exact number of images
+            return False
+        return isinstance(both, Tensor) and both.dim() > 0 and is_close(both[:1], one)
+
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes that are served without planning."""
         with self._lock():
-            return tuple(dict.fromkeys((*self._prepared, *self._built)))
+            return tuple({**self._built, **self._prepared})
 
     def __call__(self, x: Tensor) -> Any:
         """The outputs of the strategy for x: stacked `(N, B, ...)`, or `PerModel`."""
@@ -113,15 +134,7 @@ class ShapePlans:
         return min(alike, key=lambda route: route.batch_size, default=None)
 
     def _planned(self, x: Tensor) -> Route:
-        run = self._run
-        if self._plan is not None:
-            if self.model is None:
-                raise UnavailableError(
-                    f"this forward has no plan for inputs of shape {tuple(x.shape)}; prepare it"
-                    " before it is saved, or build another forward"
-                )
-            run = self._plan(self.model, x)
-        return Route(run, x.shape[-4])
+        return Route(self._plan(self.model, x) if self._plan else self._run, x.shape[-4])
 
     def _verified(self, candidates: list[Callable[[Tensor], Route]], x: Tensor) -> Route:
         """The first candidate whose result for the first model is the model's own.

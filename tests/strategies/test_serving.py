@@ -333,7 +333,7 @@ def test_an_exchange_waits_for_running_calls_and_later_calls_wait_for_it() -> No
 
 def compiled_models(forward: Any) -> CompiledModels:
     """What `lowered_vmap` holds."""
-    found: CompiledModels = forward._serving.stage.__self__
+    found: CompiledModels = forward.serving.stage.__self__
     return found
 
 

@@ -120,10 +120,10 @@ def measure(arch: str, px: int) -> Measured:
         (program,) = (part for part in module.modules() if isinstance(part, Program))
         module(x)
     steps = program._table.copy()
-    (value,) = program._inputs
+    (value,) = program.inputs
     held = program._bind_input(steps, value, x)
     results = [torch.empty(MODELS, *step.geometry.out_shape) for step in program._output_steps]
-    for number, result in zip(program._outputs, results, strict=True):
+    for number, result in zip(program.outputs, results, strict=True):
         program._bind(steps, number, result, shared=False)
     team_s = {}
     for size in SIZES:

@@ -33,6 +33,7 @@ from ensemble.compiler.operators.pooling import (
     plain_average_pool2d,
     plain_max_pool2d,
 )
+from ensemble.compiler.runtime.packed_weight import PackedWeight
 from ensemble.errors import UnavailableError
 from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
@@ -51,6 +52,13 @@ class Packed:
         """x, `(B, C, H, W)` -> logits. x is not mutated; channels-last is fastest."""
         result: Tensor = self.run(*self.constants, x)
         return result
+
+    def with_packings(self) -> list[Any]:
+        """The constants, with packed weights as `PackedWeight`."""
+        return [
+            constant if source.conv is None else PackedWeight(constant, _sizes(source))
+            for source, constant in zip(self.recipe.sources, self.constants, strict=True)
+        ]
 
     def tensors(self) -> list[Tensor]:
         """The constants that are tensors."""
@@ -256,11 +264,14 @@ def _constants(
 def _constant(source: _Source, value: Any) -> Any:
     if source.conv is None:  # a number, where the model's code read a weight's value
         return value.clone() if isinstance(value, Tensor) else value
-    x, _, _, _, stride, padding, dilation, groups, _ = source.conv.args
-    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's size
-    size = list(value_of(x).shape)
-    packed: Tensor = reorder(value.to_mkldnn(), padding, stride, dilation, groups, size)
-    return packed
+    return PackedWeight(value, _sizes(source)).pack()
+
+
+def _sizes(source: _Source) -> tuple[Any, ...]:
+    """The arguments of the packing of a weight."""
+    arguments: tuple[Any, ...] = node_of(source.conv).args
+    x, _, _, _, stride, padding, dilation, groups, _ = arguments
+    return padding, stride, dilation, groups, list(value_of(x).shape)
 
 
 def _is_packed(node: fx.Node, dynamic: set[fx.Node]) -> bool:
@@ -325,3 +336,4 @@ _PLAIN: dict[Any, Callable[..., Tensor]] = {
     GROUP_NORM: _group_norm,
     AFFINE: _affine,
 }
+FUNCTIONS = (packed_conv2d, *_PLAIN.values())  # that a packed graph calls

@@ -59,8 +59,8 @@ class Program(nn.Module):
         cache: CacheSizes | None = None,
     ) -> None:
         super().__init__()
-        self.steps, self._num_models, self._threads = steps, num_models, threads
-        self._inputs, self._outputs, self._dtype = inputs, outputs, dtype
+        self.steps, self.num_models, self._threads = steps, num_models, threads
+        self.inputs, self.outputs, self.dtype = inputs, outputs, dtype
         self._cache = cache
         for step in steps:
             if not kernels.can_run(step.kind, step.geometry):
@@ -96,19 +96,19 @@ class Program(nn.Module):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         table = self._table.copy()  # private to this call
         held: list[Tensor] = []
-        for value, x in zip(self._inputs, inputs, strict=True):
+        for value, x in zip(self.inputs, inputs, strict=True):
             held += self._bind_input(table, value, x)
-        shapes = [(self._num_models, *step.geometry.out_shape) for step in self._output_steps]
+        shapes = [(self.num_models, *step.geometry.out_shape) for step in self._output_steps]
         results = [
             _allocate_aligned(prod(shape) * FLOAT_BYTES).view(torch.float32).view(shape)
             for shape in shapes
         ]
-        for value, tensor in zip(self._outputs, results, strict=True):
+        for value, tensor in zip(self.outputs, results, strict=True):
             self._bind(table, value, tensor, shared=False)
         self._run(table, [*held, *results])
         self._recompute_overflows(inputs, results)
         return [
-            _in_nchw(serial_copy.contiguous(result, self._dtype), step)
+            _in_nchw(serial_copy.contiguous(result, self.dtype), step)
             for result, step in zip(results, self._output_steps, strict=True)
         ]
 
@@ -116,11 +116,11 @@ class Program(nn.Module):
         """A program of other steps with the same values, on memory of its own."""
         return Program(
             steps,
-            inputs=self._inputs,
-            outputs=self._outputs,
-            num_models=self._num_models,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            num_models=self.num_models,
             threads=self._threads,
-            dtype=self._dtype,
+            dtype=self.dtype,
             cache=self._cache,
         )
 
@@ -144,10 +144,10 @@ class Program(nn.Module):
         for model in np.logical_or.reduce([marks.any(1) for marks in found]).nonzero()[0]:
             given = {
                 value: x if x.dim() == 4 else x[model]
-                for value, x in zip(self._inputs, inputs, strict=True)
+                for value, x in zip(self.inputs, inputs, strict=True)
             }
-            exact = self._reference()(model, given, self._outputs)
-            for value, result, marks in zip(self._outputs, results, found, strict=True):
+            exact = self._reference()(model, given, self.outputs)
+            for value, result, marks in zip(self.outputs, results, found, strict=True):
                 images = exact[value].movedim(1, -1)
                 for index in marks[model].nonzero()[0]:
                     result[model, index, ..., : images.shape[-1]] = images[index]
@@ -155,11 +155,11 @@ class Program(nn.Module):
     def _bind_input(self, table: np.ndarray, value: int, x: Tensor) -> list[Tensor]:
         """Bind x to its readers, in the layouts that they read; keep the result while they run."""
         expected = self._in_shapes[value]
-        fits = (x.shape[1:] if x.dim() == 5 and len(x) == self._num_models else x.shape) == expected
-        if not fits or x.dtype != self._dtype or x.device.type != "cpu":
+        fits = (x.shape[1:] if x.dim() == 5 and len(x) == self.num_models else x.shape) == expected
+        if not fits or x.dtype != self.dtype or x.device.type != "cpu":
             raise ValueError(
-                f"expected an input of shape {expected}, or {(self._num_models, *expected)}, in"
-                f" {self._dtype} on the CPU, got {tuple(x.shape)} in {x.dtype} on {x.device}"
+                f"expected an input of shape {expected}, or {(self.num_models, *expected)}, in"
+                f" {self.dtype} on the CPU, got {tuple(x.shape)} in {x.dtype} on {x.device}"
             )
         held: dict[int, Tensor] = {}  # by padded channels in NHWC; 0: NCHW
         for index, operand in self._uses[value]:
@@ -189,7 +189,7 @@ class Program(nn.Module):
                 state.ctypes.data,
                 worker,
                 self._threads,
-                self._num_models,
+                self.num_models,
             )
 
         def stop() -> None:

@@ -1,0 +1,268 @@
+"""A forward as a file: packed weights and plans; it starts again without tracing or tuning.
+
+Forwards on the CPU only. What is saved is a graph of operators for each shape that needs no
+planning, so the file holds no code of the models, and no pickle.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemble import files
+from ensemble.artifacts import tensor_file
+from ensemble.artifacts.graph_format import TensorTable, decode, encode
+from ensemble.artifacts.version import check_version, version
+from ensemble.compiler.runtime import serial_copy
+from ensemble.compiler.runtime.instructions import Instructions
+from ensemble.compiler.runtime.packed_weight import PackedWeight
+from ensemble.errors import InputError, UnavailableError
+from ensemble.strategies.build_result import BuildResult, Choice, PerModel, RawForward
+from ensemble.strategies.forward import (
+    Forward,
+    default_device,
+    execution_context,
+    noise,
+    stack_outputs,
+)
+from ensemble.strategies.saved_run import ALL, CONCURRENT, SavedRun
+from ensemble.strategies.serving import Serving, Undo
+from ensemble.strategies.shape_plans import Route, Shape
+
+
+def save(forward: Forward, path: str | os.PathLike[str]) -> int:
+    """Save a forward on the CPU: what was chosen, its packed weights, and a plan for each of
+    `forward.shapes`.
+
+    The file is loaded by `load`, on a CPU with the same vector instructions, by the same versions
+    of this package and of torch.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        UnavailableError: it cannot be saved: it runs on another device or by another runtime, or
+            the results of its saved form are not equal to the last bit.
+        InputError: the file cannot be written.
+    """
+    if forward.device.type != "cpu" or forward.serving.saved is None:
+        raise UnavailableError(
+            f"a forward by {forward.report.strategy} on {forward.device} cannot be saved; export"
+            " the models instead (ensemble.export), or build another strategy"
+        )
+    saved = forward.serving.saved
+    table = TensorTable()
+    with execution_context(forward.device), default_device(forward.device):
+        independent = forward.plans.treats_images_independently(
+            noise((2, *forward.shape[-3:]), forward.dtype, forward.device)
+        )
+        plans = []
+        for shape, route in forward.plans.routes().items():
+            x = noise((*shape[:-4], route.batch_size, *shape[-3:]), forward.dtype, forward.device)
+            run = saved(route.run, forward.plans.model, x)
+            plans.append(
+                {"shape": list(shape), "batch_size": route.batch_size} | _encode(run, table)
+            )
+            _check_equal(plans[-1], table.tensors, route.run, x, forward)
+    content = {
+        "version": version(),
+        "strategy": forward.strategy,
+        "num_models": forward.num_models,
+        "max_batch": forward.max_batch,
+        "shape": list(forward.shape),
+        "dtype": str(forward.dtype),
+        "treats_images_independently": independent,
+        "report": asdict(replace(forward.report, memory_bytes=None)),
+        "plans": plans,
+    }
+    try:
+        return tensor_file.write(Path(path), content, table.tensors)
+    except OSError as error:
+        message = f"{path}: expected a writable file: {files.reason(error)}"
+        raise InputError(message, argument="path") from error
+
+
+def load(path: str | os.PathLike[str]) -> Forward:
+    """The forward that `save` wrote, with equal results to the last bit.
+
+    Weights are mapped into memory: processes that load one file share them. It takes other batch
+    sizes up to its `max_batch` where its graph allows, and no other shapes than those planned when
+    it was saved; its models cannot be replaced.
+
+    Raises:
+        InputError: the file is missing, damaged or of another kind; or it was saved by another
+            version of this package or torch, or on a CPU with other vector instructions.
+    """
+    found = tensor_file.read(path)
+    content, tensors = found.content, found.tensors
+    check_version(content["version"], str(path))
+    threads, num_models = torch.get_num_threads(), content["num_models"]
+    shape, report = tuple(content["shape"]), content["report"]
+    example = torch.empty(shape, dtype=getattr(torch, content["dtype"].removeprefix("torch.")))
+    routes = {
+        tuple(plan["shape"]): Route(_decode(plan, tensors, threads), plan["batch_size"])
+        for plan in content["plans"]
+    }
+    loaded = _Loaded(routes, num_models, tensors, content["treats_images_independently"])
+    choice = Choice(report["strategy"], "", 0.0, report["times_s"], report["errors"])
+    built = BuildResult(
+        routes[shape].run,
+        note="; ".join(report["notes"]),
+        choice=choice,
+        serving=Serving(loaded.tensors, _no_exchange, loaded.plan),
+        kernels=report["kernels"],
+    )
+    forward = Forward(
+        built,
+        content["strategy"],
+        example,
+        num_models=num_models,
+        model=None,
+        max_batch=content["max_batch"],
+        is_verified=False,
+    )
+    forward.plans.add(routes)
+    return forward
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedRun:
+    """A saved run: `graph(*constants, x)` of all models, or of each."""
+
+    graph: Instructions
+    mode: str
+    is_channels_last: bool
+    constants: Sequence[Sequence[Any]]
+
+    def __call__(self, x: Tensor) -> Any:
+        x = serial_copy.contiguous(x)
+        if self.is_channels_last:
+            x = serial_copy.contiguous(x.movedim(-3, -1)).movedim(-1, -3)
+        if self.mode == ALL:
+            return self.graph(*self.constants[0], x)
+        return PerModel(
+            [
+                self.graph(*constants, x[index] if x.dim() == 5 else x)
+                for index, constants in enumerate(self.constants)
+            ]
+        )
+
+
+class _Loaded:
+    """The runs of a file, and those for other batch sizes that derive from them."""
+
+    def __init__(
+        self,
+        routes: Mapping[Shape, Route],
+        num_models: int,
+        tensors: Sequence[Tensor],
+        is_independent: bool,
+    ) -> None:
+        self._routes, self._num_models, self._tensors = dict(routes), num_models, tensors
+        self._is_independent = is_independent
+
+    def plan(self, _: nn.Module | None, x: Tensor) -> RawForward:
+        """A run for inputs like x.
+
+        Raises:
+            UnavailableError: the file has none, and none can be derived.
+        """
+        alike = [
+            (shape, route.run)
+            for shape, route in self._routes.items()
+            if shape[-3:] == x.shape[-3:]
+        ]
+        for shape, run in alike:
+            graph = run.graph if isinstance(run, LoadedRun) else None
+            is_of_each = not isinstance(run, LoadedRun) or run.mode != ALL
+            if is_of_each and shape[-4] == x.shape[-4]:
+                return run
+            if graph is None or not self._is_independent:
+                continue
+            resized = graph.with_batch_size(self._num_models, shape[-4], x.shape[-4])
+            if resized is not None:
+                assert isinstance(run, LoadedRun)
+                return replace(run, graph=resized)
+        raise UnavailableError(
+            f"the saved forward has no plan for inputs of shape {tuple(x.shape)}: call"
+            " forward.prepare before it is saved, or build another forward"
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [*self._tensors]
+
+
+def _no_exchange(index: int, model: nn.Module, example: Tensor) -> Callable[[], Undo]:
+    raise UnavailableError("models of a loaded forward cannot be replaced; build another forward")
+
+
+def _encode(run: SavedRun, table: TensorTable) -> dict[str, Any]:
+    constants = [[_encode_constant(each, table) for each in model] for model in run.constants]
+    return {
+        "mode": run.mode,
+        "is_channels_last": run.is_channels_last,
+        "graph": encode(run.graph, table),
+        "constants": constants,
+    }
+
+
+def _decode(plan: Mapping[str, Any], tensors: Sequence[Tensor], threads: int) -> RawForward:
+    constants = [[_decode_constant(each, tensors) for each in model] for model in plan["constants"]]
+    graph = decode(plan["graph"], tensors, threads=threads)
+    run = LoadedRun(graph, plan["mode"], plan["is_channels_last"], constants)
+    if plan["mode"] != CONCURRENT:
+        return run
+    from ensemble.strategies.concurrent import concurrent_forward  # which imports torch.compile
+
+    example = torch.empty(plan["shape"])
+    return concurrent_forward([partial(graph, *one) for one in constants], example)
+
+
+def _encode_constant(constant: Any, table: TensorTable) -> dict[str, Any]:
+    if isinstance(constant, Tensor):
+        return {"tensor": table.add(constant)}
+    if isinstance(constant, PackedWeight):
+        return {"packed": table.add_packed(constant), "arguments": list(constant.arguments)}
+    if isinstance(constant, int | float | bool):
+        return {"number": constant}
+    kind = type(constant).__name__
+    raise UnavailableError(f"this forward cannot be saved: a constant of it is a {kind}")
+
+
+def _decode_constant(data: Mapping[str, Any], tensors: Sequence[Tensor]) -> Any:
+    if "tensor" in data:
+        return tensors[data["tensor"]]
+    if "packed" in data:
+        return PackedWeight(tensors[data["packed"]], tuple(data["arguments"])).pack()
+    return data["number"]
+
+
+def _check_equal(
+    plan: Mapping[str, Any],
+    tensors: Sequence[Tensor],
+    run: RawForward,
+    x: Tensor,
+    forward: Forward,
+) -> None:
+    """Raise UnavailableError unless the saved form of a run gives the same bits."""
+    threads = torch.get_num_threads()
+    expected = stack_outputs(run(x), forward.num_models)
+    found = stack_outputs(_decode(plan, tensors, threads)(x), forward.num_models)
+    if not _is_same(found, expected):
+        raise UnavailableError(
+            f"this forward by {forward.report.strategy} cannot be saved: its graph of operators"
+            " gives other results in the last digits; build lowered_vmap"
+        )
+
+
+def _is_same(found: Tensor, expected: Tensor) -> bool:
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return False
+    return bool(((found == expected) | ((found != found) & (expected != expected))).all())
