@@ -3,6 +3,8 @@
 models = ensemble.load_models(["a.pth", "b.pth"], arch="resnet18", device="cpu")
 forward = ensemble.build("vmap", models, example)  # example: (B, 3, H, W), or (N, B, 3, H, W)
 logits = forward(x)                                # (N, B, classes)
+ensemble.save(forward, "winner.ensemble")          # and load it again, with this package
+ensemble.export(models, example, "models.onnx")    # a file that runs without this package
 """
 
 from importlib import import_module
@@ -13,13 +15,24 @@ from ensemble.strategies import STRATEGIES, build
 
 if TYPE_CHECKING:
     from ensemble.models.weights import load_models
+    from ensemble.strategies.exported import export
     from ensemble.strategies.saving import load, save
 
-__all__ = ["STRATEGIES", "InputError", "UnavailableError", "build", "load", "load_models", "save"]
+__all__ = [
+    "STRATEGIES",
+    "InputError",
+    "UnavailableError",
+    "build",
+    "export",
+    "load",
+    "load_models",
+    "save",
+]
 
 _LAZY = {
-    "load_models": "ensemble.models.weights",
+    "export": "ensemble.strategies.exported",
     "load": "ensemble.strategies.saving",
+    "load_models": "ensemble.models.weights",
     "save": "ensemble.strategies.saving",
 }
 

@@ -68,6 +68,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def check_writable(folder: Path, *, argument: str) -> None:
+    """Raise InputError, which names the argument, unless files can be created in the folder."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"expected to write in {folder}: {reason}", argument=argument) from error
+
+
 def is_write_protected(path: str | os.PathLike[str]) -> bool:
     """Whether a file's owner has cleared its write permission, or this process has none: renaming
     another file over it would need neither, and root passes every check of permissions."""

@@ -44,7 +44,9 @@ TUNE_S = 0.2
 QUICK = [
     name
     for name, strategy in STRATEGIES.items()
-    if strategy.module not in ("peers", "cudagraph") and "compiled" not in name and name != BEST
+    if strategy.module not in ("peers", "cudagraph", "exported")
+    and "compiled" not in name
+    and name != BEST
 ]
 MAPPED = ("vmap", "chunked_vmap", "folded_vmap")  # these may refuse at their first call
 TRACED = ("lowered_vmap", "prepacked_loop", "prepacked_concurrent")

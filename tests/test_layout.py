@@ -18,7 +18,7 @@ WINGS = (
     *("strategies/__init__", "strategies", "bench"),
 )
 FREE_OF_TORCH = (
-    *(*GROUND, "strategies/__init__"),
+    *(*GROUND, "strategies/__init__", "artifacts/formats"),
     *("bench/case", "bench/cli", "bench/config", "bench/environment", "bench/load/record"),
     *("bench/measurement", "bench/report", "bench/result_file", "bench/summary"),
 )

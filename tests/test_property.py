@@ -36,7 +36,7 @@ HANG_S = 120  # of one strategy's build and calls
 SLOW = [
     name
     for name, strategy in STRATEGIES.items()
-    if strategy.module in ("peers", "chunked", "best") or "compiled" in name
+    if strategy.module in ("peers", "chunked", "exported", "best") or "compiled" in name
 ]
 QUICK = [name for name in STRATEGIES if name not in SLOW]
 

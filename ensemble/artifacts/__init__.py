@@ -1,1 +1,1 @@
-"""Files that leave: saved forwards, and N models as one program for other runtimes. No torch here."""
+"""Files that leave: saved forwards, and models as one program that runs without this package."""

@@ -207,6 +207,25 @@ STRATEGIES = {
         _PEERS_BOTH,
         _COMPILES,
     ),
+    "exported_pt2": Strategy(
+        "exported",
+        "pt2_file",
+        "a .pt2 file (torch.export) of folded_loop, run by torch alone",
+        build_time=_CONVERTS,
+    ),
+    "exported_aoti": Strategy(
+        "exported",
+        "aoti_package",
+        "an .aoti.pt2 package (AOTInductor) of folded_loop, run by torch alone",
+        build_time=_COMPILES,
+    ),
+    "exported_onnx": Strategy(
+        "exported",
+        "onnx_file",
+        "an .onnx file of all models, run by ONNX Runtime in one session",
+        _PEERS_BOTH,
+        _CONVERTS,
+    ),
     BEST: Strategy(
         "best",
         "fastest",

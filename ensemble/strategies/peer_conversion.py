@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ensemble.artifacts import onnx as onnx_file
 from ensemble.compiler.graph.call_trace import record
 from ensemble.errors import UnavailableError
 from ensemble.machine.precision import Float32Precision, current_float32_precision
@@ -19,7 +19,6 @@ from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.forward import stack_outputs
 
 REQUIREMENTS = {"cpu": "requirements-peers.txt", "cuda": "requirements-peers-cuda.txt"}
-_BFLOAT16_OPSET = 22  # the first whose convolution and pooling accept bfloat16
 
 
 def require(name: str, device: torch.device) -> Any:
@@ -100,7 +99,11 @@ def to_onnx(models: Sequence[nn.Module], batch: Tensor) -> list[bytes]:
     """
     onnx = require("onnx", batch.device)
     require("onnxscript", batch.device)
-    proto = _export(_contiguous(models[0]), batch.contiguous())
+    # No optimization at export: it would constant-fold this model's weights (3 * parameter) into
+    # initializers that the next model's weights do not replace. The runtimes fold later.
+    arguments = (batch.clone(memory_format=torch.contiguous_format),)
+    model = _contiguous(models[0])
+    proto = onnx_file.to_proto(model, arguments, dtype=batch.dtype, optimize=False)
     graphs = []
     for model in models:
         _set_initializers(onnx, proto, stacking.named_tensors(model))
@@ -115,23 +118,6 @@ def _contiguous(model: nn.Module) -> nn.Module:
     tensors = stacking.named_tensors(model).items()
     stacking.set_tensors(copy, {name: tensor.clone().contiguous() for name, tensor in tensors})
     return copy
-
-
-def _export(model: nn.Module, batch: Tensor) -> Any:
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        warnings.simplefilter("ignore")  # deprecations within the exporter
-        # No optimization at export: it would constant-fold this model's weights (3 * parameter)
-        # into initializers that the next model's weights do not replace. The runtimes fold later.
-        program = torch.onnx.export(
-            model,
-            (batch.clone(),),
-            dynamo=True,
-            verbose=False,
-            optimize=False,
-            opset_version=_BFLOAT16_OPSET if batch.dtype == torch.bfloat16 else None,
-        )
-    assert program is not None
-    return program.model_proto
 
 
 def _set_initializers(onnx: Any, proto: Any, state: dict[str, Tensor]) -> None:

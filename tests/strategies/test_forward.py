@@ -30,7 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = [
     name
     for name, strategy in STRATEGIES.items()
-    if strategy.module not in ("peers", "cudagraph") and "compiled" not in name and name != BEST
+    if strategy.module not in ("peers", "cudagraph", "exported")
+    and "compiled" not in name
+    and name != BEST
 ]
 VMAPS = [name for name in QUICK if name.endswith("vmap") and name != "lowered_vmap"]
 TRACED = ["lowered_vmap", "prepacked_loop", "prepacked_concurrent"]

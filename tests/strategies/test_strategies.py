@@ -29,18 +29,19 @@ from tests.tiny import TinyNet, independent, tiny_models
 ROOT = Path(__file__).parents[2]
 SHAPES = {"shared": (2, 3, 8, 8), "per_model": (3, 2, 3, 8, 8)}
 PEERS = [name for name, strategy in STRATEGIES.items() if strategy.module == "peers"]
+EXPORTED = [name for name, strategy in STRATEGIES.items() if strategy.module == "exported"]
 QUIET = pytest.mark.filterwarnings("ignore")  # of third-party packages
 QUIETER_COMPILER = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch.compile
 
 
 def takes_seconds(name: str) -> bool:
-    return name in PEERS or "compiled" in name or name == BEST
+    return name in (*PEERS, *EXPORTED) or "compiled" in name or name == BEST
 
 
 def from_registry(*, slow: bool) -> list[object]:
     """All strategies as test parameters, without those that take seconds unless `slow`."""
     return [
-        pytest.param(name, marks=QUIET if name in PEERS else QUIETER_COMPILER)
+        pytest.param(name, marks=QUIET if name in (*PEERS, *EXPORTED) else QUIETER_COMPILER)
         if takes_seconds(name)
         else name
         for name in STRATEGIES
