@@ -102,6 +102,8 @@ def run(
     session = measure_all(config, workload, predict(config, workload, begun), files, executor)
     code = finish(config, session.run, baseline, files)
     show.show_missing(session.stopped, session.left, session.planned)
+    if config.report.export_model and not session.exit_code:
+        code = export_file(config, workload, session.run) or code
     return session.exit_code or code
 
 
@@ -136,6 +138,13 @@ def measure_all(
     return session.measure_all(
         config, begun, workload, save=files.save, say=show.print_wrapped, executor=executor
     )
+
+
+def export_file(config: Config, workload: Workload, done: Run) -> int:
+    """Write the file of `--export_model`; returns the exit code."""
+    from ensemble.bench import export_model
+
+    return export_model.export_model(config, workload, done, say=show.print_wrapped)
 
 
 def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -> int:

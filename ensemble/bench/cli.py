@@ -6,7 +6,6 @@ import argparse
 import os
 import site
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -15,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ensemble.artifacts.formats import check_destination, format_of
 from ensemble.bench.config import (
     ALL,
     DEFAULT_IMAGE,
@@ -29,13 +29,14 @@ from ensemble.bench.config import (
     outputs,
 )
 from ensemble.errors import InputError
+from ensemble.files import check_writable
 from ensemble.machine import cores, launch
 from ensemble.strategies import HYBRIDS, STRATEGIES, user
 
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 PICTURE_SUFFIXES = {".png", ".svg"}
 # Library argument -> flag, where their names differ.
-FLAGS = {"paths": "model_path"}
+FLAGS = {"paths": "model_path", "path": "export_model"}
 WITH_FROM_JSON = {*OUTPUTS, "overwrite", "from_json", "baseline", "fail_above", "verbose"}
 
 
@@ -135,6 +136,11 @@ def parse(argv: Sequence[str] | None) -> Config:
     if config.measure.resume and not report.export_json:  # continue in the same file
         report = replace(report, export_json=config.measure.resume)
         config = replace(config, report=report)
+    if report.export_model:
+        for name in ("num_models", "image_size"):  # a file has one of each, and any batch size
+            if len(values := getattr(models, name)) > 1:
+                found = " ".join(map(str, values))
+                raise InputError(f"requires one --{name}, got {found}", argument="export_model")
     for name in filter(user.is_user_strategy, config.run.strategies):
         user.user_strategy(name).builder()  # imports the file, before a long run finds out
     if launch.rank() == 0:
@@ -157,6 +163,9 @@ def _config(typed: dict[str, Any]) -> Config:
         models = replace(models, image_path=str(default_image()))
     if ALL in run.strategies:
         run = replace(run, strategies=tuple(STRATEGIES))
+    if config.report.export_model:
+        exported = format_of(config.report.export_model, argument="export_model").strategy
+        run = replace(run, strategies=tuple(dict.fromkeys((*run.strategies, exported))))
     return replace(config, models=models, run=run)
 
 
@@ -213,11 +222,15 @@ def _check_ranks(typed: Collection[str]) -> None:
     if "flush_l2" in typed:
         message = "cannot be combined with torchrun: the other ranks would keep their caches"
         raise InputError(message, argument="flush_l2")
+    if "export_model" in typed:
+        message = "cannot be combined with torchrun: each rank has a part of the models"
+        raise InputError(message, argument="export_model")
 
 
 # A load test has single images and no pairs.
 NOT_UNDER_LOAD = (
     *("batch_size", "reduce", "roofline", "flush_l2", "self_check", "baseline", "fail_above"),
+    "export_model",
 )
 
 
@@ -257,7 +270,7 @@ def _check_log_folder(path: str) -> None:
             folder = folder.parent
         if not folder.is_dir():
             raise InputError(f"expected a folder, got a file at {folder}", argument="load_log")
-    _check_writable("load_log", folder)
+    check_writable(folder, argument="load_log")
 
 
 def check_paths(config: Config) -> None:
@@ -276,6 +289,10 @@ def check_paths(config: Config) -> None:
             if name != "export_json" or written != resume:
                 _check_output(name, written, taken)
             taken[os.path.realpath(written)] = f"--{name} {path}"
+    if exported := report.export_model:
+        if other := taken.get(os.path.realpath(exported)):
+            raise InputError(f"expected a separate file, got {other}", argument="export_model")
+        check_destination(exported, overwrite=report.overwrite, argument="export_model")
 
 
 def _check_output(name: str, path: str, taken: dict[str, str]) -> None:
@@ -283,7 +300,7 @@ def _check_output(name: str, path: str, taken: dict[str, str]) -> None:
         folder, problem = _output_folder(path), _problem_of_output(name, path, taken)
     if problem:
         raise InputError(problem, argument=name)
-    _check_writable(name, folder)
+    check_writable(folder, argument=name)
 
 
 def _output_folder(path: str) -> Path:
@@ -316,12 +333,3 @@ def _os_errors_as_input_errors(path: str, argument: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}", argument=argument) from error
-
-
-def _check_writable(name: str, folder: Path) -> None:
-    """Raise InputError unless files can be created in the folder."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"expected to write in {folder}: {reason}", argument=name) from error

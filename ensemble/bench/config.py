@@ -234,6 +234,11 @@ class ReportOptions:
         "speedup and time, .png or .svg; a grid adds a heat map; a load test: latency against rate",
         metavar="PATH",
     )
+    export_model: str | None = flag(
+        "the models as one file for machines without this package: .pt2 (torch.export),"
+        " .aoti.pt2 (AOTInductor), .onnx, or a folder triton_repository/",
+        metavar="PATH",
+    )
     overwrite: bool = switch("replace output files that this program did not write")
     from_json: str | None = flag(
         "measure nothing; show, export, plot or compare an --export_json file", metavar="PATH"
@@ -295,10 +300,8 @@ class Config:
 
 
 PARTS = (ModelOptions, RunOptions, MeasureOptions, LoadOptions, ReportOptions)
-OUTPUTS = (
-    *(option.name for option in fields(ReportOptions) if option.name.startswith("export_")),
-    "plot",
-)
+# Files that results are written to.
+OUTPUTS = ("export_json", "export_csv", "export_markdown", "plot")
 
 
 def config_of(values: Mapping[str, Any]) -> Config:
