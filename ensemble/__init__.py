@@ -4,7 +4,7 @@ models = ensemble.load_models(["a.pth", "b.pth"], arch="resnet18", device="cpu")
 forward = ensemble.build("vmap", models, example)  # example: (B, 3, H, W), or (N, B, 3, H, W)
 logits = forward(x)                                # (N, B, classes)
 ensemble.save(forward, "winner.ensemble")          # and load it again, with this package
-ensemble.export(models, example, "models.onnx")    # a file that runs without this package
+ensemble.export(models, example, "all.onnx")       # a file that runs without this package
 """
 
 from importlib import import_module

@@ -300,8 +300,15 @@ class Config:
 
 
 PARTS = (ModelOptions, RunOptions, MeasureOptions, LoadOptions, ReportOptions)
-# Files that results are written to.
-OUTPUTS = ("export_json", "export_csv", "export_markdown", "plot")
+# Files that results are written to: not the models.
+OUTPUTS = (
+    *(
+        option.name
+        for option in fields(ReportOptions)
+        if option.name.startswith("export_") and option.name != "export_model"
+    ),
+    "plot",
+)
 
 
 def config_of(values: Mapping[str, Any]) -> Config:

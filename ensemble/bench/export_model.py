@@ -14,7 +14,7 @@ from ensemble.bench.report import exported_file
 from ensemble.bench.setup import make_example
 from ensemble.bench.summary import Run
 from ensemble.bench.workload import Workload
-from ensemble.errors import UnavailableError, drop_frames
+from ensemble.errors import UnavailableError, drop_frames, interrupt_behind
 from ensemble.machine import memory
 from ensemble.machine.dtypes import numeric_format
 from ensemble.machine.precision import float32_precision
@@ -40,6 +40,8 @@ def export_model(
             with float32_precision(numbers.float32_precision):
                 report = export(models, example, path, overwrite=config.report.overwrite)
         except UnavailableError as error:
+            if interrupt := interrupt_behind(error):  # compilers replace it by an error of theirs
+                raise interrupt from None
             drop_frames(error)
             print(f"error: --export_model: {error}", file=sys.stderr)
             return 1

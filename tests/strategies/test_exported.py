@@ -27,7 +27,6 @@ from tests.tiny import independent, tiny_models
 BATCHES = (1, 3, 7)  # none is the example's, which is 2
 SHAPES = {"shared": (2, 3, 8, 8), "per_model": (3, 2, 3, 8, 8)}
 QUIET = pytest.mark.filterwarnings("ignore")  # of third-party packages
-AOTI = pytest.param(".aoti.pt2", marks=[pytest.mark.slow, QUIET])
 NEEDS_ONNX = "pip install -r requirements-peers.txt"
 
 # In an isolated process: no file of this package can be imported.
@@ -247,14 +246,18 @@ class Wide(nn.Module):
 
 @QUIET
 @pytest.mark.parametrize(
-    ("suffix", "allowed"),
-    [(".pt2", 1.1), pytest.param(".aoti.pt2", 2.5, marks=pytest.mark.slow), (".onnx", 1.02)],
+    ("suffix", "other"),  # bytes that are no weights: AOTInductor's is a library with its code
+    [
+        (".pt2", 80_000),
+        pytest.param(".aoti.pt2", 2_000_000, marks=pytest.mark.slow),
+        (".onnx", 10_000),
+    ],
 )
 @pytest.mark.parametrize(
     ("given", "stored"), [("different", 3), ("one", 1), ("a shared backbone", 1)]
 )
 def test_weights_are_stored_once(
-    given: str, stored: int, suffix: str, allowed: float, tmp_path: Path
+    given: str, stored: int, suffix: str, other: int, tmp_path: Path
 ) -> None:
     if suffix == ".onnx":
         pytest.importorskip("onnxscript", reason=NEEDS_ONNX)
@@ -267,9 +270,8 @@ def test_weights_are_stored_once(
         for model in models[1:]:
             model.more.load_state_dict(models[0].more.state_dict())  # type: ignore[union-attr]
     report = ensemble.export(models, torch.zeros(1, 3, 8, 8), tmp_path / f"all{suffix}")
-    assert weights * stored <= report.bytes + weights // 50
-    small = 60_000 if given == "a shared backbone" or suffix == ".pt2" else 0
-    assert report.bytes <= allowed * weights * stored + small
+    heads = 2 * 30_000 if given == "a shared backbone" else 0  # of the two other models
+    assert weights * stored * 0.98 <= report.bytes <= weights * stored + heads + other
 
 
 @QUIET

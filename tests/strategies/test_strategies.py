@@ -163,7 +163,7 @@ def test_prepacked_can_be_the_first_strategy_of_a_process() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "tensorrt"])
+@pytest.mark.parametrize("name", [*[name for name in PEERS if name != "tensorrt"], "exported_onnx"])
 def test_a_missing_runtime_is_reported_with_install_advice(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
