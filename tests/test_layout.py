@@ -12,7 +12,7 @@ import ensemble
 ROOT = Path(ensemble.__file__).parent
 
 # From the ground up: a wing imports those before it, and itself.
-GROUND = ("errors", "statistics", "files", "formatting", "gc_pause")
+GROUND = ("errors", "statistics", "files", "formatting", "gc_pause", "user_functions")
 WINGS = (
     *(*GROUND, "machine", "models", "compiler", "artifacts"),
     *("strategies/__init__", "strategies", "bench"),

@@ -7,14 +7,11 @@ It is built, checked and timed like any other. `models` are N models in eval mod
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble.errors import InputError, first_line
+from ensemble import user_functions
 from ensemble.strategies import TUNE_SECONDS, Strategy
 
 if TYPE_CHECKING:
@@ -45,7 +42,7 @@ class UserStrategy(Strategy):
 
 def is_user_strategy(name: str) -> bool:
     """Does a name of a strategy have the form `PATH.py` or `PATH.py:FUNCTION`?"""
-    return ".py:" in name or name.endswith(".py")
+    return user_functions.names_file(name)
 
 
 def user_strategy(name: str) -> UserStrategy:
@@ -54,9 +51,7 @@ def user_strategy(name: str) -> UserStrategy:
     Raises:
         InputError: it names no function.
     """
-    path, _, function = name.rpartition(":") if ".py:" in name else (name, "", "")
-    if not function:
-        raise InputError(f"expected PATH.py:FUNCTION, got {name}", argument=ARGUMENT)
+    path, function = user_functions.split_file(name, argument=ARGUMENT)
     return UserStrategy(path, function, f"build of {path}")
 
 
@@ -66,26 +61,4 @@ def load(path: str, function: str) -> Callable[..., Any]:
     Raises:
         InputError: no such file; it raises; it has no such function.
     """
-    file = Path(path).absolute()
-    module = sys.modules.get(name := f"resnet_vmap strategy {file}")
-    if module is None:
-        if not file.is_file():
-            raise InputError(f"expected a file at {path}, got none", argument=ARGUMENT)
-        spec = spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        if str(file.parent) not in sys.path:
-            sys.path.append(str(file.parent))
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"{path} cannot be imported: {reason}", argument=ARGUMENT) from error
-        sys.modules[name] = module
-    found = getattr(module, function, None)
-    if not callable(found):
-        got = "none" if found is None else type(found).__name__
-        message = f"expected a function {function} in {path}, got {got}"
-        raise InputError(message, argument=ARGUMENT)
-    return found  # type: ignore[no-any-return]
+    return user_functions.from_file(path, function, argument=ARGUMENT)
