@@ -95,7 +95,7 @@ def run(
         show.check_baseline(config, saved.environment, cases, baseline)
         return finish(config, saved, baseline, files)
     workload = load(config, say=print)
-    config = config.on(workload.device.type)
+    config = config.on(workload.device.type).for_architecture(workload.image_size)
     here = workload.describe(config, first_forward_s=math.nan)  # nothing ran here yet
     show.check_baseline(config, here, config.plan(), baseline)
     begun = resuming.resume(config, Run(here, config.plain(), ()), earlier)

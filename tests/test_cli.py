@@ -542,7 +542,7 @@ def test_more_threads_than_cores_are_warned_of(
     )
 
 
-def test_help_is_a_screen_and_a_half_and_says_each_default_once(
+def test_help_is_under_two_screens_and_says_each_default_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ensemble import user_functions
 from ensemble.artifacts.formats import check_destination, format_of
 from ensemble.bench.config import (
     ALL,
@@ -23,6 +24,7 @@ from ensemble.bench.config import (
     PARTS,
     Config,
     LoadOptions,
+    ModelOptions,
     RunOptions,
     config_of,
     default_text,
@@ -35,6 +37,7 @@ from ensemble.strategies import HYBRIDS, STRATEGIES, user
 
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 PICTURE_SUFFIXES = {".png", ".svg"}
+GRAYSCALE, IMAGE_CHANNELS = 1, 3  # of image files
 # Library argument -> flag, where their names differ.
 FLAGS = {"paths": "model_path", "path": "export_model"}
 WITH_FROM_JSON = {*OUTPUTS, "overwrite", "from_json", "baseline", "fail_above", "verbose"}
@@ -131,6 +134,7 @@ def parse(argv: Sequence[str] | None) -> Config:
         _check_load(typed)
     config = _config(typed)
     models, report = config.models, config.report
+    _check_channels(models)
     if models.reduce == "mean" and models.inputs == "per_model":
         raise InputError("mean requires --inputs shared, got per_model", argument="reduce")
     if config.measure.resume and not report.export_json:  # continue in the same file
@@ -159,8 +163,14 @@ def _config(typed: dict[str, Any]) -> Config:
     if files > 1 and models.num_models != (files,):
         asked = " ".join(map(str, models.num_models))
         raise InputError(f"expected {files}, one per file, got {asked}", argument="num_models")
-    if models.image_path == DEFAULT_IMAGE and not Path(DEFAULT_IMAGE).exists():
+    if models.channels != IMAGE_CHANNELS and "image_path" not in typed:
+        models = replace(models, image_path=None)  # synthetic ones
+    elif models.image_path == DEFAULT_IMAGE and not Path(DEFAULT_IMAGE).exists():
         models = replace(models, image_path=str(default_image()))
+    if user_functions.names_file(models.arch):
+        path, function = user_functions.split_file(models.arch, argument="arch")
+        # Absolute, so that workers find it wherever the file changes the working folder to.
+        models = replace(models, arch=f"{os.path.abspath(path)}:{function}")
     if ALL in run.strategies:
         run = replace(run, strategies=tuple(STRATEGIES))
     if config.report.export_model:
@@ -169,9 +179,27 @@ def _config(typed: dict[str, Any]) -> Config:
     return replace(config, models=models, run=run)
 
 
+def _check_channels(models: ModelOptions) -> None:
+    """Raise InputError unless the image, the mean and the deviation have the images' channels."""
+    channels = models.channels
+    if models.image_path is not None and channels not in (GRAYSCALE, IMAGE_CHANNELS):
+        message = f"expected none with --channels {channels}, whose images are synthetic"
+        raise InputError(f"{message}, got {models.image_path}", argument="image_path")
+    for name in ("image_mean", "image_std"):
+        found = getattr(models, name)
+        if found is not None and len(found) not in (1, channels):
+            expected = f"one value or {channels}, one per channel" if channels > 1 else "one value"
+            raise InputError(f"expected {expected}, got {len(found)}", argument=name)
+
+
+# Options whose repeated values count: several paths may be the same file.
+WITH_REPEATS = ("model_path", "image_mean", "image_std")
+
+
 def _without_repeats(name: str, value: Any) -> Any:
-    """A list without its repeated values; several paths may be the same file."""
-    return list(dict.fromkeys(value)) if isinstance(value, list) and name != "model_path" else value
+    """A list without its repeated values."""
+    is_set = isinstance(value, list) and name not in WITH_REPEATS
+    return list(dict.fromkeys(value)) if is_set else value
 
 
 def _check_not_empty(options: dict[str, Any]) -> None:

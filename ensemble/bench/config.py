@@ -58,6 +58,9 @@ milliseconds = _within(0, inf, float, "a number of milliseconds of at least 0")
 bound = _within(1e-9, inf, float, "a number of milliseconds above 0")
 percentile = _within(50, 99.9001, float, "a percentile from 50 to 99.9")
 batch = _within(1, 1025, int, "a whole number from 1 to 1024")
+channel_count = _within(1, 1025, int, "a whole number from 1 to 1024")
+real = _within(-1e6, 1e6, float, "a number between -1e6 and 1e6")
+deviation = _within(1e-9, 1e6, float, "a number above 0, below 1e6")
 skewness = _within(0, 10.0001, float, "a number from 0 to 10")
 
 
@@ -77,10 +80,34 @@ class ModelOptions:
         nargs="+",
         metavar="PATH",
     )
-    arch: str = flag("a torchvision classifier", default="resnet18", metavar="NAME")
-    image_path: str = flag("the image to classify", default=DEFAULT_IMAGE, metavar="PATH")
+    arch: str = flag(
+        "a torchvision name, timm/NAME, or your function that gives a module:"
+        " MODULE:FUNCTION, PATH.py:FUNCTION",
+        default="resnet18",
+        metavar="NAME",
+    )
+    output: str | None = flag(
+        "of models that give a dict, tuple or list: the tensor to compare", metavar="NAME_OR_INDEX"
+    )
+    image_path: str | None = flag("the image to classify", default=DEFAULT_IMAGE, metavar="PATH")
+    channels: int = flag(
+        "of images; 1: grayscale; others: synthetic images",
+        type=channel_count,
+        default=3,
+        metavar="C",
+    )
+    image_mean: tuple[float, ...] | None = flag(
+        "that pixels from 0 to 1 are normalized by: one value or one per channel"
+        " (default: ImageNet's; of timm its own)",
+        type=real,
+        nargs="+",
+        metavar="X",
+    )
+    image_std: tuple[float, ...] | None = flag(
+        "standard deviation, likewise", type=deviation, nargs="+", metavar="X"
+    )
     image_size: tuple[int, ...] = flag(
-        "side of the input in pixels; several: a grid",
+        "side of the input in pixels; several: a grid; of timm its own size",
         type=positive,
         nargs="+",
         default=(224,),
@@ -100,7 +127,7 @@ class ModelOptions:
         metavar="WHICH",
     )
     reduce: str = flag(
-        "none: all logits; mean: the mean of the probabilities",
+        "none: all outputs; mean: of the probabilities, or of outputs that are no class logits",
         choices=("none", "mean"),
         default="none",
         metavar="HOW",
@@ -258,6 +285,7 @@ class Config:
     """A parsed command line. `load` is None unless a scenario was given.
 
     names_strategies: whether the strategies were named, and are not the default ones.
+    names_image_size: likewise of the image size.
     """
 
     models: ModelOptions
@@ -266,6 +294,15 @@ class Config:
     load: LoadOptions | None
     report: ReportOptions
     names_strategies: bool
+    names_image_size: bool
+
+    def for_architecture(self, image_size: int | None) -> Config:
+        """The configuration for an architecture with an image size of its own, unless another was
+        named; None: it has none."""
+        if self.names_image_size or image_size is None:
+            return self
+        models = replace(self.models, image_size=(image_size,))
+        return replace(self, models=models, names_image_size=True)
 
     def on(self, device_type: str) -> Config:
         """The configuration on a kind of device: on CUDA the default comparison has a CUDA graph
@@ -326,6 +363,7 @@ def config_of(values: Mapping[str, Any]) -> Config:
         load=part(LoadOptions) if values.get("scenario") else None,
         report=part(ReportOptions),
         names_strategies="strategies" in values,
+        names_image_size="image_size" in values,
     )
 
 

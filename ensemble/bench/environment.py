@@ -47,6 +47,7 @@ class Environment:
     rank_devices: tuple[str, ...] | None = None
     usable_cores: float | None = None  # below `cores` by affinity or a CPU quota
     gpu: GpuState | None = None  # before the run
+    preprocessing: str | None = None  # mean and standard deviation of the images' channels
 
 
 def describe(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ensemble.bench.build import BuiltStrategy, release_compiled
 from ensemble.bench.case import REFERENCE, Task
@@ -26,7 +27,14 @@ from ensemble.machine.dtypes import numeric_format
 from ensemble.machine.precision import Float32Precision, switch_float32_precision
 from ensemble.machine.timing import Sample, event_maker, interleaved
 from ensemble.statistics import MIN_PAIRS_FOR_INTERVAL, median
-from ensemble.strategies.agreement import check, check_reduced, check_same, tolerance_of
+from ensemble.strategies.agreement import (
+    Check,
+    check,
+    check_reduced,
+    check_same,
+    largest_of,
+    tolerance_of,
+)
 
 # Cores that a forward on an accelerator keeps busy: kernel launches, and the driver.
 LAUNCHING = 2
@@ -88,8 +96,8 @@ def measurement_of_reference(found: Measurement, setup: Setup) -> Measurement | 
         page_faults_per_call=found.reference_page_faults_per_call,
         others_cpu_share=found.others_cpu_share,
         max_rel_error=0.0,
-        top1=logits.argmax(-1).tolist(),
-        top1_agreement=1.0,
+        top1=logits.argmax(-1).tolist() if setup.has_classes else None,
+        top1_agreement=1.0 if setup.has_classes else None,
         notes=setup.notes,
     )
 
@@ -111,11 +119,10 @@ def _with_costs(found: Measurement, built: BuiltStrategy) -> Measurement:
 
 def _checked(found: Measurement, built: BuiltStrategy, setup: Setup, reduce: str) -> Measurement:
     """The measurement with the error of the logits; failed where they disagree."""
-    limit = tolerance_of(built.numbers)
-    agreement = check(built.logits, setup.reference.logits, tolerance=limit)
-    exact = None
+    compare = partial(check, tolerance=tolerance_of(built.numbers), has_classes=setup.has_classes)
+    agreement, exact = compare(built.logits, setup.reference.logits), None
     if setup.float64_logits is not None:
-        exact = check(built.logits, setup.float64_logits, tolerance=limit)
+        exact = compare(built.logits, setup.float64_logits)
     found = replace(
         _with_costs(found, built),
         notes=found.notes + built.notes,
@@ -132,12 +139,13 @@ def _checked(found: Measurement, built: BuiltStrategy, setup: Setup, reduce: str
 
 
 def _problem_of_result(built: BuiltStrategy, setup: Setup, reduce: str) -> str | None:
-    """What is wrong with the result of a call: logits, or the mean of their probabilities."""
+    """What is wrong with the result of a call: logits, or their mean over the models."""
     return check_reduced(
         built.call(),
         setup.reference.logits,
         reduce=reduce,
         tolerance=tolerance_of(built.numbers),
+        has_classes=setup.has_classes,
     ).problem
 
 
@@ -245,7 +253,7 @@ def _time_rounds(
     Raises:
         WrongAnswerError: an answer is wrong.
     """
-    device, largest = setup.example.device, float(setup.reference.logits.abs().max())
+    device, largest = setup.example.device, largest_of(setup.reference.logits)
     calls = [TimedCalls(one, setup.example) for one in timed]
     rounds, begin = _Rounds(), time.perf_counter()
     for samples in interleaved(
@@ -263,8 +271,14 @@ def _time_rounds(
         rounds.used_bytes.append(memory.used_bytes(device))
         rounds.calls.append(calls[-1].calls)
         if len(calls) > 1:
-            limit = tolerance_of(timed[-1].numbers)
-            error = _error_of_answer(*calls, reduce=reduce, tolerance=limit, largest=largest)
+            same = partial(
+                check_same,
+                reduce=reduce,
+                tolerance=tolerance_of(timed[-1].numbers),
+                largest=largest,
+                has_classes=setup.has_classes,
+            )
+            error = _error_of_answer(calls[0], calls[1], same)
             rounds.errors += [error] if reduce == "none" else []  # else of probabilities
         waited = (time.perf_counter() - begin) / options.min_seconds if options.min_seconds else 1.0
         on_stage(TIMING, min(1.0, waited, len(rounds.samples) / options.min_pairs))
@@ -272,7 +286,7 @@ def _time_rounds(
 
 
 def _error_of_answer(
-    reference: TimedCalls, strategy: TimedCalls, *, reduce: str, tolerance: float, largest: float
+    reference: TimedCalls, strategy: TimedCalls, same: Callable[[Tensor, Tensor], Check]
 ) -> float:
     """The error of the strategy's last timed answer, see `agreement.check_same`.
 
@@ -281,9 +295,7 @@ def _error_of_answer(
     """
     assert reference.result is not None
     assert strategy.result is not None
-    found = check_same(
-        strategy.result, reference.result, reduce=reduce, tolerance=tolerance, largest=largest
-    )
+    found = same(strategy.result, reference.result)
     if found.problem:
         cause = "the answer to an earlier input; " if strategy.repeats else ""
         raise WrongAnswerError(f"in a timed call with a new input, {cause}{found.problem}")

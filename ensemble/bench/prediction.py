@@ -1,4 +1,4 @@
-"""What the models see in the plain image: the classes of the first forward."""
+"""What the models see in the plain image: the classes, or else the shape, of the first forward."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 from ensemble.bench.config import ModelOptions
 from ensemble.bench.workload import Workload
 from ensemble.models import images
+from ensemble.models.architectures import is_users
+from ensemble.models.outputs import class_count, is_class_logits
 
 
 def predict(
@@ -19,19 +21,24 @@ def predict(
     Returns the seconds of the first forward, which is the first of its process.
 
     Raises:
-        InputError: the architecture does not run at this image size, or not on this device.
+        InputError: the architecture does not run with these images, or not on this device.
     """
     paths, found = models.model_path or (), workload.first_forward(models)
+    classes = class_count(workload.models[0])
+    names = None if classes is None or is_users(models.arch) else images.labels(classes)
     for index, logits in enumerate(found.logits):
         source = f" ({paths[index]})" if len(paths) > 1 else ""
-        for line in _classes(logits, 5 if verbose else 1):
-            say(line + source)
+        if is_class_logits(logits[None, None], classes):
+            for line in _classes(logits, names, 5 if verbose else 1):
+                say(line + source)
+        else:
+            say(f"Prediction: output of shape {tuple(logits.shape)}{source}")
     return found.seconds
 
 
-def _classes(logits: Tensor, count: int) -> list[str]:
+def _classes(logits: Tensor, names: list[str] | None, count: int) -> list[str]:
     """The best classes of one image, a line each."""
-    names, probabilities = images.labels(len(logits)), logits.softmax(0)
+    probabilities = logits.softmax(0)
     top = probabilities.topk(min(count, len(logits)))
     lines = []
     for rank, (probability, label) in enumerate(zip(*map(list, top), strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ensemble.bench.failures import explain, optional
 from ensemble.bench.measurement import Note, RankTimes
 from ensemble.machine.dtypes import FLOAT32, NumericFormat
 from ensemble.machine.timing import Sample
+from ensemble.models.outputs import class_count, is_class_logits
 from ensemble.strategies import TUNE_SECONDS, eager, find
 from ensemble.strategies.agreement import check, tolerance_of
 from ensemble.strategies.reduction import with_reduction
@@ -54,8 +55,8 @@ class Backend:
 class Setup:
     """What all cases of a grid point share.
 
-    `images` are all that there are, `(count, 3, px, px)`; `example` is made of the first of them.
-    `float64_logits` are `(N, B, classes)`, None unless a case is compared to them.
+    `images` are all that there are, `(count, channels, px, px)`; `example` is made of the first of
+    them. `float64_logits` are `(N, B, classes)`, None unless a case is compared to them.
     """
 
     backend: Backend
@@ -66,6 +67,11 @@ class Setup:
     float64_logits: Tensor | None
     notes: tuple[Note, ...]
     reference_alone: tuple[Sample, ...] = ()  # calls before anything else was built
+
+    @cached_property
+    def has_classes(self) -> bool:
+        """Are the outputs class logits, rather than segmentation maps or embeddings?"""
+        return is_class_logits(self.reference.logits, class_count(self.models[0]))
 
 
 def local_setup(
@@ -82,7 +88,7 @@ def local_setup(
     Args:
         cases: cases of one grid point.
         models: float32 models, at least N of them.
-        images_of: px -> `(count, 3, px, px)` float32 on the device of the models.
+        images_of: px -> `(count, channels, px, px)` float32 on the device of the models.
         reduce: see `strategies.reduction.with_reduction`.
         tune_seconds: autotuning budget of `best`.
         is_first: see `make_setup`.
@@ -97,7 +103,8 @@ def local_setup(
 
     def begin(name: str, numbers: NumericFormat) -> BuiltStrategy:
         built = build(name, chosen, example, numbers, tune_seconds=tune_seconds)
-        return replace(built, timed_forward=with_reduction(built.forward, reduce))
+        reduced = with_reduction(built.forward, reduce, classes=class_count(models[0]))
+        return replace(built, timed_forward=reduced)
 
     backend = Backend(
         build=begin,
@@ -139,7 +146,7 @@ def make_setup(
 
 
 def make_example(images: Tensor, case: Case) -> Tensor:
-    """`(B, 3, px, px)` for shared inputs, `(N, B, 3, px, px)` for per-model inputs."""
+    """`(B, channels, px, px)` for shared inputs, `(N, B, channels, px, px)` for per-model ones."""
     if case.inputs == "shared":
         return images[: case.batch_size]
     all_models = images[: case.num_models * case.batch_size]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,14 @@ from ensemble.bench import environment, first_forward, roofline
 from ensemble.bench.case import Case
 from ensemble.bench.config import Config, ModelOptions
 from ensemble.bench.environment import Environment
-from ensemble.bench.first_forward import FirstForward
+from ensemble.bench.first_forward import FirstForward, of_image
 from ensemble.errors import InputError
 from ensemble.formatting import count
 from ensemble.machine import cores, devices, memory
-from ensemble.models import sources, stacking
-from ensemble.models.images import AugmentedImages, check_size, read_image
+from ensemble.models import architectures, outputs, sources, stacking, weights
+from ensemble.models.architectures import Architecture
+from ensemble.models.images import CachedImages, augmented, check_size, read_image, synthetic
+from ensemble.models.preprocessing import IMAGENET, Preprocessing, adapted
 from ensemble.models.stacking import stacked_state
 
 # Overhead of a file per tensor, and of the structure of the models.
@@ -38,13 +41,19 @@ class Workload:
     device: torch.device  # that rows are measured on
     models: Sequence[nn.Module]
     weights: str  # where they come from, in a few words
-    images: Callable[[int], Tensor]  # px -> (count, 3, px, px), float32 on the device of the models
+    images: Callable[[int], Tensor]  # px -> (count, channels, px, px), float32, like the models
+    # The architecture that workers construct the models of; None: they unpickle their structure,
+    # which fails for what pickle does not support, as in functions of the user.
+    arch: str | None = None
+    preprocessing: Preprocessing = IMAGENET
+    image_size: int | None = None  # the architecture's own
 
     def save_shared(self, file: str | BinaryIO, image_sizes: Sequence[int]) -> None:
         """Write models and images to a file that other processes map: see `load_shared`."""
+        models = [outputs.unwrapped(model) for model in self.models]
         content = {
-            "skeleton": stacking.skeleton(self.models[0]),
-            "state": {name: stack.cpu() for name, stack in stacked_state(self.models).items()},
+            "skeleton": stacking.skeleton(models[0]) if self.arch is None else None,
+            "state": {name: stack.cpu() for name, stack in stacked_state(models).items()},
             "images": {px: self.images(px).cpu() for px in image_sizes},
         }
         torch.save(content, file)
@@ -71,8 +80,9 @@ class Workload:
         return roofline.limits_of(cases, self.device)
 
     def see(self, image: Tensor, count: int) -> list[Tensor]:
-        """The logits of one image `(1, 3, H, W)` by each of the first models, `(classes,)` each."""
-        return [model(image)[0] for model in self.models[:count]]
+        """What each of the first models gives for one image `(1, channels, H, W)`: logits
+        `(classes,)`, or another tensor."""
+        return [of_image(model(image)) for model in self.models[:count]]
 
     def on_one_device(self, num_models: int) -> int:
         """How many of N models one device holds: all."""
@@ -87,12 +97,13 @@ class Workload:
 
     def describe(self, config: Config, *, first_forward_s: float) -> Environment:
         """The environment of the measurements that are about to be taken."""
-        return environment.describe(
+        described = environment.describe(
             self.device,
             allocator=config.run.allocator,
             weights=self.weights,
             first_forward_s=first_forward_s,
         )
+        return replace(described, preprocessing=self.preprocessing.describe())
 
 
 def load(config: Config, *, say: Callable[[str], None]) -> Workload:
@@ -112,21 +123,27 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
         device = torch.device("cpu")
     else:
         device = devices.select_device(str(measured_on))
-    augmented = read_images(config, device)
+    own = architectures.find(config.models.arch, channels=config.models.channels)
+    config = config.for_architecture(own.image_size)
+    preprocessing = preprocessing_of(config, own)
+    images = read_images(config, device, preprocessing)
     count = max(config.models.num_models)
     with memory.out_of_memory_as_input_error(f"{count} models are loaded", argument="num_models"):
-        models, weights = sources.load(
+        models, source = sources.load(
             config.models.model_path,
             arch=config.models.arch,
             num_models=count,
             device=device,
             seed=config.run.seed,
             say=say,
+            channels=config.models.channels,
+            output=outputs.parse(config.models.output),
         )
-    report_image(config, augmented, say=say)
+    report_image(config, images, preprocessing, say=say)
     if config.report.verbose:
         say(str(models[0]))
-    return Workload(measured_on, models, weights, augmented)
+    arch = None if architectures.is_torchvisions(config.models.arch) else config.models.arch
+    return Workload(measured_on, models, source, images, arch, preprocessing, own.image_size)
 
 
 def is_remote(config: Config, device: torch.device) -> bool:
@@ -134,27 +151,61 @@ def is_remote(config: Config, device: torch.device) -> bool:
     return bool(config.measure.processes) and device.type != "cpu"
 
 
-def read_images(config: Config, device: torch.device) -> AugmentedImages:
-    """As many images as the largest case, or a load test, needs; the first size is made at once.
+def preprocessing_of(config: Config, architecture: Architecture) -> Preprocessing:
+    """The architecture's preprocessing, with what the configuration changes of it."""
+    models = config.models
+    return adapted(
+        architecture.preprocessing,
+        channels=models.channels,
+        mean=models.image_mean,
+        std=models.image_std,
+    )
+
+
+def read_images(
+    config: Config, device: torch.device, preprocessing: Preprocessing
+) -> Callable[[int], Tensor]:
+    """As many images as the largest case, or a load test, needs, by px; the first size is made at
+    once. Synthetic ones without a path.
 
     Raises:
         InputError: a bad file, or more than memory holds.
     """
     per_model = max(config.models.num_models) if config.models.inputs == "per_model" else 1
     count = max(config.models.batch_size) * per_model
-    image = read_image(config.models.image_path)
-    for px in config.models.image_size:  # before the first of them is measured
-        check_size(image, image_size=px)
     count = max(count, IMAGES_UNDER_LOAD) if config.load else count
-    augmented = AugmentedImages(image, count, seed=config.run.seed, device=device)
-    augmented(config.models.image_size[0])
-    return augmented
+    options: dict[str, Any] = {"seed": config.run.seed, "preprocessing": preprocessing}
+    if config.models.image_path is None:
+        make = partial(synthetic, count, **options)
+    else:
+        image = read_image(config.models.image_path)
+        for px in config.models.image_size:  # before the first of them is measured
+            check_size(image, image_size=px, preprocessing=preprocessing)
+        make = partial(augmented, image, count, **options)
+    images = CachedImages(lambda px: make(image_size=px), device)
+    images(config.models.image_size[0])
+    return images
 
 
-def report_image(config: Config, images: AugmentedImages, *, say: Callable[[str], None]) -> None:
-    """Print the path and the shape of the image."""
-    say(f"Loading image from {config.models.image_path}")
-    say(f"Converted image to shape {images(config.models.image_size[0])[:1].shape}")
+def report_image(
+    config: Config,
+    images: Callable[[int], Tensor],
+    preprocessing: Preprocessing,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Print the path and the shape of the image, and how it is normalized if that is unusual."""
+    path, seed = config.models.image_path, config.run.seed
+    shape = images(config.models.image_size[0])[:1].shape
+    if path is None:
+        channels = count(preprocessing.channels, "channel")
+        say(f"Generating synthetic images of {channels}, seed {seed}")
+        say(f"Generated image of shape {shape}")
+    else:
+        say(f"Loading image from {path}")
+        say(f"Converted image to shape {shape}")
+    if preprocessing != IMAGENET:
+        say(f"Preprocessing: {preprocessing.describe()}")
 
 
 def load_shared(
@@ -173,8 +224,25 @@ def load_shared(
     }
     sizes: Mapping[int, Tensor] = {px: batch.to(here) for px, batch in content["images"].items()}
     memory.touch([*state.values(), *sizes.values()])
-    models = stacking.from_stack(content["skeleton"], state)
-    return Workload(here, models, "another process", sizes.__getitem__)
+    skeleton = content["skeleton"] or _constructed(config.models.arch, state)
+    models = stacking.from_stack(skeleton, state)
+    selected = outputs.selected(models, outputs.parse(config.models.output))
+    return Workload(here, selected, "another process", sizes.__getitem__)
+
+
+def _constructed(arch: str, state: Mapping[str, Tensor]) -> nn.Module:
+    """A model of an architecture on the meta device, with the names and shapes of stacked tensors.
+
+    Raises:
+        InputError: its function gives another architecture here than in the process that made them.
+    """
+    own = {name: stack[0] for name, stack in state.items()}
+    model = weights.template_of_state(arch, own, source="another process").model
+    found = {name: tensor.shape for name, tensor in stacking.named_tensors(model).items()}
+    if found != {name: tensor.shape for name, tensor in own.items()}:
+        message = f"expected {arch} to give the same architecture in each process"
+        raise InputError(message, argument="arch")
+    return model
 
 
 def prepare(config: Config, *, device: str) -> torch.device:

@@ -1,26 +1,31 @@
-"""Image file -> normalized float tensor, by torchvision's ImageClassification preset."""
+"""Image file, or a seed -> normalized float tensor, by torchvision's ImageClassification preset."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ensemble import files
 from ensemble.errors import InputError, first_line
 from ensemble.machine import memory
 from ensemble.models import file_formats
+from ensemble.models.preprocessing import IMAGENET, Preprocessing
 from ensemble.models.vision import torchvision
 
 # Resizing the shorter side makes an image of extreme aspect ratio huge, as a large size does any.
 _MAX_RESIZED_PIXELS = 100_000_000
 _MAX_TEXT_BYTES = 2**28  # of a PNG, decompressed; Pillow's default rejects more than 1 MB
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
+_COARSE = 8  # cells a side of the coarse structure of synthetic images
 _TO_UPRIGHT: dict[object, Image.Transpose] = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -81,28 +86,34 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     )
 
 
-def preprocess(image: Image.Image, *, image_size: int) -> Tensor:
-    """An RGB image as the `(3, image_size, image_size)` float32 input of the models.
-
-    Resizes the shorter side to round(image_size * 256 / 224), crops the center, and normalizes by
-    ImageNet's mean and standard deviation.
+def preprocess(
+    image: Image.Image, *, image_size: int, preprocessing: Preprocessing = IMAGENET
+) -> Tensor:
+    """An RGB image as the `(3, image_size, image_size)` float32 input of the models; in grayscale
+    `(1, image_size, image_size)`, if the preprocessing has one channel.
 
     Raises:
         InputError: the resized image would be too large, by its aspect ratio or by `image_size`.
     """
-    check_size(image, image_size=image_size)
+    check_size(image, image_size=image_size, preprocessing=preprocessing)
     # torchvision has no other public name for its ImageClassification preset.
     preset: Callable[[Image.Image], Tensor] = (
         torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms(
-            crop_size=image_size, resize_size=_shorter_side(image_size)
+            crop_size=image_size,
+            resize_size=preprocessing.shorter_side(image_size),
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            interpolation=torchvision.transforms.InterpolationMode(preprocessing.interpolation),
         )
     )
-    return preset(image)
+    return preset(image.convert("L") if preprocessing.channels == 1 else image)
 
 
-def check_size(image: Image.Image, *, image_size: int) -> None:
+def check_size(
+    image: Image.Image, *, image_size: int, preprocessing: Preprocessing = IMAGENET
+) -> None:
     """Raise InputError where `preprocess` would."""
-    shorter = _shorter_side(image_size)
+    shorter = preprocessing.shorter_side(image_size)
     longer = max(image.size) * shorter / min(image.size)
     if shorter * longer > _MAX_RESIZED_PIXELS:
         raise InputError(
@@ -112,39 +123,66 @@ def check_size(image: Image.Image, *, image_size: int) -> None:
         )
 
 
-class AugmentedImages:
-    """px -> `(count, 3, px, px)` float32 on a device, cached by size; see `augmented`."""
+class CachedImages:
+    """px -> `(count, channels, px, px)` float32 on a device: what `make` gives, cached by size."""
 
-    def __init__(self, image: Image.Image, count: int, *, seed: int, device: torch.device) -> None:
-        self._image, self._count, self._seed, self._device = image, count, seed, device
+    def __init__(self, make: Callable[[int], Tensor], device: torch.device) -> None:
+        self._make, self._device = make, device
         self._cache: dict[int, Tensor] = {}
 
     def __call__(self, px: int) -> Tensor:
         if px not in self._cache:
-            images = augmented(self._image, self._count, image_size=px, seed=self._seed)
-            self._cache[px] = images.to(self._device)
+            self._cache[px] = self._make(px).to(self._device)
         return self._cache[px]
 
 
-def augmented(image: Image.Image, count: int, *, image_size: int, seed: int) -> Tensor:
-    """`(count, 3, image_size, image_size)`: the image itself, then random augmentations of it.
+def synthetic(count: int, *, image_size: int, seed: int, preprocessing: Preprocessing) -> Tensor:
+    """`(count, channels, image_size, image_size)`: random images of coarse and fine structure.
+
+    Each channel has values from 0 to 1, which are then normalized. Image k depends only on `seed`
+    and k, so a smaller batch is a prefix of a larger one.
+
+    Raises:
+        InputError: the images do not fit in memory.
+    """
+    shape = (preprocessing.channels, image_size, image_size)
+    _check_memory(count, 4 * math.prod(shape), image_size)
+    batch = torch.empty((count, *shape), device="cpu", dtype=torch.float32)
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None]
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    for index in range(count):
+        generator = torch.Generator("cpu").manual_seed(seed + index)
+        options: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        coarse = torch.rand((1, preprocessing.channels, _COARSE, _COARSE), **options)
+        resized = interpolate(coarse, shape[1:], mode="bilinear", align_corners=False)[0]
+        fine = torch.rand(shape, **options)
+        batch[index] = (0.75 * resized + 0.25 * fine - mean) / std
+    return batch
+
+
+def augmented(
+    image: Image.Image,
+    count: int,
+    *,
+    image_size: int,
+    seed: int,
+    preprocessing: Preprocessing = IMAGENET,
+) -> Tensor:
+    """`(count, channels, image_size, image_size)`: the image itself, then random augmentations.
 
     Image k depends only on `seed` and k, so a smaller batch is a prefix of a larger one.
 
     Raises:
         InputError: the images do not fit in memory.
     """
-    plain = preprocess(image, image_size=image_size)
-    needed, free = count * plain.nbytes, memory.available_bytes(torch.device("cpu"))
-    if free is not None and needed > free:
-        raise InputError(
-            f"{count} images of {image_size} px require {needed / 1e9:.1f} GB,"
-            f" {free / 1e9:.1f} GB available; at most {free // plain.nbytes} fit",
-            argument="batch_size",
-        )
+    plain = preprocess(image, image_size=image_size, preprocessing=preprocessing)
+    _check_memory(count, plain.nbytes, image_size)
+    shorter = preprocessing.shorter_side(image_size)
     augment = torchvision.transforms.Compose(
         [
-            torchvision.transforms.RandomResizedCrop(_shorter_side(image_size), scale=(0.3, 1.0)),
+            torchvision.transforms.RandomResizedCrop(shorter, scale=(0.3, 1.0)),
             torchvision.transforms.RandomHorizontalFlip(),
             torchvision.transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
         ]
@@ -154,18 +192,25 @@ def augmented(image: Image.Image, count: int, *, image_size: int, seed: int) -> 
     for index in range(1, count):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed + index)  # torch.manual_seed: all devices
-            batch[index] = preprocess(augment(image), image_size=image_size)
+            other = augment(image)
+        batch[index] = preprocess(other, image_size=image_size, preprocessing=preprocessing)
     return batch
+
+
+def _check_memory(count: int, bytes_each: int, image_size: int) -> None:
+    needed, free = count * bytes_each, memory.available_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise InputError(
+            f"{count} images of {image_size} px require {needed / 1e9:.1f} GB,"
+            f" {free / 1e9:.1f} GB available; at most {free // bytes_each} fit",
+            argument="batch_size",
+        )
 
 
 def labels(num_classes: int) -> list[str] | None:
     """ImageNet's class names if `num_classes` is theirs, else None."""
     names = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
     return names if len(names) == num_classes else None
-
-
-def _shorter_side(image_size: int) -> int:
-    return round(image_size * 256 / 224)
 
 
 @contextmanager

@@ -275,6 +275,7 @@ def build(
     *,
     max_batch: int | None = None,
     tune_seconds: float = TUNE_SECONDS,
+    output: str | int | None = None,
 ) -> Forward:
     """Build a strategy: returns a `strategies.forward.Forward`; all share its contract.
 
@@ -303,29 +304,35 @@ def build(
         max_batch: the largest number of images a model in a call; default: the example's. The
             strategy is tuned for the example.
         tune_seconds: the autotuning budget: no further candidate is built after it.
+        output: of models that give a dict, tuple or list: the key, index or field name of the
+            tensor that the forward gives.
 
     Returns:
         forward: images -> logits `(N, B, classes)`, or the stacked outputs `(N, *shape)` of models
             that return another single tensor.
 
     Raises:
-        ValueError: an unknown name; unusable models or example; models that do not return a single
-            tensor, or that differ in more than the values of their tensors (supported by `loop` and
-            `prepacked_...` only).
+        ValueError: an unknown name or output; unusable models or example; models that do not return
+            a single tensor (name it by `output`), or that differ in more than the values of their
+            tensors (supported by `loop` and `prepacked_...` only).
         UnavailableError: the strategy does not support this machine or these models: its output
             disagrees with theirs, they are stateful, compute gradients, or cannot be copied (a hook
             or function refers to the model). `loop` supports all of these except gradients, and
             `best` then selects it.
     """
     from ensemble.machine.memory import unavailable_on_failure
-    from ensemble.models import stacking
+    from ensemble.models import outputs, stacking
     from ensemble.strategies import arguments, verification
-    from ensemble.strategies.forward import Forward
+    from ensemble.strategies.forward import Forward, execution_context
     from ensemble.strategies.verification import Behavior
 
     get(name)
     models, example = arguments.validated(models, example)
     arguments.check_max_batch(max_batch, example)
+    if output is not None:
+        models = outputs.selected(models, output)
+        with execution_context(example.device):
+            arguments.check_runs(models[0], example)
     behavior = verification.behavior(models[0], example)
     if behavior is Behavior.USES_AUTOGRAD:
         raise UnavailableError(

@@ -53,11 +53,17 @@ class Check:
 
 
 def check(
-    logits: Tensor, reference: Tensor, *, tolerance: float, nan_agrees: bool = False
+    logits: Tensor,
+    reference: Tensor,
+    *,
+    tolerance: float,
+    nan_agrees: bool = False,
+    has_classes: bool = True,
 ) -> Check:
     """Compare logits with the reference's, both `(N, B, classes)`, per model.
 
-    Outputs of other shapes, `(N, B, ...)`, are flattened to `(N, B, classes)`. Integers and
+    Outputs of other shapes, `(N, B, ...)`, are flattened to `(N, B, values)`; of these, and without
+    `has_classes` (embeddings), no class is compared, and there is no top-1. Integers and
     booleans must be equal. Infinities agree with infinities of the same sign (masked classes), NaN
     with NaN if `nan_agrees`; otherwise a NaN in the reference is reported as the problem.
 
@@ -76,6 +82,7 @@ def check(
     if not (logits.is_floating_point() or logits.is_complex()):
         return _check_equal(logits, reference)
     rounding = ROUNDING * _eps(logits.dtype, tolerance)
+    has_classes = has_classes and logits.dim() == 3 and logits.shape[2] > 1
     logits, reference = _by_images(logits), _by_images(reference)
     if reference.isnan().any() and not nan_agrees:
         return Check(None, None, None, "the reference's logits are not finite; invalid weights?")
@@ -92,15 +99,15 @@ def check(
     errors = (logits - reference).abs().amax(2)
     relative = (errors / of_models).amax(1)
     agrees = bool((errors <= limits).all())
-    problem = (
-        _class_mismatch(logits, reference, limits)
-        if agrees
-        else _largest_error(relative, errors / of_models, limits / of_models, tolerance)
-    )
+    problem = None
+    if not agrees:
+        problem = _largest_error(relative, errors / of_models, limits / of_models, tolerance)
+    elif has_classes:
+        problem = _class_mismatch(logits, reference, limits)
     return Check(
         max_rel_error=None if relative.isnan().any() else float(relative.max()),
-        top1=top1.tolist(),
-        top1_agreement=float((top1 == of_reference).double().mean()),
+        top1=top1.tolist() if has_classes else None,
+        top1_agreement=float((top1 == of_reference).double().mean()) if has_classes else None,
         problem=problem and f"outputs disagree: {problem}",
     )
 
@@ -116,7 +123,7 @@ def _check_equal(found: Tensor, expected: Tensor) -> Check:
     found, expected = found.cpu(), expected.cpu()
     different = (found != expected).flatten(1).sum(1) if found.dim() > 1 else found != expected
     if not different.any():
-        return Check(0.0, None, 1.0, None)
+        return Check(0.0, None, None, None)
     model = int(different.argmax())
     count = f"{int(different[model])} of {found[model].numel()} values"
     return Check(None, None, None, f"outputs disagree: model {model} differs in {count}")
@@ -140,7 +147,20 @@ def informative(example: Tensor) -> Tensor:
     return torch.randn(example.shape, generator=generator, **options)
 
 
-def check_reduced(result: Tensor, reference: Tensor, *, reduce: str, tolerance: float) -> Check:
+def largest_of(outputs: Tensor) -> float:
+    """The largest absolute value; 0 if there is none."""
+    sizes = outputs.abs() if outputs.is_complex() else outputs.float().abs()
+    return float(sizes.max()) if sizes.numel() else 0.0
+
+
+def check_reduced(
+    result: Tensor,
+    reference: Tensor,
+    *,
+    reduce: str,
+    tolerance: float,
+    has_classes: bool = True,
+) -> Check:
     """Compare the reduced output of a strategy with the reduced logits of the reference.
 
     Args:
@@ -149,14 +169,31 @@ def check_reduced(result: Tensor, reference: Tensor, *, reduce: str, tolerance: 
         reference: the reference's logits `(N, B, classes)`.
         tolerance: of logits. If every logit has an absolute error of at most d, probabilities and
             their means have a relative error of at most expm1(2 d).
+        has_classes: see `check`; of other outputs the mean has an absolute error of at most d.
     """
-    expected = reference if reduce == "none" else reduce_logits(reference.double(), reduce)
-    largest = float(reference.abs().max())
-    return check_same(result, expected, reduce=reduce, tolerance=tolerance, largest=largest)
+    expected = reference
+    if reduce != "none":
+        wide = reference if reference.is_complex() else reference.double()
+        expected = reduce_logits(wide, reduce, has_classes=has_classes)
+    largest = largest_of(reference)
+    return check_same(
+        result,
+        expected,
+        reduce=reduce,
+        tolerance=tolerance,
+        largest=largest,
+        has_classes=has_classes,
+    )
 
 
 def check_same(
-    result: Tensor, expected: Tensor, *, reduce: str, tolerance: float, largest: float
+    result: Tensor,
+    expected: Tensor,
+    *,
+    reduce: str,
+    tolerance: float,
+    largest: float,
+    has_classes: bool = True,
 ) -> Check:
     """Compare two outputs of the same reduction.
 
@@ -165,11 +202,19 @@ def check_same(
         expected: the reference's, reduced likewise.
         tolerance: as in `check_reduced`.
         largest: the largest absolute logit.
+        has_classes: see `check`.
     """
     if reduce == "none":
-        return check(result, expected, tolerance=tolerance)
+        return check(result, expected, tolerance=tolerance, has_classes=has_classes)
     limit = math.expm1(min(2 * tolerance * largest, 1.0)) if math.isfinite(largest) else tolerance
-    found = check(result.unsqueeze(0), expected.unsqueeze(0), tolerance=limit)
+    if not has_classes:  # where the outputs of the models cancel, their errors do not
+        mean = largest_of(expected)
+        limit = (
+            min(tolerance * largest / mean, 1.0) if mean and math.isfinite(largest) else tolerance
+        )
+    found = check(
+        result.unsqueeze(0), expected.unsqueeze(0), tolerance=limit, has_classes=has_classes
+    )
     problem = found.problem and found.problem.replace("model 0", "the mean over models")
     return replace(found, problem=problem)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ensemble.errors import UnavailableError, first_line
+from ensemble.errors import InputError, UnavailableError, first_line
 from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
 from ensemble.strategies.forward import (
@@ -135,7 +135,8 @@ def check_runs(model: nn.Module, example: Tensor) -> None:
     """Check that a model runs the example.
 
     Raises:
-        ValueError: it does not; the message contains the model's error.
+        ValueError: it does not; the message contains the model's error. An InputError if it has no
+            such output: see `outputs.SelectedOutput`.
         Exception: out of memory.
     """
     try:
@@ -145,7 +146,7 @@ def check_runs(model: nn.Module, example: Tensor) -> None:
     try:
         output = copy((example[0] if example.dim() == 5 else example).clone())
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, InputError):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"example: model 0 fails with it: {reason}") from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ensemble.errors import first_line
 from ensemble.machine.dtypes import is_emulated
 from ensemble.models import stacking
+from ensemble.models.outputs import class_count, is_class_logits
 from ensemble.strategies import (
     LOOP,
     STRATEGIES,
@@ -99,8 +100,9 @@ def _checker(models: Sequence[nn.Module], x: Tensor) -> Callable[[Tensor], None]
     dtype = weight_dtype(models, x)
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     limit = agreement.current_tolerance(dtype, x.device)
-    agrees = partial(agreement.check, tolerance=limit, nan_agrees=True)
     reference = eager.logits_in(models, x, at_least_float32)
+    has_classes = is_class_logits(reference, class_count(models[0]))
+    agrees = partial(agreement.check, tolerance=limit, nan_agrees=True, has_classes=has_classes)
     own = reference if dtype == at_least_float32 else eager.logits_in(models[:1], x, dtype)
 
     def check(logits: Tensor) -> None:

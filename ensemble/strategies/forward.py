@@ -18,6 +18,7 @@ from ensemble.machine.devices import synchronize
 from ensemble.machine.per_process import PerProcess
 from ensemble.machine.precision import Float32Precision, float32_precision
 from ensemble.models import stacking
+from ensemble.models.outputs import describe, is_selectable
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.serving import CallGate, bytes_of
 from ensemble.strategies.shape_plans import ShapePlans
@@ -409,7 +410,7 @@ def stack_outputs(outputs: Any, num_models: int) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(outputs, PerModel):
             return torch.stack(_same_shape(outputs.outputs)).contiguous()
-        check_dense(outputs)
+        check_dense(outputs, is_stacked=True)
         assert isinstance(outputs, Tensor)
         if outputs.dim() == 0 or len(outputs) != num_models:
             found = tuple(outputs.shape)
@@ -423,10 +424,12 @@ def _has_own_dispatch(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def check_dense(output: object) -> None:
-    """Raise ValueError unless a model's output is a dense tensor."""
+def check_dense(output: object, *, is_stacked: bool = False) -> None:
+    """Raise ValueError unless a model's output, or those of N models, is a dense tensor."""
     if not isinstance(output, Tensor):
-        raise ValueError(f"expected one tensor from each model, got {type(output).__name__}")
+        found = describe(output, is_stacked=is_stacked)
+        advice = "; select one by output=" if is_selectable(output) else ""
+        raise ValueError(f"expected one tensor from each model, got {found}{advice}")
     if output.layout != torch.strided or output.is_quantized or output.is_nested:
         raise ValueError(f"expected one dense tensor from each model, got {output.layout}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +15,7 @@ from ensemble.compiler.graph.call_trace import record
 from ensemble.errors import UnavailableError
 from ensemble.machine.precision import Float32Precision, current_float32_precision
 from ensemble.models import stacking
+from ensemble.models.outputs import class_count, is_class_logits
 from ensemble.strategies import agreement, eager, telemetry
 from ensemble.strategies.build_result import BuildResult
 from ensemble.strategies.forward import stack_outputs
@@ -81,7 +83,9 @@ def checked(built: BuildResult, models: Sequence[nn.Module], example: Tensor) ->
     for x in (example, example.flip(-1)):
         found = stack_outputs(built.forward(x), len(models))
         reference = eager.logits_in(models, x, torch.float32)
-        problem = agreement.check(found, reference, tolerance=tolerance).problem
+        has_classes = is_class_logits(reference, class_count(models[0]))
+        check = partial(agreement.check, tolerance=tolerance, has_classes=has_classes)
+        problem = check(found, reference).problem
         if problem:
             raise UnavailableError(f"the converted models disagree with the original: {problem}")
     return built

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -535,9 +536,9 @@ def test_augmentations_of_a_panorama_are_cropped_before_resizing(
     sizes: list[tuple[int, int]] = []
     plain = images.preprocess
 
-    def spy(image: Image.Image, *, image_size: int) -> torch.Tensor:
+    def spy(image: Image.Image, **options: Any) -> torch.Tensor:
         sizes.append(image.size)
-        return plain(image, image_size=image_size)
+        return plain(image, **options)
 
     monkeypatch.setattr(images, "preprocess", spy)
     images.augmented(Image.new("RGB", (3000, 30)), 2, image_size=28, seed=0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ensemble.errors import InputError
-from ensemble.models import pretrained, weights
+from ensemble.models import architectures, pretrained
 
 Serve = Callable[..., str]
 
@@ -86,7 +86,7 @@ def test_the_published_file_of_resnet18_has_its_known_name_and_url() -> None:
 
 
 def test_every_architecture_has_a_published_file_with_a_hash_in_its_name() -> None:
-    names = {arch: pretrained.published_name(arch) for arch in weights.architectures()}
+    names = {arch: pretrained.published_name(arch) for arch in architectures.torchvision_names()}
     pattern = r".+-[0-9a-f]{8,}\.pth"
     assert [arch for arch, name in names.items() if not re.fullmatch(pattern, name)] == []
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ensemble.errors import InputError
 from ensemble.machine import memory
-from ensemble.models import checkpoints, stacking, weights
+from ensemble.models import architectures, checkpoints, stacking, weights
 from ensemble.models.vision import torchvision
 from tests.checkpoints import (
     SMALL,
@@ -620,9 +620,9 @@ def test_an_unknown_architecture_is_rejected_with_the_closest_names() -> None:
         weights.build_skeleton("resnet81", None)
 
 
-def test_an_architecture_that_is_not_a_classifier_is_rejected() -> None:
-    with pytest.raises(InputError, match=r"arch: expected .* got 'fcn_resnet50'"):
-        weights.check_arch("fcn_resnet50")
+def test_an_architecture_of_torchvision_that_does_not_take_one_tensor_is_rejected() -> None:
+    with pytest.raises(InputError, match=r"arch: expected .* got 'fasterrcnn_resnet50_fpn'"):
+        architectures.find("fasterrcnn_resnet50_fpn")
 
 
 # Random models

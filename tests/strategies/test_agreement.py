@@ -1,5 +1,7 @@
 """Agreement of logits: planted faults are detected, rounding is accepted."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -267,3 +269,41 @@ def test_the_tolerance_follows_the_precision_that_is_set_on_cuda(
         assert agreement.current_tolerance(dtype, torch.device(device)) == in_tf32
     with float32_precision(Float32Precision.IEEE):
         assert agreement.current_tolerance(dtype, torch.device(device)) == TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 5), (2, 3), (2,), (2, 3, 1)])
+def test_outputs_of_other_shapes_are_compared_by_value_without_a_top_1(
+    shape: tuple[int, ...],
+) -> None:
+    reference = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    found = check(reference.clone(), reference, tolerance=1e-4)
+    assert (found.max_rel_error, found.top1, found.top1_agreement) == (0.0, None, None)
+    assert found.problem is None
+    wrong = reference.clone()
+    wrong.view(-1)[-1] += 0.1  # of model 1
+    problem = check(wrong, reference, tolerance=1e-4).problem
+    assert problem is not None
+    assert problem.startswith("outputs disagree: model 1 has an error of")
+
+
+def test_the_largest_value_of_an_embedding_may_be_another_within_the_tolerance() -> None:
+    embedding = torch.tensor([[[1.0, 1.015, 0.2]]])
+    close = torch.tensor([[[1.01, 1.005, 0.2]]])
+    compare = partial(check, close, embedding, tolerance=0.0125)
+    as_classes = compare()
+    assert (as_classes.problem or "").startswith("outputs disagree: model 0 predicts class 0")
+    found = compare(has_classes=False)
+    assert (found.problem, found.top1, found.top1_agreement) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [
+        (torch.tensor([[True, False]]), 1.0),
+        (torch.tensor([-7, 3]), 7.0),
+        (torch.tensor([3 + 4j]), 5.0),
+        (torch.empty(0, 3), 0.0),
+    ],
+)
+def test_the_largest_absolute_value_is_known_of_any_dtype(outputs: Tensor, expected: float) -> None:
+    assert agreement.largest_of(outputs) == expected

@@ -196,7 +196,7 @@ def test_on_cuda_the_reference_is_ieees_and_the_candidates_are_judged_by_the_cal
     limits = list[float]()
     agrees = Check(0.0, None, None, None)
 
-    def noted(*_: Tensor, tolerance: float, nan_agrees: bool) -> Check:
+    def noted(*_: Tensor, tolerance: float, nan_agrees: bool, has_classes: bool) -> Check:
         limits.append(tolerance)
         return agrees
 

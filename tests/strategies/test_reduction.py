@@ -1,5 +1,7 @@
 """The mean of probabilities, and its comparison with the reference."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def test_the_mean_is_of_probabilities_over_the_models() -> None:
     ]
     assert reduce_logits(LOGITS, "none") is LOGITS
     assert (
-        with_reduction(lambda x: x, "mean")(LOGITS).tolist()
+        with_reduction(lambda x: x, "mean", classes=LOGITS.shape[2])(LOGITS).tolist()
         == reduce_logits(LOGITS, "mean").tolist()
     )
 
@@ -36,3 +38,28 @@ def test_a_mean_is_compared_with_the_means_of_the_reference() -> None:
     found = check_reduced(of_two, logits, reduce="mean", tolerance=1e-4).problem
     assert found is not None
     assert found.startswith("outputs disagree: the mean over models has an error of")
+
+
+def test_the_mean_of_other_outputs_is_that_of_the_outputs() -> None:
+    maps = torch.randn(3, 2, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    mean = reduce_logits(maps, "mean", has_classes=False)
+    torch.testing.assert_close(mean, maps.mean(0))
+    assert torch.equal(with_reduction(lambda x: x, "mean", classes=4)(maps), mean)
+    assert torch.equal(with_reduction(lambda x: x, "mean", classes=None)(LOGITS), LOGITS.mean(0))
+    masks = torch.tensor([[True, False]], dtype=torch.bool)
+    assert reduce_logits(masks, "mean", has_classes=False).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_a_mean_of_outputs_has_the_tolerance_of_the_outputs_where_they_cancel(shift: float) -> None:
+    one = torch.randn(1, 2, 4, 3, 3, generator=torch.Generator().manual_seed(2)) + shift
+    outputs = torch.cat([one, 1e-3 - one])  # the mean is 5e-4
+    check = partial(check_reduced, reduce="mean", tolerance=1e-4, has_classes=False)
+    right = reduce_logits(outputs, "mean", has_classes=False)
+    error = torch.zeros_like(right)
+    error[1, 2, 0, 1] = 1e-4 * float(outputs.abs().max())
+    assert check(right + 0.5 * error, outputs).problem is None
+    found = check(right + 3 * error, outputs).problem
+    assert found is not None
+    assert found.startswith("outputs disagree: the mean over models has an error of")
+    assert check(right + 0.5 * error, outputs).top1 is None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Probe:
     limits: roofline.Measured  # empty without --roofline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProbedWorkload(Workload):
     """Models and images on the CPU, for workers that measure on an accelerator."""
 
@@ -70,7 +70,8 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     found = workload.load(config, say=say)
     if not workload.is_remote(config, found.device):
         return found
-    return ProbedWorkload(found.device, found.models, found.weights, found.images, config)
+    own = {option.name: getattr(found, option.name) for option in fields(found)}
+    return ProbedWorkload(**own, config=config.for_architecture(found.image_size))
 
 
 def probe(config: Config, found: Workload) -> Probe:
@@ -118,7 +119,11 @@ def _plain(found: Probe) -> dict[str, Any]:
     return {
         "environment": asdict(found.environment),
         "seconds": found.first_forward.seconds,
-        "logits": [logits.tolist() for logits in found.first_forward.logits],
+        "logits": [
+            # of other outputs only the shape is printed
+            {"shape": list(one.shape), "values": one.tolist() if one.dim() == 1 else None}
+            for one in found.first_forward.logits
+        ],
         "limits": {
             dtype: [asdict(limits) if limits else None, notes]
             for dtype, (limits, notes) in found.limits.items()
@@ -127,8 +132,12 @@ def _plain(found: Probe) -> dict[str, Any]:
 
 
 def _probe_of(message: dict[str, Any]) -> Probe:
-    as_tensor = partial(torch.tensor, device="cpu", dtype=torch.float32)
-    logits = tuple(map(as_tensor, message["logits"]))
+    logits = tuple(
+        torch.empty(one["shape"], device="meta", dtype=torch.float32)
+        if one["values"] is None
+        else torch.tensor(one["values"], device="cpu", dtype=torch.float32)
+        for one in message["logits"]
+    )
     limits = {
         dtype: (Limits(**values) if values else None, tuple(notes))
         for dtype, (values, notes) in message["limits"].items()

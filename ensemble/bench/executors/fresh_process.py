@@ -183,15 +183,16 @@ class Worker:
         """Start the process and the thread that reads from it; `opened` is given what to close."""
         self._errors = opened.enter_context(files.anonymous_file())
         where, parent = (str(PACKAGE.parents[1]), str(PACKAGE)), str(os.getpid())
+        job, arch = self._job, self._job.config.models.arch
         # In a new session: Ctrl-C reaches only this process, which ends the worker.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", START, *where, parent, *strategies, self._job.device],
+            [sys.executable, "-P", "-c", START, *where, parent, arch, *strategies, job.device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             encoding="utf-8",
             errors="replace",
-            pass_fds=self._job.inherited,
+            pass_fds=job.inherited,
             env=environment,
             start_new_session=True,
         )

@@ -1,8 +1,8 @@
 """A worker process: it measures tasks, or looks at the device, and reports raw values as JSON.
 
-`main`, started by `fresh_process.START` with PARENT STRATEGY ... DEVICE, imports what it needs and
-reports that it is ready: until then it creates no context on the device. It then reads a job, a
-line of JSON, from its standard input, and writes messages to its standard output, a line of JSON
+`main`, started by `fresh_process.START` with PARENT ARCH STRATEGY ... DEVICE, imports what it needs
+and reports that it is ready: until then it creates no context on the device. It then reads a job,
+a line of JSON, from its standard input, and writes messages to its standard output, a line of JSON
 each: stages while it works, then the measurement of each task, the first with the reference's half
 of its pairs.
 """
@@ -35,7 +35,7 @@ READY = "ready"
 def main() -> None:
     """Do the job on standard input."""
     messages = _own_output()
-    parent, *strategies, device = sys.argv[1:]
+    parent, arch, *strategies, device = sys.argv[1:]
     die_with_parent(int(parent))
 
     def send(message: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     with gc_pause.paused_then_frozen():
         from ensemble.bench.executors import device_probe, in_process  # noqa: F401
 
-        _import_for(strategies, device)
+        _import_for(arch, strategies, device)
     send({"stage": READY})
     line = sys.stdin.readline()
     if not line:  # the parent has ended, or timed out
@@ -134,13 +134,15 @@ def task_of(values: dict[str, Any]) -> Task:
     return Task(**{**values, "case": Case(**values["case"])})
 
 
-def _import_for(strategies: Sequence[str], device: str) -> None:
-    """Import what building the strategies imports: workers do so at once, and it is not timed.
+def _import_for(arch: str, strategies: Sequence[str], device: str) -> None:
+    """Import what the architecture and building the strategies import: workers do so at once, and
+    it is not timed.
 
     The measurement reports what cannot be imported.
     """
     import torch
 
+    from ensemble.models import architectures
     from ensemble.strategies import BEST, HYBRIDS, best, find
 
     names = set(strategies)
@@ -149,6 +151,9 @@ def _import_for(strategies: Sequence[str], device: str) -> None:
     names -= HYBRIDS.keys()
     if BEST in names:
         names.update(best.candidates(torch.device(device), torch.float32))
+    if not architectures.is_torchvisions(arch):
+        with contextlib.suppress(Exception):
+            architectures.find(arch)
     for found in filter(None, map(find, names)):
         with contextlib.suppress(Exception):
             found.builder()

@@ -16,7 +16,7 @@ from torch import Tensor
 from ensemble.bench.build import BuiltStrategy
 from ensemble.bench.load.batching import SINGLE_TENANT, Batch, BatchPlan
 
-CHECKED_CLASSES = 32  # logits compared per answer under load, evenly spaced over all classes
+CHECKED_CLASSES = 32  # logits compared per answer under load, evenly spaced over all values
 
 PlanKey = tuple[str, int]  # mode, batch size
 
@@ -51,9 +51,10 @@ class Engine:
         self.first_call_s = sum(forward.first_call_s for forward in forwards)
         notes = (note for built in built_plans.values() for note in built.forwards[0].notes)
         self.notes = tuple(dict.fromkeys(notes))
-        step = -(-expected.shape[2] // CHECKED_CLASSES)
-        self._step, self._expected = step, expected[:, :, ::step].float().cpu().numpy()
-        largest = expected.abs().amax((1, 2)).float().cpu().numpy()
+        values = _by_image(expected)
+        step = -(-values.shape[2] // CHECKED_CLASSES)
+        self._step, self._expected = step, values[:, :, ::step].cpu().numpy()
+        largest = values.abs().amax((1, 2)).cpu().numpy()
         self._tolerances = tolerance * largest
 
     def execute(self, batch: Batch) -> tuple[int, float]:
@@ -88,7 +89,7 @@ class Engine:
         return True
 
     def _count_wrong(self, batch: Batch, logits: Tensor) -> int:
-        checked = logits[:, :, :: self._step].float().cpu().numpy()
+        checked = _by_image(logits)[:, :, :: self._step].cpu().numpy()
         is_ensemble = len(checked) == len(self._expected) and batch.plan.mode == SINGLE_TENANT
         if is_ensemble:  # every model answers every request
             (requests,) = batch.requests
@@ -102,3 +103,8 @@ class Engine:
                 errors = np.abs(answers[: len(images)] - self._expected[tenant, images]).max(1)
                 wrong += int((~(errors <= self._tolerances[tenant])).sum())
         return wrong
+
+
+def _by_image(outputs: Tensor) -> Tensor:
+    """Outputs `(N, images, ...)` as float32 `(N, images, values)`."""
+    return outputs.float().reshape(*outputs.shape[:2], -1)

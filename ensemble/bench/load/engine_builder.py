@@ -14,6 +14,7 @@ from ensemble.bench.load.batching import ALL_TENANTS, SINGLE_TENANT, BatchPlan, 
 from ensemble.bench.load.engine import BuiltPlan, Engine, PlanKey
 from ensemble.bench.setup import Setup
 from ensemble.bench.stages import OnStage
+from ensemble.errors import UnavailableError
 from ensemble.machine.devices import synchronize
 from ensemble.machine.dtypes import NumericFormat, numeric_format
 from ensemble.machine.timing import interleaved
@@ -103,10 +104,18 @@ def build_engine(case: Case, setup: Setup, *, max_batch: int, on_stage: OnStage)
 
 
 def reference_logits(setup: Setup) -> Tensor:
-    """The logits of every image by the reference: `(N, images, classes)`."""
+    """The logits of every image by the reference: `(N, images, classes)`.
+
+    Raises:
+        UnavailableError: the models do not give a result for each image.
+    """
     shape = setup.example.shape
     inputs = (image.expand(shape).contiguous() for image in setup.images)
-    return torch.cat([setup.reference.forward(x) for x in inputs], 1)
+    outputs = [setup.reference.forward(x) for x in inputs]
+    if outputs[0].dim() < 2 or outputs[0].shape[1] != 1 or outputs[0].is_complex():
+        found = f"got {tuple(outputs[0].shape[1:])} of a batch of one"
+        raise UnavailableError(f"load tests expect outputs (B, ...), a real one per image, {found}")
+    return torch.cat(outputs, 1)
 
 
 def _build_plan(
@@ -133,7 +142,10 @@ def _build_plan(
         built = build(strategy, models, example.float(), numbers)
         reference = expected[tenant : tenant + 1] if len(shards) > 1 else expected
         agreement = check(
-            built.logits, reference[: len(models), indices], tolerance=tolerance_of(numbers)
+            built.logits,
+            reference[: len(models), indices],
+            tolerance=tolerance_of(numbers),
+            has_classes=setup.has_classes,
         )
         if agreement.problem:
             raise DisagreementError(f"{mode} batch {size}: {agreement.problem}")

@@ -27,8 +27,16 @@ SETTINGS = (
     "python torch torchvision threads tf32 cudnn_benchmark allocator weights".split()  # noqa: SIM905
 )
 # Settings of the configuration: likewise.
-OPTIONS = ("arch", "warmup", "min_seconds", "min_pairs", "seed", "reduce", "flush_l2")
-OLD_DEFAULTS = {"reduce": "none", "flush_l2": False}  # in files older than the option
+OPTIONS = (
+    *("arch", "output", "channels", "warmup", "min_seconds", "min_pairs", "seed", "reduce"),
+    "flush_l2",
+)
+OLD_DEFAULTS = {
+    "reduce": "none",
+    "flush_l2": False,
+    "channels": 3,
+    "output": None,
+}  # in files older than the option
 # Standard deviation between the processes of a row, where a run has one process and cannot know it:
 # the 90th percentile of the rows in tests/data.
 ASSUMED_SPREAD = 0.10

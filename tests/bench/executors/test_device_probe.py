@@ -69,7 +69,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def start(command: list[str], *rest: Any, **options: Any) -> subprocess.Popen[str]:
         if command[1] == "-P":
-            *strategies, device = command[7:]
+            _, *strategies, device = command[7:]
             assert device == "cuda"
             found.append(strategies)
         return popen(command, *rest, **options)
@@ -217,7 +217,7 @@ def test_what_a_worker_imports_before_its_turn_initializes_no_cuda() -> None:
         "torch.cuda.is_available = lambda: True\n"
         "from ensemble.bench.executors import device_probe, worker\n"
         "from ensemble.strategies import STRATEGIES\n"
-        "worker._import_for([*STRATEGIES], 'cuda')\n"
+        "worker._import_for('resnet18', [*STRATEGIES], 'cuda')\n"
         "print('imported', torch.cuda.is_initialized())\n"
     )
     done = subprocess.run(

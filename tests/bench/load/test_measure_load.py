@@ -131,6 +131,56 @@ def test_every_plan_answers_each_request_and_a_mixed_up_image_or_model_is_detect
             assert engine.execute(batch)[0] == batch.num_requests
 
 
+class Segmenter(nn.Sequential):
+    """`(B, 3, H, W)` -> `(B, 2, H, W)`, which depends on each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+
+class Regressor(nn.Module):
+    """`(B, 3, H, W)` -> `(B,)`"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", [Segmenter, Regressor])
+@pytest.mark.parametrize(("strategy", "inputs"), [("loop", "shared"), ("hybrid", "per_model")])
+@pytest.mark.usefixtures("one_thread")
+def test_answers_of_any_shape_are_checked(
+    kind: type[nn.Module], strategy: str, inputs: str
+) -> None:
+    case = case_of(strategy, inputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        models = [kind().eval() for _ in range(3)]
+        images = torch.randn(16, 3, 8, 8)
+    setup = local_setup([case], models, lambda px: images)
+    engine = engine_builder.build_engine(case, setup, max_batch=2, on_stage=lambda *_: None)
+    tenants = 1 if inputs == "shared" else 3
+    for batch in batches(engine, tenants):
+        assert engine.execute(batch)[0] == 0
+    engine._images = engine._images[1:] + engine._images[:1]
+    for batch in batches(engine, tenants):
+        assert engine.execute(batch)[0] == batch.num_requests
+
+
+def test_models_without_a_result_for_each_image_are_unavailable_under_load() -> None:
+    class Whole(Regressor):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean()
+
+    setup = local_setup([case_of("loop")], [Whole().eval()] * 3, lambda px: torch.ones(16, 3, 8, 8))
+    row = measured_in(setup, case_of("loop"))
+    expected = "load tests expect outputs (B, ...), a real one per image, got () of a batch of one"
+    assert (row.status, row.error) == ("unavailable", expected)
+
+
 @pytest.mark.parametrize(("strategy", "inputs"), [("vmap", "shared"), ("hybrid", "per_model")])
 @pytest.mark.usefixtures("one_thread")
 def test_under_loadgen_every_request_is_answered_and_the_result_file_has_the_figures(

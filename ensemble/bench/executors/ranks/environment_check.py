@@ -16,7 +16,7 @@ from ensemble.bench import environment
 from ensemble.bench.config import Config
 from ensemble.errors import InputError
 from ensemble.machine import devices, launch
-from ensemble.models import stacking
+from ensemble.models import outputs, sources, stacking
 
 # Options that only rank 0 uses, or that depend on the folders of a host.
 RANK_0_OPTIONS = {"image_path", "resume", "max_minutes"}
@@ -46,7 +46,7 @@ def shared_settings(
         for option in fields(part)
         if option.name not in RANK_0_OPTIONS
     }
-    own_files = len(config.models.model_path or ()) > 1 or weights.startswith("random")
+    own_files = len(config.models.model_path or ()) > 1 or sources.is_of_each_rank(weights)
     return {
         "program": environment.git_commit(),
         "python": platform.python_version(),
@@ -58,7 +58,7 @@ def shared_settings(
         **{f"--{name}": value for name, value in options.items()},
         "weights": weights,
         "checksum of the weights": None if own_files else _checksum(model),
-        "classes": [*model.parameters()][-1].shape[0],
+        "classes": outputs.class_count(model),
     }
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ensemble.bench.executors.ranks.group import Group
 from ensemble.bench.executors.ranks.sharding import equal_ranges
-from ensemble.strategies.reduction import probabilities
+from ensemble.models.outputs import is_class_logits
+from ensemble.strategies.reduction import summands
 
 
 class Exchange:
@@ -17,7 +18,7 @@ class Exchange:
 
     Args:
         shards: the models of each rank.
-        shape: of the input: `(B, 3, H, W)`, or `(N, B, 3, H, W)` for per-model inputs.
+        shape: of the input: `(B, channels, H, W)`, or `(N, B, channels, H, W)` where per model.
         dtype: of the input.
     """
 
@@ -47,12 +48,16 @@ class Exchange:
         offset = self._own.start - ranges[self._group.rank].start
         return self._input_buffer[offset : offset + len(self._own)]
 
-    def combine(self, logits: Tensor, reduce: str) -> Tensor | None:
-        """The logits `(N, B, classes)` of all models on rank 0, None elsewhere; for `mean` the mean
-        of the probabilities `(B, classes)` on all ranks."""
+    def combine(self, logits: Tensor, reduce: str, *, classes: int | None) -> Tensor | None:
+        """The logits `(N, B, classes)` of all models on rank 0, None elsewhere; for `mean` their
+        mean over the models, see `strategies.reduction`, on all ranks.
+
+        classes: the number of classes of the models, None if they are no classifiers.
+        """
         if reduce == "none":
             return self._gather(logits)
-        total = probabilities(logits, reduce).sum(0)
+        has_classes = is_class_logits(logits, classes)
+        total = summands(logits, reduce, has_classes=has_classes).sum(0)
         self._group.all_reduce(total)
         return total / self._shards[-1].stop
 

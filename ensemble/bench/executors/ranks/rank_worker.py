@@ -23,12 +23,14 @@ from ensemble.bench.executors.ranks.group import Group
 from ensemble.bench.executors.ranks.rank_reports import CallProfile, RankReport, any_failed
 from ensemble.bench.executors.ranks.sharding import shard_ranges
 from ensemble.bench.failures import explain, optional
+from ensemble.bench.first_forward import of_image
 from ensemble.bench.setup import in_float64
 from ensemble.errors import InputError, UnavailableError
 from ensemble.machine import memory
 from ensemble.machine.devices import synchronize
 from ensemble.machine.dtypes import NumericFormat, numeric_format
-from ensemble.models import sources
+from ensemble.models import outputs, sources
+from ensemble.models.outputs import class_count
 from ensemble.strategies.reduction import with_reduction
 
 PROFILE_ROUNDS = 5
@@ -84,10 +86,10 @@ class RankWorker:
         return self.group.all_gather_object(report)
 
     def predict(self, *, image: Tensor | None = None) -> list[Tensor]:
-        """The logits of one image by each of the models, `(classes,)` each, in their order."""
+        """What each of the models gives for one image, `(classes,)` each, in their order."""
         x = self._exchange(torch.float32).distribute(image)
         with torch.inference_mode():
-            own = [model(x)[0].cpu() for model in self.models]
+            own = [of_image(model(x)).cpu() for model in self.models]
         return [logits for part in self.group.all_gather_object(own) for logits in part]
 
     def build(self, name: str, dtype: str, *, example: Tensor | None = None) -> list[RankReport]:
@@ -141,7 +143,8 @@ class RankWorker:
         strategy = self._strategies[key]
         with torch.inference_mode():
             part = strategy.exchange.distribute(x)
-            return strategy.exchange.combine(self._forward(strategy, part), reduce)
+            logits = self._forward(strategy, part)
+            return strategy.exchange.combine(logits, reduce, classes=class_count(self.models[0]))
 
     def call_errors(self, key: str) -> list[str]:
         """Why a call failed, on each rank; empty where none did."""
@@ -195,8 +198,8 @@ class RankWorker:
         return time.perf_counter() - begin
 
     def _forward(self, strategy: ShardStrategy, x: Tensor) -> Tensor:
-        """This rank's logits; NaN after a failure, so that the other ranks do not hang: the row
-        fails with the reason."""
+        """This rank's logits; wrong ones after a failure, so that the other ranks do not hang: the
+        row fails with the reason."""
         begin = time.perf_counter()
         logits = None
         if not strategy.error:
@@ -208,7 +211,7 @@ class RankWorker:
         if strategy.forward_s is not None:
             synchronize(self.device)
             strategy.forward_s.append(time.perf_counter() - begin)
-        return torch.full_like(strategy.built.logits, torch.nan) if logits is None else logits
+        return _wrong(strategy.built.logits) if logits is None else logits
 
     def _build_on_one_rank(self, strategy: ShardStrategy, x: Tensor) -> BuiltStrategy:
         """The strategy over all N models on this rank alone, if they fit.
@@ -224,9 +227,8 @@ class RankWorker:
         all_models = range(self._num_models)
         self._all = self._all or self._read(self._num_models, all_models, lambda _: None)[0]
         alone = build(strategy.name, self._all, x.float(), strategy.built.numbers)
-        return replace(
-            alone, timed_forward=with_reduction(alone.forward, self.config.models.reduce)
-        )
+        how, classes = self.config.models.reduce, class_count(self.models[0])
+        return replace(alone, timed_forward=with_reduction(alone.forward, how, classes=classes))
 
     def _exchange(self, dtype: torch.dtype) -> Exchange:
         shards = shard_ranges(self._num_models, self.group.ranks)
@@ -243,7 +245,15 @@ class RankWorker:
             seed=self.config.run.seed,
             say=say,
             block=shard,
+            channels=self.config.models.channels,
+            output=outputs.parse(self.config.models.output),
         )
+
+
+def _wrong(outputs: Tensor) -> Tensor:
+    """Outputs that agree with no others: NaN; of integers and booleans the bitwise complement."""
+    is_exact = not (outputs.is_floating_point() or outputs.is_complex())
+    return ~outputs if is_exact else torch.full_like(outputs, torch.nan)
 
 
 def strategy_key(name: str, dtype: str) -> str:

@@ -23,9 +23,10 @@ from ensemble.bench.setup import Setup, SetupError, make_example, make_setup
 from ensemble.bench.workload import Workload
 from ensemble.errors import InputError, RankError
 from ensemble.formatting import count
+from ensemble.models import architectures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardedWorkload(Workload):
     """The models of rank 0, and the images of all ranks."""
 
@@ -71,12 +72,21 @@ def load(config: Config, *, say: Callable[[str], None]) -> Workload:
     """
     with _diagnosed():
         worker, ranks = join(config, say=say)
-        images = workload.read_images(config, worker.device)
-        workload.report_image(config, images, say=say)
+        own = architectures.find(config.models.arch, channels=config.models.channels)
+        config = config.for_architecture(own.image_size)
+        preprocessing = workload.preprocessing_of(config, own)
+        images = workload.read_images(config, worker.device, preprocessing)
+        workload.report_image(config, images, preprocessing, say=say)
         if config.report.verbose:
             say(str(worker.models[0]))
         return ShardedWorkload(
-            worker.device, worker.models, worker.weights, images, Leader(worker, ranks)
+            worker.device,
+            worker.models,
+            worker.weights,
+            images,
+            preprocessing=preprocessing,
+            image_size=own.image_size,
+            leader=Leader(worker, ranks),
         )
 
 

@@ -45,7 +45,9 @@ def test_inputs_and_logits_stay_on_the_gpu_in_their_dtype(
         part = exchange.distribute(x)
         assert part.shape == ((count, 2, 3, 8, 8) if per_model else (2, 3, 8, 8))
         logits = torch.empty(count, 2, 5, dtype=dtype)
-        found, mean = exchange.combine(logits, "none"), exchange.combine(logits, "mean")
+        found, mean = (
+            exchange.combine(logits, how, classes=logits.shape[2]) for how in ("none", "mean")
+        )
     assert (part.device.type, part.dtype) == ("cuda", dtype)
     assert mean is not None
     assert (mean.device.type, mean.dtype, mean.shape) == ("cuda", torch.float32, (2, 5))
