@@ -66,7 +66,7 @@ def setup_of(strategy: Forward, reference: Forward = logits) -> Setup:
         explain=lambda error, name, numbers: str(error),
         float64_logits=lambda: logits(IMAGE),
     )
-    return Setup(backend, (), IMAGE, IMAGE, built(reference), None, ())
+    return Setup(backend, (torch.nn.Linear(1, 3),), IMAGE, IMAGE, built(reference), None, ())
 
 
 def measured(setup: Setup) -> Measurement:
