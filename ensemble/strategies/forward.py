@@ -18,7 +18,7 @@ from ensemble.machine.devices import synchronize
 from ensemble.machine.per_process import PerProcess
 from ensemble.machine.precision import Float32Precision, float32_precision
 from ensemble.models import stacking
-from ensemble.models.outputs import describe, is_selectable
+from ensemble.models.outputs import SelectedOutput, describe, is_selectable, unwrapped
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.serving import CallGate, bytes_of
 from ensemble.strategies.shape_plans import ShapePlans
@@ -268,8 +268,12 @@ class Forward:
                 "this forward was loaded from a file, without the code of its models; build one to"
                 " replace models"
             )
+        output = first.output if isinstance(first, SelectedOutput) else None
         if not isinstance(model, nn.Module):
-            return stacking.with_state(first, model)
+            new = stacking.with_state(unwrapped(first), model)
+            return new if output is None else SelectedOutput(new, output)
+        if output is not None and not isinstance(model, SelectedOutput):
+            model = SelectedOutput(model, output)
         if self.serving.is_same_architecture:
             stacking.check_same_architecture([first, model])
         return model

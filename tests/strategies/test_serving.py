@@ -221,6 +221,22 @@ def test_an_exchange_leaves_the_stack_that_load_models_gives_as_it_is(name: str)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+class Parts(TinyNet):
+    def forward(self, x: Tensor) -> Any:
+        found = super().forward(x)
+        return {"logits": found, "twice": 2 * found}
+
+
+def test_an_exchanged_model_gives_the_selected_output_too() -> None:
+    models: list[nn.Module] = [Parts().eval().requires_grad_(False) for _ in range(4)]
+    x = torch.randn(1, 3, 8, 8)
+    forward = ensemble.build("lowered_vmap", models[:2], x, output="twice")
+    forward.replace(0, models[2])
+    forward.replace(1, models[3].state_dict())
+    expected = torch.stack([model(x)["twice"] for model in models[2:]])
+    torch.testing.assert_close(forward(x), expected, rtol=1e-4, atol=1e-4)
+
+
 class Wider(TinyNet):
     def __init__(self) -> None:
         super().__init__()
