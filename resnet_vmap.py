@@ -104,6 +104,8 @@ def run(
     show.show_missing(session.stopped, session.left, session.planned)
     if config.report.export_model and not session.exit_code:
         code = export_file(config, workload, session.run) or code
+    if config.report.save and not session.exit_code:
+        code = save_file(config, workload, session.run) or code
     return session.exit_code or code
 
 
@@ -145,6 +147,13 @@ def export_file(config: Config, workload: Workload, done: Run) -> int:
     from ensemble.bench import export_model
 
     return export_model.export_model(config, workload, done, say=show.print_wrapped)
+
+
+def save_file(config: Config, workload: Workload, done: Run) -> int:
+    """Write the file of `--save`; returns the exit code."""
+    from ensemble.bench import save_winner
+
+    return save_winner.save_winner(config, workload, done, say=show.print_wrapped)
 
 
 def finish(config: Config, done: Run, baseline: Run | None, files: show.Files) -> int:

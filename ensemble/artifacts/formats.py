@@ -37,6 +37,7 @@ _STRATEGIES = {
     Format.TRITON: "exported_onnx",
 }
 # First bytes: a ZIP archive; the field `ir_version`, which ONNX graphs begin with.
+SAVED_MAGIC = b"ENSEMBLE"
 _MAGIC = {Format.PT2: b"PK\x03\x04", Format.AOTI: b"PK\x03\x04", Format.ONNX: b"\x08"}
 
 
@@ -79,13 +80,35 @@ def check_destination(
     return form
 
 
+def check_saved_destination(
+    path: str | os.PathLike[str], *, overwrite: bool, argument: str = "path"
+) -> None:
+    """Check that `ensemble.save` can write a file at `path`; see `check_destination`."""
+    place = Path(os.path.realpath(path))
+    try:
+        problem = _problem_of_file(place, SAVED_MAGIC, overwrite=overwrite)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}", argument=argument) from error
+    if problem:
+        raise InputError(problem, argument=argument)
+    check_writable(place.parent, argument=argument)
+
+
 def _problem(form: Format, place: Path, *, overwrite: bool) -> str:
+    if form is not Format.TRITON:
+        return _problem_of_file(place, _MAGIC[form], overwrite=overwrite)
+    if not place.parent.is_dir():
+        return f"expected a folder at {place.parent}, got none"
+    if not place.exists() or place.is_dir():
+        return ""
+    return f"expected a folder at {place}, got a file"
+
+
+def _problem_of_file(place: Path, magic: bytes, *, overwrite: bool) -> str:
     if not place.parent.is_dir():
         return f"expected a folder at {place.parent}, got none"
     if not place.exists():
         return ""
-    if form is Format.TRITON:
-        return "" if place.is_dir() else f"expected a folder at {place}, got a file"
     if not place.is_file():
         return f"expected a file at {place}, got a directory or a device"
     if overwrite:
@@ -93,7 +116,5 @@ def _problem(form: Format, place: Path, *, overwrite: bool) -> str:
     if is_write_protected(place):
         return f"expected a writable file at {place}, got a write-protected one"
     with place.open("rb") as file:
-        head = file.read(len(_MAGIC[form]))
-    return (
-        "" if head == _MAGIC[form] else f"expected an earlier export at {place}, got another file"
-    )
+        is_earlier = file.read(len(magic)) == magic
+    return "" if is_earlier else f"expected an earlier file of this kind at {place}, got another"

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from ensemble import files
+from ensemble.artifacts.formats import SAVED_MAGIC
 from ensemble.errors import InputError, first_line
 
-MAGIC, VERSION = b"ENSEMBLE", 1
+MAGIC, VERSION = SAVED_MAGIC, 1
 _PREFIX = struct.Struct("<8sIII")
 _PAGE, _ALIGNMENT = 4096, 64
 _KIND = "a file that ensemble.save wrote"

@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ensemble import user_functions
-from ensemble.artifacts.formats import check_destination, format_of
+from ensemble.artifacts.formats import (
+    check_destination,
+    check_saved_destination,
+    format_of,
+)
 from ensemble.bench.config import (
     ALL,
     DEFAULT_IMAGE,
@@ -40,6 +44,7 @@ PICTURE_SUFFIXES = {".png", ".svg"}
 GRAYSCALE, IMAGE_CHANNELS = 1, 3  # of image files
 # Library argument -> flag, where their names differ.
 FLAGS = {"paths": "model_path", "path": "export_model"}
+LEAVING = ("export_model", "save")  # files of the models themselves
 WITH_FROM_JSON = {*OUTPUTS, "overwrite", "from_json", "baseline", "fail_above", "verbose"}
 
 
@@ -140,11 +145,11 @@ def parse(argv: Sequence[str] | None) -> Config:
     if config.measure.resume and not report.export_json:  # continue in the same file
         report = replace(report, export_json=config.measure.resume)
         config = replace(config, report=report)
-    if report.export_model:
+    for flag in (flag for flag in LEAVING if getattr(report, flag)):
         for name in ("num_models", "image_size"):  # a file has one of each, and any batch size
             if len(values := getattr(models, name)) > 1:
                 found = " ".join(map(str, values))
-                raise InputError(f"requires one --{name}, got {found}", argument="export_model")
+                raise InputError(f"requires one --{name}, got {found}", argument=flag)
     for name in filter(user.is_user_strategy, config.run.strategies):
         user.user_strategy(name).builder()  # imports the file, before a long run finds out
     if launch.rank() == 0:
@@ -250,15 +255,16 @@ def _check_ranks(typed: Collection[str]) -> None:
     if "flush_l2" in typed:
         message = "cannot be combined with torchrun: the other ranks would keep their caches"
         raise InputError(message, argument="flush_l2")
-    if "export_model" in typed:
-        message = "cannot be combined with torchrun: each rank has a part of the models"
-        raise InputError(message, argument="export_model")
+    for flag in LEAVING:
+        if flag in typed:
+            message = "cannot be combined with torchrun: each rank has a part of the models"
+            raise InputError(message, argument=flag)
 
 
 # A load test has single images and no pairs.
 NOT_UNDER_LOAD = (
     *("batch_size", "reduce", "roofline", "flush_l2", "self_check", "baseline", "fail_above"),
-    "export_model",
+    *LEAVING,
 )
 
 
@@ -321,6 +327,11 @@ def check_paths(config: Config) -> None:
         if other := taken.get(os.path.realpath(exported)):
             raise InputError(f"expected a separate file, got {other}", argument="export_model")
         check_destination(exported, overwrite=report.overwrite, argument="export_model")
+        taken[os.path.realpath(exported)] = f"--export_model {exported}"
+    if saved := report.save:
+        if other := taken.get(os.path.realpath(saved)):
+            raise InputError(f"expected a separate file, got {other}", argument="save")
+        check_saved_destination(saved, overwrite=report.overwrite, argument="save")
 
 
 def _check_output(name: str, path: str, taken: dict[str, str]) -> None:

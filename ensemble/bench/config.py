@@ -266,6 +266,9 @@ class ReportOptions:
         " .aoti.pt2 (AOTInductor), .onnx, or a folder triton_repository/",
         metavar="PATH",
     )
+    save: str | None = flag(
+        "the fastest strategy with its packed weights and plans, for ensemble.load", metavar="PATH"
+    )
     overwrite: bool = switch("replace output files that this program did not write")
     from_json: str | None = flag(
         "measure nothing; show, export, plot or compare an --export_json file", metavar="PATH"

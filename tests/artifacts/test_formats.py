@@ -38,7 +38,9 @@ def test_an_earlier_export_is_replaced_and_another_file_only_if_asked(tmp_path: 
     mine.write_bytes(b"PK\x03\x04rest")
     other.write_bytes(b"precious")
     assert check_destination(mine, overwrite=False) is Format.PT2
-    with pytest.raises(InputError, match=r"expected an earlier export at .*, got another file"):
+    with pytest.raises(
+        InputError, match=r"expected an earlier file of this kind at .*, got another"
+    ):
         check_destination(other, overwrite=False)
     check_destination(other, overwrite=True)
     mine.chmod(0o400)

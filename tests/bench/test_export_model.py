@@ -130,7 +130,7 @@ def test_another_file_is_replaced_with_overwrite_alone(
     flags = ["--image_path", KITTEN, "--export_model", str(tmp_path / "x.onnx")]
     assert resnet_vmap.main(flags) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --export_model: expected an earlier export at ")
+    assert error.startswith("error: --export_model: expected an earlier file of this kind at ")
     assert error.count("\n") == 1
     assert parse([*flags, "--overwrite"]).run.strategies[-1] == "exported_onnx"
 
