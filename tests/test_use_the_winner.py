@@ -48,7 +48,7 @@ def test_every_line_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_page_has_a_block_for_each_use() -> None:
     text = "".join(BLOCKS)
-    calls = [
+    calls = ["build", "prepare", "ThreadPoolExecutor", "replace", "save", "load", "export"]
         "build",
         "prepare",
         "ThreadPoolExecutor",

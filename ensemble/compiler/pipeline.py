@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ensemble.compiler.cuda.problem import DotPrecision
+from ensemble.compiler.graph.analysis import operators_by_torch
 from ensemble.compiler.graph.batching_rules import without_batching_rule
-from ensemble.compiler.graph.canonicalize import keep_mean_dims, remove_identities
+from ensemble.compiler.graph.canonicalize import (
+    drop_expansions,
+    keep_mean_dims,
+    remove_identities,
+)
 from ensemble.compiler.graph.capture import capture
+from ensemble.compiler.graph.channels_last import move_to_images
 from ensemble.compiler.graph.constant_folding import (
     Folded,
     LayerCheck,
@@ -21,9 +27,11 @@ from ensemble.compiler.graph.constant_folding import (
     fold_constants,
 )
 from ensemble.compiler.graph.data_movement import fold_data_movement
+from ensemble.compiler.graph.decomposition import decompose
 from ensemble.compiler.graph.functionalize import trace_functional
 from ensemble.compiler.graph.gemm_selection import select_gemms
 from ensemble.compiler.graph.graph_module import copied_graph, finished, forget_source, recompile
+from ensemble.compiler.graph.narrow_inputs import widen_narrow_inputs
 from ensemble.compiler.graph.operator_selection import select_operators
 from ensemble.compiler.operators.conv2d import STACKED_CONV2D
 from ensemble.compiler.operators.implicit_gemm import STACKED_CONV2D_BLOCK, precision_of
@@ -48,6 +56,7 @@ class CompiledForward:
     left: why other convolutions there are left to torch, one reason each.
     has_fast_kernels: some round more than the plain product does.
     rejections: layers whose fast kernel failed the accuracy check, with the reason.
+    by_torch: operators that torch runs at each call, beside the programs, and how many of each.
     looped: operators without a batching rule, which vmap runs by a loop over the models.
     """
 
@@ -60,6 +69,7 @@ class CompiledForward:
     gemms: int = 0
     left: tuple[str, ...] = ()
     has_fast_kernels: bool = False
+    by_torch: Mapping[str, int] = field(default_factory=dict)
 
 
 def compile_vmapped(
@@ -142,9 +152,15 @@ def _one_model(model: nn.Module, example: Tensor, *, by_gemm: bool) -> _OneModel
     """The graph of one model: functional ATen operators, then ours."""
     is_per_model = example.dim() == 5
     graph, names = capture(model, example[0] if is_per_model else example)
+    keep_mean_dims(graph.graph)
+    drop_expansions(graph.graph)
+    move_to_images(graph)
+    decompose(graph)
     fold_data_movement(graph)
     select_operators(graph)  # and batch norm folding
     left = select_gemms(graph) if by_gemm else []
+    if example.device.type == "cpu":
+        widen_narrow_inputs(graph)
     looped = _operators_without_batching_rule(graph, is_per_model)
     return _OneModel(graph, tuple(names), tuple(left), tuple(looped))
 
@@ -175,6 +191,7 @@ def _as_programs(
     module.graph.lint()
     recompile(module)
     gemms = module.graph.find_nodes(op="call_function", target=STACKED_CONV2D_BLOCK)
+    by_torch = operators_by_torch(module.graph)
     return CompiledForward(
         finished(module),
         tuple(steps),
@@ -184,6 +201,7 @@ def _as_programs(
         looped=one.looped,
         gemms=len(gemms),
         left=one.left,
+        by_torch=by_torch,
         has_fast_kernels=any(step.kind.fast_candidates for step in steps)
         or any(precision_of(node) is DotPrecision.TF32X3 for node in gemms),
     )
@@ -216,7 +234,6 @@ def _vmap(
     if not state and not is_per_model:  # nothing to map over: all models return the same
         vmapped = lambda x: (y := one_model(x)).expand(num_models, *y.shape)  # noqa: E731
     module = trace_functional(vmapped, (*state.values(), example), is_vmapped=True)
-    keep_mean_dims(module.graph)
     remove_identities(module.graph)
     return module
 

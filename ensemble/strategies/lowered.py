@@ -56,9 +56,10 @@ def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -
     kinds = Counter(step.kind.label for step in found.steps)
     counts = ", ".join(f"{count} {name}" for name, count in kinds.items())
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
+    left = ", ".join(f"{count} {name}" for name, count in found.by_torch.items())
     served = CompiledModels(found, x, len(models), threads)
     serving = Serving(served.tensors, served.stage, served.plan, saved=served.saved)
-    built = _built(found, note, *notes)
+    built = _built(found, note, f"by torch: {left}" if counts and left else "", *notes)
     return replace(built, forward=served.run, serving=serving, kernels=kinds)
 
 

@@ -258,6 +258,23 @@ def maximum_or_nan(typing_context, left, right):
     return vector(vector, vector), generate
 
 
+@intrinsic
+def lane_sum(typing_context, value):
+    """The sum of a vector's floats, in pairs."""
+
+    def generate(context, builder, signature, arguments):
+        (total,) = arguments
+        undefined, distance = ir.Constant(VECTOR, ir.Undefined), WIDTH // 2
+        while distance:
+            lanes = [(lane + distance) % WIDTH for lane in range(WIDTH)]
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), lanes)
+            total = builder.fadd(total, builder.shuffle_vector(total, undefined, mask))
+            distance //= 2
+        return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(vector), generate
+
+
 @overload(operator.add)
 def _(left, right):
     if isinstance(left, Vector) and isinstance(right, Vector):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+aten = torch.ops.aten
 
 
 def is_images(node: object) -> bool:
@@ -38,6 +41,27 @@ def dependents(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         if any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
+
+
+_WITHOUT_ARITHMETIC = frozenset(
+    {
+        *(aten.reshape.default, aten.permute.default, aten.transpose.int, aten.expand.default),
+        *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int),
+        *(aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default),
+        *(aten.unbind.int, aten.clone.default, aten.alias.default),
+    }
+)
+
+
+def operators_by_torch(graph: fx.Graph) -> dict[str, int]:
+    """The operators of a graph with programs that torch runs at each call, by name: how many of
+    each. Without views and copies."""
+    names = Counter(
+        node.target._schema.name.partition("::")[2]
+        for node in dynamic_nodes(graph)
+        if isinstance(node.target, torch._ops.OpOverload) and node.target not in _WITHOUT_ARITHMETIC
+    )
+    return dict(names.most_common())
 
 
 def is_random(node: fx.Node) -> bool:

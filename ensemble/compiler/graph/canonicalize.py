@@ -1,4 +1,5 @@
-"""Canonical forms that later passes match: no identities, means that keep their dimensions."""
+"""Canonical forms that later passes match: no identities and expansions, means that keep their
+dimensions."""
 
 from typing import Any
 
@@ -11,9 +12,18 @@ aten = torch.ops.aten
 
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 
+# Operators, and the second operand that leaves the first as it is.
+_NEUTRAL: dict[Any, float] = {
+    aten.add.Tensor: 0,
+    aten.sub.Tensor: 0,
+    aten.mul.Tensor: 1,
+    aten.div.Tensor: 1,
+}
+
 
 def remove_identities(graph: fx.Graph) -> None:
-    """Remove copies and reshapes that change nothing: they would separate two kernels."""
+    """Remove copies, reshapes and arithmetic that change nothing: they would separate two
+    kernels."""
     for node in graph.nodes:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
@@ -23,6 +33,8 @@ def remove_identities(graph: fx.Graph) -> None:
                 node.args = (source.args[0], *node.args[1:])
             before, after = value_of(node.args[0]), value_of(node)
             same = before is not None and before.shape == after.shape
+        elif node.target in _NEUTRAL:
+            same = _is_neutral(node)
         else:
             same = node.target in _COPIES
         if same:
@@ -30,15 +42,41 @@ def remove_identities(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+def _is_neutral(node: fx.Node) -> bool:
+    """Does arithmetic return its first operand? A number may promote its dtype."""
+    x, *rest = node.args
+    before, after = value_of(x), value_of(node)
+    known = isinstance(before, Tensor) and isinstance(after, Tensor)
+    neutral = isinstance(rest[0], int | float) and rest[0] == _NEUTRAL[node.target]
+    return known and neutral and not node.kwargs and before.dtype == after.dtype
+
+
+def drop_expansions(graph: fx.Graph) -> None:
+    """Let arithmetic broadcast an operand that was expanded for it: kernels then multiply by one
+    factor per channel, instead of by images."""
+    for target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
+        for node in graph.find_nodes(op="call_function", target=target):
+            for index, expanded in enumerate(node.args[:2]):
+                if not isinstance(expanded, fx.Node) or expanded.target is not aten.expand.default:
+                    continue
+                small, other = node_of(expanded.args[0]), value_of(node.args[1 - index])
+                if not isinstance(other, Tensor):
+                    continue
+                shape = torch.broadcast_shapes(value_of(small).shape, other.shape)
+                if shape == value_of(node).shape:
+                    node.update_arg(index, small)
+    graph.eliminate_dead_code()
+
+
 def keep_mean_dims(graph: fx.Graph) -> None:
-    """Rewrite a mean over all pixels, `(N, B, C)`, as one with keepdim, then a reshape: the mean
-    then gives images of one pixel, which kernels read and write."""
+    """Rewrite a mean over all pixels, `(B, C)`, as one with keepdim, then a reshape: the mean then
+    gives images of one pixel, which kernels read and write."""
     for node in graph.find_nodes(op="call_function", target=aten.mean.dim):
         x, dims, keepdim = (*node.args, False)[:3]
         found = node_of(x).meta.get("val")
-        if keepdim or node.kwargs or not isinstance(found, Tensor) or found.dim() != 5:
+        if keepdim or node.kwargs or not isinstance(found, Tensor) or found.dim() != 4:
             continue
-        if not is_over_pixels(dims):
+        if not isinstance(dims, list | tuple) or sorted(dim % 4 for dim in dims) != [2, 3]:
             continue
         mean = node.meta["val"]
         with graph.inserting_after(node):

@@ -50,7 +50,9 @@ def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, list[str
     if _has_attention(one) and type(example) is Tensor:
         _check_attention(one, example)
     try:
-        module = trace_functional(flat, (*tensors.values(), example))
+        # In inference mode a trace decomposes operators that have kernels: bilinear upsampling.
+        with torch.inference_mode(False), torch.no_grad():
+            module = trace_functional(flat, (*tensors.values(), example))
     finally:
         if outputs and not isinstance(outputs[-1], Tensor):
             found = type(outputs[-1]).__name__

@@ -43,6 +43,8 @@ _DATA_MOVEMENT: set[Any] = {
     aten.replication_pad2d.default,
     aten.upsample_nearest2d.default,
     aten.upsample_nearest2d.vec,
+    aten._upsample_nearest_exact2d.default,
+    aten._upsample_nearest_exact2d.vec,
     aten.channel_shuffle.default,
     aten.native_channel_shuffle.default,
 }

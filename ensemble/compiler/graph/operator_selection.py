@@ -8,18 +8,20 @@ function per channel by constants, folds into the convolution before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from math import isfinite
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
-from ensemble.compiler.graph.analysis import dynamic_nodes, is_images, node_of, value_of
+from ensemble.compiler.graph.analysis import is_images, node_of, value_of
 from ensemble.compiler.graph.graph_module import recompile
+from ensemble.compiler.graph.rewriter import Rewriter, pair, with_defaults
 from ensemble.compiler.operators.affine import AFFINE
 from ensemble.compiler.operators.conv2d import CONV2D
 from ensemble.compiler.operators.group_norm import GROUP_NORM
+from ensemble.compiler.operators.pixel_shuffle import PIXEL_SHUFFLE
 from ensemble.compiler.operators.pooling import AVERAGE_POOL2D, MAX_POOL2D
 from ensemble.compiler.planning.vector_layout import is_narrow
 
@@ -34,7 +36,7 @@ _ACTIVATIONS = (  # besides relu; each acts on its first argument
 def select_operators(module: fx.GraphModule) -> None:
     """Rewrite a graph of `capture`; nodes that no rule matches stay."""
     module.graph.eliminate_dead_code()  # unused results of norms
-    rewriter = _Rewriter(module.graph)
+    rewriter = Rewriter(module.graph)
     for node in list(module.graph.nodes):
         rewrite = _REWRITES.get(node.target)
         if rewrite is not None and node in rewriter.dynamic and not node.kwargs:
@@ -44,63 +46,14 @@ def select_operators(module: fx.GraphModule) -> None:
     recompile(module)
 
 
-class _Rewriter:
-    """A graph, and its dynamic nodes: those that depend on the input."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph, self.dynamic = graph, dynamic_nodes(graph)
-        self.batch = len(value_of(graph.find_nodes(op="placeholder")[-1]))
-
-    def is_images(self, node: object) -> bool:
-        """Does it give `(B, C, H, W)`, and depend on the input?"""
-        return node in self.dynamic and is_images(node)
-
-    def is_constant(self, *nodes: object) -> bool:
-        """Are they all independent of the input?"""
-        return not any(node in self.dynamic for node in nodes)
-
-    def before(self, node: fx.Node) -> AbstractContextManager[None]:
-        """A context in which new nodes are inserted before this one."""
-        return self.graph.inserting_before(node)
-
-    def call(self, target: Callable[..., Any], *arguments: Any, like: fx.Node | None) -> fx.Node:
-        """A new node; like: the dynamic node whose fake value it takes over, if any."""
-        node = self.graph.call_function(target, arguments)
-        if like is not None:
-            node.meta["val"] = like.meta["val"]
-            self.dynamic.add(node)
-        return node
-
-    def replace(self, node: fx.Node, target: Callable[..., Any], *arguments: Any) -> fx.Node:
-        with self.before(node):
-            made = self.call(target, *arguments, like=node)
-        node.replace_all_uses_with(made)
-        self.graph.erase_node(node)
-        return made
-
-    def gives_one(self, node: fx.Node) -> bool:
-        """Is the first of several results the only one read? The node then gives it directly."""
-        users = list(node.users)
-        if len(users) != 1 or users[0].args[1] != 0:
-            return False
-        node.meta["val"] = value_of(users[0])
-        self.drop(users[0], node)
-        return True
-
-    def drop(self, node: fx.Node, value: fx.Node) -> None:
-        """Replace a node by another one that gives the same."""
-        node.replace_all_uses_with(value)
-        self.graph.erase_node(node)
-
-
-def _convolution(graph: _Rewriter, node: fx.Node) -> None:
+def _convolution(graph: Rewriter, node: fx.Node) -> None:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
     if graph.is_images(x) and _dim(weight) == 4 and not transposed:
-        sizes = map(_pair, (stride, padding, dilation))
+        sizes = map(pair, (stride, padding, dilation))
         graph.replace(node, CONV2D, x, weight, bias, None, *sizes, groups, False)
 
 
-def _batch_norm(graph: _Rewriter, node: fx.Node) -> None:
+def _batch_norm(graph: Rewriter, node: fx.Node) -> None:
     """A batch norm by running statistics: a scale and a shift per channel."""
     x, weight, bias, mean, variance, *rest = node.args
     eps: Any = rest[-1]
@@ -133,16 +86,16 @@ def _norm_shifts(bias: Tensor | None, mean: Tensor, scales: Tensor) -> Tensor:
     return shifts if bias is None else shifts + bias.double()
 
 
-def _group_norm(graph: _Rewriter, node: fx.Node) -> None:
+def _group_norm(graph: Rewriter, node: fx.Node) -> None:
     x, weight, bias, *_, groups, eps = node.args
     if graph.is_images(x) and graph.is_constant(weight, bias) and graph.gives_one(node):
         graph.replace(node, GROUP_NORM, x, weight, bias, groups, eps)
 
 
-def _by_constants(scale: bool, inverse: bool = False) -> Callable[[_Rewriter, fx.Node], None]:
+def _by_constants(scale: bool, inverse: bool = False) -> Callable[[Rewriter, fx.Node], None]:
     """The rule of `x * c` or `x + c`, in either order; inverse: of `x / c` or `x - c`."""
 
-    def rewrite(graph: _Rewriter, node: fx.Node) -> None:
+    def rewrite(graph: Rewriter, node: fx.Node) -> None:
         x, constant = node.args
         if not inverse and graph.is_constant(x):
             x, constant = constant, x
@@ -192,7 +145,7 @@ def _per_channel(
 
 
 def _affine(
-    graph: _Rewriter,
+    graph: Rewriter,
     node: fx.Node,
     x: fx.Node,
     scales: fx.Node,
@@ -210,9 +163,35 @@ def _affine(
             graph.replace(node, CONV2D, source, scaled, shifted, *rest)
             graph.graph.erase_node(x)
             return
+        if x.target is PIXEL_SHUFFLE and len(x.users) == 1 and _is_bare(node_of(x.args[0]), CONV2D):
+            _affine_before_shuffle(graph, node, x, scales, shifts, foldable=foldable)
+            return
         wide = torch.promote_types(value_of(x).dtype, torch.float32)
         tensors = [graph.call(Tensor.to, tensor, wide, like=None) for tensor in (scales, shifts)]
         graph.replace(node, AFFINE, x, *tensors)
+
+
+def _affine_before_shuffle(
+    graph: Rewriter,
+    node: fx.Node,
+    shuffle: fx.Node,
+    scales: fx.Node,
+    shifts: fx.Node,
+    *,
+    foldable: bool,
+) -> None:
+    """`shuffle(x) * scales + shifts` as a shuffle of the same on x, which a convolution absorbs."""
+    x, block, *rest = cast("Any", shuffle.args)
+    with graph.before(node):
+        repeated = [
+            graph.call(Tensor.repeat, values, block[0] * block[1], like=None)
+            for values in (scales, shifts)
+        ]
+        changed = graph.call(AFFINE, x, *repeated, like=x)
+        again = graph.call(PIXEL_SHUFFLE, changed, block, *rest, like=node)
+    graph.drop(node, again)
+    graph.graph.erase_node(shuffle)
+    _affine(graph, changed, x, *repeated, foldable=foldable)
 
 
 def _scaled(weight: Tensor, scales: Tensor) -> Tensor:
@@ -226,15 +205,17 @@ def _shifted(bias: Tensor | None, weight: Tensor, scales: Tensor, shifts: Tensor
     return shifted.to(weight.dtype)
 
 
-def _add(graph: _Rewriter, node: fx.Node) -> None:
+def _add(graph: Rewriter, node: fx.Node) -> None:
     """A sum of images of one shape: fused into the later convolution of the two (a residual)."""
     first, second = node.args
     known = [(v.shape, v.dtype) for v in map(value_of, (*node.args, node)) if isinstance(v, Tensor)]
     if len(known) < 3 or len(set(known)) > 1 or not all(map(graph.is_images, node.args)):
         _by_constants(scale=False)(graph, node)
         return
+    if first is second or _merge(graph, node):
+        return
     bare = [source for source in map(node_of, node.args) if _is_bare(source, CONV2D)]
-    if not bare or first is second:
+    if not bare:
         return
     conv = max(bare)  # by topological order
     other = second if conv is first else first
@@ -243,31 +224,115 @@ def _add(graph: _Rewriter, node: fx.Node) -> None:
     graph.graph.erase_node(conv)
 
 
-def _relu(graph: _Rewriter, node: fx.Node) -> None:
+def _merge(graph: Rewriter, node: fx.Node) -> bool:
+    """The sum of two convolutions of one input as one, by the sum of their filters; also where one
+    of the two is a scale and a shift per channel.
+
+    So networks train that merge their branches for inference (Ding and others, RepVGG, arXiv
+    2101.03697).
+    """
+    sources = sorted(map(node_of, node.args), reverse=True)  # by topological order
+    convs = [source for source in sources if _is_bare(source, CONV2D)]
+    convs = [conv for conv in convs if graph.is_constant(*conv.args[1:3])]
+    convs.sort(key=lambda conv: value_of(conv.args[1]).shape[2:].numel(), reverse=True)
+    if not convs:
+        return False
+    wide, *others = convs
+    x, weight, bias, *rest = wide.args
+    (other,) = others or (source for source in sources if source is not wide)
+    if len(other.users) != 1 or other.args[0] is not x:
+        return False
+    if other.target is AFFINE and _keeps_pixels(wide):
+        scales, shift = cast("Any", other.args)[1:]
+        groups = rest[-2]
+        with graph.before(node):
+            added = graph.call(_on_diagonal, weight, scales, groups, like=None)
+    elif others and _are_aligned(wide, other):
+        added, shift = cast("Any", other.args)[1:3]
+    else:
+        return False
+    with graph.before(node):
+        filters = graph.call(_sum_of_filters, weight, added, like=None)
+        filters.meta["val"] = value_of(weight)
+        biases = (
+            bias if shift is None else graph.call(_sum_of_biases, weight, shift, bias, like=None)
+        )
+    graph.replace(node, CONV2D, x, filters, biases, *rest)
+    for source in (wide, other):
+        graph.graph.erase_node(source)
+    return True
+
+
+def _keeps_pixels(conv: fx.Node) -> bool:
+    """Has each output pixel an input pixel and channel, under the center of the filter?"""
+    _, weight, _, _, stride, padding, dilation, *_ = cast("Any", conv.args)
+    sizes, shape = value_of(weight).shape[2:], value_of(conv).shape
+    centered = [2 * pad + 1 for pad in padding] == list(sizes)
+    same = shape == value_of(conv.args[0]).shape
+    return centered and same and {*stride, *dilation} == {1}
+
+
+def _are_aligned(wide: fx.Node, other: fx.Node) -> bool:
+    """Is the other's filter one of `wide` with zeros around it?"""
+    sizes, other_sizes = (value_of(conv.args[1]).shape[2:] for conv in (wide, other))
+    (stride, pads, dilation, groups), (own_stride, own_pads, own_dilation, own_groups) = (
+        cast("Any", conv.args[4:8]) for conv in (wide, other)
+    )
+    borders = [
+        size - own == 2 * (pad - own_pad) >= 0
+        for size, own, pad, own_pad in zip(sizes, other_sizes, pads, own_pads, strict=True)
+    ]
+    same = (list(stride), groups) == (list(own_stride), own_groups)
+    return same and all(borders) and {*dilation, *own_dilation} == {1}
+
+
+def _sum_of_filters(weight: Tensor, other: Tensor) -> Tensor:
+    """The other's filters are as large or smaller, and centered."""
+    rows, columns = (
+        (size - own) // 2 for size, own in zip(weight.shape[2:], other.shape[2:], strict=True)
+    )
+    return weight + functional.pad(other, (columns, columns, rows, rows))
+
+
+def _sum_of_biases(weight: Tensor, bias: Tensor, other: Tensor | None) -> Tensor:
+    return (bias if other is None else bias + other).to(weight.dtype)
+
+
+def _on_diagonal(weight: Tensor, scales: Tensor, groups: int) -> Tensor:
+    """1x1 filters that scale each channel: `(K, K / groups, 1, 1)`."""
+    share = weight.shape[1]
+    own = torch.eye(share, dtype=weight.dtype, device=weight.device).repeat(groups, 1)
+    return (scales.to(weight.dtype)[:, None] * own)[..., None, None]
+
+
+def _relu(graph: Rewriter, node: fx.Node) -> None:
     node = _on_images(graph, node)
     x = node_of(node.args[0])
-    if x.target is CONV2D and len(x.users) == 1 and not x.args[-1]:
-        x.args = (*x.args[:-1], True)
+    conv = x
+    if x.target is PIXEL_SHUFFLE and len(x.users) == 1:  # relu before it is the same
+        conv = node_of(x.args[0])
+    if conv.target is CONV2D and len(conv.users) == 1 and not conv.args[-1]:
+        conv.args = (*conv.args[:-1], True)
         graph.drop(node, x)
 
 
-def _max_pool(graph: _Rewriter, node: fx.Node) -> None:
-    x, kernel, stride, padding, dilation, ceil_mode = _with_defaults(node)
-    if graph.is_images(x) and set(_pair(dilation)) == {1} and graph.gives_one(node):
-        sizes = _pair(kernel), _pair(stride or kernel), _pair(padding)
+def _max_pool(graph: Rewriter, node: fx.Node) -> None:
+    x, kernel, stride, padding, dilation, ceil_mode = with_defaults(node)
+    if graph.is_images(x) and set(pair(dilation)) == {1} and graph.gives_one(node):
+        sizes = pair(kernel), pair(stride or kernel), pair(padding)
         graph.replace(node, MAX_POOL2D, x, *sizes, ceil_mode)
 
 
-def _average_pool(graph: _Rewriter, node: fx.Node) -> None:
-    x, kernel, stride, padding, ceil_mode, zeros, divisor = _with_defaults(node)
+def _average_pool(graph: Rewriter, node: fx.Node) -> None:
+    x, kernel, stride, padding, ceil_mode, zeros, divisor = with_defaults(node)
     if graph.is_images(x) and divisor is None:
-        sizes = _pair(kernel), _pair(stride or kernel), _pair(padding)
+        sizes = pair(kernel), pair(stride or kernel), pair(padding)
         graph.replace(node, AVERAGE_POOL2D, x, *sizes, ceil_mode, zeros)
 
 
-def _adaptive_average_pool(graph: _Rewriter, node: fx.Node) -> None:
+def _adaptive_average_pool(graph: Rewriter, node: fx.Node) -> None:
     """To a size that divides the image's: average pooling by equal, disjoint windows."""
-    x, size = node_of(node.args[0]), _pair(node.args[1])
+    x, size = node_of(node.args[0]), pair(node.args[1])
     if not graph.is_images(x):
         return
     whole = list(value_of(x).shape[-2:])
@@ -279,7 +344,7 @@ def _adaptive_average_pool(graph: _Rewriter, node: fx.Node) -> None:
         graph.replace(node, AVERAGE_POOL2D, x, kernel, kernel, none, False, False)
 
 
-def _linear(graph: _Rewriter, node: fx.Node) -> None:
+def _linear(graph: Rewriter, node: fx.Node) -> None:
     """A linear layer, `(bias, x, weight)` or `(x, weight)`, weight `(F, K)`, as a convolution.
 
     Its filters are as large as the images that were flattened to the features `(B, F)`; other
@@ -296,7 +361,7 @@ def _linear(graph: _Rewriter, node: fx.Node) -> None:
     with graph.before(node):
         images = _images_of(node_of(x))
         if images is None or is_narrow(value_of(images).shape[1], value_of(images).shape[-2:], 1):
-            images = _reshaped(graph, node_of(x), (*value_of(x).shape, 1, 1))
+            images = graph.reshaped(node_of(x), (*value_of(x).shape, 1, 1))
         sizes = list(value_of(images).shape[1:])
         filters = graph.call(_filters, weight, sizes, like=None)
         filters.meta["val"] = _filters(value_of(weight), sizes)
@@ -304,19 +369,13 @@ def _linear(graph: _Rewriter, node: fx.Node) -> None:
             *(CONV2D, images, filters, bias, None, ones, none, ones, 1, False), like=node
         )
         result.meta["val"] = value_of(node)[..., None, None]
-        flat = _reshaped(graph, result, value_of(node).shape)
+        flat = graph.reshaped(result, value_of(node).shape)
     graph.drop(node, flat)
 
 
 def _filters(weight: Tensor, sizes: Sequence[int]) -> Tensor:
     """`(C * H * W, K)` -> `(K, C, H, W)`."""
     return weight.t().reshape(-1, *sizes)
-
-
-def _reshaped(graph: _Rewriter, x: fx.Node, shape: Sequence[int]) -> fx.Node:
-    result = graph.call(aten.reshape.default, x, list(shape), like=x)
-    result.meta["val"] = value_of(x).reshape(shape)
-    return result
 
 
 def _images_of(x: object) -> fx.Node | None:
@@ -327,22 +386,24 @@ def _images_of(x: object) -> fx.Node | None:
     return images if is_images(images) and len(value_of(images)) == len(value_of(x)) else None
 
 
-def _on_images(graph: _Rewriter, node: fx.Node) -> fx.Node:
-    """Apply an elementwise operator to the images before they are flattened to its features."""
-    features, *rest = node.args
-    images = _images_of(features)
-    if images is None:
+def _on_images(graph: Rewriter, node: fx.Node) -> fx.Node:
+    """Apply an elementwise operator to the images before they are reshaped, say to features."""
+    reshaped, *rest = node.args
+    if not isinstance(reshaped, fx.Node) or reshaped.target is not aten.reshape.default:
+        return node
+    images = node_of(reshaped.args[0])
+    if not graph.is_images(images) or len(value_of(images)) != graph.batch:
         return node
     with graph.before(node):
         done = graph.call(cast("Any", node.target), images, *rest, like=images)
-        flat = _reshaped(graph, done, value_of(node).shape)
-    graph.drop(node, flat)
-    if not node_of(features).users:
-        graph.graph.erase_node(node_of(features))
+        back = graph.reshaped(done, value_of(node).shape)
+    graph.drop(node, back)
+    if not reshaped.users:
+        graph.graph.erase_node(reshaped)
     return done
 
 
-_Rewrite = Callable[[_Rewriter, fx.Node], object]
+_Rewrite = Callable[[Rewriter, fx.Node], object]
 _REWRITES: dict[Any, _Rewrite] = {
     aten.convolution.default: _convolution,
     aten.native_batch_norm.default: _batch_norm,
@@ -361,18 +422,6 @@ _REWRITES: dict[Any, _Rewrite] = {
     aten.addmm.default: _linear,
     aten.mm.default: _linear,
 }
-
-
-def _with_defaults(node: fx.Node) -> list[Any]:
-    """A node's arguments, completed by their defaults."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    known = node.target._schema.arguments[len(node.args) :]
-    return [*node.args, *(argument.default_value for argument in known)]
-
-
-def _pair(size: Any) -> list[int]:
-    """A size as (y, x), from a pair or one number for both."""
-    return [int(size[0]), int(size[-1])] if isinstance(size, Sequence) else [int(size)] * 2
 
 
 def _is_bare(node: fx.Node, target: Callable[..., Any]) -> bool:

@@ -14,11 +14,15 @@ from ensemble.compiler.operators import (
     activation,
     affine,
     arithmetic,
+    channel_conv,
     concatenation,
     conv2d,
     gather,
     group_norm,
+    layer_norm,
+    pixel_shuffle,
     pooling,
+    resample,
 )
 from ensemble.compiler.operators.lowering import Lowering
 from ensemble.compiler.planning.step import Kind
@@ -27,11 +31,15 @@ OPERATORS: tuple[ModuleType, ...] = (
     activation,
     affine,
     arithmetic,
+    channel_conv,
     concatenation,
     conv2d,
     gather,
     group_norm,
+    layer_norm,
+    pixel_shuffle,
     pooling,
+    resample,
 )
 
 LOWERINGS: dict[Any, Lowering] = {

@@ -13,7 +13,7 @@ from ensemble.compiler.planning.step import Activation, Kind, Step
 aten = torch.ops.aten
 
 
-# Operators, and their arguments after x.
+# Operators, and their arguments after x. On CUDA the implicit GEMM takes these on too.
 _OPERATORS: dict[Any, tuple[Activation, tuple[float, ...]]] = {
     aten.relu.default: (Activation.RELU, ()),
     aten.hardtanh.default: (Activation.RELU6, (0.0, 6.0)),
@@ -46,9 +46,26 @@ def _lower_leaky_relu(node: fx.Node, context: LoweringContext) -> list[Step]:
     return [elementwise_step(Kind.ACTIVATION, node, context, x, **options)]
 
 
+def _lower_tanh(node: fx.Node, context: LoweringContext) -> list[Step]:
+    x = node.args[0]
+    if not context.is_stack(x):
+        return []
+    return [elementwise_step(Kind.ACTIVATION, node, context, x, activation=Activation.TANH)]
+
+
+def _lower_gelu(node: fx.Node, context: LoweringContext) -> list[Step]:
+    functions = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
+    x, activation = node.args[0], functions.get(str(node.kwargs.get("approximate", "none")))
+    if not context.is_stack(x) or activation is None:
+        return []
+    return [elementwise_step(Kind.ACTIVATION, node, context, x, activation=activation)]
+
+
 LOWERINGS: dict[Any, Lowering] = {
     **dict.fromkeys(_OPERATORS, _lower),
     aten.leaky_relu.default: _lower_leaky_relu,
+    aten.tanh.default: _lower_tanh,
+    aten.gelu.default: _lower_gelu,
 }
 
 _FUNCTIONS: dict[Activation, Callable[..., Any]] = {
@@ -59,6 +76,9 @@ _FUNCTIONS: dict[Activation, Callable[..., Any]] = {
     Activation.HARDSIGMOID: lambda x, _: functional.hardsigmoid(x),
     Activation.HARDSWISH: lambda x, _: functional.hardswish(x),
     Activation.LEAKY_RELU: lambda x, slope: functional.leaky_relu(x, slope),
+    Activation.TANH: lambda x, _: x.tanh(),
+    Activation.GELU: lambda x, _: functional.gelu(x),
+    Activation.GELU_TANH: lambda x, _: functional.gelu(x, approximate="tanh"),
 }
 
 

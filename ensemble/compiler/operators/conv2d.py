@@ -80,6 +80,8 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tens
     options = stride, padding, dilation
     x, weight, bias, other = batch_dim_first(tensors, in_dims)
     is_batched = [dim is not None for dim in in_dims[:4]]
+    if is_batched[1] and bias is not None and not is_batched[2]:  # zeros, where only weights differ
+        bias, is_batched[2] = bias.expand(info.batch_size, *bias.shape), True
     if _has_weights_per_model(x, weight, bias, is_batched):
         geometry = conv_geometry(x, weight.shape[1], weight.shape[-2:], *options, groups)
         fused = other is None or _is_like_result(other, x, geometry, is_batched=is_batched[3])

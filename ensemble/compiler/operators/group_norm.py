@@ -42,9 +42,10 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tens
     count, is_batched = info.batch_size, [dim is not None for dim in in_dims[:3]]
     images, weight, bias = expanded((x, weight, bias), is_batched, count)
     if images.dim() == 5 and support.can_run(Kind.GROUP_NORM, images, pointwise(images)):
-        channels = images.shape[-3]
-        weight = images.new_ones(count, channels) if weight is None else weight
-        bias = images.new_zeros(count, channels) if bias is None else bias
+        shape = count, images.shape[-3]
+        like: Any = {"dtype": images.dtype, "device": images.device}
+        weight = torch.ones(shape, **like) if weight is None else weight
+        bias = torch.zeros(shape, **like) if bias is None else bias
         return stacked_group_norm(images, weight, bias, groups, eps), 0
     flat = images.flatten(0, -4)
     result = functional.group_norm(flat, groups, None, None, eps).unflatten(0, images.shape[:-3])

@@ -35,6 +35,10 @@ class Kind(IntEnum):
     COPY = 14, "copy"
     GATHER = 15, "gather"
     GROUP_NORM = 16, "group norm"
+    LAYER_NORM = 17, "layer norm"
+    CHANNEL_CONV = 18, "convolution over channels"
+    PIXEL_SHUFFLE = 19, "pixel shuffle"
+    RESAMPLE = 20, "bilinear"
 
     @property
     def fast_candidates(self) -> tuple[Kind, ...]:
@@ -61,6 +65,9 @@ class Activation(IntEnum):
     HARDSIGMOID = 5
     HARDSWISH = 6
     LEAKY_RELU = 7
+    TANH = 8
+    GELU = 9
+    GELU_TANH = 10
 
 
 @dataclass(frozen=True)
@@ -101,9 +108,10 @@ class Step:
     """`out = activation(relu(kind(x) + other))`; x, out and other are value ids of the program.
 
     weight and bias are stacked over the models. `option` and `scalar` are arguments of the kernel:
-    the first output channel of a copy, whether average pooling counts the padding; the eps of a
-    norm, the negative slope of a leaky relu. The geometry's channels are padded to whole vectors;
-    `channels` and `out_channels` count them without the padding (None: no padding).
+    the first output channel of a copy, whether average pooling counts the padding, the channels of
+    a pixel shuffle; the eps of a norm, the negative slope of a leaky relu. The geometry's channels
+    are padded to whole vectors; `channels` and `out_channels` count them without the padding (None:
+    no padding).
     """
 
     kind: Kind

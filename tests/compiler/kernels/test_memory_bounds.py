@@ -26,11 +26,16 @@ pytest.importorskip("numba")
 
 from ensemble.compiler import kernels
 from ensemble.compiler.codegen.simd import PANEL, WIDTH
+from ensemble.compiler.graph.decomposition import coordinates
 from ensemble.compiler.operators.affine import affine_step
+from ensemble.compiler.operators.channel_conv import channel_conv, channel_conv_step
 from ensemble.compiler.operators.conv2d import pack_weight
 from ensemble.compiler.operators.gather import gather_step, plain_gather
 from ensemble.compiler.operators.group_norm import group_norm_step
+from ensemble.compiler.operators.layer_norm import layer_norm_step
+from ensemble.compiler.operators.pixel_shuffle import pixel_shuffle_step
 from ensemble.compiler.operators.pooling import average_pool2d_step, max_pool2d_step
+from ensemble.compiler.operators.resample import resample_step
 from ensemble.compiler.planning import vector_layout
 from ensemble.compiler.runtime import program
 
@@ -169,6 +174,9 @@ FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.HARDSIGMOID: torch.nn.functional.hardsigmoid,
     Activation.HARDSWISH: torch.nn.functional.hardswish,
     Activation.LEAKY_RELU: lambda x: torch.nn.functional.leaky_relu(x, 0.25),
+    Activation.TANH: torch.tanh,
+    Activation.GELU: torch.nn.functional.gelu,
+    Activation.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
 
 
@@ -217,7 +225,8 @@ def test_elementwise_steps_stay_in_bounds(
         values[0, 0, 0, 0, 0], values[1, 1, -1, -1, -1] = 200, -200
         step = Step(Kind.ACTIVATION, geometry, 0, 9, activation=function, scalar=0.25, **real)
         found = run_between_guards([step], [values], threads, check_guards)
-        torch.testing.assert_close(found, exact(values), rtol=1e-6, atol=1e-6)
+        expected = exact(values.double()).float()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         values[0, 0, 0, 0, 0] = torch.nan
         found = run_between_guards([step], [values], threads, check_guards)
         assert int(found.isnan().sum()) == 1
@@ -236,6 +245,17 @@ def test_elementwise_steps_stay_in_bounds(
         plain = torch.nn.functional.group_norm(x.flatten(0, 1), groups, eps=1e-2).view(x.shape)
         expected = plain * scale.view(per_channel) + shift.view(per_channel)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    step = layer_norm_step(x, scale, shift, 1e-2)
+    found = run_between_guards([replace(step, x=0, out=9)], [x], threads, check_guards)
+    plain = torch.nn.functional.layer_norm(x.movedim(2, -1), [channels], eps=1e-2).movedim(-1, 2)
+    expected = plain * scale.view(per_channel) + shift.view(per_channel)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for taps in (1, 5, 2 * WIDTH + 1):
+        weight, offset = torch.randn(2, taps), torch.randn(2, 1)
+        step = channel_conv_step(x, weight, offset)
+        found = run_between_guards([replace(step, x=0, out=9)], [x], threads, check_guards)
+        expected = torch.vmap(channel_conv)(x.double(), weight.double(), offset.double())
+        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
     step = affine_step(x, scale, shift)
     found = run_between_guards([replace(step, x=0, out=9)], [x], threads, check_guards)
     torch.testing.assert_close(found, x * scale.view(per_channel) + shift.view(per_channel))
@@ -301,6 +321,53 @@ def test_gathers_stay_in_bounds(
             found = run_between_guards([step], [x], threads, check_guards)
             expected = plain_gather(x, *where, taken)
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("block", [[1, 1], [2, 2], [3, 1]])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pixel_shuffles_stay_in_bounds(
+    channels: int, block: list[int], threads: int, check_guards: Callable[[], None]
+) -> None:
+    x = torch.randn(2, 2, channels * block[0] * block[1], 4, 5)
+    for first, cut in (([0, 0], 0), ([1, 2], 0), ([1, 0], block[0] - 1)):
+        size = [(4 - first[0]) * block[0] - cut, (5 - first[1]) * block[1]]
+        step = replace(pixel_shuffle_step(x, block, first, size), x=0, out=9)
+        found = run_between_guards([step], [x], threads, check_guards)
+        torch.testing.assert_close(found, by_loops(x, block, first, size), rtol=0, atol=0)
+
+
+def by_loops(x: Tensor, block: list[int], first: list[int], size: list[int]) -> Tensor:
+    """A pixel shuffle, pixel by pixel."""
+    channels = x.shape[2] // (block[0] * block[1])
+    result = x.new_empty(*x.shape[:2], channels, *size)
+    for row, column in product(range(size[0]), range(size[1])):
+        part = row % block[0] * block[1] + column % block[1]
+        source = x[..., first[0] + row // block[0], first[1] + column // block[1]]
+        result[..., row, column] = source[:, :, part * channels : (part + 1) * channels]
+    return result
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("size", [(1, 1), (4, 5)])
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bilinear_interpolation_stays_in_bounds(
+    channels: int,
+    size: tuple[int, int],
+    align_corners: bool,
+    threads: int,
+    check_guards: Callable[[], None],
+) -> None:
+    x, wanted = torch.randn(2, 2, channels, *size), (7, 3)
+    places = [
+        coordinates(*lengths, align_corners, None) for lengths in zip(size, wanted, strict=True)
+    ]
+    step = replace(resample_step(x, *places), x=0, out=9)
+    found = run_between_guards([step], [x], threads, check_guards)
+    options: dict[str, Any] = {"mode": "bilinear", "align_corners": align_corners}
+    expected = torch.nn.functional.interpolate(x.flatten(0, 1), wanted, **options)
+    torch.testing.assert_close(found, expected.unflatten(0, (2, 2)), rtol=1e-5, atol=1e-6)
 
 
 def test_memory_planning_keeps_live_values_apart(check_guards: Callable[[], None]) -> None:

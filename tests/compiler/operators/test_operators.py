@@ -10,15 +10,19 @@ from torch.nn import functional
 
 from ensemble.compiler.operators import support
 from ensemble.compiler.operators.affine import affine, stacked_affine
+from ensemble.compiler.operators.channel_conv import channel_conv, stacked_channel_conv
 from ensemble.compiler.operators.conv2d import conv2d, pack_weight, stacked_conv2d
 from ensemble.compiler.operators.gather import gather, stacked_gather
 from ensemble.compiler.operators.group_norm import group_norm, stacked_group_norm
+from ensemble.compiler.operators.layer_norm import layer_norm, stacked_layer_norm
+from ensemble.compiler.operators.pixel_shuffle import pixel_shuffle, stacked_pixel_shuffle
 from ensemble.compiler.operators.pooling import (
     average_pool2d,
     max_pool2d,
     stacked_average_pool2d,
     stacked_max_pool2d,
 )
+from ensemble.compiler.operators.resample import resample, stacked_resample
 from ensemble.compiler.planning.shape_inference import conv_geometry
 from ensemble.compiler.planning.step import Geometry, Kind, Step
 
@@ -136,6 +140,10 @@ def test_a_nan_in_the_input_comes_out_as_nan_through_relu() -> None:
         (gather, (randn(1, 4, 8, 8), [1, -1, 0], [7, 6], [3, 3, 1, 2, -1])),
         (affine, (randn(1, 4, 8, 8), randn(4), randn(4))),
         (group_norm, (randn(2, 6, 3, 3), randn(6), None, 2, 1e-5)),
+        (layer_norm, (randn(2, 6, 3, 3), randn(6), None, 1e-5)),
+        (channel_conv, (randn(2, 6, 3, 3), randn(3), randn(1))),
+        (pixel_shuffle, (randn(2, 12, 3, 3), [2, 3], [0, 1], [5, 4])),
+        (resample, (randn(2, 6, 3, 3), [0.0, 1.5], [2.0, 0.25, 1.0])),
         (pack_weight, (randn(2, PANEL, WIDTH, 3, 3), Kind.WINOGRAD_4)),
         (
             stacked_conv2d,
@@ -160,6 +168,10 @@ def test_a_nan_in_the_input_comes_out_as_nan_through_relu() -> None:
         ),
         (stacked_gather, (randn(2, 1, 7, 5, 5), [1, -1], [4, 3, 0], [*range(7), -1])),
         (stacked_group_norm, (randn(2, 1, 6, 5, 5), randn(2, 6), randn(2, 6), 3, 1e-3)),
+        (stacked_layer_norm, (randn(2, 1, 6, 5, 5), randn(2, 6), randn(2, 6), 1e-3)),
+        (stacked_channel_conv, (randn(2, 1, 6, 5, 5), randn(2, 3), randn(2, 1))),
+        (stacked_pixel_shuffle, (randn(2, 1, 12, 5, 5), [2, 3], [0, 1], [9, 10])),
+        (stacked_resample, (randn(2, 1, 6, 5, 5), [0.0, 3.5], [4.0, 0.25, 1.0])),
         (stacked_affine, (randn(2, 1, 7, 5, 5), randn(2, 7), randn(2, 7))),
     ],
     ids=lambda value: getattr(value, "_name", None),
@@ -263,6 +275,32 @@ def test_a_group_norm_is_that_of_each_model(
         x, weight, bias = (operand.double() for operand in operands)
         expected = functional.group_norm(x, groups, weight, bias, 1e-3).relu()
         assert error(found[index].double(), expected) < (3e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (None, 0, 0), (0, None, 0), (0, 0, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_norms_convolutions_over_channels_and_resizing_equal_a_loop(
+    in_dims: tuple[int | None, ...], dtype: torch.dtype
+) -> None:
+    stacked = randn(3, 2, 12, 5, 6), randn(3, 12, seed=1), randn(3, 12, seed=2)
+    tensors = [
+        (stack if dim == 0 else stack[0]).to(dtype)
+        for stack, dim in zip(stacked, in_dims, strict=True)
+    ]
+
+    def one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        normed = layer_norm(x, weight, bias, 1e-3)
+        mixed = channel_conv(normed, weight[:5], bias[:1])
+        larger = resample(mixed, [0.0, 0.75, 3.5, 4.0], [5.0, 2.25, 2.0])
+        return pixel_shuffle(larger, [2, 3], [1, 0], [6, 8])
+
+    found = torch.vmap(one, in_dims)(*tensors)
+    for index in range(3):
+        operands = [t if d is None else t[index] for t, d in zip(tensors, in_dims, strict=True)]
+        expected = one(*(operand.double() for operand in operands))
+        assert found.dtype == dtype
+        limit = 5e-2 if dtype == torch.bfloat16 else 1e-5
+        assert error(found[index].double(), expected) < limit
 
 
 @pytest.mark.parametrize(
