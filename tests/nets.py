@@ -45,6 +45,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "by": lambda x: x / 3,
     "minus": lambda x: x - 0.25,
     "from": lambda x: 1 - x,
+    "gelu": functional.gelu,
+    "smooth": lambda x: functional.interpolate(x, scale_factor=1.5, mode="bilinear"),
+    "pixel norm": lambda x: functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(
+        0, 3, 1, 2
+    ),
+    "pixel shuffle": lambda x: functional.pixel_shuffle(x.repeat(1, 4, 1, 1), 2),
     "own norm": lambda x: functional.layer_norm(x, x.shape[1:]),
 }
 ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
