@@ -49,14 +49,5 @@ def test_every_line_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_page_has_a_block_for_each_use() -> None:
     text = "".join(BLOCKS)
     calls = ["build", "prepare", "ThreadPoolExecutor", "replace", "save", "load", "export"]
-        "build",
-        "prepare",
-        "ThreadPoolExecutor",
-        "replace",
-        "save",
-        "load",
-        "export",
-        "triton_repository",
-    ]
     assert [call for call in calls if call not in text] == []
     assert "triton_repository" in TRITON
