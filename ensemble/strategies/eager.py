@@ -44,7 +44,7 @@ def loop(
     """
     called: list[Any] = list(models)
     serving = Serving(
-        tensors=lambda: tensors_of(called),
+        weights=lambda: tensors_of(called),
         stage=lambda index, model, _: exchange_entry(called, index, model),
         is_same_architecture=False,
         saved=lambda _, __, x: saved_run.of_modules(called, x, saved_run.EACH),
@@ -130,7 +130,7 @@ def vmap(
         serialized(lambda x: mapped(state.of(parameters), state.of(buffers), x)),
         deferred_note=mapped.note,
         serving=Serving(
-            tensors=state.tensors.values,
+            weights=state.tensors.values,
             stage=lambda index, model, _: state.exchange(index, model),
             saved=lambda _, __, x: saved_run.of_vmapped(
                 stateless, state.of(parameters), state.of(buffers), private(x)

@@ -70,7 +70,7 @@ def serving_of(copies: Sequence[nn.Module], **options: Any) -> Serving:
     def stage(index: int, model: nn.Module, example: Tensor) -> Commit:
         return exchange_tensors(copies[index], _folded_one(model, index, example))
 
-    return Serving(tensors=lambda: tensors_of(copies), stage=stage, **options)
+    return Serving(weights=lambda: tensors_of(copies), stage=stage, **options)
 
 
 def saved_as(copies: Sequence[nn.Module], mode: str) -> Callable[..., SavedRun]:

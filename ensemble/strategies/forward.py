@@ -20,7 +20,7 @@ from ensemble.machine.precision import Float32Precision, float32_precision
 from ensemble.models import stacking
 from ensemble.models.outputs import SelectedOutput, describe, is_selectable, unwrapped
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
-from ensemble.strategies.serving import CallGate, bytes_of
+from ensemble.strategies.serving import CallGate, held_bytes, weight_bytes
 from ensemble.strategies.shape_plans import ShapePlans
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -179,7 +179,14 @@ class Forward:
     def memory_bytes(self) -> int | None:
         """Memory of weights and intermediate values that are held between calls; None where another
         runtime holds them."""
-        return None if self.serving.tensors is None else bytes_of(self.serving.tensors())
+        return held_bytes([self.serving])
+
+    @property
+    def bytes_per_model(self) -> int | None:
+        """What one more model would add to `memory_bytes`: its weights, as transformed and packed.
+        Intermediate values are of one model at a time, or are not held."""
+        weights = weight_bytes([self.serving])
+        return None if weights is None else weights // self.num_models
 
     @property
     def report(self) -> Report:

@@ -58,7 +58,13 @@ def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -
     note = f"kernels: {counts}" if counts else "kernels: none, all by torch's own"
     left = ", ".join(f"{count} {name}" for name, count in found.by_torch.items())
     served = CompiledModels(found, x, len(models), threads)
-    serving = Serving(served.tensors, served.stage, served.plan, saved=served.saved)
+    serving = Serving(
+        served.weights,
+        served.stage,
+        served.plan,
+        saved=served.saved,
+        workspace=served.workspace,
+    )
     built = _built(found, note, f"by torch: {left}" if counts and left else "", *notes)
     return replace(built, forward=served.run, serving=serving, kernels=kinds)
 

@@ -124,12 +124,14 @@ class CompiledModels:
         assert isinstance(run, CompiledRun)
         return SavedRun(ALL, False, run.graph, [[]])
 
-    def tensors(self) -> list[Tensor]:
-        """The packed weights, and the memory of all programs."""
+    def weights(self) -> list[Tensor]:
+        """The packed weights of all programs."""
         found = [*self._first.found.weights.constants.values()]
         for program in self._programs():
-            found += program.workspace()
-            found += (
-                t for step in program.steps for t in (step.weight, step.bias) if t is not None
-            )
+            for step in program.steps:
+                found += (t for t in (step.weight, step.bias) if t is not None)
         return found
+
+    def workspace(self) -> list[Tensor]:
+        """The memory of intermediate values of all programs, of one model a core."""
+        return [memory for program in self._programs() for memory in program.workspace()]

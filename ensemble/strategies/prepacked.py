@@ -57,10 +57,10 @@ def _built(
 
         return commit
 
-    def tensors() -> list[Tensor]:
+    def weights() -> list[Tensor]:
         return [tensor for one in packed for tensor in one.tensors()]
 
-    return BuildResult(run(packed, example), serving=Serving(tensors, stage, plan, saved=saved))
+    return BuildResult(run(packed, example), serving=Serving(weights, stage, plan, saved=saved))
 
 
 def _sequential(packed: Sequence[Packed], _: Tensor) -> RawForward:

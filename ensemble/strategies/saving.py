@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def load(path: str | os.PathLike[str]) -> Forward:
         routes[shape].run,
         note="; ".join(report["notes"]),
         choice=choice,
-        serving=Serving(loaded.tensors, _no_exchange, loaded.plan),
+        serving=Serving(loaded.weights, _no_exchange, loaded.plan, workspace=loaded.workspace),
         kernels=report["kernels"],
     )
     forward = Forward(
@@ -167,6 +168,7 @@ class _Loaded:
     ) -> None:
         self._routes, self._num_models, self._tensors = dict(routes), num_models, tensors
         self._is_independent = is_independent
+        self._runs = WeakSet(route.run for route in routes.values())
 
     def plan(self, _: nn.Module | None, x: Tensor) -> RawForward:
         """A run for inputs like x.
@@ -189,14 +191,25 @@ class _Loaded:
             resized = graph.with_batch_size(self._num_models, shape[-4], x.shape[-4])
             if resized is not None:
                 assert isinstance(run, LoadedRun)
-                return replace(run, graph=resized)
+                planned = replace(run, graph=resized)
+                self._runs.add(planned)
+                return planned
         raise UnavailableError(
             f"the saved forward has no plan for inputs of shape {tuple(x.shape)}: call"
             " forward.prepare before it is saved, or build another forward"
         )
 
-    def tensors(self) -> list[Tensor]:
+    def weights(self) -> list[Tensor]:
         return [*self._tensors]
+
+    def workspace(self) -> list[Tensor]:
+        programs = (
+            program
+            for run in list(self._runs)
+            if isinstance(run, LoadedRun)
+            for program in run.graph.programs()
+        )
+        return [memory for program in programs for memory in program.workspace()]
 
 
 def _no_exchange(index: int, model: nn.Module, example: Tensor) -> Callable[[], Undo]:

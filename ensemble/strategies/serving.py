@@ -26,7 +26,7 @@ class Serving:
     """Further operations on the weights of a built strategy.
 
     Attributes:
-        tensors: all that the strategy holds, weights and working memory.
+        weights: what the strategy holds of the models.
         stage: `(index, model, example)` -> commit. Prepares the weights of a new model, without
             effect on calls. `commit` runs while no call runs.
         plan: `(model, example)` -> a forward over the same weights for inputs like `example`; model
@@ -34,14 +34,16 @@ class Serving:
         plans_in_seconds: a plan compiles code.
         is_same_architecture: the models share one graph or stack.
         saved: `(run, model, example)` -> what a file holds of the run for inputs like `example`.
+        workspace: working memory that it keeps between calls, whatever the number of models.
     """
 
-    tensors: Callable[[], Iterable[Tensor]] | None  # None: another runtime holds them
+    weights: Callable[[], Iterable[Tensor]] | None  # None: another runtime holds them
     stage: Callable[[int, nn.Module, Tensor], Commit]
     plan: Callable[[nn.Module | None, Tensor], Callable[[Tensor], Any]] | None = None
     plans_in_seconds: bool = False
     is_same_architecture: bool = True
     saved: Callable[[Callable[[Tensor], Any], nn.Module | None, Tensor], SavedRun] | None = None
+    workspace: Callable[[], Iterable[Tensor]] = tuple
 
 
 class Rebuilding:
@@ -155,19 +157,40 @@ def tensors_of(models: Iterable[Any]) -> list[Tensor]:
     ]
 
 
+def weight_bytes(servings: Sequence[Serving]) -> int | None:
+    """Memory of the weights; None where another runtime holds some."""
+    found = [one.weights for one in servings]
+    return None if None in found else bytes_of(t for each in found if each for t in each())
+
+
+def held_bytes(servings: Sequence[Serving]) -> int | None:
+    """Memory of weights and workspace; None where another runtime holds some."""
+    weights = weight_bytes(servings)
+    workspace = (tensor for one in servings for tensor in one.workspace())
+    return None if weights is None else weights + bytes_of(workspace)
+
+
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of these tensors; those in one storage that they share count once."""
-    storages = {
-        tensor.untyped_storage()._cdata: tensor for tensor in tensors if not _is_opaque(tensor)
-    }
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) + sum(
-        tensor.nbytes for tensor in tensors if _is_opaque(tensor)
-    )
+    """Bytes of these tensors; memory that they share counts once."""
+    distinct = {id(tensor): tensor for tensor in tensors}.values()
+    opaque = sum(tensor.nbytes for tensor in distinct if tensor.layout != torch.strided)
+    found, end = opaque, dict[torch.device, int]()  # oneDNN's layout has no address
+    spans = [_span(tensor) for tensor in distinct if tensor.layout == torch.strided]
+    for device, first, last in sorted(spans, key=lambda span: span[1]):
+        reached = max(first, end.get(device, 0))
+        found += max(0, last - reached)
+        end[device] = max(reached, last)
+    return found
 
 
-def _is_opaque(tensor: Tensor) -> bool:
-    """Has it a layout without a storage, such as oneDNN's?"""
-    return tensor.layout != torch.strided
+def _span(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """The addresses that a tensor lies between."""
+    first = tensor.data_ptr()
+    if not tensor.numel():
+        return tensor.device, first, first
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps) + 1
+    return tensor.device, first, first + last * tensor.element_size()
 
 
 class CallGate:

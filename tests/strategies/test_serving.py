@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import ensemble
 from ensemble.errors import UnavailableError
+from ensemble.models.stacking import set_tensors, stacked_state
 from ensemble.strategies import BEST, STRATEGIES
 from ensemble.strategies.lowered_serving import CompiledModels
-from ensemble.strategies.serving import CallGate
+from ensemble.strategies.serving import CallGate, Rebuilding, bytes_of, held_bytes, weight_bytes
 from tests.tiny import TinyNet, independent, tiny_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -375,6 +376,50 @@ def test_the_report_of_a_compiled_forward_counts_its_kernels_and_its_memory() ->
     assert before.memory_bytes is not None
     assert forward.memory_bytes is not None
     assert weights < before.memory_bytes < forward.memory_bytes
+
+
+def test_a_further_model_adds_its_packed_weights_and_no_working_memory() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    few, many = (ensemble.build("lowered_vmap", tiny_models(n), x) for n in (2, 5))
+    assert few.memory_bytes is not None
+    assert few.bytes_per_model is not None
+    assert many.memory_bytes is not None
+    assert many.bytes_per_model is not None
+    added = (many.memory_bytes - few.memory_bytes) / 3
+    # A few constants are shared by all models.
+    assert added <= many.bytes_per_model <= few.bytes_per_model < 1.05 * added
+
+
+def test_memory_is_of_the_models_that_a_forward_has_not_of_the_stack_that_they_are_slices_of() -> (
+    None
+):
+    stack = {name: tensor.clone() for name, tensor in stacked_state(tiny_models(4)).items()}
+    models = tiny_models(4)
+    for index, model in enumerate(models):
+        set_tensors(model, {name: tensor[index] for name, tensor in stack.items()})
+    for name in ("loop", "vmap"):
+        forward = ensemble.build(name, models[1:3], torch.randn(1, 3, 8, 8))
+        size = sum(tensor.nbytes for tensor in stack.values())
+        assert (forward.memory_bytes, forward.bytes_per_model) == (size // 2, size // 4)
+
+
+def test_bytes_of_overlapping_tensors_count_once() -> None:
+    x = torch.zeros(4, 6)
+    assert bytes_of([x, x[1:], x.T, x[:, 2], torch.zeros(0)]) == 96
+    assert bytes_of([x[0], x[2]]) == 48
+    assert bytes_of([torch.zeros(3), torch.zeros(3)]) == 24
+    packed = torch.randn(8, 8).to_mkldnn()
+    assert bytes_of([packed, packed, x]) == 256 + 96
+
+
+def test_memory_that_another_runtime_holds_is_unknown() -> None:
+    def build(models: Any, example: Tensor) -> Any:
+        return lambda x: torch.zeros(2, len(x), 5)
+
+    models, x = tiny_models(2), torch.randn(1, 3, 8, 8)
+    rebuilding = Rebuilding(build, models, build(models, x), x)
+    assert weight_bytes([rebuilding.serving]) is None
+    assert held_bytes([rebuilding.serving]) is None
 
 
 def test_further_shapes_share_the_packed_weights() -> None:
