@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from ensemble.machine.dtypes import FLOAT32, NumericFormat, check_supported
 from ensemble.machine.precision import float32_precision, switch_float32_precision
 from ensemble.models import stacking
 from ensemble.strategies import TUNE_SECONDS
+from ensemble.strategies.forward import Forward
 
 if TYPE_CHECKING:
     from ensemble.strategies.build_result import BuildResult, Choice, ForwardFn
@@ -38,7 +39,7 @@ class BuiltStrategy:
 
     `forward` gives logits `(N, B, classes)`; `timed_forward`, which is timed, their reduction.
     `ready` runs before each call, untimed: it sets the precision of float32 products on CUDA; over
-    ranks it is the barrier.
+    ranks it is the barrier. `held_bytes` and `bytes_per_model`: see `Forward`.
     """
 
     forward: ForwardFn
@@ -53,6 +54,8 @@ class BuiltStrategy:
     ready: Callable[[], None] = _is_ready
     numbers: NumericFormat = FLOAT32
     peak_reserved_bytes: int | None = None
+    held_bytes: int | None = None
+    bytes_per_model: int | None = None
 
     def call(self, example: Tensor | None = None) -> Tensor:
         """The result for the example, or for another like it."""
@@ -112,9 +115,11 @@ def _build(
     peak = memory.peak_bytes(device) if peak_known else None
     peak_reserved = memory.peak_reserved_bytes(device)
     shared = sum(map(stacking.weight_bytes, models)) if own_models is models else 0
+    forward = built.forward
+    assert isinstance(forward, Forward)
     return BuiltStrategy(
-        forward=built.forward,
-        timed_forward=built.forward,
+        forward=forward,
+        timed_forward=forward,
         example=own_example,
         logits=logits,
         build_s=ready - begin,
@@ -125,6 +130,44 @@ def _build(
         choice=built.choice,
         ready=partial(switch_float32_precision, numbers.float32_precision, device),
         numbers=numbers,
+        held_bytes=forward.memory_bytes,
+        bytes_per_model=forward.bytes_per_model,
+    )
+
+
+def at_shape(built: BuiltStrategy, example: Tensor) -> BuiltStrategy:
+    """A strategy prepared for inputs of another shape, over the same weights, and called twice.
+
+    Its costs are those of the preparation; the peak memory is unknown.
+
+    Raises:
+        UnavailableError: the strategy does not support inputs of this shape.
+        Exception: what the strategy raises.
+    """
+    forward, device = built.forward, example.device
+    assert isinstance(forward, Forward)
+    own_example = example.to(built.example.dtype)
+    with float32_precision(built.numbers.float32_precision):
+        synchronize(device)
+        begin = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of compilers, about their own tracing
+            forward.prepare([tuple(own_example.shape)])
+            synchronize(device)
+            ready = time.perf_counter()
+            logits = forward(own_example)
+        synchronize(device)
+        called = time.perf_counter()
+        _call_again(forward, own_example)
+    return replace(
+        built,
+        example=own_example,
+        logits=logits,
+        build_s=ready - begin,
+        first_call_s=called - ready,
+        peak_memory_bytes=None,
+        peak_reserved_bytes=None,
+        held_bytes=forward.memory_bytes,
     )
 
 

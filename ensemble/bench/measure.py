@@ -113,6 +113,8 @@ def _with_costs(found: Measurement, built: BuiltStrategy) -> Measurement:
         first_call_s=built.first_call_s,
         peak_memory_bytes=built.peak_memory_bytes,
         peak_reserved_bytes=built.peak_reserved_bytes,
+        held_bytes=built.held_bytes,
+        bytes_per_model=built.bytes_per_model,
         tune_s=built.choice.seconds if built.choice else None,
     )
 

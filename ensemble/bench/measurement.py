@@ -84,6 +84,8 @@ class Measurement:
     first_call_s: float | None = None
     peak_memory_bytes: int | None = None
     peak_reserved_bytes: int | None = None  # on CUDA: what the caching allocator held
+    held_bytes: int | None = None  # between calls: weights and working memory
+    bytes_per_model: int | None = None  # of held_bytes, what one more model would add
     tune_s: float | None = None  # of build_s, to choose a strategy; None where nothing was chosen
     page_faults_per_call: float | None = None
     reference_page_faults_per_call: float | None = None

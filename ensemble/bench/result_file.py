@@ -47,7 +47,8 @@ CASE_FIELDS = tuple(field.name for field in fields(Case))
 STATISTICS = (
     *("median_s", "iqr_s", "reference_median_s", "speedup", "speedup_interval", "inconclusive"),
     *("device_median_s", "with_copies_s", "build_s", "first_call_s", "tune_s"),
-    *("peak_memory_bytes", "peak_reserved_bytes", "page_faults_per_call"),
+    *("peak_memory_bytes", "peak_reserved_bytes", "held_bytes", "bytes_per_model"),
+    "page_faults_per_call",
     *("max_rel_error", "error_float64", "top1_agreement", "others_cpu_share", "roofline_share"),
 )
 OF_RANKS = (*("parallel_efficiency", "communication", "interference", "speedup_over_one_rank"),)

@@ -155,6 +155,14 @@ class Summary:
         return max(self._known("peak_reserved_bytes"), default=None)
 
     @property
+    def held_bytes(self) -> int | None:
+        return max(self._known("held_bytes"), default=None)
+
+    @property
+    def bytes_per_model(self) -> int | None:
+        return max(self._known("bytes_per_model"), default=None)
+
+    @property
     def device_median_s(self) -> float | None:
         """The median time of a call between two events on the device's stream."""
         return median([time for one in self.measurements for time in one.device_times_s])

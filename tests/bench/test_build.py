@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemble import strategies
-from ensemble.bench.build import build
+from ensemble.bench.build import at_shape, build
 from ensemble.compiler import kernels
 from ensemble.errors import UnavailableError
 from ensemble.machine import memory
@@ -68,6 +68,43 @@ def test_a_strategy_is_built_under_its_own_precision_and_that_of_the_caller_is_r
     assert found == [expected] * 3  # the build, the first call, the second
     assert built.numbers == numbers
     assert built.example.dtype == built.logits.dtype == numbers.dtype
+
+
+def test_a_strategy_is_prepared_for_another_shape_under_its_own_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[Float32Precision] = []
+
+    def notes_flags(models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+        found.append(current_float32_precision())
+        return BuildResult(lambda x: torch.stack([model(x) for model in models]))
+
+    monkeypatch.setattr(Strategy, "builder", lambda self, **_: notes_flags)
+    monkeypatch.setitem(strategies.STRATEGIES, "notes", Strategy("eager", "loop", "notes"))
+    monkeypatch.setattr("ensemble.bench.build.check_supported", lambda numbers, device: None)
+    models, x = tiny_models(2), torch.randn(4, 3, 8, 8)
+    with float32_precision(Float32Precision.IEEE):
+        built = build("notes", models, x, numeric_format("tf32"))
+        found.clear()
+        smaller = at_shape(built, x[:3])
+        assert current_float32_precision() is Float32Precision.IEEE
+    assert found == [Float32Precision.TF32]
+    assert torch.equal(smaller.logits, torch.stack([model(x[:3]) for model in models]))
+    assert smaller.example.shape == (3, 3, 8, 8)
+    assert smaller.call().shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("name", ["loop", "vmap", "lowered_vmap"])
+def test_a_build_has_the_memory_that_is_held_and_that_of_a_model(name: str) -> None:
+    models = tiny_models(2)
+    built = build(name, models, torch.randn(1, 3, 8, 8), FLOAT32)
+    assert built.held_bytes is not None
+    assert built.bytes_per_model is not None
+    if name == "lowered_vmap":  # batch norm is folded, channels are padded, the arenas are held
+        assert 2 * built.bytes_per_model < built.held_bytes
+    else:
+        size = sum(map(stacking.weight_bytes, models))
+        assert (built.held_bytes, built.bytes_per_model) == (size, size // 2)
 
 
 def test_tf32_is_not_built_on_a_cpu() -> None:

@@ -274,7 +274,11 @@ LEFT_OUT_FIRST: tuple[tuple[str, Column, Column | None], ...] = (
     ("memory", MEMORY, None),
     ("with copies", WITH_COPIES, None),
 )
+HELD = Column("held\n(MB)", lambda row: number(row.held_bytes, ".0f", 1e-6))
+PER_MODEL = Column("per model\n(MB)", lambda row: number(row.bytes_per_model, ".1f", 1e-6))
 VERBOSE_COLUMNS = (
+    HELD,
+    PER_MODEL,
     Column("build\n(s)", lambda row: number(row.build_s, ".2f")),
     Column("first call\n(s)", lambda row: number(row.first_call_s, ".3f")),
     Column("error to\nfloat64", lambda row: number(row.error_float64, ".0e")),

@@ -222,6 +222,19 @@ def test_a_symlink_and_the_file_mode_are_preserved(tmp_path: Path) -> None:
     assert sorted(path.name[:5] for path in tmp_path.iterdir()) == ["lates", "nnnnn", "run.j"]
 
 
+def test_held_memory_is_in_the_files_and_survives_them() -> None:
+    row = changed(VMAP, held_bytes=187_000_000, bytes_per_model=46_750_000)
+    run = Run(ENVIRONMENT, {}, (row,))
+    assert result_file.from_json(result_file.to_json(run)).results == (row,)
+    (line,) = csv.DictReader(io.StringIO(exports.to_csv(run)))
+    assert (line["held_bytes"], line["bytes_per_model"]) == ("187000000", "46750000")
+    content = json.loads(result_file.to_json(run))
+    for measurement in content["results"][0]["measurements"]:
+        del measurement["held_bytes"], measurement["bytes_per_model"]
+    (old,) = result_file.from_json(json.dumps(content)).results
+    assert (old.held_bytes, old.bytes_per_model) == (None, None)
+
+
 def test_figures_of_a_gpu_are_in_the_files_and_survive_them() -> None:
     row = changed(
         VMAP,

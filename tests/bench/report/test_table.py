@@ -1,5 +1,6 @@
 """The table, the answer and the remarks."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +218,15 @@ def test_the_default_table_of_every_stored_run_fits_ninety_columns(path: Path) -
     lines = render_table(rows).splitlines()
     assert len(lines) > 3
     assert max(map(len, lines)) <= WIDTH
+
+
+def test_held_memory_and_that_of_a_model_are_columns_of_the_verbose_table() -> None:
+    row = changed(VMAP, held_bytes=217_600_000, bytes_per_model=46_750_000)
+    lines = render_table([row, LOOP], verbose=True).splitlines()
+    (vmap,) = (line for line in lines if line.startswith("vmap"))
+    assert "held  per model" in lines[1]
+    assert re.search(r" 218 +46\.8 ", vmap)
+    assert "held" not in render_table([row, LOOP])
 
 
 def test_columns_left_out_of_a_wide_table_are_named_and_shown_by_verbose() -> None:

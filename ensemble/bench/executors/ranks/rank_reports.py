@@ -19,6 +19,8 @@ class RankReport:
     first_call_s: float = 0.0
     peak_memory_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    held_bytes: int | None = None
+    bytes_per_model: int | None = None
     notes: tuple[Note, ...] = ()
     choice: Choice | None = None
 

@@ -129,6 +129,8 @@ class RankWorker:
             first_call_s=built.first_call_s,
             peak_memory_bytes=built.peak_memory_bytes,
             peak_reserved_bytes=built.peak_reserved_bytes,
+            held_bytes=built.held_bytes,
+            bytes_per_model=built.bytes_per_model,
             notes=built.notes,
             choice=built.choice,
         )

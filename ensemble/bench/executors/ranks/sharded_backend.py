@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -64,10 +64,6 @@ def _build(
         leader.announce_call(key, "none")
         return call(x, "none")
 
-    peaks = [report.peak_memory_bytes for report in reports if report.peak_memory_bytes is not None]
-    reserved = [
-        report.peak_reserved_bytes for report in reports if report.peak_reserved_bytes is not None
-    ]
     return BuiltStrategy(
         forward=forward,
         timed_forward=lambda x: call(x, reduce),
@@ -75,13 +71,20 @@ def _build(
         logits=forward(own_example),
         build_s=max(report.build_s for report in reports),
         first_call_s=max(report.first_call_s for report in reports),
-        peak_memory_bytes=max(peaks, default=None),
-        peak_reserved_bytes=max(reserved, default=None),
+        peak_memory_bytes=_largest(report.peak_memory_bytes for report in reports),
+        peak_reserved_bytes=_largest(report.peak_reserved_bytes for report in reports),
+        held_bytes=_largest(report.held_bytes for report in reports),
+        bytes_per_model=_largest(report.bytes_per_model for report in reports),
         choice=reports[0].choice,
         notes=_notes(reports),
         ready=lambda: leader.announce_call(key, reduce),
         numbers=numbers,
     )
+
+
+def _largest(values: Iterable[int | None]) -> int | None:
+    """The largest known value."""
+    return max((value for value in values if value is not None), default=None)
 
 
 def _notes(reports: Sequence[RankReport]) -> tuple[Note, ...]:
