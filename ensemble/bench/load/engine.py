@@ -42,9 +42,12 @@ class Engine:
         *,
         tolerance: float,
         max_rel_error: float | None,
+        held_bytes: int | None,
+        weight_bytes: int | None,
     ) -> None:
         self._built_plans, self._images = built_plans, images.unbind()
         self.plans, self.max_rel_error = tuple(plans), max_rel_error
+        self.held_bytes, self.weight_bytes = held_bytes, weight_bytes
         self.device = next(iter(built_plans.values())).input.device
         forwards = [forward for built in built_plans.values() for forward in built.forwards]
         self.build_s = sum(forward.build_s for forward in forwards)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ensemble.bench.build import build
+from ensemble.bench.build import BuiltStrategy, at_shape, build
 from ensemble.bench.case import Case
 from ensemble.bench.host_copies import calls_from_host, pinned
 from ensemble.bench.load.batching import ALL_TENANTS, SINGLE_TENANT, BatchPlan, batch_sizes
@@ -21,6 +22,8 @@ from ensemble.machine.timing import interleaved
 from ensemble.statistics import median
 from ensemble.strategies import HYBRIDS, get
 from ensemble.strategies.agreement import check, tolerance_of
+from ensemble.strategies.forward import Forward
+from ensemble.strategies.serving import Serving, held_bytes, weight_bytes
 
 MIN_TIMED_CALLS, MIN_TIMED_S = 5, 0.1  # per batch plan
 MAX_CACHE_SPEEDUP = 3.0  # of calls with a repeated input over calls with a new one
@@ -75,24 +78,29 @@ def build_engine(case: Case, setup: Setup, *, max_batch: int, on_stage: OnStage)
     numbers = numeric_format(case.dtype)
     images = setup.images.to(numbers.dtype)
     strategies = {SINGLE_TENANT: serving.single_tenant, ALL_TENANTS: serving.all_tenants}
-    keys = [
-        (mode, size)
-        for mode, strategy in strategies.items()
-        if strategy
-        for size in batch_sizes(max_batch)
-    ]
-    built_plans, plans, errors = dict[PlanKey, BuiltPlan](), list[BatchPlan](), list[float]()
-    for index, (mode, size) in enumerate(keys):
-        on_stage(f"build {mode} batch {size}", index / len(keys))
-        strategy = strategies[mode]
-        assert strategy is not None
-        built, plan_errors = _build_plan(
-            strategy, mode, size, serving.num_tenants, case, numbers, setup, images, expected
+    modes = {mode: strategy for mode, strategy in strategies.items() if strategy}
+    sizes = batch_sizes(max_batch)
+    # Built for the largest batch: it sets the peak throughput, which an autotuner then maximizes.
+    order = [(mode, size) for mode in modes for size in reversed(sizes)]
+    found, errors = dict[PlanKey, BuiltPlan](), list[float]()
+    for index, (mode, size) in enumerate(order):
+        on_stage(f"build {mode} batch {size}", index / len(order))
+        found[mode, size], plan_errors = _build_plan(
+            modes[mode],
+            mode,
+            size,
+            serving.num_tenants,
+            case,
+            numbers,
+            setup,
+            images,
+            expected,
+            largest=found.get((mode, max_batch)),
         )
-        built_plans[mode, size] = built
         errors += plan_errors
-    for (mode, size), built in built_plans.items():
-        plans.append(BatchPlan(mode, size, _time_plan(built)))
+    built_plans = {(mode, size): found[mode, size] for mode in modes for size in sizes}
+    plans = [BatchPlan(*key, _time_plan(built)) for key, built in built_plans.items()]
+    servings = _servings(built_plans)
     return Engine(
         built_plans,
         plans,
@@ -100,7 +108,15 @@ def build_engine(case: Case, setup: Setup, *, max_batch: int, on_stage: OnStage)
         pinned(images),
         tolerance=tolerance_of(numbers),
         max_rel_error=max(errors, default=None),
+        held_bytes=held_bytes(servings),
+        weight_bytes=weight_bytes(servings),
     )
+
+
+def _servings(built_plans: Mapping[PlanKey, BuiltPlan]) -> list[Serving]:
+    """Those of all forwards, each once."""
+    forwards = {one.forward for built in built_plans.values() for one in built.forwards}
+    return [forward.serving for forward in forwards if isinstance(forward, Forward)]
 
 
 def reference_logits(setup: Setup) -> Tensor:
@@ -128,8 +144,11 @@ def _build_plan(
     setup: Setup,
     images: Tensor,
     expected: Tensor,
+    *,
+    largest: BuiltPlan | None,
 ) -> tuple[BuiltPlan, list[float]]:
-    """The forwards of a plan, checked on the first images, and the largest error of each."""
+    """The forwards of a plan, checked on the first images, and the largest error of each: those of
+    `largest`, prepared for this batch size, or built for it."""
     indices = [index % len(images) for index in range(size)]
     example = images[indices]
     shards = [setup.models]
@@ -137,9 +156,12 @@ def _build_plan(
         example = example.expand(num_tenants, *example.shape).contiguous()
     elif num_tenants > 1 or case.inputs == "per_model":
         shards = [setup.models[tenant : tenant + 1] for tenant in range(num_tenants)]
-    forwards, errors = [], list[float]()
+    forwards, errors = list[BuiltStrategy](), list[float]()
     for tenant, models in enumerate(shards):
-        built = build(strategy, models, example.float(), numbers)
+        if largest is None:
+            built = build(strategy, models, example.float(), numbers)
+        else:
+            built = at_shape(largest.forwards[tenant], example)
         reference = expected[tenant : tenant + 1] if len(shards) > 1 else expected
         agreement = check(
             built.logits,

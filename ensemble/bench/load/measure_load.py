@@ -54,7 +54,7 @@ def measure_under_load(
 ) -> Measurement:
     """Measure a case under load. A failure becomes the error of the measurement.
 
-    `best` chooses a strategy per batch size. `seed` draws the arrivals.
+    `best` chooses a strategy at the largest batch size. `seed` draws the arrivals.
     """
     release_compiled()
     measurement, numbers = Measurement(case, notes=setup.notes), numeric_format(case.dtype)
@@ -97,6 +97,7 @@ def measure_under_load(
     peak = memory.peak_bytes(device) if peak_known else None
     peak_reserved = memory.peak_reserved_bytes(device)
     shared = sum(map(stacking.weight_bytes, setup.models)) if numbers.dtype == torch.float32 else 0
+    weights = engine.weight_bytes
     problem = next((run.problem for run in load_test.runs if run.problem), None)
     return replace(
         measurement,
@@ -106,6 +107,8 @@ def measure_under_load(
         first_call_s=engine.first_call_s,
         peak_memory_bytes=memory.increase(before, peak, shared),
         peak_reserved_bytes=memory.increase(reserved_before, peak_reserved, shared),
+        held_bytes=engine.held_bytes,
+        bytes_per_model=weights // case.num_models if weights is not None else None,
         others_cpu_share=other_processes.share_of_others(cpu, other_processes.read()),
         load=load_test,
         gpu=gpu,

@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +31,15 @@ from ensemble.bench.report import curves
 from ensemble.bench.setup import Setup, local_setup
 from ensemble.bench.summary import Run, Summary
 from ensemble.bench.timed_calls import TimedCalls
+from ensemble.errors import UnavailableError
 from ensemble.machine.precision import (
     Float32Precision,
     current_float32_precision,
     float32_precision,
     set_float32_precision,
 )
-from ensemble.strategies import Strategy
+from ensemble.models import stacking
+from ensemble.strategies import Strategy, eager
 from ensemble.strategies.build_result import BuildResult
 from tests.made import CASE, CONFIG, ENVIRONMENT, row_of, with_options
 from tests.tiny import tiny_models
@@ -129,6 +132,123 @@ def test_every_plan_answers_each_request_and_a_mixed_up_image_or_model_is_detect
         engine._expected = engine._expected[[1, 2, 0]]
         for batch in batches(engine, tenants):
             assert engine.execute(batch)[0] == batch.num_requests
+
+
+class Builder:
+    """Builds a loop, and notes the shape of each build and of each further plan; `planned` gives
+    the run of a plan."""
+
+    def __init__(self, planned: Callable[[Any], Any] = lambda run: run) -> None:
+        self.built, self.planned = list[tuple[int, ...]](), list[tuple[int, ...]]()
+        self._planned = planned
+
+    def __call__(self, models: Sequence[nn.Module], example: Tensor) -> BuildResult:
+        self.built.append(tuple(example.shape))
+        loop = eager.loop(models, example)
+        assert loop.serving is not None
+
+        def plan(_: nn.Module | None, x: Tensor) -> Any:
+            self.planned.append(tuple(x.shape))
+            return self._planned(loop.forward)
+
+        return replace(loop, serving=replace(loop.serving, plan=plan))
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, *, sequential: bool) -> None:
+        strategy = Strategy("eager", "loop", "counted", sequential=sequential)
+        monkeypatch.setitem(strategies.STRATEGIES, "counted", strategy)
+        monkeypatch.setattr(Strategy, "builder", lambda *_, **__: self)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sequential", "built", "planned"),
+    [
+        ("shared", False, [(4, 3, 8, 8)], [(2, 3, 8, 8), (1, 3, 8, 8)]),
+        ("per_model", True, [(4, 3, 8, 8)] * 3, [(2, 3, 8, 8)] * 3 + [(1, 3, 8, 8)] * 3),
+        ("per_model", False, [(3, 4, 3, 8, 8)], [(3, 2, 3, 8, 8), (3, 1, 3, 8, 8)]),
+    ],
+)
+@pytest.mark.usefixtures("one_thread")
+def test_a_strategy_is_built_once_a_tenant_and_prepared_for_smaller_batches(
+    inputs: str,
+    sequential: bool,
+    built: list[tuple[int, ...]],
+    planned: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case, builder = case_of("counted", inputs), Builder()
+    setup = setup_of(case)
+    builder.install(monkeypatch, sequential=sequential)
+    engine = engine_builder.build_engine(case, setup, max_batch=4, on_stage=lambda *_: None)
+    assert (builder.built, builder.planned) == (built, planned)
+    assert [plan.batch_size for plan in engine.plans] == [1, 2, 4]
+    for batch in batches(engine, 1 if inputs == "shared" else 3):
+        assert engine.execute(batch)[0] == 0
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_wrong_plan_fails_the_row_with_its_mode_and_batch_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = case_of("counted", "per_model")
+    setup = setup_of(case)
+
+    def wrong(run: Any) -> Any:
+        return lambda x: 1.1 * torch.stack(run(x).outputs) if x.shape[-4] == 1 else run(x)
+
+    Builder(wrong).install(monkeypatch, sequential=False)
+    row = measured_in(setup, case)
+    assert row.status == "failed"
+    assert str(row.error).startswith("all-tenant batch 1: ")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_batch_size_that_cannot_be_planned_makes_the_row_unavailable_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: Any) -> Any:
+        raise UnavailableError("even batches only")
+
+    case = case_of("counted")
+    setup = setup_of(case)
+    Builder(refuse).install(monkeypatch, sequential=False)
+    row = measured_in(setup, case)
+    assert (row.status, row.error) == ("unavailable", "even batches only")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "inputs"), [("lowered_vmap", "shared"), ("lowered_hybrid", "per_model")]
+)
+@pytest.mark.usefixtures("one_thread")
+def test_batch_sizes_share_the_packed_weights_and_have_memory_for_activations_of_their_own(
+    strategy: str, inputs: str
+) -> None:
+    case = case_of(strategy, inputs)
+    setup = setup_of(case)
+    engines = [
+        engine_builder.build_engine(case, setup, max_batch=size, on_stage=lambda *_: None)
+        for size in (1, 16)
+    ]
+    weights = [engine.weight_bytes for engine in engines]
+    held = [engine.held_bytes for engine in engines]
+    assert weights[0] == weights[1]
+    assert weights[0] is not None
+    assert held[0] is not None
+    assert held[1] is not None
+    assert weights[0] < held[0] < held[1]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_memory_under_load_counts_a_stack_that_tenants_share_once() -> None:
+    pytest.importorskip("mlperf_loadgen")
+    stack = {name: t.clone() for name, t in stacking.stacked_state(tiny_models(3)).items()}
+    models = tiny_models(3)
+    for index, model in enumerate(models):
+        stacking.set_tensors(model, {name: tensor[index] for name, tensor in stack.items()})
+    case = case_of("hybrid", "per_model")  # the loop of each tenant, and vmap of all
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    (found,) = measured_in(local_setup([case], models, lambda px: images), case).measurements
+    size = sum(tensor.nbytes for tensor in stack.values())
+    assert (found.held_bytes, found.bytes_per_model) == (size, size // 3)
 
 
 class Segmenter(nn.Sequential):
