@@ -805,7 +805,7 @@ def test_without_loadgen_the_error_names_the_requirements(
 def test_the_default_comparison_has_a_cuda_graph_of_the_loop_on_cuda_only() -> None:
     default = ("loop", "vmap", "best")
     assert parse([]).run.strategies == parse([]).on("cpu").run.strategies == default
-    on_cuda = parse([]).on("cuda")
+    on_cuda = parse([]).on("cuda").for_architecture(None)
     assert on_cuda.run.strategies == ("loop", "vmap", "cudagraph_loop", "best")
     assert [case.strategy for case in on_cuda.plan()] == ["loop", "vmap", "cudagraph_loop", "best"]
     assert on_cuda.on("cuda") == config_of(on_cuda.plain()).on("cuda") == on_cuda

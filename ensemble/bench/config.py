@@ -288,7 +288,7 @@ class Config:
     """A parsed command line. `load` is None unless a scenario was given.
 
     names_strategies: whether the strategies were named, and are not the default ones.
-    names_image_size: likewise of the image size.
+    names_image_size: likewise of the image size; or it is settled, by the architecture.
     """
 
     models: ModelOptions
@@ -301,10 +301,12 @@ class Config:
 
     def for_architecture(self, image_size: int | None) -> Config:
         """The configuration for an architecture with an image size of its own, unless another was
-        named; None: it has none."""
-        if self.names_image_size or image_size is None:
+        named; None: it has none, and the default is settled."""
+        if self.names_image_size:
             return self
-        models = replace(self.models, image_size=(image_size,))
+        models = self.models
+        if image_size is not None:
+            models = replace(models, image_size=(image_size,))
         return replace(self, models=models, names_image_size=True)
 
     def on(self, device_type: str) -> Config:
