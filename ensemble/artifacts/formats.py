@@ -85,6 +85,8 @@ def check_saved_destination(
 ) -> None:
     """Check that `ensemble.save` can write a file at `path`; see `check_destination`."""
     place = Path(os.path.realpath(path))
+    if os.fspath(path).endswith(("/", os.sep)):
+        raise InputError(f"expected the path of a file, got {path}", argument=argument)
     try:
         problem = _problem_of_file(place, SAVED_MAGIC, overwrite=overwrite)
     except OSError as error:

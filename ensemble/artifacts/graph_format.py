@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensemble.compiler import kernels
+from ensemble.compiler.kernels import KERNELS
 from ensemble.compiler.planning.step import Activation, Geometry, Kind, Step
+from ensemble.compiler.planning.vector_layout import weight_shape
 from ensemble.compiler.runtime.instructions import Instruction, Instructions, Value, with_lifetimes
 from ensemble.compiler.runtime.packed_weight import PackedWeight
 from ensemble.compiler.runtime.program import Program
@@ -19,7 +22,6 @@ from ensemble.errors import InputError, UnavailableError
 
 # Operators that a file may name: those of torch and of this package that compute from arguments.
 _NAMESPACES = ("aten", "ensemble")
-_NOT_OF_FILES = ("aten.from_file.default",)
 _ENUMS = {
     f"torch.{name}": getattr(torch, name)
     for name in (
@@ -76,9 +78,15 @@ def decode(data: Mapping[str, Any], tensors: Sequence[Tensor], *, threads: int) 
     """
     body = [_decode_instruction(each, tensors, threads) for each in data["body"]]
     constants = tuple(tensors[number] for number in data["constants"])
-    return with_lifetimes(
-        Instructions(data["inputs"], constants, tuple(body), Value(data["output"]))
-    )
+    graph = Instructions(data["inputs"], constants, tuple(body), Value(data["output"]))
+    known = set(range(graph.num_inputs + len(constants)))
+    for each in graph.body:
+        if not known.issuperset(each.read()):
+            raise ValueError("an instruction reads a value that is not there yet")
+        known.add(each.out)
+    if graph.output.number not in known:
+        raise ValueError("the output is a value that is not there")
+    return with_lifetimes(graph)
 
 
 def _encode_instruction(each: Instruction, table: TensorTable) -> dict[str, Any]:
@@ -132,7 +140,7 @@ def _function_of(name: str) -> Callable[..., Any]:
     if kind == "function" and (found := _functions().get(rest)):
         return found
     parts = name.split(".")
-    if len(parts) == 3 and parts[0] in _NAMESPACES and name not in _NOT_OF_FILES:
+    if len(parts) == 3 and parts[0] in _NAMESPACES:
         if parts[0] == "ensemble":
             import ensemble.compiler.operators  # noqa: F401  # registers them
         try:
@@ -140,9 +148,14 @@ def _function_of(name: str) -> Callable[..., Any]:
             overload = getattr(getattr(operators, parts[1]), parts[2])
         except AttributeError:
             overload = None
-        if isinstance(overload, torch._ops.OpOverload):
+        if isinstance(overload, torch._ops.OpOverload) and _is_pure(overload):
             return overload
     raise InputError(f"expected operators that this version has, got {name!r}")
+
+
+def _is_pure(overload: torch._ops.OpOverload) -> bool:
+    """Does an operator only compute a result, without writing to an argument or a file?"""
+    return not overload._schema.is_mutable and "file" not in overload._schema.name
 
 
 def _encode(argument: Any) -> Any:
@@ -191,8 +204,9 @@ def _encode_program(program: Program, table: TensorTable) -> dict[str, Any]:
 
 
 def _decode_program(data: Mapping[str, Any], tensors: Sequence[Tensor], threads: int) -> Program:
+    steps = [_decode_step(step, tensors, data["num_models"]) for step in data["steps"]]
     return Program(
-        [_decode_step(step, tensors) for step in data["steps"]],
+        steps,
         inputs=data["inputs"],
         outputs=data["outputs"],
         num_models=data["num_models"],
@@ -213,7 +227,7 @@ def _encode_step(step: Step, table: TensorTable) -> dict[str, Any]:
     return found | {"geometry": asdict(step.geometry)}
 
 
-def _decode_step(data: Mapping[str, Any], tensors: Sequence[Tensor]) -> Step:
+def _decode_step(data: Mapping[str, Any], tensors: Sequence[Tensor], num_models: int) -> Step:
     geometry: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in data["geometry"].items()
@@ -222,4 +236,35 @@ def _decode_step(data: Mapping[str, Any], tensors: Sequence[Tensor]) -> Step:
         name: None if data[name] is None else tensors[data[name]] for name in ("weight", "bias")
     }
     kinds = {"kind": Kind(data["kind"]), "activation": Activation(data["activation"])}
-    return Step(**{**data, **kinds, **operands, "geometry": Geometry(**geometry)})
+    step = Step(**{**data, **kinds, **operands, "geometry": Geometry(**geometry)})
+    _check_step(step, num_models)
+    return step
+
+
+def _check_step(step: Step, num_models: int) -> None:
+    """Raise ValueError for a step that would read or write outside its tensors."""
+    numbers = [step.x, step.out, *([] if step.other is None else [step.other])]
+    sizes = [
+        number
+        for value in vars(step.geometry).values()
+        for number in (value if isinstance(value, tuple) else (value,))
+        if number is not None
+    ]
+    if not all(type(number) is int and 0 <= number < 2**31 for number in (*numbers, *sizes)):
+        raise ValueError(f"a step of {step.kind.label} has sizes that are none")
+    if 0 in step.geometry.stride or 0 in step.geometry.kernel or 0 in step.geometry.dilation:
+        raise ValueError(f"a step of {step.kind.label} has a stride of 0")
+    for tensor in (step.weight, step.bias):
+        if tensor is not None and len(tensor) != num_models:
+            raise ValueError(
+                f"a step of {step.kind.label} has not the weights of {num_models} models"
+            )
+    if step.weight is None or KERNELS[step.kind].empty is None:
+        return
+    shape = (num_models, *weight_shape(step.geometry))
+    expected = kernels.empty_packed(torch.empty(shape, device="meta"), step.kind)
+    found = step.weight
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype) or not found.is_contiguous():
+        raise ValueError(f"a step of {step.kind.label} has weights of another size")
+    if step.bias is None or step.bias.shape != (num_models, step.geometry.out_channels):
+        raise ValueError(f"a step of {step.kind.label} has no bias for each channel")

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,15 @@ def read(path: str | os.PathLike[str]) -> Content:
         raise InputError(f"{path}: cannot be mapped into memory: {first_line(error)}") from error
     if zlib.crc32(header) != checksum:
         raise _damaged(path, "its header")
-    parsed = json.loads(header)
+    try:
+        return _parsed(path, json.loads(header), memory, length)
+    except InputError:
+        raise
+    except Exception as error:  # made by another program
+        raise _damaged(path, f"{type(error).__name__} in its header") from error
+
+
+def _parsed(path: Path, parsed: Any, memory: mmap.mmap, length: int) -> Content:
     begin = -(-(_PREFIX.size + length) // _PAGE) * _PAGE
     entries = parsed["tensors"]
     end = begin + max((entry["offset"] + entry["bytes"] for entry in entries), default=0)
@@ -134,12 +143,19 @@ def _damaged(path: Path, what: str) -> InputError:
 
 
 def _mapped(memory: mmap.mmap, begin: int, entry: dict[str, Any]) -> Tensor:
-    dtype = _DTYPES[entry["dtype"]]
+    dtype, shape, strides = _DTYPES[entry["dtype"]], entry["shape"], entry["stride"]
     count = entry["bytes"] // dtype.itemsize
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if (
+        min((0, entry["offset"], *shape, *strides)) < 0
+        or prod(shape) != count
+        or last >= max(count, 1)
+    ):
+        raise ValueError("a tensor that is larger than its bytes")
     if not count:
-        return torch.empty(entry["shape"], dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
     flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin + entry["offset"])
-    return flat.as_strided(entry["shape"], entry["stride"])
+    return flat.as_strided(shape, strides)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -44,7 +44,9 @@ def check_version(saved: dict[str, Any], path: str) -> None:
 def _digest() -> str:
     """The hash of the sources that saved plans and packed weights depend on."""
     files = sorted(
-        path for folder in ("artifacts", "compiler") for path in (_SOURCES / folder).rglob("*.py")
+        path
+        for folder in ("artifacts", "compiler", "strategies")
+        for path in (_SOURCES / folder).rglob("*.py")
     )
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +74,11 @@ class SharedWeights:
         return Folded({node: self.constants[keys[node]] for node in wanted}, dynamic)
 
 
+def _is_of_one(value: Tensor, stack: Tensor) -> bool:
+    """Is a value like one of a stack, `(1, ...)`?"""
+    return value.shape == (1, *stack.shape[1:])
+
+
 def _is_read(node: fx.Node, dynamic: set[fx.Node]) -> bool:
     """Does a call read this constant?"""
     return any(user in dynamic or user.op == "output" for user in node.users)
@@ -106,15 +112,19 @@ class WeightMap:
             node for node in self.module.graph.nodes if node in of_state and _is_read(node, dynamic)
         ]
         one = {name: tensors[name][None] for name in self.names}
-        values = evaluate_constants(self.module, one, wanted)
+        with suppress(Exception):  # the graph may hold the number of models in other places
+            values = evaluate_constants(self.module, one, wanted)
+            if all(_is_of_one(values[node], node.meta["val"]) for node in wanted):
+                return {keys[node]: values[node] for node in wanted}
+        alike = {name: t.expand(num_models, *t.shape[1:]).contiguous() for name, t in one.items()}
+        values = evaluate_constants(self.module, alike, wanted)
         for node in wanted:
-            expected, found = node.meta["val"], values[node]
-            if expected.shape[:1] != (num_models,) or found.shape != (1, *expected.shape[1:]):
+            if node.meta["val"].shape[:1] != (num_models,):
                 raise UnavailableError(
                     f"models of this architecture cannot be replaced: their constant {node.name} is"
                     " not stacked by model; build another forward"
                 )
-        return {keys[node]: values[node] for node in wanted}
+        return {keys[node]: values[node][:1] for node in wanted}
 
     def writes(
         self, shared: SharedWeights, constants: Mapping[Key, Tensor], num_models: int

@@ -7,6 +7,7 @@ tensors are slices of a stack, and `stacked_state` returns that stack.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,27 +173,31 @@ def private_copy(model: nn.Module) -> nn.Module:
     return structure
 
 
-def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `model` with the weights of a state dict, which may lack none and have no others.
+def with_state(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+    """A copy of `model` with the weights of its `state_dict()`; buffers that are not part of that
+    stay, and extra state is ignored.
 
     Raises:
         ValueError: other names, shapes or dtypes than the model's.
     """
     copied, names = private_copy(model), canonical_names(model)
     own = named_tensors(copied)
-    differing = sorted(names.keys() ^ state.keys())
-    if differing:
-        name = differing[0]
-        found = "got none" if name in names else "got one that the model does not have"
+    expected = {name for name in copied.state_dict() if name in names}
+    given = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    for name in sorted(expected ^ given.keys()):
+        found = "got none" if name in expected else "got one that the model does not have"
         raise ValueError(f"state dict: expected the names of the model's: {name}: {found}")
-    for name, tensor in state.items():
+    for name, value in given.items():
         target = own[names[name]]
-        if (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
-            expected, found = (f"{tuple(t.shape)} {t.dtype}" for t in (target, tensor))
-            raise ValueError(f"state dict: expected {name} to be {expected}, got {found}")
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            kind = type(value).__name__
+            raise ValueError(f"state dict: expected {name} to be a dense tensor, got {kind}")
+        if (target.shape, target.dtype) != (value.shape, value.dtype):
+            wanted, found = (f"{tuple(t.shape)} {t.dtype}" for t in (target, value))
+            raise ValueError(f"state dict: expected {name} to be {wanted}, got {found}")
     with torch.inference_mode(False), torch.no_grad():
-        for name, tensor in state.items():
-            own[names[name]].copy_(tensor)
+        for name, value in given.items():
+            own[names[name]].copy_(value)
     return copied
 
 

@@ -48,7 +48,7 @@ def validated(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]
 def check_max_batch(max_batch: object, example: Tensor) -> None:
     """Raise ValueError unless it is None, or a number of at least the example's images a model."""
     least = example.shape[-4]
-    if max_batch is not None and not (isinstance(max_batch, int) and max_batch >= least):
+    if max_batch is not None and not (type(max_batch) is int and max_batch >= least):
         raise ValueError(f"max_batch: expected at least the example's {least}, got {max_batch!r}")
 
 

@@ -25,7 +25,7 @@ from ensemble.artifacts.formats import Format
 from ensemble.artifacts.program import Layout, output_shape, sharing_equal_tensors, trace
 from ensemble.errors import InputError, UnavailableError
 from ensemble.machine.memory import unavailable_on_failure
-from ensemble.models import stacking
+from ensemble.models import outputs, stacking
 from ensemble.strategies import (
     agreement,
     arguments,
@@ -81,6 +81,7 @@ def export(
     example: Tensor,
     path: str | os.PathLike[str],
     *,
+    output: str | int | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write N models to one file that runs without this package.
@@ -107,6 +108,7 @@ def export(
         example: `(B, channels, H, W)`, or `(N, B, channels, H, W)` for a batch per model. The file
             takes images of its size, in its dtype and, but for ONNX, on its device.
         path: see above.
+        output: as for `ensemble.build`.
         overwrite: replace a file that is no export, or is write-protected.
 
     Raises:
@@ -118,6 +120,7 @@ def export(
     form = formats.check_destination(path, overwrite=overwrite)
     begin = time.perf_counter()
     models, example = arguments.validated(models, example)
+    models = outputs.selected(models, output)
     behavior = verification.behavior(models[0], example)
     if behavior in _REFUSED:
         raise UnavailableError(f"{form.strategy} does not support {_REFUSED[behavior]}")
@@ -125,7 +128,8 @@ def export(
     place = Path(os.path.realpath(path))
     if form is Format.TRITON:
         _check_batched(models[0], example)
-        place = place / f"{type(models[0]).__name__.lower()}_x{len(models)}"
+        name = type(outputs.unwrapped(models[0])).__name__.lower()
+        place = place / f"{name}_x{len(models)}"
         if place.exists() and not triton_repository.is_model(place):
             raise InputError(
                 f"expected no folder or a model of Triton at {place}, got another file",

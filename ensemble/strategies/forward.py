@@ -93,12 +93,13 @@ class Forward:
             built.forward,
             self.shape,
             plan=self.serving.plan,
+            replan=self.serving.replan,
             plans_in_seconds=self.serving.plans_in_seconds,
             model=model,
             is_verified=is_verified,
         )
         self._gate = PerProcess(CallGate)
-        self._exchanges = PerProcess(threading.Lock)
+        self.exchanges = PerProcess(threading.Lock)  # one at a time, and none while it is saved
 
     def __call__(self, x: Tensor) -> Tensor:
         self._check_not_traced()
@@ -123,8 +124,8 @@ class Forward:
             ValueError: a shape that no input may have.
             UnavailableError: the strategy does not support inputs of a shape.
         """
-        for shape in shapes:
-            full = _with_batch(self.shape, shape) if isinstance(shape, int) else tuple(shape)
+        for shape in _shapes(shapes):
+            full = _with_batch(self.shape, shape) if isinstance(shape, int) else shape
             self._check_shape(full)
             x = noise(full, self.dtype, self.device)
             with self._gate(), execution_context(self.device), default_device(self.device):
@@ -150,9 +151,13 @@ class Forward:
             ValueError: no such index; the model or its weights do not fit.
             UnavailableError: the outputs are not those of the new model: the old one stays.
         """
-        if not 0 <= index < self.num_models:
-            raise ValueError(f"index: expected 0 to {self.num_models - 1}, got {index}")
-        with self._exchanges(), execution_context(self.device), default_device(self.device):
+        is_index = isinstance(index, int) and not isinstance(index, bool)
+        if not is_index or not 0 <= index < self.num_models:
+            raise ValueError(f"index: expected 0 to {self.num_models - 1}, got {index!r}")
+        if not isinstance(model, nn.Module | Mapping):
+            got = type(model).__name__
+            raise ValueError(f"model: expected a module or a state dict, got {got}")
+        with self.exchanges(), execution_context(self.device), default_device(self.device):
             new = self._new_model(index, model)
             x = noise(self.shape, self.dtype, self.device)
             one = x[index] if x.dim() == 5 else x
@@ -206,7 +211,9 @@ class Forward:
         images = f"{_with_batch(self.shape, self.max_batch)} in {self.dtype} on {self.device}"
         name = self.report.strategy
         picked = "" if name == self.strategy else f", picked {name}"
-        again = f"ensemble.build({name!r}, models, example, max_batch={self.max_batch})"
+        first = self.plans.model
+        output = f", output={first.output!r}" if isinstance(first, SelectedOutput) else ""
+        again = f"ensemble.build({name!r}, models, example, max_batch={self.max_batch}{output})"
         return (
             f"<{self.strategy} forward of {self.num_models} models{picked}, x up to {images};"
             f" without tuning: {again}>"
@@ -255,7 +262,8 @@ class Forward:
         channels = self.shape[-3]
         expected = f"(B, {channels}, H, W) or ({self.num_models}, B, {channels}, H, W)"
         is_per_model = len(shape) == 5 and shape[0] == self.num_models
-        if not (is_per_model or len(shape) == 4) or shape[-3] != channels or 0 in shape:
+        is_empty = any(size < 1 for size in shape)
+        if not (is_per_model or len(shape) == 4) or shape[-3] != channels or is_empty:
             raise ValueError(f"x: expected shape {expected}, got {shape}")
         if shape[-4] > self.max_batch:
             raise ValueError(
@@ -305,6 +313,20 @@ class Report:
     kernels: Mapping[str, int]
     notes: tuple[str, ...]
     memory_bytes: int | None
+
+
+def _shapes(shapes: object) -> Iterator[int | tuple[int, ...]]:
+    """Batch sizes and shapes; raises ValueError for anything else."""
+    every: Iterable[Any] = shapes if isinstance(shapes, Iterable) else (None,)
+    for shape in every:
+        if type(shape) is int:
+            yield shape
+            continue
+        is_sequence = isinstance(shape, Sequence) and not isinstance(shape, str)
+        if is_sequence and all(type(size) is int for size in shape):
+            yield tuple(shape)
+            continue
+        raise ValueError(f"shapes: expected batch sizes or whole shapes, got {shapes!r}")
 
 
 def _with_batch(shape: tuple[int, ...], batch_size: int) -> tuple[int, ...]:

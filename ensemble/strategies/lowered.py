@@ -62,6 +62,7 @@ def vmap(models: Sequence[nn.Module], example: Tensor, *, tune_seconds: float) -
         served.weights,
         served.stage,
         served.plan,
+        replan=served.replan,
         saved=served.saved,
         workspace=served.workspace,
     )

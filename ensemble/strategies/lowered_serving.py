@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from ensemble.compiler.runtime.program import Program
 from ensemble.models import stacking
 from ensemble.strategies.build_result import RawForward
 from ensemble.strategies.saved_run import ALL, SavedRun
-from ensemble.strategies.serving import Commit, Undo, write_in_place
+from ensemble.strategies.serving import Commit, LiveSet, Undo, write_in_place
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +50,7 @@ class CompiledModels:
         self, found: CompiledForward, example: Tensor, num_models: int, threads: int
     ) -> None:
         self._num_models, self._threads = num_models, threads
-        self._traced, self._runs = WeakSet[Traced](), WeakSet[CompiledRun]()
+        self._traced, self._runs = LiveSet[Traced](), LiveSet[CompiledRun]()
         self.run = self._added(found, example)
         assert self.run.traced is not None
         self._first = self.run.traced
@@ -62,13 +61,21 @@ class CompiledModels:
         Raises:
             UnavailableError: see `compile_for_shape`.
         """
-        for traced in list(self._traced):
+        for traced in self._traced.alive():
             if traced.shape[-3:] == x.shape[-3:]:
                 images = traced.shape[-4], x.shape[-4]
                 if graph := traced.graph.with_batch_size(self._num_models, *images):
                     run = CompiledRun(graph, traced)
                     self._runs.add(run)
                     return run
+        return self.replan(model, x)
+
+    def replan(self, model: nn.Module | None, x: Tensor) -> CompiledRun:
+        """A forward for inputs like x by another trace; see `Serving`.
+
+        Raises:
+            UnavailableError: see `compile_for_shape`.
+        """
         assert model is not None
         found = compile_for_shape(
             model,
@@ -97,7 +104,7 @@ class CompiledModels:
 
         def commit() -> Undo:
             stacks = [(shared.constants[key], tensor) for key, tensor in new.items()]
-            for traced in self._traced:
+            for traced in self._traced.alive():
                 stacks += traced.found.weight_map.writes(shared, new, self._num_models)
             slices = {stack.data_ptr(): (stack[index], one[0]) for stack, one in stacks}
             undo = write_in_place(list(slices.values()))()
@@ -116,7 +123,7 @@ class CompiledModels:
             program.weights_changed()
 
     def _programs(self) -> Iterator[Program]:
-        for run in list(self._runs):
+        for run in self._runs.alive():
             yield from run.graph.programs()
 
     def saved(self, run: RawForward, _: nn.Module | None, x: Tensor) -> SavedRun:

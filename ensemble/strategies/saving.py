@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ensemble import files
-from ensemble.artifacts import tensor_file
+from ensemble.artifacts import formats, tensor_file
 from ensemble.artifacts.graph_format import TensorTable, decode, encode
 from ensemble.artifacts.version import check_version, version
 from ensemble.compiler.runtime import serial_copy
 from ensemble.compiler.runtime.instructions import Instructions
 from ensemble.compiler.runtime.packed_weight import PackedWeight
-from ensemble.errors import InputError, UnavailableError
+from ensemble.errors import InputError, UnavailableError, first_line
+from ensemble.machine.per_process import use_one_thread_after_fork
 from ensemble.strategies.build_result import BuildResult, Choice, PerModel, RawForward
 from ensemble.strategies.forward import (
     Forward,
@@ -33,14 +34,16 @@ from ensemble.strategies.forward import (
     noise,
     stack_outputs,
 )
-from ensemble.strategies.saved_run import ALL, CONCURRENT, SavedRun
+from ensemble.strategies.saved_run import ALL, CONCURRENT, EACH, SavedRun
 from ensemble.strategies.serving import Serving, Undo
 from ensemble.strategies.shape_plans import Route, Shape
+
+MAX_VERIFIED = 32  # batch sizes that are compared when a forward is saved, from 1 on
 
 
 def save(forward: Forward, path: str | os.PathLike[str]) -> int:
     """Save a forward on the CPU: what was chosen, its packed weights, and a plan for each of
-    `forward.shapes`.
+    `forward.shapes`. Models are not exchanged meanwhile. An existing file is replaced.
 
     The file is loaded by `load`, on a CPU with the same vector instructions, by the same versions
     of this package and of torch.
@@ -51,19 +54,21 @@ def save(forward: Forward, path: str | os.PathLike[str]) -> int:
     Raises:
         UnavailableError: it cannot be saved: it runs on another device or by another runtime, or
             the results of its saved form are not equal to the last bit.
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or something else than a file is there.
     """
     if forward.device.type != "cpu" or forward.serving.saved is None:
         raise UnavailableError(
             f"a forward by {forward.report.strategy} on {forward.device} cannot be saved; export"
             " the models instead (ensemble.export), or build another strategy"
         )
+    formats.check_saved_destination(path, overwrite=True)
     saved = forward.serving.saved
     table = TensorTable()
-    with execution_context(forward.device), default_device(forward.device):
-        independent = forward.plans.treats_images_independently(
-            noise((2, *forward.shape[-3:]), forward.dtype, forward.device)
-        )
+    contexts = execution_context(forward.device), default_device(forward.device)
+    with forward.exchanges(), contexts[0], contexts[1]:
+        largest = min(forward.max_batch, MAX_VERIFIED)
+        image = noise((1, *forward.shape[-3:]), forward.dtype, forward.device)
+        batch_sizes = forward.plans.verified_batch_sizes(image, largest)
         plans = []
         for shape, route in forward.plans.routes().items():
             x = noise((*shape[:-4], route.batch_size, *shape[-3:]), forward.dtype, forward.device)
@@ -79,12 +84,14 @@ def save(forward: Forward, path: str | os.PathLike[str]) -> int:
         "max_batch": forward.max_batch,
         "shape": list(forward.shape),
         "dtype": str(forward.dtype),
-        "treats_images_independently": independent,
+        "batch_sizes": batch_sizes,
         "report": asdict(replace(forward.report, memory_bytes=None)),
         "plans": plans,
     }
     try:
         return tensor_file.write(Path(path), content, table.tensors)
+    except ValueError as error:  # a dtype that files do not have
+        raise UnavailableError(f"this forward cannot be saved: {error}") from error
     except OSError as error:
         message = f"{path}: expected a writable file: {files.reason(error)}"
         raise InputError(message, argument="path") from error
@@ -93,25 +100,41 @@ def save(forward: Forward, path: str | os.PathLike[str]) -> int:
 def load(path: str | os.PathLike[str]) -> Forward:
     """The forward that `save` wrote, with equal results to the last bit.
 
-    Weights are mapped into memory: processes that load one file share them. It takes other batch
-    sizes up to its `max_batch` where its graph allows, and no other shapes than those planned when
-    it was saved; its models cannot be replaced.
+    Weights are mapped into memory: processes that load one file share them, and the file must not
+    be overwritten in place meanwhile. It takes the shapes that were planned when it was saved, and
+    other batch sizes that were compared then, up to 32; its models cannot be replaced. Load files
+    that you trust: as of any weights, they decide what is computed.
 
     Raises:
         InputError: the file is missing, damaged or of another kind; or it was saved by another
             version of this package or torch, or on a CPU with other vector instructions.
     """
+    use_one_thread_after_fork()
     found = tensor_file.read(path)
+    try:
+        check_version(found.content["version"], str(path))
+        with execution_context(torch.device("cpu")):
+            return _loaded(found)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        message = (
+            f"{path}: expected a file that ensemble.save wrote, but its content is not: {reason}"
+        )
+        raise InputError(message) from error
+
+
+def _loaded(found: tensor_file.Content) -> Forward:
     content, tensors = found.content, found.tensors
-    check_version(content["version"], str(path))
     threads, num_models = torch.get_num_threads(), content["num_models"]
     shape, report = tuple(content["shape"]), content["report"]
     example = torch.empty(shape, dtype=getattr(torch, content["dtype"].removeprefix("torch.")))
     routes = {
-        tuple(plan["shape"]): Route(_decode(plan, tensors, threads), plan["batch_size"])
+        tuple(plan["shape"]): Route(_decode(plan, tensors, threads, num_models), plan["batch_size"])
         for plan in content["plans"]
     }
-    loaded = _Loaded(routes, num_models, tensors, content["treats_images_independently"])
+    loaded = _Loaded(routes, num_models, tensors, frozenset(content["batch_sizes"]))
     choice = Choice(report["strategy"], "", 0.0, report["times_s"], report["errors"])
     built = BuildResult(
         routes[shape].run,
@@ -164,10 +187,11 @@ class _Loaded:
         routes: Mapping[Shape, Route],
         num_models: int,
         tensors: Sequence[Tensor],
-        is_independent: bool,
+        batch_sizes: frozenset[int],
     ) -> None:
+        """batch_sizes: those for which `Instructions.with_batch_size` was found to be right."""
         self._routes, self._num_models, self._tensors = dict(routes), num_models, tensors
-        self._is_independent = is_independent
+        self._batch_sizes = batch_sizes
         self._runs = WeakSet(route.run for route in routes.values())
 
     def plan(self, _: nn.Module | None, x: Tensor) -> RawForward:
@@ -186,7 +210,7 @@ class _Loaded:
             is_of_each = not isinstance(run, LoadedRun) or run.mode != ALL
             if is_of_each and shape[-4] == x.shape[-4]:
                 return run
-            if graph is None or not self._is_independent:
+            if graph is None or x.shape[-4] not in self._batch_sizes:
                 continue
             resized = graph.with_batch_size(self._num_models, shape[-4], x.shape[-4])
             if resized is not None:
@@ -226,9 +250,16 @@ def _encode(run: SavedRun, table: TensorTable) -> dict[str, Any]:
     }
 
 
-def _decode(plan: Mapping[str, Any], tensors: Sequence[Tensor], threads: int) -> RawForward:
+def _decode(
+    plan: Mapping[str, Any], tensors: Sequence[Tensor], threads: int, num_models: int
+) -> RawForward:
     constants = [[_decode_constant(each, tensors) for each in model] for model in plan["constants"]]
     graph = decode(plan["graph"], tensors, threads=threads)
+    of_models = 1 if plan["mode"] == ALL else num_models
+    if plan["mode"] not in (ALL, EACH, CONCURRENT) or len(constants) != of_models:
+        raise ValueError(f"a plan is not of {num_models} models")
+    if any(program.num_models != num_models for program in graph.programs()):
+        raise ValueError(f"a program is not of {num_models} models")
     run = LoadedRun(graph, plan["mode"], plan["is_channels_last"], constants)
     if plan["mode"] != CONCURRENT:
         return run
@@ -267,7 +298,9 @@ def _check_equal(
     """Raise UnavailableError unless the saved form of a run gives the same bits."""
     threads = torch.get_num_threads()
     expected = stack_outputs(run(x), forward.num_models)
-    found = stack_outputs(_decode(plan, tensors, threads)(x), forward.num_models)
+    found = stack_outputs(
+        _decode(plan, tensors, threads, forward.num_models)(x), forward.num_models
+    )
     if not _is_same(found, expected):
         raise UnavailableError(
             f"this forward by {forward.report.strategy} cannot be saved: its graph of operators"

@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ensemble.errors import UnavailableError
+from ensemble.machine.per_process import PerProcess
 from ensemble.models import stacking
 from ensemble.strategies.saved_run import SavedRun
 
@@ -29,6 +30,7 @@ class Serving:
         weights: what the strategy holds of the models.
         stage: `(index, model, example)` -> commit. Prepares the weights of a new model, without
             effect on calls. `commit` runs while no call runs.
+        replan: as `plan`, by another trace: for models whose code depends on the batch size.
         plan: `(model, example)` -> a forward over the same weights for inputs like `example`; model
             has the architecture and is not kept. None: the forward takes inputs of any shape.
         plans_in_seconds: a plan compiles code.
@@ -40,6 +42,7 @@ class Serving:
     weights: Callable[[], Iterable[Tensor]] | None  # None: another runtime holds them
     stage: Callable[[int, nn.Module, Tensor], Commit]
     plan: Callable[[nn.Module | None, Tensor], Callable[[Tensor], Any]] | None = None
+    replan: Callable[[nn.Module | None, Tensor], Callable[[Tensor], Any]] | None = None
     plans_in_seconds: bool = False
     is_same_architecture: bool = True
     saved: Callable[[Callable[[Tensor], Any], nn.Module | None, Tensor], SavedRun] | None = None
@@ -64,7 +67,8 @@ class Rebuilding:
     ) -> None:
         self._build, self._models = build, list(models)
         self.first = _Exchangeable(run, example)
-        self._all = WeakSet([self.first])
+        self._all = LiveSet[_Exchangeable]()
+        self._all.add(self.first)
         self.serving = Serving(None, self._stage, self._plan, plans_in_seconds=True)
 
     def _plan(self, _: nn.Module | None, x: Tensor) -> Callable[[Tensor], Any]:
@@ -74,9 +78,13 @@ class Rebuilding:
 
     def _stage(self, index: int, model: nn.Module, _: Tensor) -> Commit:
         models = [*self._models[:index], model, *self._models[index + 1 :]]
-        runs = [(each, self._build(models, each.example)) for each in self._all]
+        staged = [(each, self._build(models, each.example)) for each in self._all.alive()]
 
         def commit() -> Undo:
+            known = {id(each) for each, _ in staged}
+            late = [each for each in self._all.alive() if id(each) not in known]
+            # Calls have planned these meanwhile; none can now.
+            runs = [*staged, *((each, self._build(models, each.example)) for each in late)]
             before, old = [(each, each.run) for each, _ in runs], self._models
             self._set(runs, models)
             return lambda: self._set(before, old)
@@ -103,6 +111,21 @@ class _Exchangeable:
         return self.run(x)
 
 
+class LiveSet(Generic[T]):
+    """Objects that somebody else holds. Threads may add and list at once."""
+
+    def __init__(self) -> None:
+        self._objects, self._lock = WeakSet[T](), PerProcess(threading.Lock)
+
+    def add(self, one: T) -> None:
+        with self._lock():
+            self._objects.add(one)
+
+    def alive(self) -> list[T]:
+        with self._lock():
+            return list(self._objects)
+
+
 def exchange_entry(entries: list[T], index: int, new: T) -> Commit:
     """Commit an exchange in a list that calls read."""
 
@@ -119,7 +142,11 @@ def write_in_place(pairs: Sequence[tuple[Tensor, Tensor]]) -> Commit:
 
     def commit() -> Undo:
         old = [(target, target.clone()) for target, _ in pairs]
-        _copy(pairs)
+        try:
+            _copy(pairs)
+        except BaseException:  # such as Ctrl-C: no call may see a part
+            _copy(old)
+            raise
         return lambda: _copy(old)
 
     return commit
@@ -141,7 +168,7 @@ def exchange_tensors(model: nn.Module, new: nn.Module) -> Commit:
     shapes = [{name: t.shape for name, t in each.items()} for each in (old, given)]
     if shapes[0] != shapes[1]:
         raise UnavailableError(
-            "this model is transformed otherwise than the one that it replaces; build another"
+            "this model is transformed differently from the one that it replaces; build another"
             " forward"
         )
     return write_in_place([(old[name], given[name]) for name in old])

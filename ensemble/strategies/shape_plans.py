@@ -39,6 +39,7 @@ class ShapePlans:
         run: of the example that the strategy was built with.
         shape: of that example.
         plan: `(model, example)` -> a run for inputs like `example`; None: `run` takes any shape.
+        replan: as `plan`, where its result is not the model's.
         plans_in_seconds: planning compiles code, so that padding to the shape of the example is
             preferred.
         model: the first model, or a copy of it.
@@ -51,11 +52,12 @@ class ShapePlans:
         shape: Shape,
         *,
         plan: Callable[[nn.Module | None, Tensor], RawForward] | None,
+        replan: Callable[[nn.Module | None, Tensor], RawForward] | None = None,
         plans_in_seconds: bool,
         model: nn.Module | None,
         is_verified: bool,
     ) -> None:
-        self._run, self._plan, self._plans_in_seconds = run, plan, plans_in_seconds
+        self._run, self._plan, self._replan = run, plan, replan
         self.model, self._is_verified = model, is_verified
         own = Route(run, shape[-4])
         self._prepared: dict[Shape, Route] = {shape: own} if plans_in_seconds else {}
@@ -84,6 +86,23 @@ class ShapePlans:
             return False
         return isinstance(both, Tensor) and both.dim() > 0 and is_close(both[:1], one)
 
+    def verified_batch_sizes(self, x: Tensor, largest: int) -> list[int]:
+        """The batch sizes up to `largest` for which a plan gives the first model's own result.
+
+        x: an image, `(1, C, H, W)`.
+        """
+        if not self.treats_images_independently(torch.cat([x, x.flip(-1)])):
+            return []
+        sizes = []
+        for size in range(1, largest + 1):
+            images = torch.cat([x.roll(shift, -1) for shift in range(size)])
+            try:
+                if self._agrees(self._planned(images), images):
+                    sizes.append(size)
+            except Exception:  # the model does not take so many, or has no plan for them
+                continue
+        return sizes
+
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes that are served without planning."""
@@ -103,7 +122,7 @@ class ShapePlans:
                 return
             route = self._built.get(shape)
             if route is None or route.batch_size != example.shape[-4]:
-                route = self._verified([self._planned], example)
+                route = self._verified(example, None)
             self._prepared[shape] = self._built[shape] = route
 
     def _route(self, x: Tensor) -> Route:
@@ -111,11 +130,7 @@ class ShapePlans:
         with self._lock():
             if route := self._built.get(tuple(x.shape)):
                 return route
-            larger = self._larger(tuple(x.shape))
-            candidates: list[Callable[[Tensor], Route]] = [self._planned]
-            if larger is not None:
-                candidates.insert(0, lambda x: larger)
-            route = self._verified(candidates, x)
+            route = self._verified(x, self._larger(tuple(x.shape)))
             self._built[tuple(x.shape)] = route
             kept = {self._own_shape, *self._prepared}
             made = [shape for shape in self._built if shape not in kept]
@@ -136,27 +151,58 @@ class ShapePlans:
     def _planned(self, x: Tensor) -> Route:
         return Route(self._plan(self.model, x) if self._plan else self._run, x.shape[-4])
 
-    def _verified(self, candidates: list[Callable[[Tensor], Route]], x: Tensor) -> Route:
-        """The first candidate whose result for the first model is the model's own.
+    def _verified(self, x: Tensor, larger: Route | None) -> Route:
+        """The first route whose result for the first model is the model's own: the larger batch,
+        with padding; a plan; a plan by another trace.
 
         Raises:
             UnavailableError: there is none.
             Exception: the model's own error for x.
         """
         if not self._is_verified or self.model is None:
-            return candidates[-1](x)  # padding relies on models that treat images independently
+            return self._planned(x)
         x = agreement.informative(x).contiguous()
-        expected = self.model((x[0] if x.dim() == 5 else x).clone())
-        for candidate in candidates:
-            route = candidate(x)
-            found = _outputs(route, x)
-            one = found.outputs[0] if isinstance(found, PerModel) else found[0]
-            if is_close(one, expected):
+        if larger is not None and all(self._agrees(larger, each) for each in _beside_zeros(x)):
+            return larger
+        route = self._planned(x)
+        if self._agrees(route, x):
+            return route
+        if self._replan is not None:
+            route = Route(self._replan(self.model, x), x.shape[-4])
+            if self._agrees(route, x):
                 return route
         raise UnavailableError(
             f"inputs of shape {tuple(x.shape)} give another result than the models do; build"
             " another forward with an example of that shape"
         )
+
+    def _agrees(self, route: Route, x: Tensor) -> bool:
+        """Is a route's result for the first model the model's own?
+
+        Raises:
+            Exception: the model's own error for x.
+        """
+        assert self.model is not None
+        expected = self.model((x[0] if x.dim() == 5 else x).clone())
+        try:
+            found = _outputs(route, x)
+        except _NotPerImageError:
+            return False
+        return is_close(found.outputs[0] if isinstance(found, PerModel) else found[0], expected)
+
+
+class _NotPerImageError(Exception):
+    """Outputs that have no batch dimension, of which those of padding could be cut."""
+
+
+def _beside_zeros(x: Tensor) -> list[Tensor]:
+    """x, and where it is of numbers, noise that is above and noise that is below the zeros of
+    padding: a result that depends on the largest image, or the smallest, shows in one of them."""
+    if not x.is_floating_point():
+        return [x]
+    generator = torch.Generator(x.device).manual_seed(0)  # not the global generator
+    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) + 0.1
+    return [x, noise, -noise]
 
 
 def _outputs(route: Route, x: Tensor) -> Any:
@@ -168,5 +214,14 @@ def _outputs(route: Route, x: Tensor) -> Any:
     shape[-4] = route.batch_size - batch_size
     outputs = route.run(torch.cat([x, x.new_zeros(shape)], dim=-4))
     if isinstance(outputs, PerModel):
-        return PerModel([output[:batch_size] for output in outputs.outputs])  # type: ignore[index]
-    return outputs[:, :batch_size]
+        return PerModel(
+            [_first(output, route.batch_size, batch_size) for output in outputs.outputs]
+        )
+    return torch.stack([_first(output, route.batch_size, batch_size) for output in outputs])
+
+
+def _first(output: Any, padded: int, batch_size: int) -> Any:
+    """The results of the first images, of one model."""
+    if not isinstance(output, Tensor) or not output.dim() or len(output) != padded:
+        raise _NotPerImageError
+    return output[:batch_size]

@@ -257,8 +257,145 @@ def test_the_version_changes_with_the_sources_of_the_compiler(
         version._digest.cache_clear()
 
 
+class BranchesOnBatch(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.net(x)
+        return 2 * found if len(x) > 3 else found
+
+
+def test_a_loaded_forward_refuses_batches_at_which_the_models_take_another_branch(
+    tmp_path: Path,
+) -> None:
+    models: list[nn.Module] = [BranchesOnBatch(net).eval() for net in tiny_models(2)]
+    forward = ensemble.build("lowered_vmap", models, torch.randn(2, 3, 8, 8), max_batch=6)
+    ensemble.save(forward, path := tmp_path / "winner.ensemble")
+    loaded = ensemble.load(path)
+    for batch_size in (1, 2, 3):
+        x = torch.randn(batch_size, 3, 8, 8)
+        torch.testing.assert_close(loaded(x), independent(models, x), rtol=1e-4, atol=1e-4)
+    for batch_size in (4, 5, 6):
+        with pytest.raises(UnavailableError, match="no plan"):
+            loaded(torch.randn(batch_size, 3, 8, 8))
+
+
+def _set(content: Any, path: str, value: Any) -> None:
+    *parts, last = path.split(".")
+    for part in parts:
+        content = content[int(part) if part.isdecimal() else part]
+    content[int(last) if last.isdecimal() else last] = value
+
+
+STEP = "plans.0.graph.body.0.target.steps.0"
+
+
 @pytest.mark.parametrize(
-    "target", ["aten.from_file.default", "os.system", "aten.nothing.default", "function eval", "x"]
+    ("path", "value"),
+    [
+        *(("plans", None), ("plans", []), ("shape", "x"), ("dtype", "torch.nn"), ("num_models", 9)),
+        *(("batch_sizes", 3), ("report", []), ("version", {}), ("plans.0.mode", "none")),
+        *(
+            (f"{STEP}.weight", 999),
+            (f"{STEP}.weight", 1),
+            (f"{STEP}.bias", 0),
+            (f"{STEP}.out", 1e300),
+        ),
+        *((f"{STEP}.kind", 77), (f"{STEP}.geometry.stride", [0, 1]), (f"{STEP}.x", -5)),
+        *((f"{STEP}.geometry.size", [10**9, 8]), (f"{STEP}.geometry.channels", 4096)),
+        ("plans.0.graph.body.0.target.num_models", 100000),
+        ("plans.0.graph.output", 4321),
+    ],
+)
+def test_content_that_save_does_not_write_is_refused_in_one_line(
+    path: str, value: Any, saved: Path
+) -> None:
+    found = tensor_file.read(saved)
+    _set(found.content, path, value)
+    tensor_file.write(saved, found.content, found.tensors)
+    with pytest.raises(InputError, match="expected") as error:
+        ensemble.load(saved)(torch.randn(1, 3, 8, 8))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("header", ["{", "[]", "null", "[" * 100_000, '{"tensors": [{}]}'])
+def test_a_header_that_is_no_header_is_refused(header: str, saved: Path) -> None:
+    data = header.encode()
+    saved.write_bytes(struct.pack("<8sIII", b"ENSEMBLE", 1, len(data), zlib.crc32(data)) + data)
+    with pytest.raises(InputError, match="damaged"):
+        ensemble.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bytes", 0), ("offset", -64), ("stride", [10**6]), ("shape", [-1]), ("shape", [10**12])],
+)
+def test_a_tensor_that_is_larger_than_its_bytes_is_refused(
+    name: str, value: Any, tmp_path: Path
+) -> None:
+    tensor_file.write(path := tmp_path / "file", {}, [torch.randn(8)])
+    data = path.read_bytes()
+    length = struct.unpack("<8sIII", data[:20])[2]
+    header = json.loads(data[20 : 20 + length])
+    header["tensors"][0][name] = value
+    header["tensors"][0]["crc32"] = (
+        zlib.crc32(b"") if name == "bytes" else header["tensors"][0]["crc32"]
+    )
+    changed = json.dumps(header).encode()
+    prefix = struct.pack("<8sIII", b"ENSEMBLE", 1, len(changed), zlib.crc32(changed))
+    path.write_bytes((prefix + changed).ljust(4096, b"\0") + data[4096:])
+    with pytest.raises(InputError, match="damaged"):
+        tensor_file.read(path)
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "folder", "folder/none/"])
+def test_only_a_file_is_replaced(where: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    forward = ensemble.build("lowered_vmap", tiny_models(1), torch.randn(1, 3, 8, 8))
+    path = where if where.startswith("/") else f"{tmp_path}/{where}"
+    with pytest.raises(InputError, match="expected"):
+        ensemble.save(forward, path)
+    assert not Path("/dev/full").is_file()
+
+
+FORKS = """
+import os, sys, torch, ensemble
+forward, x = ensemble.load(sys.argv[1]), torch.randn(1, 3, 64, 64)
+expected = forward(x)
+if (child := os.fork()) == 0:
+    os._exit(0 if torch.equal(forward(x), expected) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("name", ["folded_loop", "lowered_vmap"])
+def test_a_forked_process_may_call_a_loaded_forward(name: str, tmp_path: Path) -> None:
+    forward = ensemble.build(name, nets(2), torch.randn(1, 3, 64, 64))
+    ensemble.save(forward, path := tmp_path / "winner.ensemble")
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, str(path)],
+        env=os.environ | {"PYTHONPATH": str(Path(ensemble.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "0\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "aten.from_file.out",
+        "aten.zero_.default",
+        "aten.from_file.default",
+        "os.system",
+        "aten.nothing.default",
+        "function eval",
+        "x",
+    ],
 )
 def test_a_file_may_not_name_other_functions_than_operators(target: str, saved: Path) -> None:
     found = tensor_file.read(saved)
@@ -275,7 +412,7 @@ def test_what_cannot_be_saved_says_so(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="a forward by compiled_loop on cpu cannot be saved"):
         ensemble.save(chunked, path)
     forward = ensemble.build("lowered_vmap", tiny_models(2), torch.randn(1, 3, 8, 8))
-    with pytest.raises(InputError, match="expected a writable file"):
+    with pytest.raises(InputError, match="expected a folder at"):
         ensemble.save(forward, tmp_path / "missing" / "winner.ensemble")
     assert list(tmp_path.iterdir()) == []
 

@@ -75,7 +75,7 @@ def test_a_shape_that_no_input_may_have_is_rejected(
         forward.prepare([shape])
 
 
-@pytest.mark.parametrize("bad", [0, 1, -3, 2.5, "4"])
+@pytest.mark.parametrize("bad", [0, 1, -3, 2.5, "4", True])
 def test_max_batch_is_at_least_that_of_the_example(bad: Any) -> None:
     with pytest.raises(ValueError, match="max_batch: expected at least the example's 2, got"):
         ensemble.build("loop", tiny_models(1), torch.randn(2, 3, 8, 8), max_batch=bad)
@@ -177,7 +177,169 @@ def test_a_shape_that_gives_another_result_than_the_models_is_unavailable(
             forward(torch.randn(9, 3, 8, 8))
 
 
+def test_padding_is_compared_where_it_would_be_the_largest_or_the_smallest(
+    recording: Recording,
+) -> None:
+    class Scaled(TinyNet):
+        def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.reduce = reduce
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.reduce(x)
+
+    for reduce in (torch.amax, torch.amin):
+        torch.manual_seed(0)
+        models = [Scaled(reduce).eval() for _ in range(2)]
+        forward = ensemble.build("mine.py:build", models, torch.randn(1, 3, 8, 8), max_batch=8)
+        forward.prepare([8])
+        for x in (torch.rand(4, 3, 8, 8) + 0.1, -torch.rand(4, 3, 8, 8) - 0.1):
+            torch.testing.assert_close(forward(x), independent(models, x), rtol=1e-4, atol=1e-4)
+
+
+class BranchesOnBatch(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x)
+        return 2 * found if len(x) > 2 else found
+
+
+@by_every_strategy
+def test_code_that_depends_on_the_batch_size_is_served_by_another_trace(name: str) -> None:
+    torch.manual_seed(0)
+    models: list[nn.Module] = [BranchesOnBatch().eval() for _ in range(2)]
+    forward = ensemble.build(name, models, torch.randn(2, 3, 8, 8), max_batch=8)
+    for batch_size in (1, 2, 3, 4, 8):
+        check(forward, models, batch_size, 3, 8, 8)
+
+
+class Total(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sum()
+
+
+@by_every_strategy
+def test_outputs_without_a_batch_dimension_are_never_cut(name: str) -> None:
+    torch.manual_seed(0)
+    models: list[nn.Module] = [Total().eval() for _ in range(2)]
+    forward = ensemble.build(name, models, torch.randn(2, 3, 8, 8), max_batch=8)
+    forward.prepare([8])
+    check(forward, models, 4, 3, 8, 8)
+
+
+class Upsampled(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear")
+        return super().forward(x)
+
+
+@by_every_strategy
+def test_constants_of_a_shape_that_depend_on_no_weight_are_made_for_it(name: str) -> None:
+    torch.manual_seed(0)
+    models: list[nn.Module] = [Upsampled().eval() for _ in range(2)]
+    forward = ensemble.build(name, models, torch.randn(1, 3, 8, 8), max_batch=4)
+    check(forward, models, 4, 3, 8, 8)
+    check(forward, models, 2, 3, 10, 6)
+    forward.replace(0, models[1])
+    check(forward, [models[1], models[1]], 2, 3, 10, 6)
+
+
+@pytest.mark.parametrize("bad", [[-1], [True], [2.0], 8, ["12"], [(1, 3)], None])
+def test_shapes_that_are_none_cannot_be_prepared(bad: Any) -> None:
+    forward = ensemble.build("loop", tiny_models(1), torch.randn(1, 3, 8, 8), max_batch=9)
+    with pytest.raises(ValueError, match="expected"):
+        forward.prepare(bad)
+
+
 # Exchange
+
+
+def test_a_plan_that_a_call_makes_while_a_model_is_staged_gets_the_new_model(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *models, new = tiny_models(3)
+    forward = ensemble.build("mine.py:build", models, torch.randn(2, 3, 8, 8), max_batch=5)
+    build, during = recording.build, torch.randn(5, 3, 8, 8)
+
+    def calls_meanwhile(models: Any, example: Tensor) -> Callable[[Tensor], Tensor]:
+        from ensemble.strategies import user
+
+        monkeypatch.setattr(user, "load", lambda path, function: build)
+        caller = threading.Thread(target=lambda: forward(during))
+        caller.start()
+        caller.join()
+        return build(models, example)
+
+    from ensemble.strategies import user
+
+    monkeypatch.setattr(user, "load", lambda path, function: calls_meanwhile)
+    forward.replace(1, new)
+    torch.testing.assert_close(forward(during), independent([models[0], new], during))
+
+
+@pytest.mark.parametrize("name", ["vmap", "folded_loop", "lowered_vmap"])
+def test_an_exchange_that_is_interrupted_while_it_writes_is_undone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ensemble.strategies import serving
+
+    models, new = tiny_models(2), tiny_models(3)[2]
+    forward = ensemble.build(name, models, torch.randn(1, 3, 8, 8))
+    copy = serving._copy
+
+    def interrupted(pairs: Any) -> None:
+        monkeypatch.setattr(serving, "_copy", copy)
+        copy(list(pairs)[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serving, "_copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        forward.replace(1, new)
+    check(forward, models, 1, 3, 8, 8)
+
+
+class Transposed(TinyNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 3, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.up(x))
+
+
+@by_every_strategy
+def test_models_whose_packing_merges_the_models_are_exchanged_too(name: str) -> None:
+    torch.manual_seed(0)
+    *models, new = (Transposed().eval().requires_grad_(False) for _ in range(4))
+    forward = ensemble.build(name, models, torch.randn(1, 3, 8, 8))
+    forward.replace(2, new)
+    check(forward, [*models[:2], new], 1, 3, 8, 8)
+
+
+def test_a_state_dict_without_non_persistent_buffers_is_complete() -> None:
+    class Counted(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.ones(1), persistent=False)
+
+    torch.manual_seed(0)
+    *models, new = (Counted().eval().requires_grad_(False) for _ in range(3))
+    forward = ensemble.build("vmap", models, torch.randn(1, 3, 8, 8))
+    forward.replace(0, new.state_dict())
+    check(forward, [new, models[1]], 1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("bad", [None, "model.pth", [1], 2.0])
+def test_what_is_no_model_cannot_take_a_place(bad: Any) -> None:
+    forward = ensemble.build("loop", tiny_models(1), torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="model: expected a module or a state dict, got"):
+        forward.replace(0, bad)
+    for index in ("0", None, 1.0, True):
+        with pytest.raises(ValueError, match="index: expected 0 to 0, got"):
+            forward.replace(index, tiny_models(1)[0])  # type: ignore[arg-type]
+    for value in (1.0, torch.zeros(5, device="meta")):
+        state = tiny_models(1)[0].state_dict() | {"fc.bias": value}
+        with pytest.raises(ValueError, match=r"expected fc\.bias to be a dense tensor"):
+            forward.replace(0, state)
 
 
 @by_every_strategy

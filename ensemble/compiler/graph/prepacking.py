@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ensemble.compiler.graph.analysis import dynamic_nodes, node_of, value_of
 from ensemble.compiler.graph.capture import capture
-from ensemble.compiler.graph.expressions import Key, expression_keys
+from ensemble.compiler.graph.expressions import Key, expression_keys, state_dependent
 from ensemble.compiler.graph.graph_module import finished, forget_source, recompile
 from ensemble.compiler.graph.operator_selection import select_operators
 from ensemble.compiler.operators.affine import AFFINE
@@ -47,22 +47,36 @@ class Packed:
     run: fx.GraphModule
     constants: list[Any]
     recipe: Recipe
+    picks: tuple[int | Own, ...]  # of each argument: the constant of that number, or a value
 
     def __call__(self, x: Tensor) -> Tensor:
         """x, `(B, C, H, W)` -> logits. x is not mutated; channels-last is fastest."""
-        result: Tensor = self.run(*self.constants, x)
+        result: Tensor = self.run(*self.arguments(), x)
         return result
+
+    def arguments(self) -> list[Any]:
+        """The constants in the order of the graph's arguments."""
+        return [
+            pick.value if isinstance(pick, Own) else self.constants[pick] for pick in self.picks
+        ]
 
     def with_packings(self) -> list[Any]:
         """The constants, with packed weights as `PackedWeight`."""
         return [
             constant if source.conv is None else PackedWeight(constant, _sizes(source))
-            for source, constant in zip(self.recipe.sources, self.constants, strict=True)
+            for source, constant in zip(self.recipe.sources, self.arguments(), strict=True)
         ]
 
     def tensors(self) -> list[Tensor]:
         """The constants that are tensors."""
         return [constant for constant in self.constants if isinstance(constant, Tensor)]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A constant of one shape that depends on no weight, such as the size of an interpolation."""
+
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -94,12 +108,17 @@ def packed_for_shape(model: nn.Module, example: Tensor, packed: Sequence[Packed]
         UnavailableError: torch cannot trace it for this shape, or the graph needs other constants.
     """
     run, recipe = _captured(model, example)
-    if recipe.keys() != packed[0].recipe.keys():
-        raise UnavailableError(
-            "inputs of this shape need other constants than those that this forward holds; build"
-            " another forward with an example of that shape"
-        )
-    return [Packed(run, one.constants, recipe) for one in packed]
+    numbers = {key: number for number, key in enumerate(packed[0].recipe.keys())}
+    of_weights, values = state_dependent(recipe.graph), recipe.constants_of(model)
+    picks: list[int | Own] = []
+    for source, key, value in zip(recipe.sources, recipe.keys(), values, strict=True):
+        if key not in numbers and source.node in of_weights:
+            raise UnavailableError(
+                "inputs of this shape need other constants than those that this forward holds;"
+                " build another forward with an example of that shape"
+            )
+        picks.append(numbers[key] if key in numbers else Own(value))
+    return [Packed(run, one.constants, recipe, tuple(picks)) for one in packed]
 
 
 def pack(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
@@ -183,7 +202,8 @@ def _make_batch_statistics_accurate(graph: fx.GraphModule) -> None:
 
 def _pack(models: Sequence[nn.Module], example: Tensor) -> list[Packed]:
     run, recipe = _captured(models[0], example)
-    return [Packed(run, recipe.constants_of(model), recipe) for model in models]
+    picks = tuple(range(len(recipe.sources)))
+    return [Packed(run, recipe.constants_of(model), recipe, picks) for model in models]
 
 
 def _captured(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Recipe]:

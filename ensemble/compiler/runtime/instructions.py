@@ -33,6 +33,10 @@ class Instruction:
     out: int
     freed: tuple[int, ...] = ()
 
+    def read(self) -> set[int]:
+        """The numbers of the values that it reads."""
+        return {*_numbers(self.args), *_numbers(list(self.kwargs.values()))}
+
 
 @dataclass(frozen=True)
 class Instructions:
@@ -120,7 +124,7 @@ def with_lifetimes(graph: Instructions) -> Instructions:
     """The instructions, each with the values that none after it reads."""
     kept, body = {graph.output.number}, list[Instruction]()
     for instruction in reversed(graph.body):
-        read = {*_numbers(instruction.args), *_numbers(list(instruction.kwargs.values()))}
+        read = instruction.read()
         freed = tuple(sorted((read | {instruction.out}) - kept))
         kept |= read
         body.append(replace(instruction, freed=freed))
