@@ -12,6 +12,8 @@ from ensemble.bench.report.labels import (
     varying_fields,
 )
 from ensemble.bench.report.table import (
+    HELD,
+    PER_MODEL,
     UNKNOWN,
     CellText,
     Column,
@@ -41,7 +43,7 @@ def render_table(results: Sequence[Summary], *, verbose: bool = False, color: bo
     """One table, a row per strategy."""
     every = [*case_columns(results), *COLUMNS]
     rows = [row for row in results if verbose or row.status != "unavailable"]
-    columns = every if verbose else non_empty(every, results)
+    columns = [*every, HELD, PER_MODEL] if verbose else non_empty(every, results)
     cases = [row.case for row in results]
     head = f"{shared_fields(cases)}; latencies from the scheduled arrival"
     return "\n".join([head, *grid(rows, columns, color=color)]) + "\n"

@@ -11,7 +11,7 @@ from ensemble.bench.measurement import Measurement
 from ensemble.bench.report import curves, load_picture, load_table
 from ensemble.bench.report.page import is_load_test, page_of
 from ensemble.bench.summary import Run, Summary
-from tests.made import CASE, CONFIG, ENVIRONMENT, row_of, with_options
+from tests.made import CASE, CONFIG, ENVIRONMENT, changed, row_of, with_options
 
 RUN = LoadRun(
     purpose="confirm",
@@ -96,6 +96,14 @@ def test_the_table_has_the_figures_of_the_reported_run() -> None:
     (line,) = [line for line in table.splitlines() if line.startswith("vmap")]
     figures = "vmap 4 90 20.0 30.0 50.0 1.50 25% 4.0 0.10 1.5"
     assert line.split() == figures.split()
+
+
+def test_the_verbose_table_under_load_has_the_memory_that_is_held() -> None:
+    row = changed(VMAP, held_bytes=217_600_000, bytes_per_model=46_750_000)
+    lines = load_table.render_table([row], verbose=True).splitlines()
+    assert lines[1].endswith("held  per model")
+    assert lines[-1].endswith(" 218       46.8")
+    assert "held" not in load_table.render_table([row])
 
 
 def test_a_row_reports_the_process_with_the_median_sustained_rate() -> None:
