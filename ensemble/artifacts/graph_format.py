@@ -6,19 +6,24 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ensemble.compiler import kernels
-from ensemble.compiler.kernels import KERNELS
 from ensemble.compiler.planning.step import Activation, Geometry, Kind, Step
-from ensemble.compiler.planning.vector_layout import weight_shape
-from ensemble.compiler.runtime.instructions import Instruction, Instructions, Value, with_lifetimes
+from ensemble.compiler.runtime.instructions import (
+    Instruction,
+    Instructions,
+    Value,
+    is_program,
+    with_lifetimes,
+)
 from ensemble.compiler.runtime.packed_weight import PackedWeight
-from ensemble.compiler.runtime.program import Program
 from ensemble.errors import InputError, UnavailableError
+
+if TYPE_CHECKING:
+    from ensemble.compiler.runtime.program import Program
 
 # Operators that a file may name: those of torch and of this package that compute from arguments.
 _NAMESPACES = ("aten", "ensemble")
@@ -91,8 +96,7 @@ def decode(data: Mapping[str, Any], tensors: Sequence[Tensor], *, threads: int) 
 
 def _encode_instruction(each: Instruction, table: TensorTable) -> dict[str, Any]:
     called: Any = each.target
-    is_program = isinstance(called, Program)
-    target = _encode_program(called, table) if is_program else _name_of(called)
+    target = _encode_program(called, table) if is_program(called) else _name_of(called)
     return {
         "target": target,
         "args": [_encode(argument) for argument in each.args],
@@ -204,6 +208,8 @@ def _encode_program(program: Program, table: TensorTable) -> dict[str, Any]:
 
 
 def _decode_program(data: Mapping[str, Any], tensors: Sequence[Tensor], threads: int) -> Program:
+    from ensemble.compiler.runtime.program import Program  # which imports numba
+
     steps = [_decode_step(step, tensors, data["num_models"]) for step in data["steps"]]
     return Program(
         steps,
@@ -259,10 +265,15 @@ def _check_step(step: Step, num_models: int) -> None:
             raise ValueError(
                 f"a step of {step.kind.label} has not the weights of {num_models} models"
             )
-    if step.weight is None or KERNELS[step.kind].empty is None:
+    from ensemble.compiler import kernels  # which import numba
+    from ensemble.compiler.planning.vector_layout import weight_shape
+
+    if step.weight is None or kernels.KERNELS[step.kind].empty is None:
         return
     shape = (num_models, *weight_shape(step.geometry))
-    expected = kernels.empty_packed(torch.empty(shape, device="meta"), step.kind)
+    expected = kernels.empty_packed(
+        torch.empty(shape, device="meta", dtype=torch.float32), step.kind
+    )
     found = step.weight
     if (found.shape, found.dtype) != (expected.shape, expected.dtype) or not found.is_contiguous():
         raise ValueError(f"a step of {step.kind.label} has weights of another size")

@@ -153,7 +153,7 @@ def _mapped(memory: mmap.mmap, begin: int, entry: dict[str, Any]) -> Tensor:
     ):
         raise ValueError("a tensor that is larger than its bytes")
     if not count:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin + entry["offset"])
     return flat.as_strided(shape, strides)
 

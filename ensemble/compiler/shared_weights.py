@@ -68,7 +68,9 @@ class SharedWeights:
                 "inputs of this shape need weights in another layout than those that this forward"
                 " holds; build another forward with an example of that shape"
             )
-        state = dict.fromkeys(names, torch.empty(0))  # none of them is read
+        state = dict.fromkeys(
+            names, torch.empty(0, dtype=torch.float32, device="cpu")
+        )  # none of them is read
         found = evaluate_constants(module, state, missing)
         self.constants.update({keys[node]: value for node, value in found.items()})
         return Folded({node: self.constants[keys[node]] for node in wanted}, dynamic)

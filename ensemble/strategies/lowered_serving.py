@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ensemble.compiler.pipeline import CompiledForward, compile_for_shape
 from ensemble.compiler.runtime import serial_copy
 from ensemble.compiler.runtime.instructions import Instructions, instructions_of
-from ensemble.compiler.runtime.program import Program
 from ensemble.models import stacking
 from ensemble.strategies.build_result import RawForward
 from ensemble.strategies.saved_run import ALL, SavedRun
 from ensemble.strategies.serving import Commit, LiveSet, Undo, write_in_place
+
+if TYPE_CHECKING:
+    from ensemble.compiler.runtime.program import Program
 
 
 @dataclass(frozen=True, eq=False)

@@ -129,7 +129,9 @@ def _loaded(found: tensor_file.Content) -> Forward:
     content, tensors = found.content, found.tensors
     threads, num_models = torch.get_num_threads(), content["num_models"]
     shape, report = tuple(content["shape"]), content["report"]
-    example = torch.empty(shape, dtype=getattr(torch, content["dtype"].removeprefix("torch.")))
+    example = torch.empty(
+        shape, dtype=getattr(torch, content["dtype"].removeprefix("torch.")), device="cpu"
+    )
     routes = {
         tuple(plan["shape"]): Route(_decode(plan, tensors, threads, num_models), plan["batch_size"])
         for plan in content["plans"]
@@ -265,7 +267,7 @@ def _decode(
         return run
     from ensemble.strategies.concurrent import concurrent_forward  # which imports torch.compile
 
-    example = torch.empty(plan["shape"])
+    example = torch.empty(plan["shape"], dtype=torch.float32, device="cpu")
     return concurrent_forward([partial(graph, *one) for one in constants], example)
 
 

@@ -156,7 +156,11 @@ def _repeated(bias: Tensor, groups: int, phases: int) -> Tensor:
 def _phases_first(graph: Rewriter, blocks: fx.Node, groups: int, phases: int) -> fx.Node:
     """From the order of filters by group, then phase, to that of a pixel shuffle."""
     known = value_of(blocks)
-    order = torch.arange(known.shape[1], device="cpu").view(groups, phases, -1).transpose(0, 1)
+    order = (
+        torch.arange(known.shape[1], device="cpu", dtype=torch.int64)
+        .view(groups, phases, -1)
+        .transpose(0, 1)
+    )
     return _channels_taken(graph, blocks, order.flatten().tolist())
 
 
@@ -171,7 +175,9 @@ def _pixel_shuffle(graph: Rewriter, node: fx.Node) -> None:
     known, result = value_of(x), value_of(node)
     if not graph.is_images(x) or not known.numel():
         return
-    order = torch.arange(known.shape[1], device="cpu").view(result.shape[1], -1).t()
+    order = (
+        torch.arange(known.shape[1], device="cpu", dtype=torch.int64).view(result.shape[1], -1).t()
+    )
     with graph.before(node):
         ordered = _channels_taken(graph, x, order.flatten().tolist())
     block, size = [factor, factor], list(result.shape[2:])

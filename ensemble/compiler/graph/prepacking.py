@@ -107,6 +107,11 @@ def packed_for_shape(model: nn.Module, example: Tensor, packed: Sequence[Packed]
     Raises:
         UnavailableError: torch cannot trace it for this shape, or the graph needs other constants.
     """
+    if any(one.recipe is not packed[0].recipe for one in packed):
+        raise UnavailableError(
+            "models that differ in more than their weights are packed for one shape; build another"
+            " forward with an example of this shape"
+        )
     run, recipe = _captured(model, example)
     numbers = {key: number for number, key in enumerate(packed[0].recipe.keys())}
     of_weights, values = state_dependent(recipe.graph), recipe.constants_of(model)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from ensemble.compiler.runtime.program import Program
+if TYPE_CHECKING:  # it imports numba, without which graphs have no programs
+    from ensemble.compiler.runtime.program import Program
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Instructions:
     def programs(self) -> Iterator[Program]:
         """The programs that it calls."""
         for instruction in self.body:
-            if isinstance(instruction.target, Program):
+            if is_program(instruction.target):
                 yield instruction.target
 
     def with_batch_size(self, num_models: int, old: int, new: int) -> Instructions | None:
@@ -74,7 +75,7 @@ class Instructions:
         """
         body: list[Instruction] = []
         for each in self.body:
-            if isinstance(each.target, Program):
+            if is_program(each.target):
                 if any(step.geometry.images != old for step in each.target.steps):
                     return None
                 steps = [
@@ -93,6 +94,11 @@ class Instructions:
             else:
                 return None
         return None if self.constants else replace(self, body=tuple(body))
+
+
+def is_program(target: object) -> TypeGuard[Program]:
+    """Is what an instruction calls a program?"""
+    return isinstance(target, nn.Module) and hasattr(target, "with_steps")
 
 
 def instructions_of(module: fx.GraphModule) -> Instructions:
