@@ -16,7 +16,8 @@ from ensemble.strategies import STRATEGIES, build
 if TYPE_CHECKING:
     from ensemble.models.weights import load_models
     from ensemble.strategies.exported import export
-    from ensemble.strategies.saving import load, save
+    from ensemble.strategies.loading import load
+    from ensemble.strategies.saving import save
 
 __all__ = [
     "STRATEGIES",
@@ -31,7 +32,7 @@ __all__ = [
 
 _LAZY = {
     "export": "ensemble.strategies.exported",
-    "load": "ensemble.strategies.saving",
+    "load": "ensemble.strategies.loading",
     "load_models": "ensemble.models.weights",
     "save": "ensemble.strategies.saving",
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 from ensemble.errors import InputError
@@ -68,13 +70,7 @@ def check_destination(
         InputError: an unknown format, no such folder, no permission, or another file is there.
     """
     form, place = format_of(path, argument=argument), Path(os.path.realpath(path))
-    try:
-        problem = _problem(form, place, overwrite=overwrite)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}", argument=argument) from error
-    if problem:
-        raise InputError(problem, argument=argument)
-    check_writable(place.parent, argument=argument)
+    _check(partial(_problem, form), path, overwrite=overwrite, argument=argument)
     if place.is_dir():
         check_writable(place, argument=argument)
     return form
@@ -84,11 +80,22 @@ def check_saved_destination(
     path: str | os.PathLike[str], *, overwrite: bool, argument: str = "path"
 ) -> None:
     """Check that `ensemble.save` can write a file at `path`; see `check_destination`."""
-    place = Path(os.path.realpath(path))
     if os.fspath(path).endswith(("/", os.sep)):
         raise InputError(f"expected the path of a file, got {path}", argument=argument)
+    _check(partial(_problem_of_file, SAVED_MAGIC), path, overwrite=overwrite, argument=argument)
+
+
+def _check(
+    problem_of: Callable[..., str],
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    argument: str,
+) -> None:
+    """Raise InputError unless a path may be written to, by `(place, overwrite)` -> the problem."""
+    place = Path(os.path.realpath(path))
     try:
-        problem = _problem_of_file(place, SAVED_MAGIC, overwrite=overwrite)
+        problem = problem_of(place, overwrite=overwrite)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}", argument=argument) from error
     if problem:
@@ -98,7 +105,7 @@ def check_saved_destination(
 
 def _problem(form: Format, place: Path, *, overwrite: bool) -> str:
     if form is not Format.TRITON:
-        return _problem_of_file(place, _MAGIC[form], overwrite=overwrite)
+        return _problem_of_file(_MAGIC[form], place, overwrite=overwrite)
     if not place.parent.is_dir():
         return f"expected a folder at {place.parent}, got none"
     if not place.exists() or place.is_dir():
@@ -106,7 +113,7 @@ def _problem(form: Format, place: Path, *, overwrite: bool) -> str:
     return f"expected a folder at {place}, got a file"
 
 
-def _problem_of_file(place: Path, magic: bytes, *, overwrite: bool) -> str:
+def _problem_of_file(magic: bytes, place: Path, *, overwrite: bool) -> str:
     if not place.parent.is_dir():
         return f"expected a folder at {place.parent}, got none"
     if not place.exists():

@@ -107,7 +107,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def _drop_metadata(proto: Any) -> None:
-    """Names of modules, and paths of source files, which nobody reads."""
+    """Remove names of modules and paths of source files, which no runtime reads."""
     graphs = [proto.graph, *proto.functions]
     for graph in graphs:
         del graph.metadata_props[:]

@@ -55,7 +55,7 @@ class Layout:
 
 
 class _Ensemble(nn.Module):
-    """x -> the stacked outputs of the models, which are called one after another."""
+    """x -> the stacked outputs of the models, called sequentially."""
 
     def __init__(self, models: Sequence[nn.Module], layout: Layout, *, private: bool) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ from ensemble.compiler.graph.narrow_inputs import widen_narrow_inputs
 from ensemble.compiler.graph.operator_selection import select_operators
 from ensemble.compiler.operators.conv2d import STACKED_CONV2D
 from ensemble.compiler.operators.implicit_gemm import STACKED_CONV2D_BLOCK, precision_of
-from ensemble.compiler.operators.lowering import LoweringContext
+from ensemble.compiler.operators.lowering import lowering_context
 from ensemble.compiler.planning.gemm_tuning import GemmTuning
 from ensemble.compiler.planning.kernel_accuracy import ErrorBound, KernelAccuracyCheck
 from ensemble.compiler.planning.kernel_selection import select_kernels
@@ -56,7 +56,7 @@ class CompiledForward:
     left: why other convolutions there are left to torch, one reason each.
     has_fast_kernels: some round more than the plain product does.
     rejections: layers whose fast kernel failed the accuracy check, with the reason.
-    by_torch: operators that torch runs at each call, beside the programs, and how many of each.
+    by_torch: operators that stay with torch at each call, and how many of each.
     looped: operators without a batching rule, which vmap runs by a loop over the models.
     """
 
@@ -177,13 +177,7 @@ def _as_programs(
     """Programs: lowering to kernel steps, activation fusion, row tiling, memory planning."""
     vmapped = fx.GraphModule(module, copied_graph(module))
     forget_source(vmapped)
-    nodes = list(module.graph.nodes)
-    context = LoweringContext(
-        folded.constants,
-        value_ids={node: index for index, node in enumerate(nodes)},
-        producers=dict(enumerate(nodes)),
-        num_models=num_models,
-    )
+    context = lowering_context(module.graph, folded.constants, num_models)
     runs = select_kernels(module.graph, folded.dynamic, context)
     lowered = {node.name: tuple(steps) for run in runs for node, steps in run.items()}
     steps = [step for run in runs for step in build_program(module, run, context, threads)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from ensemble.compiler.graph.analysis import dynamic_nodes, node_of
+from ensemble.compiler.graph.analysis import dynamic_nodes, node_of, weight_nodes
 from ensemble.compiler.graph.constant_folding import (
     Folded,
     State,
@@ -17,10 +17,10 @@ from ensemble.compiler.graph.constant_folding import (
     buffer_name,
     evaluate_constants,
 )
-from ensemble.compiler.graph.expressions import Key, expression_keys, state_dependent
+from ensemble.compiler.graph.expressions import Key, expression_keys
 from ensemble.compiler.operators import support
 from ensemble.compiler.operators.conv2d import STACKED_CONV2D, conv_geometry_of, with_kernel
-from ensemble.compiler.operators.lowering import LoweringContext
+from ensemble.compiler.operators.lowering import lowering_context
 from ensemble.compiler.planning.kernel_selection import lower
 from ensemble.compiler.planning.step import Kind, Step
 from ensemble.errors import UnavailableError
@@ -60,7 +60,7 @@ class SharedWeights:
             if able and geometry.groups == 1 and Kind(conv.args[4]) not in able:
                 with_kernel(conv, able[0])
         keys = expression_keys(module, names)
-        dynamic, of_state = dynamic_nodes(module.graph), state_dependent(module)
+        dynamic, of_state = dynamic_nodes(module.graph), weight_nodes(module.graph)
         wanted = [node for node in keys if _is_read(node, dynamic)]
         missing = [n for n in wanted if keys[n] not in self.constants]
         if any(node in of_state for node in missing):
@@ -68,9 +68,8 @@ class SharedWeights:
                 "inputs of this shape need weights in another layout than those that this forward"
                 " holds; build another forward with an example of that shape"
             )
-        state = dict.fromkeys(
-            names, torch.empty(0, dtype=torch.float32, device="cpu")
-        )  # none of them is read
+        unread = torch.empty(0, dtype=torch.float32, device="cpu")
+        state = dict.fromkeys(names, unread)
         found = evaluate_constants(module, state, missing)
         self.constants.update({keys[node]: value for node, value in found.items()})
         return Folded({node: self.constants[keys[node]] for node in wanted}, dynamic)
@@ -109,7 +108,7 @@ class WeightMap:
             UnavailableError: a constant cannot be computed for one model alone.
         """
         keys = expression_keys(self.module, self.names)
-        dynamic, of_state = dynamic_nodes(self.module.graph), state_dependent(self.module)
+        dynamic, of_state = dynamic_nodes(self.module.graph), weight_nodes(self.module.graph)
         wanted = [
             node for node in self.module.graph.nodes if node in of_state and _is_read(node, dynamic)
         ]
@@ -135,16 +134,11 @@ class WeightMap:
 
         constants: of the new model, by `constants_of`.
         """
-        keys, of_state = expression_keys(self.module, self.names), state_dependent(self.module)
-        nodes, known = list(self.module.graph.nodes), {**shared.constants, **constants}
-        values: Values = {node: known[keys[node]] for node in nodes if keys.get(node) in known}
-        context = LoweringContext(
-            values,
-            value_ids={node: index for index, node in enumerate(nodes)},
-            producers=dict(enumerate(nodes)),
-            num_models=num_models,
-        )
-        for node in nodes:
+        keys, of_state = expression_keys(self.module, self.names), weight_nodes(self.module.graph)
+        known = {**shared.constants, **constants}
+        values: Values = {node: known[key] for node, key in keys.items() if key in known}
+        context = lowering_context(self.module.graph, values, num_models)
+        for node in self.module.graph.nodes:
             if node in of_state and (name := buffer_name(node)) in self.buffers:
                 yield self.buffers[name], values[node]
             if node.name not in self.steps or of_state.isdisjoint(node.all_input_nodes):

@@ -323,7 +323,8 @@ def build(
     from ensemble.machine.memory import unavailable_on_failure
     from ensemble.models import outputs, stacking
     from ensemble.strategies import arguments, verification
-    from ensemble.strategies.forward import Forward, execution_context
+    from ensemble.strategies.contexts import execution_context
+    from ensemble.strategies.forward import Forward
     from ensemble.strategies.verification import Behavior
 
     get(name)
@@ -383,12 +384,13 @@ def _build(
 ) -> BuildResult:
     """The builder's own result, in the context of a build, with `Serving`."""
     from ensemble.machine.per_process import use_one_thread_after_fork
-    from ensemble.strategies import arguments, forward
+    from ensemble.strategies import arguments, contexts
+    from ensemble.strategies.forward import Forward
     from ensemble.strategies.serving import Rebuilding
 
     use_one_thread_after_fork()
     builder = get(name).builder(tune_seconds=tune_seconds)
-    with forward.execution_context(example.device), forward.default_device(example.device):
+    with contexts.execution_context(example.device), contexts.default_device(example.device):
         try:
             built = builder(models, example)
         except Exception:
@@ -396,7 +398,7 @@ def _build(
             raise
     # `best` returns what another strategy has built.
     inner = built.forward
-    if isinstance(inner, forward.Forward):
+    if isinstance(inner, Forward):
         built = replace(built, forward=inner.raw)
     if built.serving is not None:
         return built

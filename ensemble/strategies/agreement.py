@@ -1,6 +1,7 @@
 """Check a strategy's logits against the reference's, before anything is timed."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,9 +143,23 @@ def informative(example: Tensor) -> Tensor:
         return example
     if example.numel() > 1 and example.double().std() > 0:
         return example
-    generator = torch.Generator(example.device).manual_seed(0)  # not the global generator
-    options: Any = {"dtype": example.dtype, "device": example.device}
-    return torch.randn(example.shape, generator=generator, **options)
+    return noise(example.shape, example.dtype, example.device)
+
+
+def noise(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Images to compare outputs on: normally distributed, or integers from 0 to 127."""
+    generator = torch.Generator(device).manual_seed(0)  # not the global generator
+    options: Any = {"dtype": dtype, "device": device, "generator": generator}
+    if dtype.is_floating_point:
+        return torch.randn(shape, **options)
+    return torch.randint(0, 2 if dtype == torch.bool else 128, tuple(shape), **options)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Are tensors equal, bit for bit? NaN equals NaN."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def largest_of(outputs: Tensor) -> float:

@@ -14,12 +14,12 @@ from torch.nn.parameter import is_lazy
 from ensemble.errors import InputError, UnavailableError, first_line
 from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
-from ensemble.strategies.forward import (
-    check_dense,
+from ensemble.strategies.plain_tensors import (
     check_no_parametrization_cache,
     is_traced,
     to_plain_tensor,
 )
+from ensemble.strategies.stacked_outputs import check_dense
 
 
 def validated(models: Any, example: Any) -> tuple[tuple[nn.Module, ...], Tensor]:

@@ -23,7 +23,8 @@ from ensemble.strategies import (
     lowered,
 )
 from ensemble.strategies.build_result import BuildResult, RawForward, serialized
-from ensemble.strategies.forward import default_device, execution_context, stack_outputs
+from ensemble.strategies.contexts import default_device, execution_context
+from ensemble.strategies.stacked_outputs import stack_outputs
 
 WARMUP_CALLS = 3  # as in make_graphed_callables: lazy initialization must not be captured
 

@@ -15,7 +15,7 @@ from ensemble.models.meta import MetaWithoutDynamo
 from ensemble.strategies import saved_run
 from ensemble.strategies.arguments import weight_dtype
 from ensemble.strategies.build_result import BuildResult, PerModel, serialized
-from ensemble.strategies.forward import ieee_products, stack_outputs
+from ensemble.strategies.contexts import ieee_products
 from ensemble.strategies.serving import (
     Commit,
     Serving,
@@ -24,6 +24,7 @@ from ensemble.strategies.serving import (
     tensors_of,
     write_in_place,
 )
+from ensemble.strategies.stacked_outputs import stack_outputs
 from ensemble.strategies.vmapped import VmappedForward
 
 try:
@@ -117,8 +118,8 @@ def vmap(
 ) -> BuildResult:
     """`torch.vmap` of the stateless model over the stacked parameters and buffers.
 
-    chunk_size: models per vmapped call; default: all. is_own_stack: the models are copies that
-    nobody else reads, so their stack may be written to.
+    chunk_size: models per vmapped call; default: all. is_own_stack: the models are private copies,
+    so their stack may be written to.
     """
     state = StackedState(models, is_own=is_own_stack)
     stateless, parameters, buffers = stateless_model(models)

@@ -1,7 +1,7 @@
 """Export N models as one file that runs without this package, and run such files as strategies.
 
-A file is written beside its path, loaded again by torch or ONNX Runtime alone, compared with the
-loop on new inputs at several batch sizes, and only then moved to its path.
+A file is written to a temporary folder, loaded again by torch or ONNX Runtime alone, compared with
+the loop on new inputs at several batch sizes, and only then moved to its path.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ensemble.strategies import (
     verification,
 )
 from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.forward import execution_context
+from ensemble.strategies.contexts import execution_context
 from ensemble.strategies.verification import Behavior
 
 Run = Callable[[Tensor], Tensor]
@@ -127,14 +127,7 @@ def export(
     arguments.check_runs(models[0], example)
     place = Path(os.path.realpath(path))
     if form is Format.TRITON:
-        _check_batched(models[0], example)
-        name = type(outputs.unwrapped(models[0])).__name__.lower()
-        place = place / f"{name}_x{len(models)}"
-        if place.exists() and not triton_repository.is_model(place):
-            raise InputError(
-                f"expected no folder or a model of Triton at {place}, got another file",
-                argument="path",
-            )
+        place = _place_in_repository(place, models, example)
     layout = _layout(form, example)
     with _failures_as_unavailable(form), _folder_beside(path) as folder:
         written = folder / place.name
@@ -146,8 +139,7 @@ def export(
             for batch_size in batch_sizes
         ]
         del run  # it may hold the files open
-        size = sum(file.stat().st_size for file in [written, *folder.rglob("*")] if file.is_file())
-        size -= written.stat().st_size if written.is_file() else 0  # counted twice
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         try:
             _move(written, place)
         except OSError as error:
@@ -157,6 +149,22 @@ def export(
     known = [error for error in errors if error is not None]
     seconds = time.perf_counter() - begin
     return ExportReport(place, form, size, max(known, default=None), batch_sizes, seconds)
+
+
+def _place_in_repository(repository: Path, models: Sequence[nn.Module], example: Tensor) -> Path:
+    """The folder of the models in a Triton repository.
+
+    Raises:
+        InputError: something else is there.
+        UnavailableError: Triton cannot batch their outputs.
+    """
+    _check_batched(models[0], example)
+    name = type(outputs.unwrapped(models[0])).__name__.lower()
+    place = repository / f"{name}_x{len(models)}"
+    if place.exists() and not triton_repository.is_model(place):
+        message = f"expected no folder or a model of Triton at {place}, got another file"
+        raise InputError(message, argument="path")
+    return place
 
 
 def pt2_file(models: Sequence[nn.Module], example: Tensor) -> BuildResult:

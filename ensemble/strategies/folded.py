@@ -13,7 +13,7 @@ from ensemble.compiler.graph import batch_norm_folding
 from ensemble.models import stacking
 from ensemble.strategies import eager, saved_run
 from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.forward import ieee_products
+from ensemble.strategies.contexts import ieee_products
 from ensemble.strategies.saved_run import EACH, SavedRun
 from ensemble.strategies.serving import Commit, Serving, exchange_tensors, tensors_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,20 +9,26 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ensemble.compiler.graph.batch_norm_folding import is_close
 from ensemble.errors import UnavailableError
 from ensemble.machine.devices import synchronize
 from ensemble.machine.per_process import PerProcess
-from ensemble.machine.precision import Float32Precision, float32_precision
 from ensemble.models import stacking
-from ensemble.models.outputs import SelectedOutput, describe, is_selectable, unwrapped
-from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
-from ensemble.strategies.serving import CallGate, held_bytes, weight_bytes
+from ensemble.models.outputs import SelectedOutput, unwrapped
+from ensemble.strategies.agreement import noise
+from ensemble.strategies.build_result import BuildResult, RawForward
+from ensemble.strategies.call_gate import CallGate
+from ensemble.strategies.contexts import default_device, execution_context
+from ensemble.strategies.plain_tensors import (
+    PLAIN,
+    check_no_parametrization_cache,
+    is_traced,
+    to_plain_tensor,
+)
+from ensemble.strategies.serving import held_bytes, weight_bytes
 from ensemble.strategies.shape_plans import ShapePlans
-
-_PLAIN = (Tensor, nn.Parameter)
+from ensemble.strategies.stacked_outputs import stack_outputs
 
 
 class Forward:
@@ -226,7 +231,7 @@ class Forward:
         )
 
     def _check_not_traced(self) -> None:
-        traced = is_traced(is_plain=self._type in _PLAIN)
+        traced = is_traced(is_plain=self._type in PLAIN)
         if torch._C._get_tracing_state() or torch.compiler.is_compiling() or traced:
             raise UnavailableError(
                 f"a built forward ({self.strategy}) cannot be traced, exported or compiled; export"
@@ -248,7 +253,7 @@ class Forward:
                 f"x: expected a tensor in {self.dtype} on {self.device}, like the example that"
                 f" {self.strategy} was built with; got one in {x.dtype} on {x.device}"
             )
-        if type(x) in _PLAIN or type(x) is not self._type:  # else both are fake tensors
+        if type(x) in PLAIN or type(x) is not self._type:  # else both are fake tensors
             x = to_plain_tensor(x, argument="x")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -331,154 +336,3 @@ def _shapes(shapes: object) -> Iterator[int | tuple[int, ...]]:
 
 def _with_batch(shape: tuple[int, ...], batch_size: int) -> tuple[int, ...]:
     return (*shape[:-4], batch_size, *shape[-3:])
-
-
-def noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Images to compare outputs on."""
-    generator = torch.Generator(device).manual_seed(0)  # not the global generator
-    options: Any = {"dtype": dtype, "device": device, "generator": generator}
-    if dtype.is_floating_point:
-        return torch.randn(shape, **options)
-    return torch.randint(0, 2 if dtype == torch.bool else 128, shape, **options)
-
-
-def is_traced(*, is_plain: bool) -> bool:
-    """Whether a dispatch mode is active that records or replaces torch's operators.
-
-    is_plain: the inputs are ordinary tensors, which FakeTensorMode does not accept.
-    """
-    keys = torch._C._TorchDispatchModeKey
-    unsupported = [keys.PROXY, keys.FUNCTIONAL, *[keys.FAKE] * is_plain]
-    return any(torch._C._get_dispatch_mode(key) is not None for key in unsupported)
-
-
-def to_plain_tensor(x: Tensor, *, argument: str) -> Tensor:
-    """x as a `torch.Tensor`, strided and without lazy negation.
-
-    Raises:
-        ValueError: x is sparse, nested or quantized, a subclass with `__torch_dispatch__` (such as
-            a fake tensor), or wrapped by a `torch.func` transform.
-    """
-    kind = type(x)
-    if kind not in _PLAIN and _has_own_dispatch(x):
-        raise ValueError(f"{argument}: expected a plain tensor, got {kind.__name__}")
-    x = x if kind in _PLAIN else x.as_subclass(Tensor)
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        raise ValueError(
-            f"{argument}: expected a plain tensor, got one wrapped by a torch.func transform; call"
-            " the models directly inside transforms"
-        )
-    if x.layout != torch.strided or x.is_quantized or x.is_nested:
-        raise ValueError(f"{argument}: expected a dense tensor, got layout {x.layout}")
-    if x.is_neg() or x._is_zerotensor():
-        x = x.clone()  # materialize: kernels read the memory directly
-    return x
-
-
-def check_no_parametrization_cache() -> None:
-    """The parametrization cache is keyed by module and name, but here N models share a module.
-
-    Raises:
-        UnavailableError: called inside `torch.nn.utils.parametrize.cached()`.
-    """
-    if parametrize._cache_enabled:
-        raise UnavailableError(
-            "ensemble.build cannot be combined with torch.nn.utils.parametrize.cached(): its cache"
-            " would return one model's weights for another"
-        )
-
-
-@contextlib.contextmanager
-def execution_context(device: torch.device) -> Iterator[None]:
-    """The context that models are built and called in: inference mode, no autocast, and `device`
-    is the current one."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        if device.type != "cpu":
-            stack.enter_context(current_device(device))
-        for kind in dict.fromkeys((device.type, "cpu")):
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def current_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The context in which streams, events and graphs are by default made on `device`.
-
-    Tensors of a device that is not there are fake.
-    """
-    if device.index is None or not torch.accelerator.is_available():
-        return contextlib.nullcontext()
-    return torch.accelerator.device_index(device.index)
-
-
-def ieee_products(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The context in which results are computed that others are compared with: CUDA multiplies in
-    IEEE float32, whatever the caller has set."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return float32_precision(Float32Precision.IEEE)
-
-
-def default_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The context in which tensors are made on `device` by default.
-
-    No context unless the caller has set another default: each is a function mode, under which torch
-    takes other paths, such as plain instead of fused attention.
-    """
-    try:
-        is_default = torch.get_default_device().type == device.type
-    except RuntimeError:  # it makes a tensor there, which fails for a device without a driver
-        is_default = False
-    return contextlib.nullcontext() if is_default else device
-
-
-def stack_outputs(outputs: Any, num_models: int) -> Tensor:
-    """The outputs of N models as one ordinary tensor `(N, ...)` that owns its memory.
-
-    Raises:
-        ValueError: the models do not return a single dense tensor each, or their outputs differ in
-            shape or dtype.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        if isinstance(outputs, PerModel):
-            return torch.stack(_same_shape(outputs.outputs)).contiguous()
-        check_dense(outputs, is_stacked=True)
-        assert isinstance(outputs, Tensor)
-        if outputs.dim() == 0 or len(outputs) != num_models:
-            found = tuple(outputs.shape)
-            raise ValueError(f"expected outputs of {num_models} models, got shape {found}")
-        ordinary: Tensor = outputs if _has_own_dispatch(outputs) else outputs.as_subclass(Tensor)
-        return ordinary.clone(memory_format=torch.contiguous_format)
-
-
-def _has_own_dispatch(tensor: Tensor) -> bool:
-    """Whether its class overrides `__torch_dispatch__`, as fake tensors do."""
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def check_dense(output: object, *, is_stacked: bool = False) -> None:
-    """Raise ValueError unless a model's output, or those of N models, is a dense tensor."""
-    if not isinstance(output, Tensor):
-        found = describe(output, is_stacked=is_stacked)
-        advice = "; select one by output=" if is_selectable(output) else ""
-        raise ValueError(f"expected one tensor from each model, got {found}{advice}")
-    if output.layout != torch.strided or output.is_quantized or output.is_nested:
-        raise ValueError(f"expected one dense tensor from each model, got {output.layout}")
-
-
-def _same_shape(outputs: Sequence[object]) -> list[Tensor]:
-    """The outputs as tensors; raises ValueError unless they have one shape and dtype."""
-    tensors: list[Tensor] = []
-    for index, output in enumerate(outputs):
-        check_dense(output)
-        assert isinstance(output, Tensor)
-        first = tensors[0] if tensors else output
-        if (output.shape, output.dtype) != (first.shape, first.dtype):
-            expected, found = (f"{tuple(t.shape)} in {t.dtype}" for t in (first, output))
-            raise ValueError(
-                f"models: expected outputs of one shape and dtype, got {expected} from model 0"
-                f" and {found} from model {index}"
-            )
-        tensors.append(output if _has_own_dispatch(output) else output.as_subclass(Tensor))
-    return tensors

@@ -18,7 +18,7 @@ from ensemble.models import stacking
 from ensemble.models.outputs import class_count, is_class_logits
 from ensemble.strategies import agreement, eager, telemetry
 from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.forward import stack_outputs
+from ensemble.strategies.stacked_outputs import stack_outputs
 
 REQUIREMENTS = {"cpu": "requirements-peers.txt", "cuda": "requirements-peers-cuda.txt"}
 

@@ -14,9 +14,9 @@ from ensemble.strategies import agreement
 from ensemble.strategies.accuracy import OutputAccuracy
 from ensemble.strategies.build_result import BuildResult, PerModel, RawForward
 from ensemble.strategies.concurrent import concurrent_forward
-from ensemble.strategies.forward import stack_outputs
 from ensemble.strategies.saved_run import CONCURRENT, EACH, SavedRun
 from ensemble.strategies.serving import Commit, Serving, Undo
+from ensemble.strategies.stacked_outputs import stack_outputs
 
 
 def loop(models: Sequence[nn.Module], example: Tensor) -> BuildResult:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
@@ -218,66 +217,3 @@ def _span(tensor: Tensor) -> tuple[torch.device, int, int]:
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in steps) + 1
     return tensor.device, first, first + last * tensor.element_size()
-
-
-class CallGate:
-    """Any number of calls at once, or one exchange: a readers-writer lock.
-
-    An exchange that waits comes before later calls.
-    """
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._calls, self._is_closed = 0, False
-
-    def __enter__(self) -> None:
-        with self._condition:
-            while self._is_closed:
-                self._condition.wait()
-            self._calls += 1
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._condition:
-            self._calls -= 1
-            if not self._calls:
-                self._condition.notify_all()
-
-    def closed(self) -> _Closed:
-        """The context in which no call runs."""
-        return _Closed(self)
-
-
-class _Closed:
-    def __init__(self, gate: CallGate) -> None:
-        self._gate = gate
-
-    def __enter__(self) -> None:
-        gate = self._gate
-        with gate._condition:
-            while gate._is_closed:
-                gate._condition.wait()
-            gate._is_closed = True
-            try:
-                while gate._calls:
-                    gate._condition.wait()
-            except BaseException:
-                self._open()
-                raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._gate._condition:
-            self._open()
-
-    def _open(self) -> None:
-        self._gate._is_closed = False
-        self._gate._condition.notify_all()

@@ -20,7 +20,8 @@ from ensemble.machine.memory import is_out_of_memory
 from ensemble.models import stacking
 from ensemble.strategies import agreement, eager
 from ensemble.strategies.arguments import weight_dtype
-from ensemble.strategies.forward import Forward, execution_context
+from ensemble.strategies.contexts import execution_context
+from ensemble.strategies.forward import Forward
 
 
 class Behavior(Enum):
@@ -81,8 +82,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 def _are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Are buffers equal, bit for bit? NaN equals NaN."""
     return one.keys() == other.keys() and all(
-        (a.shape, a.dtype) == (b.shape, b.dtype) and bool(((a == b) | ((a != a) & (b != b))).all())
-        for a, b in ((one[name], other[name]) for name in one)
+        agreement.same_bits(one[name], other[name]) for name in one
     )
 
 

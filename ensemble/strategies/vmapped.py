@@ -17,7 +17,7 @@ from ensemble.errors import UnavailableError
 from ensemble.machine import captured_warnings
 from ensemble.machine.memory import is_out_of_memory
 from ensemble.strategies.build_result import PerModel
-from ensemble.strategies.forward import check_dense
+from ensemble.strategies.stacked_outputs import check_dense
 
 State = tuple[Tensor, ...]
 T = TypeVar("T")

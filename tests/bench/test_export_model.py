@@ -7,36 +7,15 @@ import torch
 from torch import nn
 
 import resnet_vmap
-from ensemble.bench import summary
 from ensemble.bench.cli import parse
 from ensemble.errors import InputError
-from ensemble.machine import timing
 from ensemble.models.vision import torchvision
 from tests.tiny import independent
 
 KITTEN = str(Path(resnet_vmap.__file__).parent / "kitten.jpg")
 QUICK = ["--image_path", KITTEN, "--image_size", "32", "--warmup", "0", "--min_pairs", "8"]
 QUICK += ["--min_seconds", "0", "--processes", "0", "--strategies", "loop"]
-
-
-@pytest.fixture(autouse=True)
-def tests_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary, "TOO_BUSY", 1.0)
-    monkeypatch.setattr(summary, "TOO_NOISY", 100.0)
-    monkeypatch.setattr(timing, "LONG_S", 0.0)
-    monkeypatch.setenv("COLUMNS", "1000")
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, nn.Module]:
-    """Two MobileNets with ten classes, by their files."""
-    folder, models = tmp_path_factory.mktemp("weights"), {}
-    for seed in range(2):
-        torch.manual_seed(seed)
-        model = torchvision.models.mobilenet_v3_small(num_classes=10).eval().requires_grad_(False)
-        torch.save(model.state_dict(), folder / f"{seed}.pth")
-        models[str(folder / f"{seed}.pth")] = model
-    return models
+pytestmark = pytest.mark.usefixtures("tests_beside_each_other")
 
 
 def run(checkpoints: dict[str, nn.Module], *flags: str) -> int:

@@ -14,7 +14,7 @@ import torch
 
 import ensemble
 from ensemble.strategies import concurrent
-from ensemble.strategies.forward import stack_outputs
+from ensemble.strategies.stacked_outputs import stack_outputs
 from tests.marks import some_slow
 from tests.tiny import independent, tiny_models
 

@@ -21,7 +21,7 @@ from ensemble import strategies
 from ensemble.errors import UnavailableError
 from ensemble.strategies import BEST, STRATEGIES
 from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.forward import execution_context
+from ensemble.strategies.contexts import execution_context
 from tests.marks import some_slow
 from tests.tiny import TinyNet, independent, tiny_models
 

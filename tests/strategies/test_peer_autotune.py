@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ensemble.strategies import peer_autotune
 from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.forward import stack_outputs
 from ensemble.strategies.peer_autotune import RunModels
+from ensemble.strategies.stacked_outputs import stack_outputs
 
 EXAMPLE = torch.ones(1, 3, 4, 4)
 

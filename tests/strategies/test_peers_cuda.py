@@ -35,7 +35,7 @@ from ensemble.strategies import (
     peers,
 )
 from ensemble.strategies.build_result import BuildResult
-from ensemble.strategies.forward import stack_outputs
+from ensemble.strategies.stacked_outputs import stack_outputs
 from tests.tiny import independent, tiny_models
 
 CUDA = torch.device("cuda:1")

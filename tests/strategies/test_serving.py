@@ -12,8 +12,9 @@ import ensemble
 from ensemble.errors import UnavailableError
 from ensemble.models.stacking import set_tensors, stacked_state
 from ensemble.strategies import BEST, STRATEGIES
+from ensemble.strategies.call_gate import CallGate
 from ensemble.strategies.lowered_serving import CompiledModels
-from ensemble.strategies.serving import CallGate, Rebuilding, bytes_of, held_bytes, weight_bytes
+from ensemble.strategies.serving import Rebuilding, bytes_of, held_bytes, weight_bytes
 from tests.tiny import TinyNet, independent, tiny_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")

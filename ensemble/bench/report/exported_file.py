@@ -60,5 +60,5 @@ def _speed(report: ExportReport, rows: Sequence[Summary], where: str) -> list[st
 
 
 def _is_ours(row: Summary) -> bool:
-    """Has a row kernels of this package, by itself or by its choice?"""
+    """Does a row run kernels of this package, itself or through the strategy that it picked?"""
     return (row.picked or row.case.strategy).startswith("lowered")

@@ -34,6 +34,12 @@ def dynamic_nodes(graph: fx.Graph) -> set[fx.Node]:
     return dependents(graph, graph.find_nodes(op="placeholder")[-1:])
 
 
+def weight_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on the weights, which are all other placeholders, and not on the
+    input."""
+    return dependents(graph, graph.find_nodes(op="placeholder")[:-1]) - dynamic_nodes(graph)
+
+
 def dependents(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes, and all nodes that depend on one of them."""
     found = set(nodes)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from ensemble.compiler.graph import rewriter
 from ensemble.compiler.graph.analysis import node_of, value_of
-from ensemble.compiler.graph.graph_module import recompile
 from ensemble.compiler.graph.rewriter import Rewriter, pair, with_defaults
 from ensemble.compiler.operators.channel_conv import CHANNEL_CONV
 from ensemble.compiler.operators.gather import GATHER
@@ -32,14 +32,7 @@ aten = torch.ops.aten
 
 def decompose(module: fx.GraphModule) -> None:
     """Rewrite a graph of `capture`; nodes that no rule matches stay."""
-    rewriter = Rewriter(module.graph)
-    for node in list(module.graph.nodes):
-        rewrite = _REWRITES.get(node.target)
-        if rewrite is not None and node in rewriter.dynamic and not node.kwargs:
-            rewrite(rewriter, node)
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    recompile(module)
+    rewriter.apply(_REWRITES, module)
 
 
 def _convolution(graph: Rewriter, node: fx.Node) -> None:

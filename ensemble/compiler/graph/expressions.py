@@ -36,18 +36,6 @@ def expression_keys(module: fx.GraphModule, state_names: Sequence[str]) -> dict[
     return keys
 
 
-def state_dependent(module: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that depend on the weights and not on the input."""
-    *state, x = module.graph.find_nodes(op="placeholder")
-    on_state, on_x = set(state), {x}
-    for node in module.graph.nodes:
-        if any(source in on_x for source in node.all_input_nodes):
-            on_x.add(node)
-        elif any(source in on_state for source in node.all_input_nodes):
-            on_state.add(node)
-    return on_state
-
-
 class _Known(str):
     """The key of an argument, as text."""
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from ensemble.compiler.graph import rewriter
 from ensemble.compiler.graph.analysis import is_images, node_of, value_of
-from ensemble.compiler.graph.graph_module import recompile
 from ensemble.compiler.graph.rewriter import Rewriter, pair, with_defaults
 from ensemble.compiler.operators.affine import AFFINE
 from ensemble.compiler.operators.conv2d import CONV2D
@@ -36,14 +36,7 @@ _ACTIVATIONS = (  # besides relu; each acts on its first argument
 def select_operators(module: fx.GraphModule) -> None:
     """Rewrite a graph of `capture`; nodes that no rule matches stay."""
     module.graph.eliminate_dead_code()  # unused results of norms
-    rewriter = Rewriter(module.graph)
-    for node in list(module.graph.nodes):
-        rewrite = _REWRITES.get(node.target)
-        if rewrite is not None and node in rewriter.dynamic and not node.kwargs:
-            rewrite(rewriter, node)
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    recompile(module)
+    rewriter.apply(_REWRITES, module)
 
 
 def _convolution(graph: Rewriter, node: fx.Node) -> None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from ensemble.compiler.graph.analysis import dynamic_nodes, node_of, value_of
+from ensemble.compiler.graph.analysis import dynamic_nodes, node_of, value_of, weight_nodes
 from ensemble.compiler.graph.capture import capture
-from ensemble.compiler.graph.expressions import Key, expression_keys, state_dependent
+from ensemble.compiler.graph.expressions import Key, expression_keys
 from ensemble.compiler.graph.graph_module import finished, forget_source, recompile
 from ensemble.compiler.graph.operator_selection import select_operators
 from ensemble.compiler.operators.affine import AFFINE
@@ -114,7 +114,7 @@ def packed_for_shape(model: nn.Module, example: Tensor, packed: Sequence[Packed]
         )
     run, recipe = _captured(model, example)
     numbers = {key: number for number, key in enumerate(packed[0].recipe.keys())}
-    of_weights, values = state_dependent(recipe.graph), recipe.constants_of(model)
+    of_weights, values = weight_nodes(recipe.graph.graph), recipe.constants_of(model)
     picks: list[int | Own] = []
     for source, key, value in zip(recipe.sources, recipe.keys(), values, strict=True):
         if key not in numbers and source.node in of_weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ensemble.compiler.graph.analysis import dynamic_nodes, is_images, value_of
+from ensemble.compiler.graph.graph_module import recompile
 
 aten = torch.ops.aten
 
@@ -67,6 +68,21 @@ class Rewriter:
         result = self.call(aten.reshape.default, x, list(shape), like=x)
         result.meta["val"] = value_of(x).reshape(shape)
         return result
+
+
+Rewrite = Callable[[Rewriter, fx.Node], object]
+
+
+def apply(rewrites: Mapping[Any, Rewrite], module: fx.GraphModule) -> None:
+    """Apply the rule of each dynamic node's operator; nodes without keyword arguments only."""
+    rewriter = Rewriter(module.graph)
+    for node in list(module.graph.nodes):
+        rewrite = rewrites.get(node.target)
+        if rewrite is not None and node in rewriter.dynamic and not node.kwargs:
+            rewrite(rewriter, node)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    recompile(module)
 
 
 def with_defaults(node: fx.Node) -> list[Any]:

@@ -48,6 +48,19 @@ class LoweringContext:
         return len(found) == self.num_models and found.numel() > 0
 
 
+def lowering_context(
+    graph: fx.Graph, constants: dict[fx.Node, Tensor], num_models: int
+) -> LoweringContext:
+    """The context of a graph as it is now."""
+    nodes = list(graph.nodes)
+    return LoweringContext(
+        constants,
+        value_ids={node: index for index, node in enumerate(nodes)},
+        producers=dict(enumerate(nodes)),
+        num_models=num_models,
+    )
+
+
 # The steps that compute a node; none where kernels cannot.
 Lowering = Callable[[fx.Node, LoweringContext], list[Step]]
 

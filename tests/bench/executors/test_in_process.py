@@ -24,7 +24,7 @@ from ensemble.models.vision import torchvision
 from ensemble.statistics import MIN_PAIRS_FOR_INTERVAL
 from ensemble.strategies import STRATEGIES, best
 from ensemble.strategies.build_result import Builder, BuildResult
-from ensemble.strategies.forward import stack_outputs
+from ensemble.strategies.stacked_outputs import stack_outputs
 from tests.made import CONFIG, ENVIRONMENT, with_options
 from tests.tiny import tiny_models
 
